@@ -1,0 +1,6 @@
+"""``python -m mmtrain`` is ``mmtrain``."""
+
+from mmtrain.cli import main
+
+if __name__ == "__main__":
+    main()

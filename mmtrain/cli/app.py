@@ -1,0 +1,65 @@
+"""The commands of ``mmtrain``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmtrain.cli import data
+from mmtrain.cli.doctor import doctor_command
+from mmtrain.cli.options import Checkpoint, Overrides, Run
+from mmtrain.cli.predict import predict_command
+from mmtrain.cli.train import train_command
+
+app = typer.Typer(
+    name="mmtrain",
+    help="Train and use MambaMixer models: ViM2 for images, TSM2 for time series.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("train")(train_command)
+app.command("predict")(predict_command)
+app.command("doctor")(doctor_command)
+app.add_typer(data.app, name="data")
+
+
+@app.command("eval")
+def eval_command(
+    run: Run,
+    overrides: Overrides = None,
+    split: Annotated[str, typer.Option(help="val or test.")] = "test",
+    checkpoint: Checkpoint = "best",
+) -> None:
+    """Measure a trained run on a whole split of its data (overrides such as data.root=… may move the data)."""
+    import json
+
+    from mmtrain.cli.evaluate import evaluate_run
+
+    print(json.dumps(evaluate_run(run, split, checkpoint, overrides or []), indent=1))
+
+
+@app.command("export")
+def export_command(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    checkpoint: Checkpoint = "best",
+) -> None:
+    """Write the weights as safetensors, with the configuration and what prediction needs beside them."""
+    from mmtrain.inference import export, load_trained
+
+    path = export(load_trained(run, checkpoint), out)
+    print(f"{path}: {', '.join(sorted(p.name for p in path.iterdir()))}")
+
+
+@app.command("runs")
+def runs_command(
+    root: Annotated[Path, typer.Argument(help="The folder that holds the run folders.")] = Path("runs"),
+) -> None:
+    """List the runs with their state and results."""
+    from mmtrain.cli.runs import show_runs
+
+    show_runs(root)

@@ -1,0 +1,118 @@
+"""``mmtrain data``: prepare datasets, index shards, look at tables. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mmtrain.data.prepare.writer import Prepared
+
+app = typer.Typer(name="data", help="Prepare datasets, index shards, look at tables.", no_args_is_help=True)
+prepare = typer.Typer(name="prepare", help="Make a dataset that training can read.", no_args_is_help=True)
+app.add_typer(prepare)
+
+Out = Annotated[Path, typer.Option(help="Folder to write; it appears only when it is complete.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out.")]
+
+
+@prepare.command("images")
+def prepare_images_command(
+    root: Annotated[Path, typer.Option(help="ROOT/CLASS/IMAGE, or ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE.")],
+    out: Out,
+    image_size: Annotated[int | None, typer.Option(help="Shrink images whose shorter side is longer.")] = None,
+    shard_size: Annotated[int, typer.Option(help="Samples in a shard, at most.")] = 1000,
+    workers: Annotated[int | None, typer.Option(help="Processes (default: one per core, at most 8).")] = None,
+    val_fraction: Annotated[float, typer.Option(help="Part to set aside if there is no val folder.")] = 0.1,
+    test_fraction: Annotated[float, typer.Option(help="Part to set aside if there are only class folders.")] = 0.1,
+    force: Force = False,
+) -> None:
+    """Folders of images, one per class, into tar shards."""
+    from mmtrain.data.prepare.images import prepare_images
+
+    done = prepare_images(
+        root,
+        out,
+        image_size=image_size,
+        shard_size=shard_size,
+        workers=workers,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        force=force,
+    )
+    _tell(done)
+
+
+@prepare.command("digits")
+def prepare_digits_command(
+    out: Out, image_size: Annotated[int, typer.Option(help="Side in pixels.")] = 32, force: Force = False
+) -> None:
+    """The 1,797 real hand-written digits of scikit-learn."""
+    from mmtrain.data.prepare.digits import prepare_digits
+
+    _tell(prepare_digits(out, image_size, force=force))
+
+
+@prepare.command("traffic")
+def prepare_traffic_command(out: Out) -> None:
+    """Two years of hourly road traffic and weather: OUT/traffic.csv."""
+    from mmtrain.data.prepare.traffic import prepare_traffic
+
+    report = prepare_traffic(out)
+    typer.echo(
+        f"{report.file}: {report.rows} hours"
+        + ("" if report.fresh else " (was there already)")
+        + f"; {report.holes} hours without a measurement (at most {report.longest} in a row) filled linearly"
+        + "".join(f"; {name}: {count} values beyond 8 deviations, kept" for name, count in report.outliers.items())
+    )
+
+
+@app.command("index")
+def index_command(
+    shards: Annotated[list[str], typer.Argument(help="Shards, folders of shards, or shard-{000000..000009}.tar.")],
+) -> None:
+    """Make the indexes of tar shards afresh, so that no run has to."""
+    from mmtrain.data.images import find_shards
+    from mmtrain.data.tarindex import index_shards
+
+    found = index_shards(find_shards(shards), rebuild=True)
+    samples = sum(len(index) for index in found)
+    classes = len({int(label) for index in found for label in index.labels})
+    typer.echo(f"{len(found)} shard(s), {samples} samples, {classes} classes: all in order")
+
+
+@app.command("describe")
+def describe_command(
+    file: Annotated[str, typer.Argument(help="CSV or parquet file, or a name like ETTh1 in --root.")],
+    root: Annotated[Path | None, typer.Option(help="Where names are looked up (default: MMTRAIN_DATA).")] = None,
+) -> None:
+    """Columns, time step, holes and repeated stamps of a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mmtrain.data.describe import describe_table
+
+    report = describe_table(file, root)
+    console = Console()
+    console.print(f"{report.path}: {report.rows} rows, {len(report.columns)} columns", highlight=False)
+    if report.time_column is None:
+        console.print("no time column", highlight=False)
+    else:
+        console.print(
+            f"{report.time_column}: {report.first} to {report.last}, step {report.step}; {report.duplicates} repeated, "
+            f"{report.irregular} irregular, {report.unreadable} unreadable",
+            highlight=False,
+        )
+    table = Table("column", "holds", "holes", "min", "mean", "max")
+    for column in report.columns:
+        figures = ("" if value is None else f"{value:.6g}" for value in (column.low, column.mean, column.high))
+        table.add_row(column.name, column.kind, str(column.holes), *figures)
+    console.print(table)
+
+
+def _tell(done: Prepared) -> None:
+    counts = ", ".join(f"{count} {split}" for split, count in done.meta["counts"].items())
+    state = "written" if done.fresh else "was there already, nothing to do"
+    typer.echo(f"{done.out}: {counts}; {len(done.meta['classes'])} classes; {state}")

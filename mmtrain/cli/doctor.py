@@ -1,0 +1,55 @@
+"""``mmtrain doctor``: what is there, what is missing, and the command that would make it better."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+
+import typer
+
+# what each optional package is for, and how to get it
+_OPTIONAL = {
+    "mamba-ssm": ("CUDA scan kernels", "pip install --no-build-isolation 'mmtrain[cuda]' (needs CUDA and nvcc)"),
+    "triton": ("GPU kernels of ours", "comes with the CUDA build of torch"),
+    "wandb": ("experiment tracking", "pip install 'mmtrain[wandb]'"),
+    "scikit-learn": ("the demo's digits", "pip install 'mmtrain[demo]'"),
+    "AutoTS": ("the demo's series", "pip install 'mmtrain[demo]'"),
+    "deepspeed": ("ZeRO strategies", "not used yet"),
+    "ffcv": ("FFCV loading", "not used yet"),
+}
+
+
+def doctor_command(
+    scan: bool = typer.Option(True, help="Load the scan kernel and say which backend runs."),
+) -> None:
+    """Say what this machine and installation offer, and what would make them faster."""
+    import torch
+
+    import mmtrain
+
+    _line("mmtrain", mmtrain.__version__)
+    _line("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    _line("torch", f"{torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} CPUs")
+    cuda = torch.cuda.is_available()
+    _line("cuda", torch.cuda.get_device_name() if cuda else "none: models run on the CPU")
+    if scan:
+        from mmtrain.ops import backend_report
+
+        for key, value in backend_report().items():
+            _line(f"scan {key}", str(value))
+    for name, (purpose, cure) in _OPTIONAL.items():
+        try:
+            _line(name, f"{version(name)} ({purpose})")
+        except PackageNotFoundError:
+            _line(name, f"missing ({purpose}): {cure}")
+    _line("slurm", shutil.which("sbatch") or "no sbatch here: use --local or --debug")
+    _line("g++", shutil.which(os.environ.get("CXX", "g++")) or "missing: apt install g++ (builds the CPU scan kernel)")
+    if importlib.util.find_spec("wandb") and not os.environ.get("WANDB_API_KEY"):
+        _line("W&B key", "WANDB_API_KEY is not set: tracking.wandb=offline works without")
+
+
+def _line(name: str, text: str) -> None:
+    print(f"{name:<16} {text}")

@@ -1,0 +1,72 @@
+"""``mmtrain predict``: images to classes, or a table to a forecast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmtrain.cli.options import Checkpoint
+from mmtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from mmtrain.inference import TrainedModel
+
+
+def predict_command(
+    model: Annotated[str, typer.Argument(help="A run folder, or a folder written by `mmtrain export`.")],
+    files: Annotated[list[Path], typer.Argument(help="Image files, or one CSV or parquet file of a series.")],
+    out: Annotated[Path | None, typer.Option(help="For a forecast: where the CSV and PNG go (default: here).")] = None,
+    back: Annotated[int, typer.Option(help="Forecast from so many rows before the end; they are the truth.")] = 0,
+    missing: Annotated[str, typer.Option(help="Holes in the series: error, ffill, interpolate or zero.")] = "error",
+    checkpoint: Checkpoint = "best",
+) -> None:
+    """Classify images (top 5 with probabilities), or forecast a series (CSV and a picture)."""
+    from mmtrain.inference import load_trained
+
+    trained = load_trained(model, checkpoint)
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path}: there is no such file")
+    if trained.config.task.kind == "classification":
+        _classify(trained, files)
+    else:
+        if len(files) != 1:
+            raise UserError(f"a forecast takes one file, not {len(files)}")
+        _forecast(trained, files[0], out or Path(), back, missing)
+
+
+def _classify(trained: TrainedModel, files: list[Path]) -> None:
+    from mmtrain.inference import classify
+
+    for path, ranking in zip(files, classify(trained, files), strict=True):
+        print(path)
+        for name, probability in ranking:
+            print(f"  {probability:7.2%}  {name}")
+
+
+def _forecast(trained: TrainedModel, file: Path, out: Path, back: int, missing: str) -> None:
+    import numpy as np
+    import pandas as pd
+
+    from mmtrain.inference import forecast
+    from mmtrain.plots import draw_forecast
+
+    made = forecast(trained, file, back, missing)
+    table = pd.DataFrame(made.values, columns=made.columns)
+    if made.stamps is not None:
+        table.insert(0, "date", made.stamps[-len(made.values) :])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        stem = out / f"{file.stem}_forecast"
+        table.to_csv(f"{stem}.csv", index=False)
+        draw_forecast(
+            Path(f"{stem}.png"), made.columns, made.past, made.values, truth=made.truth, stamps=made.stamps
+        )
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+    print(f"{len(made.values)} steps of {len(made.columns)} variates: {stem}.csv, {stem}.png")
+    if made.truth is not None:
+        for name, error in zip(made.columns, np.nanmean(np.abs(made.values - made.truth), axis=0), strict=True):
+            print(f"  mean absolute error  {error:10.4g}  {name}")

@@ -1,0 +1,174 @@
+"""The data clock: which sample comes at which position, as a pure function of (seed, epoch, position).
+
+Nothing here depends on workers, ranks or restarts, so the one number that a run has to save is how many samples it has
+consumed. Blocks (shards) are shuffled once an epoch; samples are then shuffled fully inside each window of consecutive
+shuffled blocks. That keeps reading sequential enough to stream and needs no global permutation.
+
+numpy's generators do not promise the same stream in every version, so the order rests on a hash of our own.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmtrain.errors import UserError
+
+Int64s = NDArray[np.int64]
+UInt64s = NDArray[np.uint64]
+
+_BLOCK_TAG = 0x626C6F636B  # keeps the hashes of blocks, samples and per-sample randomness apart
+_SAMPLE_TAG = 0x73616D706C65
+_MASK = (1 << 64) - 1
+
+
+def _as_uint64(value: int | np.ndarray) -> UInt64s:
+    if isinstance(value, int):
+        return np.array([value & _MASK], dtype=np.uint64)
+    array = np.asarray(value)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"mix64 hashes integers, not {array.dtype}")
+    return np.atleast_1d(array.astype(np.int64) if array.dtype.kind == "i" else array).astype(np.uint64)
+
+
+def mix64(*values: int | np.integer | np.ndarray) -> UInt64s:
+    """Hash integers (negative ones modulo 2^64) to uint64, element by element with broadcasting.
+
+    The state starts at 0; each value is xored in and passed through one step of splitmix64 (Steele, Lea & Flood 2014),
+    so ``mix64(0)`` is the first output of splitmix64 seeded with 0. Each step is a bijection: for fixed leading values,
+    different last values never collide. Scalars give an array of shape (1,).
+    """
+    state = np.zeros(1, dtype=np.uint64)
+    for value in values:
+        state = (state ^ _as_uint64(int(value) if isinstance(value, np.integer) else value)) + np.uint64(
+            0x9E3779B97F4A7C15
+        )
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+    return state
+
+
+class _Epoch(NamedTuple):
+    """One epoch's shuffled blocks."""
+
+    blocks: Int64s  # (number of blocks,) block at each place
+    ends: Int64s  # (number of windows,) position at which each window ends
+
+
+class Order:
+    """The order of ``sum(block_sizes)`` samples, epoch after epoch.
+
+    ``window`` is the number of consecutive shuffled blocks within which samples are shuffled fully; ``shuffle=False``
+    gives 0, 1, 2, ... in every epoch. Samples are numbered block by block in the order of ``block_sizes``.
+    """
+
+    KEPT_EPOCHS = 2
+    KEPT_WINDOWS = 4
+
+    def __init__(self, block_sizes: Sequence[int], seed: int, window: int = 8, shuffle: bool = True) -> None:
+        self.sizes: Int64s = np.asarray(block_sizes, dtype=np.int64).reshape(-1)
+        if (self.sizes < 0).any() or int(self.sizes.sum()) < 1:
+            raise UserError("there is nothing to train on: the data source holds no samples")
+        if window < 1:
+            raise UserError(f"data.window={window}: the shuffle window is a number of shards, 1 or more")
+        self.seed, self.window, self.shuffle = int(seed), int(window), bool(shuffle)
+        self.starts: Int64s = np.cumsum(self.sizes) - self.sizes
+        self._length = int(self.sizes.sum())
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int], Int64s] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def lookup(self, positions: Int64s) -> tuple[Int64s, Int64s]:
+        """Epochs and sample indices (int64, the shape of ``positions``) at stream positions q ≥ 0.
+
+        Epoch q // N, place q % N. The stream runs on over the ends of epochs, so no last batch is ever dropped.
+        """
+        positions = np.asarray(positions, dtype=np.int64)
+        if positions.size and int(positions.min()) < 0:
+            raise ValueError(f"stream positions are 0 or more, got {int(positions.min())}")
+        epochs, places = np.divmod(positions, self._length)
+        if not self.shuffle:
+            return epochs, places
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            in_epoch = epochs == epoch
+            ends = self._epoch(epoch).ends
+            # side="right": windows of empty blocks have no places
+            windows = np.searchsorted(ends, places[in_epoch], side="right")
+            found = np.empty(windows.shape, dtype=np.int64)
+            for number in np.unique(windows).tolist():
+                inside = windows == number
+                begin = int(ends[number - 1]) if number else 0
+                found[inside] = self._window(epoch, number)[places[in_epoch][inside] - begin]
+            indices[in_epoch] = found
+        return epochs, indices
+
+    def _epoch(self, epoch: int) -> _Epoch:
+        if (known := self._epochs.get(epoch)) is not None:
+            return known
+        blocks = np.argsort(
+            mix64(self.seed, epoch, _BLOCK_TAG, np.arange(len(self.sizes), dtype=np.int64)), kind="stable"
+        )
+        first = np.arange(0, len(blocks), self.window)
+        made = _Epoch(blocks.astype(np.int64), np.cumsum(np.add.reduceat(self.sizes[blocks], first)))
+        _remember(self._epochs, epoch, made, self.KEPT_EPOCHS)
+        return made
+
+    def _window(self, epoch: int, number: int) -> Int64s:
+        """Sample indices of one window in their shuffled order."""
+        if (known := self._windows.get((epoch, number))) is not None:
+            return known
+        blocks = self._epoch(epoch).blocks[number * self.window : (number + 1) * self.window]
+        samples = np.concatenate(
+            [np.arange(self.starts[b], self.starts[b] + self.sizes[b], dtype=np.int64) for b in blocks]
+        )
+        made = samples[np.argsort(mix64(self.seed, epoch, _SAMPLE_TAG, samples), kind="stable")]
+        _remember(self._windows, (epoch, number), made, self.KEPT_WINDOWS)
+        return made
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_epochs": OrderedDict(), "_windows": OrderedDict()}  # caches are cheap to refill
+
+
+def _remember(cache: OrderedDict, key: object, value: object, limit: int) -> None:
+    cache[key] = value
+    while len(cache) > limit:
+        cache.popitem(last=False)
+
+
+def local_positions(
+    start: int, global_batch: int, rank: int, world: int, micro: int = 0, micros: int = 1
+) -> NDArray[np.int64]:
+    """Stream positions (int64) of one rank's micro-batch in the global batch that begins at ``start``.
+
+    They are the p in 0 .. global_batch - 1 with p ≡ micro·world + rank (mod world·micros), plus ``start``: over all
+    ranks and micro-batches the whole global batch, whatever the world size.
+    """
+    if not (0 <= rank < world and 0 <= micro < micros):
+        raise ValueError(f"no rank {rank} of {world}, or no micro-batch {micro} of {micros}")
+    parts = world * micros
+    if global_batch < 1 or global_batch % parts:
+        low = global_batch // parts * parts
+        fitting = " or ".join(str(size) for size in (low, low + parts) if size > 0)
+        raise UserError(
+            f"train.batch_size={global_batch} (the global batch) does not divide among {world} rank(s) × {micros} "
+            f"micro-batch(es) = {parts}: use a multiple of {parts}, for example {fitting}"
+        )
+    return np.arange(micro * world + rank, global_batch, parts, dtype=np.int64) + int(start)
+
+
+def mixing_figure(order: Order, epoch: int = 0) -> float:
+    """How well one epoch is shuffled: mean distance of samples from their unshuffled place, 1.0 for a uniform shuffle.
+
+    A uniform permutation moves a sample by N/3 on average; an unshuffled order gives 0. O(N) time and memory.
+    """
+    n = len(order)
+    _, indices = order.lookup(np.arange(n, dtype=np.int64) + n * epoch)
+    return float(np.abs(indices - np.arange(n)).mean() / (n / 3))

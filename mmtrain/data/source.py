@@ -1,0 +1,32 @@
+"""What the loaders need of a data source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@runtime_checkable
+class Source(Protocol):
+    """An indexable set of samples, stored in blocks (shards) which are cheap to read together."""
+
+    @property
+    def block_sizes(self) -> Sequence[int]:
+        """Samples in each block; sample indices run through block 0, then block 1, ..."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, indices: NDArray[np.int64], keys: NDArray[np.uint64] | None) -> dict[str, Tensor]:
+        """A collated batch: every tensor has ``len(indices)`` as its first dimension, in the order of ``indices``.
+
+        ``keys`` are the samples' random keys ``mix64(seed, epoch, index)`` in training, None in evaluation: whatever
+        is random about a sample must be a function of its key alone.
+        """
+        ...

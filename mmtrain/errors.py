@@ -1,0 +1,19 @@
+"""Errors that are the user's to fix: one clear message, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input. The message names the file, key or flag that is wrong, and the cure.
+
+    The command line prints the message alone and exits with status 2 (``mmtrain.cli``).
+    """
+
+
+def nearest(word: str, candidates: Iterable[str], *, label: str = "did you mean") -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest candidate, or an empty string if none is close."""
+    found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
+    return f"; {label} '{found[0]}'?" if found else ""

@@ -1,0 +1,31 @@
+"""The project's logger: plain lines on standard error, and in the run folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+_logger = logging.getLogger("mmtrain")
+
+
+def log_to_console() -> None:
+    """Lines of INFO and above on standard error; on ranks other than 0, warnings only."""
+    handler = logging.StreamHandler(sys.stderr)
+    rank = int(os.environ.get("RANK", 0))
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    _logger.handlers[:] = [handler]
+    _logger.setLevel(logging.DEBUG)
+    _logger.propagate = False
+
+
+def log_to_file(path: Path) -> None:
+    """Everything, with the time, in ``path`` (appended)."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for old in [h for h in _logger.handlers if isinstance(h, logging.FileHandler)]:
+        _logger.removeHandler(old)
+        old.close()
+    _logger.addHandler(handler)

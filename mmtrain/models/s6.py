@@ -1,0 +1,109 @@
+"""The selective state space model (S6) and its scans in two directions (paper, section "Selective SSM")."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmtrain.ops import causal_conv1d, selective_scan
+
+#: Steps are initialised log-uniform in this range (Mamba).
+_STEP_RANGE = (1e-3, 1e-1)
+
+
+class S6(nn.Module):
+    """One selective scan over sequences of ``features`` channels, with its own B, C and Δ.
+
+    B_t = Linear_B(x_t), C_t = Linear_C(x_t), Δ_t = softplus(Linear_Δ(x_t)) of rank ``rank``;
+    h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t, y_t = C_t h_t + D x_t. The parameters carry Mamba's names.
+    ``A_log``, ``D`` and the bias of Δ stay in float32 and take no weight decay.
+    """
+
+    def __init__(self, features: int, state: int = 16, rank: int | None = None) -> None:
+        super().__init__()
+        self.state = state
+        self.rank = rank if rank is not None else math.ceil(features / 16)
+        self.x_proj = nn.Linear(features, self.rank + 2 * state, bias=False)
+        self.dt_proj = nn.Linear(self.rank, features)
+        self.A_log = nn.Parameter(torch.empty(features, state))
+        self.D = nn.Parameter(torch.empty(features))
+        for parameter in (self.A_log, self.D, self.dt_proj.bias):
+            parameter._no_weight_decay = True
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.x_proj.reset_parameters()
+        nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
+        low, high = (math.log(bound) for bound in _STEP_RANGE)
+        step = torch.exp(torch.rand_like(self.dt_proj.bias) * (high - low) + low).clamp(min=1e-4)
+        # the inverse of softplus, so that softplus(bias) is the step
+        self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
+        self.A_log.copy_(torch.log(torch.arange(1, self.state + 1, dtype=torch.float32)).expand_as(self.A_log))
+        self.D.fill_(1.0)
+
+    def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
+        """Scan x (B, L, features) along L, from the end if ``reverse``; returns y (B, L, features)."""
+        low_rank, b, c = self.x_proj(x).split([self.rank, self.state, self.state], dim=-1)
+        step = F.linear(low_rank, self.dt_proj.weight)
+        y = selective_scan(
+            x.transpose(1, 2),
+            step.transpose(1, 2),
+            -torch.exp(self.A_log.float()),
+            b.transpose(1, 2),
+            c.transpose(1, 2),
+            self.D.float(),
+            delta_bias=self.dt_proj.bias.float(),
+            delta_softplus=True,
+            reverse=reverse,
+        )
+        return y.transpose(1, 2)
+
+
+def initialise(model: nn.Module, std: float = 0.02) -> None:
+    """Linear maps from a truncated normal, as in timm's hierarchical models; every S6 keeps its own initialisation."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, S6):
+            module.reset_parameters()
+
+
+class DirectionalScan(nn.Module):
+    """S6 along a sequence in one or two directions, each with its own parameters; the outputs are averaged.
+
+    With ``conv`` > 0 each direction first takes its own causal depthwise convolution of that many taps and SiLU
+    ("forward = SiLU(Conv1d(x)), backward the same on Flip(x)"). Averaging instead of adding keeps the scale of the
+    activations at initialisation, and is the sum itself for one direction.
+    """
+
+    def __init__(
+        self, features: int, *, state: int = 16, rank: int | None = None, bidirectional: bool = True, conv: int = 0
+    ) -> None:
+        super().__init__()
+        self.reverse = (False, True) if bidirectional else (False,)
+        self.ssm = nn.ModuleList(S6(features, state, rank) for _ in self.reverse)
+        self.conv = nn.ModuleList(
+            nn.Conv1d(features, features, conv, groups=features) for _ in self.reverse if conv > 0
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, L, features) → (B, L, features)."""
+        total: Tensor | None = None
+        for i, reverse in enumerate(self.reverse):
+            u = x
+            if self.conv:
+                conv = self.conv[i]
+                u = causal_conv1d(
+                    x.transpose(1, 2), conv.weight.squeeze(1), conv.bias, activation="silu", reverse=reverse
+                ).transpose(1, 2)
+            y = self.ssm[i](u, reverse)
+            total = y if total is None else total + y
+        assert total is not None
+        return total / len(self.reverse) if len(self.reverse) > 1 else total

@@ -1,0 +1,97 @@
+"""Dropout and stochastic depth whose randomness belongs to the sample, not to the process.
+
+In training the mask of a sample is a pure function of (its random key, the layer, the position in the activation).
+So it is the same whatever the batch is split into, on any number of ranks, and after any restart, and there is no
+generator state to save. Without keys (a model used from plain Python) the masks come from torch's generator.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+_keys: Tensor | None = None
+
+
+@contextmanager
+def sample_keys(keys: Tensor) -> Iterator[None]:
+    """Within the context, stochastic layers draw from ``keys`` (B,) int64: one random key a sample of the batch."""
+    global _keys
+    before, _keys = _keys, keys
+    try:
+        yield
+    finally:
+        _keys = before
+
+
+def name_streams(model: nn.Module) -> None:
+    """Give every stochastic layer of ``model`` its own stream of randomness, from its name."""
+    for name, module in model.named_modules():
+        if isinstance(module, _Stochastic):
+            module.stream = zlib.crc32(name.encode())
+
+
+def _mix32(x: Tensor) -> Tensor:
+    """A 32-bit integer hash (multiply and xor-shift, in place) of int32 ``x``."""
+    for shift, factor in ((16, 0x7FEB352D), (15, -0x7B935975)):
+        x ^= x >> shift
+        x *= factor
+    x ^= x >> 16
+    return x
+
+
+def _keep_mask(x: Tensor, each: int, drop: float, stream: int) -> Tensor:
+    """Boolean (B, each): False with probability ``drop``."""
+    if _keys is None:
+        return torch.rand(x.shape[0], each, device=x.device) >= drop
+    if len(_keys) != x.shape[0]:
+        raise ValueError(f"{len(_keys)} sample keys for a batch of {x.shape[0]}: the batch must stay dimension 0")
+    low, high = (_keys & 0xFFFFFFFF), ((_keys >> 32) & 0xFFFFFFFF)
+    seed = _mix32(_to_int32(low) + stream_offset(stream)) ^ _to_int32(high)
+    # Weyl steps of an odd constant, so that neighbouring elements start far apart
+    steps = torch.arange(each, device=x.device, dtype=torch.int32) * -0x61C88647
+    bits = _mix32(_mix32(seed.to(x.device))[:, None] + steps)
+    return bits >= int((drop - 0.5) * 2**32)
+
+
+def stream_offset(stream: int) -> int:
+    return stream - 2**32 if stream >= 2**31 else stream
+
+
+def _to_int32(x: Tensor) -> Tensor:
+    return torch.where(x >= 2**31, x - 2**32, x).to(torch.int32)
+
+
+class _Stochastic(nn.Module):
+    stream = 0
+
+    def __init__(self, drop: float) -> None:
+        super().__init__()
+        self.drop = drop
+
+    def extra_repr(self) -> str:
+        return f"drop={self.drop}"
+
+
+class SampleDropout(_Stochastic):
+    """Dropout of elements of x (B, ...) with probability ``drop``; what is kept is scaled by 1/(1 - drop)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop == 0:
+            return x
+        keep = _keep_mask(x, x[0].numel(), self.drop, self.stream).view(x.shape)
+        return x * (keep * (1 / (1 - self.drop))).to(x.dtype)
+
+
+class DropPath(_Stochastic):
+    """Stochastic depth: drop the whole branch x (B, ...) of a sample with probability ``drop``, scale the kept ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop == 0:
+            return x
+        keep = _keep_mask(x, 1, self.drop, self.stream).view(-1, *[1] * (x.ndim - 1))
+        return x * (keep * (1 / (1 - self.drop))).to(x.dtype)

@@ -1,0 +1,122 @@
+"""Which implementation runs: the C++ kernels or the PyTorch reference. The choice is told once, never silent.
+
+=============  ==================================================================================
+``cpu``        C++ kernels (``csrc/``): CPU tensors of float32, bfloat16, float16
+``reference``  plain PyTorch: any device and float dtype, slow
+=============  ==================================================================================
+
+Environment: ``MMTRAIN_SCAN=auto|reference|cpu`` overrides the choice (``scan_backend`` overrides that);
+``MMTRAIN_SCAN_ISA=auto|avx512|avx2|baseline`` narrows the instruction set; ``MMTRAIN_CACHE`` names the folder for a
+library built on first use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import os
+from collections.abc import Iterator
+
+import torch
+
+from mmtrain.errors import UserError, nearest
+from mmtrain.ops import build, library
+
+logger = logging.getLogger("mmtrain")
+
+BACKENDS = ("auto", "reference", "cpu")
+
+_override: contextvars.ContextVar[str | None] = contextvars.ContextVar("mmtrain_scan_backend", default=None)
+_told: set[str] = set()
+
+
+def _tell_once(level: int, message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        logger.log(level, message)
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise UserError(f"{source}: {name!r} is none of {', '.join(BACKENDS)}{nearest(name, BACKENDS)}")
+    return name
+
+
+@contextlib.contextmanager
+def scan_backend(name: str) -> Iterator[None]:
+    """Use one backend for every scan and convolution in the ``with`` block: "auto", "reference" or "cpu".
+
+    A function compiled by ``torch.compile`` keeps the backend that was in force when it was traced.
+
+    Raises:
+        UserError: unknown name.
+    """
+    token = _override.set(_checked(name, "scan_backend"))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def requested() -> str:
+    """The backend asked for: by ``scan_backend``, else by ``MMTRAIN_SCAN``, else "auto"."""
+    return _override.get() or _checked(os.environ.get("MMTRAIN_SCAN", "").strip() or "auto", "MMTRAIN_SCAN")
+
+
+# Under torch.compile this runs while tracing and its answer is a constant of the compiled code.
+@torch.compiler.assume_constant_result
+def choose(device: str, float64: bool) -> str:
+    """The backend for tensors on a device type ("cpu", "cuda", "meta") of float64 or of narrower floats.
+
+    Raises:
+        UserError: the backend asked for cannot take these tensors, or is not there.
+    """
+    name = requested()
+    if name == "reference":
+        _tell_once(logging.INFO, "selective_scan and causal_conv1d: reference backend (plain PyTorch), as asked for")
+        return "reference"
+    if device == "meta":
+        return "cpu"  # shapes and FLOPs only: the kernel's rules, no library needed
+    if device != "cpu":
+        obstacle, cure = f"there is no kernel for {device} tensors", "move the model to the CPU"
+    elif float64:
+        obstacle, cure = "the C++ kernels compute in float32, and the tensors are float64", "use float32 tensors"
+    elif library.load().library is None:
+        obstacle, cure = f"the C++ kernels are not available: {library.load().reason}", build.CURE
+    else:
+        kernels = library.loaded()
+        _tell_once(
+            logging.INFO,
+            f"selective_scan and causal_conv1d: cpu backend ({kernels.isa}, {torch.get_num_threads()} threads, "
+            f"library {library.load().how}: {kernels.path})",
+        )
+        return "cpu"
+    if name == "cpu":
+        raise UserError(f"the cpu backend was asked for, but {obstacle}; cure: {cure}, or ask for auto")
+    _tell_once(
+        logging.WARNING,
+        f"selective_scan and causal_conv1d run the SLOW reference (plain PyTorch, often 100 times slower): {obstacle}. "
+        f"Cure: {cure}. To accept it silently set MMTRAIN_SCAN=reference.",
+    )
+    return "reference"
+
+
+def backend_report() -> dict[str, str | int]:
+    """What runs for float32 tensors on the CPU, for ``mmtrain doctor``. Builds the library if it was never built.
+
+    Keys: ``backend`` (cpu or reference), ``requested``, ``library`` (path or ""), ``built`` (installed, built on first
+    use, missing), ``reason`` (why not the installed one, or ""), ``cure`` ("" when none is needed), ``isa``, ``threads``.
+    """
+    result = library.load()
+    available = result.library is not None
+    return {
+        "backend": "cpu" if available and requested() != "reference" else "reference",
+        "requested": requested(),
+        "library": str(result.library.path) if result.library else "",
+        "built": result.how,
+        "reason": result.reason,
+        "cure": "" if available else build.CURE,
+        "isa": result.library.isa if result.library else "",
+        "threads": torch.get_num_threads(),
+    }

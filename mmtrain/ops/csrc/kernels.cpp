@@ -1,0 +1,11 @@
+// All kernels for one instruction set. Compiled once per set, with -DMMT_ISA=<name> -DMMT_LANES=<floats a vector>;
+// dispatch.cpp picks one at run time.
+#include "conv.h"
+#include "scan_backward.h"
+#include "scan_forward.h"
+
+#define MMT_CONCAT_(a, b) a##_##b
+#define MMT_CONCAT(a, b) MMT_CONCAT_(a, b)
+#define MMT_EXPORT(name, Args) \
+    extern "C" __attribute__((visibility("hidden"))) int MMT_CONCAT(name, MMT_ISA)(const Args *args) { return MMT_ISA::name(*args); }
+MMT_KERNELS(MMT_EXPORT)

@@ -1,0 +1,95 @@
+// What the forward and the backward scan share: how the work is cut up, parameters packed for the lanes, scratch.
+//
+// One lane is one channel. A block is W neighbouring channels of one group; its state is N vectors. The recurrence runs
+// chunk by chunk (kChunk positions); states of different n never meet, so within a chunk they are taken four at a time,
+// which keeps the inner loop in registers for any N.
+#pragma once
+#include <stdlib.h>
+
+#include "tile.h"
+
+namespace MMT_ISA {
+
+constexpr int T = (int)kChunk;
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <class X>
+struct Buffer {  // aligned, uninitialised unless asked; data is null when memory could not be had
+    X *data;
+    explicit Buffer(int64_t count, bool zero = false) {
+        const size_t bytes = ((size_t)max64(count, 1) * sizeof(X) + 63) / 64 * 64;
+        data = static_cast<X *>(aligned_alloc(64, bytes));
+        if (data && zero) memset(static_cast<void *>(data), 0, bytes);
+    }
+    ~Buffer() { free(data); }
+    Buffer(const Buffer &) = delete;
+    Buffer &operator=(const Buffer &) = delete;
+};
+
+struct Plan {
+    int64_t channels;        // per group
+    int64_t blocks;          // per group
+    int64_t padded;          // channels of all groups in `states`
+    int64_t chunks;
+    explicit Plan(const ScanArgs &s)
+        : channels(s.dim / s.groups),
+          blocks(ceil_div(channels, W)),
+          padded(s.groups * ceil_div(channels, kChannelPad) * kChannelPad),
+          chunks(ceil_div(s.length, T)) {}
+    int lanes(int64_t block) const { return (int)min64(W, channels - block * W); }
+    int rows(int64_t chunk, int64_t length) const { return (int)min64(T, length - chunk * T); }
+    int64_t first_channel(int64_t group, int64_t block) const { return group * channels + block * W; }
+};
+
+// One block of channels of one batch element: a whole recurrence.
+struct Block {
+    int64_t batch, group, index;
+};
+
+MMT_INLINE Lane lane(const View3 &v, const ScanArgs &s, const Plan &plan, const Block &at) {
+    return Lane(v, at.batch, plan.first_channel(at.group, at.index), plan.lanes(at.index), s.length, s.reverse);
+}
+
+// states is (batch, chunks - 1, state, padded): the state at the start of every chunk but the first.
+static inline float *saved_state(const ScanArgs &s, const Plan &plan, const Block &at, int64_t chunk) {
+    const int64_t channel = at.group * (plan.padded / s.groups) + at.index * W;
+    return s.states + (at.batch * (plan.chunks - 1) + chunk - 1) * s.state * plan.padded + channel;
+}
+
+// A * log2(e) (so that exp is 2^x), D and the bias of Δ by block and lane, zero in the lanes past the last channel.
+struct Packed {
+    Buffer<vf> A, D, bias;
+    Packed(const ScanArgs &s, const Plan &plan)
+        : A(s.groups * plan.blocks * s.state, true),
+          D(s.groups * plan.blocks, true),
+          bias(s.groups * plan.blocks, true) {
+        if (!ok()) return;
+        for (int64_t g = 0; g < s.groups; ++g)
+            for (int64_t block = 0; block < plan.blocks; ++block) {
+                const int64_t d0 = plan.first_channel(g, block), slot = g * plan.blocks + block;
+                for (int i = 0; i < plan.lanes(block); ++i) {
+                    for (int64_t n = 0; n < s.state; ++n)
+                        A.data[slot * s.state + n][i] = s.A[(d0 + i) * s.state + n] * 1.44269504f;
+                    if (s.D) D.data[slot][i] = s.D[d0 + i];
+                    if (s.bias) bias.data[slot][i] = s.bias[d0 + i];
+                }
+            }
+    }
+    bool ok() const { return A.data && D.data && bias.data; }
+};
+
+// B or C of one (batch, group): element (t, n), positions in the order of the recurrence.
+struct Coefficients {
+    const float *data;
+    int64_t position, state;
+    Coefficients(const View4 &v, const ScanArgs &s, int64_t b, int64_t g)
+        : data(v.data + b * v.batch + g * v.group + (s.reverse ? (s.length - 1) * v.position : 0)),
+          position(s.reverse ? -v.position : v.position),
+          state(v.state) {}
+    const float *at(int64_t t, int64_t n) const { return data + t * position + n * state; }
+};
+
+}  // namespace MMT_ISA

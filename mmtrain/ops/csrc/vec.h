@@ -1,0 +1,185 @@
+// Vectors of W floats by the compiler's vector extensions, and the few functions of them that the kernels need.
+// Everything here has internal linkage: this header is compiled several times with different -m flags.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#include <utility>
+#if MMT_LANES == 16
+#include <immintrin.h>
+#elif defined(__AVX__) || defined(__SSE__)
+#include <immintrin.h>
+#endif
+
+#define MMT_INLINE static inline __attribute__((always_inline))
+
+namespace MMT_ISA {
+
+constexpr int W = MMT_LANES;
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef float vf_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+MMT_INLINE vf splat(float x) { return x - vf{}; }
+MMT_INLINE vf load(const float *p) { return *reinterpret_cast<const vf_unaligned *>(p); }
+MMT_INLINE void store(float *p, vf v) { *reinterpret_cast<vf_unaligned *>(p) = v; }
+
+// The first n < W elements; the other lanes are zero, and memory past n is not touched.
+MMT_INLINE vf load_first(const float *p, int n) {
+#if MMT_LANES == 16
+    return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#else
+    vf v{};
+    for (int i = 0; i < n; ++i) v[i] = p[i];
+    return v;
+#endif
+}
+
+MMT_INLINE void store_first(float *p, vf v, int n) {
+#if MMT_LANES == 16
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+#else
+    for (int i = 0; i < n; ++i) p[i] = v[i];
+#endif
+}
+
+// permute<Pattern>(a, b): lane i of the result is lane Pattern::at(i) of the 2W lanes of a and b.
+template <class Pattern, int... I>
+MMT_INLINE vf permute_impl(vf a, vf b, std::integer_sequence<int, I...>) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, Pattern::at(I)...);
+#else
+    return __builtin_shuffle(a, b, vi{Pattern::at(I)...});
+#endif
+}
+
+template <class Pattern>
+MMT_INLINE vf permute(vf a, vf b) {
+    return permute_impl<Pattern>(a, b, std::make_integer_sequence<int, W>{});
+}
+
+struct InterleaveLow {
+    static constexpr int at(int i) { return (i & 1 ? W : 0) + i / 2; }
+};
+struct InterleaveHigh {
+    static constexpr int at(int i) { return InterleaveLow::at(i) + W / 2; }
+};
+
+// W vectors of W lanes, rows to columns: log2(W) rounds of perfect shuffles.
+MMT_INLINE void transpose(vf (&v)[W]) {
+#pragma GCC unroll 8
+    for (int round = 1; round < W; round *= 2) {
+        vf next[W];
+#pragma GCC unroll 8
+        for (int i = 0; i < W / 2; ++i) {
+            next[2 * i] = permute<InterleaveLow>(v[i], v[i + W / 2]);
+            next[2 * i + 1] = permute<InterleaveHigh>(v[i], v[i + W / 2]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) v[i] = next[i];
+    }
+}
+
+template <int Distance>
+struct Keep {
+    static constexpr int at(int i) { return i & Distance ? W + i : i; }
+};
+template <int Distance>
+struct Cross {
+    static constexpr int at(int i) { return i & Distance ? W + i - Distance : i + Distance; }
+};
+
+// One round of a transposed reduction: lanes that differ in bit `Distance` are added; where that bit is 0 the sums of a
+// come to lie, where it is 1 those of b. Rounds 1 and 2 leave in lane i a partial sum of vector i % 4.
+template <int Distance>
+MMT_INLINE vf pair_sum(vf a, vf b) {
+    return permute<Keep<Distance>>(a, b) + permute<Cross<Distance>>(a, b);
+}
+
+MMT_INLINE vf partial_sums(vf a, vf b, vf c, vf d) { return pair_sum<2>(pair_sum<1>(a, b), pair_sum<1>(c, d)); }
+
+// 2^x within 1 ulp for results in the normal range; 0 below, inf above; NaN stays NaN. The polynomial (relative minimax
+// on [-1/2, 1/2], error 2e-9) has constant term exactly 1, so that decays close to 1 carry no systematic error.
+MMT_INLINE vf exp2_fraction(vf f) {
+    vf p = splat(0.000153533619596f);
+    p = p * f + splat(0.00133988750167f);
+    p = p * f + splat(0.00961843691766f);
+    p = p * f + splat(0.0555033236742f);
+    p = p * f + splat(0.240226477385f);
+    p = p * f + splat(0.693147182465f);
+    return p * f + splat(1.0f);
+}
+
+MMT_INLINE vf vmax(vf a, float b) { return a < b ? splat(b) : a; }  // NaN in a stays
+MMT_INLINE vf vmin(vf a, float b) { return a > b ? splat(b) : a; }
+
+// 2^round(x) * p, where r = round(x) is given; magic numbers instead of conversions, so that SSE2 suffices.
+#if MMT_LANES == 16
+MMT_INLINE vf round_fraction(vf x, vf &fraction) {
+    fraction = (vf)_mm512_reduce_ps((__m512)x, 0x08);  // x - rint(x); 0 for infinities
+    return x - fraction;
+}
+MMT_INLINE vf scale(vf p, vf r) { return (vf)_mm512_scalef_ps((__m512)p, (__m512)r); }
+MMT_INLINE vf clamp_exponent(vf x) { return x; }  // scalef saturates by itself
+#else
+MMT_INLINE vf round_fraction(vf x, vf &fraction) {
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    vf r = (x + magic) - magic;
+    fraction = x - r;
+    return r;
+}
+MMT_INLINE vf scale(vf p, vf r) {
+    vf biased = r + (12582912.0f + 127.0f);  // the low 8 bits of its pattern are r + 127, the exponent field of 2^r
+    return p * (vf)((vi)biased << 23);
+}
+MMT_INLINE vf clamp_exponent(vf x) { return vmin(vmax(x, -127.0f), 128.0f); }  // scale() gives 0 and inf at the ends
+#endif
+
+MMT_INLINE vf exp2(vf x) {
+    vf fraction;
+    vf r = round_fraction(clamp_exponent(x), fraction);
+    return scale(exp2_fraction(fraction), r);
+}
+
+// e^x for x <= 0, with the argument reduced exactly (Cody and Waite), so that the result is good to 2 ulp everywhere.
+MMT_INLINE vf exp_nonpositive(vf x) {
+    x = vmax(x, -87.0f);
+    vf fraction;
+    vf r = round_fraction(x * 1.44269504f, fraction);
+    fraction = ((x - r * 0.693145752f) - r * 1.42860677e-6f) * 1.44269504f;
+    return scale(exp2_fraction(fraction), r);
+}
+
+MMT_INLINE vf vabs(vf x) { return x < 0.0f ? -x : x; }
+
+MMT_INLINE vf sigmoid(vf x) {
+    vf e = exp_nonpositive(-vabs(x));
+    return (x < 0.0f ? e : splat(1.0f)) / (1.0f + e);
+}
+
+// log(1 + e^x) = max(x, 0) + log1p(e^-|x|), with log1p(e) = 2 atanh(e / (2 + e)): no cancellation for tiny e.
+MMT_INLINE vf softplus(vf x) {
+    vf e = exp_nonpositive(-vabs(x));
+    vf s = e / (2.0f + e);
+    vf z = s * s;
+    vf q = splat(0.121447794139f);
+    q = q * z + splat(0.107153706253f);
+    q = q * z + splat(0.143082976341f);
+    q = q * z + splat(0.199994444847f);
+    q = q * z + splat(0.333333373070f);
+    return vmax(x, 0.0f) + 2.0f * (s + s * z * q);
+}
+
+// Flush subnormals to zero while a kernel runs: decaying states pass through them, at 100 times the cost of a normal.
+struct FlushSubnormals {
+#if defined(__SSE__)
+    unsigned saved;
+    FlushSubnormals() : saved(_mm_getcsr()) { _mm_setcsr(saved | 0x8040u); }
+    ~FlushSubnormals() { _mm_setcsr(saved); }
+#else
+    FlushSubnormals() {}
+    ~FlushSubnormals() {}
+#endif
+};
+
+}  // namespace MMT_ISA

@@ -1,0 +1,105 @@
+"""``selective_scan``: the one call for the S6 recurrence. Checks, backend choice, gating."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmtrain.errors import UserError
+from mmtrain.ops import backend
+from mmtrain.ops.checks import check_floats, check_shape, layout_like
+from mmtrain.ops.scan_cpu import selective_scan_fwd
+from mmtrain.ops.scan_reference import selective_scan_reference
+
+OP = "selective_scan"
+
+
+def _check(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> None:
+    check_floats(OP, "u", {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias})
+    if u.dim() != 3 or u.shape[1] == 0 or u.shape[2] == 0:
+        raise UserError(f"{OP}: u has shape {tuple(u.shape)}, expected (batch, channels, positions)")
+    batch, channels, length = u.shape
+    check_shape(OP, "delta", delta, (batch, channels, length), "the shape of u")
+    if A.dim() != 2 or A.shape[0] != channels or A.shape[1] == 0:
+        raise UserError(f"{OP}: A has shape {tuple(A.shape)}, expected (D, N) with D = {channels} and N >= 1")
+    state = A.shape[1]
+    for name, tensor in (("B", B), ("C", C)):
+        if tensor.dim() == 3:
+            check_shape(OP, name, tensor, (batch, state, length), "(batch, N, positions)")
+        elif tensor.dim() == 4:
+            groups = tensor.shape[1]
+            check_shape(OP, name, tensor, (batch, groups, state, length), "(batch, groups, N, positions)")
+            if groups == 0 or channels % groups:
+                raise UserError(f"{OP}: {name} has {groups} groups, which do not divide the {channels} channels of u")
+        else:
+            raise UserError(f"{OP}: {name} has {tensor.dim()} dimensions, expected (batch, [groups,] N, positions)")
+    if (B.shape[1] if B.dim() == 4 else 1) != (C.shape[1] if C.dim() == 4 else 1):
+        raise UserError(f"{OP}: B has shape {tuple(B.shape)}, C {tuple(C.shape)}; the numbers of groups differ")
+    for name, optional in (("D", D), ("delta_bias", delta_bias)):
+        if optional is not None:
+            check_shape(OP, name, optional, (channels,), "(D,)")
+    if z is not None:
+        check_shape(OP, "z", z, (batch, channels, length), "the shape of u")
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+) -> Tensor:
+    """Selective state space recurrence (S6; MambaMixer, arXiv 2403.19888, section 2; Mamba, arXiv 2312.00752).
+
+    Δ = delta + delta_bias, through softplus if ``delta_softplus``; then for every channel, with N states,
+    h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t and y_t = C_t·h_t + D u_t, times silu(z_t) if z is given.
+    The meaning of the arguments is that of ``selective_scan_fn`` in mamba_ssm, plus ``reverse``.
+
+    Args:
+        u: (Bt, D, L) input: float32, bfloat16, float16 or float64. A contiguous tensor and the transposed view of a
+            contiguous (Bt, L, D) tensor are read in place; so is any other strided tensor, more slowly.
+        delta: (Bt, D, L) step before bias and softplus, in any layout.
+        A: (D, N) real; negative for a stable recurrence.
+        B, C: (Bt, N, L), or (Bt, G, N, L) with G dividing D: channels of one group share B and C.
+        D: (D,) weight of the direct path.
+        z: (Bt, D, L) gate.
+        delta_bias: (D,).
+        delta_softplus: whether Δ passes through softplus.
+        reverse: run from the last position to the first; equals flip, scan, flip along L.
+
+    Returns:
+        (Bt, D, L), dtype and memory layout of u. State and sums are float32 (float64 if the input is). Gradients of u
+        and delta have the layout of u and delta, and do not depend on the number of threads.
+
+    Raises:
+        UserError: shapes, dtypes or devices that do not fit, naming the argument; a backend that cannot run.
+    """
+    _check(u, delta, A, B, C, D, z, delta_bias)
+    float64 = u.dtype == torch.float64
+    compute = torch.float64 if float64 else torch.float32
+    B4, C4 = ((t if t.dim() == 4 else t[:, None]).to(compute) for t in (B, C))
+    skip, bias = (None if t is None else t.to(compute) for t in (D, delta_bias))
+    scan_inputs = (u.to(compute), delta.to(compute), A.to(compute), B4, C4, skip, bias)
+    if backend.choose(u.device.type, float64) == "cpu":
+        wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in scan_inputs)
+        out, _ = selective_scan_fwd(*scan_inputs, delta_softplus, reverse, wants_grad)
+    else:
+        out = layout_like(selective_scan_reference(*scan_inputs, delta_softplus, reverse), u)
+    if z is not None:
+        out = out * F.silu(z.to(compute))
+    return out.to(u.dtype)

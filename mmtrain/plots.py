@@ -1,0 +1,95 @@
+"""Pictures: training curves and forecasts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_HISTORY, _FORECAST, _TRUTH = "#5b6770", "#d1495b", "#2e86ab"
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    return figure, list(axes.flat)
+
+
+def draw_curves(path: Path, lines: Sequence[dict[str, Any]], metrics: Sequence[str]) -> None:
+    """Loss and learning rate of the training, and the evaluation's ``metrics``; restarts are dotted lines."""
+    train = [line for line in lines if line["kind"] == "train"]
+    figure, (loss_axis, metric_axis, rate_axis) = _figure(1, 3, 13, 3.6)
+    steps = [line["step"] for line in train]
+    loss_axis.plot(steps, [line["loss"] for line in train], color=_FORECAST, label="train")
+    rate_axis.plot(steps, [line["lr"] for line in train], color=_HISTORY)
+    for split, color in (("val", _TRUTH), ("test", "black")):
+        points = [line for line in lines if line["kind"] == "eval" and line["split"] == split]
+        if not points:
+            continue
+        marker = "o-" if split == "val" else "*"
+        at = [p["step"] for p in points]
+        if split == "val":
+            loss_axis.plot(at, [p["loss"] for p in points], marker, ms=3, color=color, label=split)
+        for i, name in enumerate(metrics):
+            label = f"{split} {name}" + (f" {points[-1][name]:.4g}" if split == "test" else "")
+            metric_axis.plot(at, [p[name] for p in points], marker, color=color, alpha=1 - 0.5 * i, ms=5, label=label)
+    for line in lines:
+        if line["kind"] == "resume":
+            for axis in (loss_axis, metric_axis, rate_axis):
+                axis.axvline(line["step"], ls=":", lw=0.8, color="gray")
+    for axis, title in ((loss_axis, "loss"), (metric_axis, ", ".join(metrics)), (rate_axis, "learning rate")):
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def draw_forecast(
+    path: Path,
+    columns: Sequence[str],
+    past: NDArray[np.floating],
+    forecast: NDArray[np.floating],
+    *,
+    truth: NDArray[np.floating] | None = None,
+    stamps: NDArray[np.datetime64] | None = None,
+    most: int = 8,
+) -> None:
+    """History, forecast and, where it is known, truth, one panel a variate.
+
+    Args:
+        past: (lookback, M); forecast and truth: (horizon, M), in the units of the data.
+        stamps: (lookback + horizon,) times, or None for row numbers.
+        most: at most so many variates are drawn; the title says how many were left out.
+    """
+    shown = min(len(columns), most)
+    figure, axes = _figure(-(-shown // 2), min(shown, 2), 13, 2.3 * -(-shown // 2) + 0.6)
+    recent = min(len(past), 4 * len(forecast))
+    time = np.arange(-len(past), len(forecast)) if stamps is None else np.asarray(stamps)
+    before, after = time[len(past) - recent : len(past)], time[len(past) :]
+    for i, axis in enumerate(axes):
+        if i >= shown:
+            axis.set_visible(False)
+            continue
+        axis.plot(before, past[-recent:, i], color=_HISTORY, lw=1, label="history")
+        if truth is not None:
+            axis.plot(after, truth[:, i], color=_TRUTH, lw=1.2, label="truth")
+        axis.plot(after, forecast[:, i], color=_FORECAST, lw=1.6, label="forecast")
+        axis.set_title(columns[i], fontsize=10)
+        axis.tick_params(axis="x", labelrotation=20, labelsize=8)
+    axes[0].legend(frameon=False, fontsize=8)
+    if shown < len(columns):
+        figure.suptitle(f"the first {shown} of {len(columns)} variates")
+    figure.savefig(path, dpi=110)

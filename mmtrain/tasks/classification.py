@@ -1,0 +1,156 @@
+"""Image classification: cross-entropy, label smoothing, Mixup and CutMix; top-1 and top-5 accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmtrain.config import ClassificationConfig, RunConfig, ShardsDataConfig, SyntheticDataConfig, ViM2Config
+from mmtrain.data.images import ImageShards
+from mmtrain.data.order import mix64
+from mmtrain.data.source import Source
+from mmtrain.data.synthetic import SyntheticImages
+from mmtrain.errors import UserError
+from mmtrain.tasks.base import Batch, StepKey, Task
+
+
+class Classification(Task):
+    """Top-1 accuracy chooses the best checkpoint."""
+
+    metric: ClassVar[str] = "top1"
+    higher_is_better: ClassVar[bool] = True
+    plotted: ClassVar[tuple[str, ...]] = ("top1",)
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
+        if not isinstance(config.model, ViM2Config):
+            raise UserError(f"task.kind is 'classification', but model '{config.model.name}' takes no images")
+        self.options = cast(ClassificationConfig, config.task)
+        self.num_classes = config.model.num_classes
+        self.classes: list[str] | None = None
+        self.train, self.val, self.test = self._sources()
+        self.mixup = self._mixup()
+
+    def _sources(self) -> tuple[Source, Source, Source | None]:
+        data = self.config.data
+        if isinstance(data, SyntheticDataConfig):
+            made = [
+                SyntheticImages(self.num_classes, data.image_size, length, seed=seed)
+                for seed, length in enumerate((data.length, data.val_length))
+            ]
+            return made[0], made[1], None
+        if not isinstance(data, ShardsDataConfig):
+            raise UserError(f"task.kind is 'classification', but data.kind is '{data.kind}': use data=shards")
+
+        def shards(split: str, train: bool) -> ImageShards:
+            return ImageShards(
+                f"{data.root}/{split}",
+                image_size=data.image_size,
+                train=train,
+                augment=data.augment if train else "none",
+                mean=data.mean,
+                std=data.std,
+                crop_pct=data.crop_pct,
+            )
+
+        train = shards(data.train, True)
+        self.classes = train.classes
+        found = train.num_classes
+        if found is not None and found != self.num_classes:
+            raise UserError(
+                f"{data.root} has {found} classes, but model.num_classes is {self.num_classes}:"
+                f" set model.num_classes={found}"
+            )
+        return train, shards(data.val, False), shards(data.test, False) if data.test else None
+
+    def _mixup(self) -> Any:
+        if self.options.mixup == 0 and self.options.cutmix == 0:
+            return None
+        from mmtrain.compat import ensure_torchvision
+
+        ensure_torchvision()
+        from timm.data import Mixup
+
+        return Mixup(
+            self.options.mixup,
+            self.options.cutmix,
+            prob=self.options.mix_prob,
+            label_smoothing=self.options.label_smoothing,
+            num_classes=self.num_classes,
+        )
+
+    def loss(self, model: nn.Module, batch: Batch, key: StepKey) -> Tensor:
+        images, labels = batch["image"], batch["label"]
+        if self.mixup is None:
+            return F.cross_entropy(model(images).float(), labels, label_smoothing=self.options.label_smoothing)
+        images, targets = self._mix(images, labels, key)
+        return F.cross_entropy(model(images).float(), targets)
+
+    def _mix(self, images: Tensor, labels: Tensor, key: StepKey) -> tuple[Tensor, Tensor]:
+        """timm's Mixup or CutMix, with the same partner and the same mixture whatever the world size.
+
+        The partner of position p of the global batch is p + B/2: it is on the same rank and in the same micro-batch
+        when those are even. timm pairs i with -1-i, so the second half is turned round for it.
+        """
+        if len(images) % 2:
+            raise UserError(
+                f"Mixup pairs the samples of a batch, and {len(images)} per rank and micro-batch is odd: choose"
+                " train.batch_size so that an even number is left, or set task.mixup=0 task.cutmix=0"
+            )
+        order = _mix_order(len(images), images.device)
+        with _numpy_seeded(key):
+            mixed, targets = self.mixup(images[order], labels[order])
+        back = torch.argsort(order)
+        return mixed[back], targets[back]
+
+    def measure(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        logits, labels = model(batch["image"]).float(), batch["label"]
+        top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        return {
+            "count": torch.tensor(len(labels), dtype=torch.float64),
+            "loss": F.cross_entropy(logits, labels, reduction="sum").double(),
+            "top1": top[:, 0].sum().double(),
+            "top5": top.any(1).sum().double(),
+        }
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        count = sums["count"]
+        return {
+            "loss": sums["loss"] / count,
+            "top1": 100 * sums["top1"] / count,
+            "top5": 100 * sums["top5"] / count,
+            "samples": count,
+        }
+
+    def assets(self) -> dict[str, Any]:
+        data = cast(ShardsDataConfig | SyntheticDataConfig, self.config.data)
+        return {
+            "classes": self.classes or [str(i) for i in range(self.num_classes)],
+            "image_size": data.image_size,
+            "mean": data.mean,
+            "std": data.std,
+            "crop_pct": getattr(data, "crop_pct", 1.0),
+        }
+
+
+def _mix_order(count: int, device: torch.device) -> Tensor:
+    half = count // 2
+    index = torch.arange(count, device=device)
+    return torch.cat([index[:half], index[half:].flip(0)])
+
+
+@contextmanager
+def _numpy_seeded(key: StepKey) -> Iterator[None]:
+    """timm draws from numpy's global generator: give it a state of this step, and the caller's back afterwards."""
+    before = np.random.get_state()
+    np.random.seed(int(mix64(key.seed, key.step)) % 2**32)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)

@@ -1,0 +1,136 @@
+"""A run is a folder: resolved configuration, code version, metrics, checkpoints, logs, pictures, result."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import mmtrain
+from mmtrain.config import RunConfig, from_yaml, to_yaml
+from mmtrain.config.load import differences
+from mmtrain.config.schema import FREE_ON_RESUME
+from mmtrain.errors import UserError
+
+
+class RunFolder:
+    """The paths of a run, and its small files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.assets_file = path / "assets.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.result_file = path / "result.json"
+        self.checkpoints = path / "checkpoints"
+        self.log_file = path / "log.txt"
+        self.curves_file = path / "curves.png"
+
+    @classmethod
+    def existing(cls, path: str | Path) -> RunFolder:
+        """The run in ``path``.
+
+        Raises:
+            UserError: when there is none.
+        """
+        run = cls(Path(path))
+        if not run.config_file.is_file():
+            raise UserError(f"{path} is no run folder: it has no config.yaml (list runs with `mmtrain runs`)")
+        return run
+
+    def config(self) -> RunConfig:
+        return from_yaml(self.config_file)
+
+    def prepare(self, config: RunConfig) -> None:
+        """Make the folder for ``config``, or check that it holds a run of the same one.
+
+        Raises:
+            UserError: for a folder of another configuration, or one that cannot be written.
+        """
+        if self.config_file.is_file():
+            changed = differences(self.config(), config, FREE_ON_RESUME)
+            if changed:
+                raise UserError(
+                    f"{self.path} holds a run of another configuration:\n  "
+                    + "\n  ".join(changed)
+                    + "\nGo on with the old one by leaving these out, or start a new run with name=… or --run-dir"
+                )
+            self._check_writable()
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._check_writable()
+            self._write(self.path / "code.json", json.dumps(code_version(), indent=1))
+            self._write(self.config_file, to_yaml(config))
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: the run folder cannot be written ({error.strerror}): choose another with --run-dir"
+            ) from None
+
+    def _check_writable(self) -> None:
+        probe = self.path / ".writable"
+        try:
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: the run folder cannot be written ({error.strerror}): choose another with --run-dir"
+            ) from None
+
+    def result(self) -> dict[str, Any] | None:
+        """What a finished run came to, or None while it is not finished."""
+        return json.loads(self.result_file.read_text()) if self.result_file.is_file() else None
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        self._write(self.result_file, json.dumps(result, indent=1))
+
+    def write_assets(self, assets: dict[str, Any]) -> None:
+        self._write(self.assets_file, json.dumps(assets, indent=1))
+
+    def assets(self) -> dict[str, Any]:
+        return json.loads(self.assets_file.read_text())
+
+    @staticmethod
+    def _write(path: Path, text: str) -> None:
+        """Write a small file so that it is whole or not there."""
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(text)
+        os.replace(partial, path)
+
+
+def code_version() -> dict[str, Any]:
+    """The code and packages that a run was made with."""
+    packages = {}
+    for name in ("torch", "timm", "numpy", "triton", "mamba-ssm"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "mmtrain": mmtrain.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "packages": packages,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _commit() -> str | None:
+    """The git commit of the source checkout, with ``+`` when it has local changes; None outside a checkout."""
+    root = Path(mmtrain.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run(
+            ["git", "-C", root, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "") or None

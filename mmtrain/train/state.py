@@ -1,0 +1,50 @@
+"""Where a run stands: a few numbers, saved with every checkpoint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mmtrain.config import RunConfig
+
+
+@dataclass
+class TrainState:
+    """``step`` and ``samples`` are what was *consumed*; the data clock needs nothing else."""
+
+    step: int = 0
+    samples: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    evals_since_best: int = 0
+    skipped: int = 0
+    bad_in_a_row: int = 0
+    dataset_length: int = 0
+    tracker_id: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The length of a run in steps of the global batch: a function of the configuration and the data alone.
+
+    A run sees ``epochs`` × N samples, rounded up to whole batches: batches run on over the borders of epochs.
+    """
+
+    steps: int
+    warmup: int
+    eval_every: int
+    steps_per_epoch: float
+
+    @classmethod
+    def of(cls, config: RunConfig, samples: int) -> Schedule:
+        per_epoch = samples / config.train.batch_size
+        steps = math.ceil(config.train.epochs * per_epoch)
+        if config.train.max_steps is not None:
+            steps = min(steps, config.train.max_steps)
+        every = config.eval.every_steps or max(1, round(config.eval.every_epochs * per_epoch))
+        warmup = min(round(config.optim.warmup_epochs * per_epoch), steps)
+        return cls(steps, warmup, every, per_epoch)

@@ -1,15 +1,21 @@
-"""Run on this machine: in this process, or in several under torchrun."""
+"""Run on this machine: in this process, or in several that find each other over loopback."""
 
 from __future__ import annotations
 
-import importlib.util
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 
 from mmtrain.config import RunConfig, to_yaml
 from mmtrain.errors import UserError
 from mmtrain.train.session import run_path
+
+#: How long the other processes may take to end after one has failed, in seconds.
+_GRACE = 10.0
 
 
 def run_here(config: RunConfig, run_dir: str | None, *, debug: bool, dry_run: bool) -> None:
@@ -41,14 +47,62 @@ def run_local(
     if processes == 1:
         run_here(config, run_dir, debug=False, dry_run=dry_run)
         return
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["--module", "mmtrain", "train", "--config", config_name, *overrides]
+    command = [sys.executable, "-m", "mmtrain", "train", "--config", config_name, *overrides]
     command += ["--run-dir", run_dir] if run_dir else []
     if dry_run:
-        _say(config, run_dir, "as: " + " ".join(command))
+        _say(config, run_dir, f"in {processes} processes, each: {' '.join(command)}")
         return
-    assert importlib.util.find_spec("mmtrain") is not None
-    sys.exit(subprocess.run(command, check=False).returncode)
+    sys.exit(_together(command, processes))
+
+
+def _together(command: Sequence[str], processes: int) -> int:
+    """Run ``command`` once a rank; returns the first failure's exit status, after which the others are ended."""
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    shared = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(processes),
+        "OMP_NUM_THREADS": threads,
+    }
+    ranks = [
+        subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(processes)
+    ]
+
+    def forward(number: int, frame: object) -> None:
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    # Ctrl-C reaches the ranks by itself; they save and leave, and we wait for them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, forward)
+    signal.signal(signal.SIGUSR2, forward)
+    while any(process.poll() is None for process in ranks):
+        failed = next((p.returncode for p in ranks if p.poll() not in (None, 0)), None)
+        if failed is not None:
+            _end(ranks)
+            return failed if failed > 0 else 128 - failed
+        time.sleep(0.05)
+    return max(process.returncode for process in ranks)
+
+
+def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Give the ranks that still run ``_GRACE`` seconds to end by themselves, then kill them."""
+    deadline = time.monotonic() + _GRACE
+    while time.monotonic() < deadline and any(process.poll() is None for process in ranks):
+        time.sleep(0.05)
+    for process in ranks:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _say(config: RunConfig, run_dir: str | None, how: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -24,7 +25,8 @@ def run_app(app: object) -> None:
     try:
         app()  # type: ignore[operator]
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(1)

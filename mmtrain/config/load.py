@@ -116,10 +116,16 @@ def _override_layer(overrides: Iterable[str]) -> _Layer:
         if "=" not in item or item.startswith(("-", "=")):
             raise UserError(f"'{item}' is not an override: write key=value, such as optim.lr=2e-4")
     try:
-        values = OmegaConf.to_container(OmegaConf.from_dotlist(items))
+        values = OmegaConf.to_container(OmegaConf.from_dotlist([_spelt_out(item) for item in items]))
     except Exception as error:
         raise UserError(f"{_COMMAND_LINE}: {error}") from None
     return _Layer(_COMMAND_LINE, cast(dict[str, Any], values))
+
+
+def _spelt_out(item: str) -> str:
+    """``data=synthetic`` as ``data.kind=synthetic``, so that ``data.length=10`` can stand beside it."""
+    section, _, kind = item.partition("=")
+    return f"{section}.{_KINDS[section][0]}={kind}" if section in _KINDS and kind.isidentifier() else item
 
 
 def _add_layer(merged: dict[str, Any], layer: _Layer) -> dict[str, Any]:

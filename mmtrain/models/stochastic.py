@@ -36,11 +36,10 @@ def name_streams(model: nn.Module) -> None:
 
 
 def _mix32(x: Tensor) -> Tensor:
-    """A 32-bit integer hash (multiply and xor-shift, in place) of int32 ``x``."""
+    """A 32-bit integer hash (xor-shift and multiply, in place) of int32 ``x``; its high bits are the good ones."""
     for shift, factor in ((16, 0x7FEB352D), (15, -0x7B935975)):
-        x ^= x >> shift
+        x ^= (x >> shift) & ((1 << (32 - shift)) - 1)  # the shift must bring in zeros, not the sign
         x *= factor
-    x ^= x >> 16
     return x
 
 
@@ -50,19 +49,16 @@ def _keep_mask(x: Tensor, each: int, drop: float, stream: int) -> Tensor:
         return torch.rand(x.shape[0], each, device=x.device) >= drop
     if len(_keys) != x.shape[0]:
         raise ValueError(f"{len(_keys)} sample keys for a batch of {x.shape[0]}: the batch must stay dimension 0")
-    low, high = (_keys & 0xFFFFFFFF), ((_keys >> 32) & 0xFFFFFFFF)
-    seed = _mix32(_to_int32(low) + stream_offset(stream)) ^ _to_int32(high)
+    low, high = (_keys + stream) & 0xFFFFFFFF, (_keys >> 32) & 0xFFFFFFFF
+    seed = _mix32(_to_int32(low)) ^ _to_int32(high)
     # Weyl steps of an odd constant, so that neighbouring elements start far apart
     steps = torch.arange(each, device=x.device, dtype=torch.int32) * -0x61C88647
     bits = _mix32(_mix32(seed.to(x.device))[:, None] + steps)
     return bits >= int((drop - 0.5) * 2**32)
 
 
-def stream_offset(stream: int) -> int:
-    return stream - 2**32 if stream >= 2**31 else stream
-
-
 def _to_int32(x: Tensor) -> Tensor:
+    """The low 32 bits of int64 ``x`` in [0, 2³²), as a signed number."""
     return torch.where(x >= 2**31, x - 2**32, x).to(torch.int32)
 
 

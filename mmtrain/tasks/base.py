@@ -65,6 +65,9 @@ class Task(ABC):
         self.val = _Head(self.val, length)
         self.test = _Head(self.test, length) if self.test is not None else None
 
+    def check_batch(self, local: int) -> None:
+        """Raise UserError when the task cannot train on batches of ``local`` samples a rank and micro-batch."""
+
     def build_model(self) -> nn.Module:
         """The model with fresh weights, a function of the seed alone."""
         torch.manual_seed(self.config.seed)

@@ -85,6 +85,13 @@ class Classification(Task):
             num_classes=self.num_classes,
         )
 
+    def check_batch(self, local: int) -> None:
+        if self.mixup is not None and local % 2:
+            raise UserError(
+                f"Mixup pairs the samples of a batch, and {local} per rank and micro-batch is odd: choose"
+                " train.batch_size so that an even number is left, or set task.mixup=0 task.cutmix=0"
+            )
+
     def loss(self, model: nn.Module, batch: Batch, key: StepKey) -> Tensor:
         images, labels = batch["image"], batch["label"]
         if self.mixup is None:
@@ -98,11 +105,6 @@ class Classification(Task):
         The partner of position p of the global batch is p + B/2: it is on the same rank and in the same micro-batch
         when those are even. timm pairs i with -1-i, so the second half is turned round for it.
         """
-        if len(images) % 2:
-            raise UserError(
-                f"Mixup pairs the samples of a batch, and {len(images)} per rank and micro-batch is odd: choose"
-                " train.batch_size so that an even number is left, or set task.mixup=0 task.cutmix=0"
-            )
         order = _mix_order(len(images), images.device)
         with _numpy_seeded(key):
             mixed, targets = self.mixup(images[order], labels[order])
@@ -149,7 +151,7 @@ def _mix_order(count: int, device: torch.device) -> Tensor:
 def _numpy_seeded(key: StepKey) -> Iterator[None]:
     """timm draws from numpy's global generator: give it a state of this step, and the caller's back afterwards."""
     before = np.random.get_state()
-    np.random.seed(int(mix64(key.seed, key.step)) % 2**32)
+    np.random.seed(mix64(key.seed, key.step).item() % 2**32)
     try:
         yield
     finally:

@@ -46,37 +46,37 @@ class RunFolder:
     def config(self) -> RunConfig:
         return from_yaml(self.config_file)
 
-    def prepare(self, config: RunConfig) -> None:
-        """Make the folder for ``config``, or check that it holds a run of the same one.
+    def check(self, config: RunConfig) -> None:
+        """Refuse a folder that holds a run of another configuration.
 
         Raises:
-            UserError: for a folder of another configuration, or one that cannot be written.
+            UserError: with the keys that differ.
         """
-        if self.config_file.is_file():
-            changed = differences(self.config(), config, FREE_ON_RESUME)
-            if changed:
-                raise UserError(
-                    f"{self.path} holds a run of another configuration:\n  "
-                    + "\n  ".join(changed)
-                    + "\nGo on with the old one by leaving these out, or start a new run with name=… or --run-dir"
-                )
-            self._check_writable()
+        if not self.config_file.is_file():
             return
+        changed = differences(self.config(), config, FREE_ON_RESUME)
+        if changed:
+            raise UserError(
+                f"{self.path} holds a run of another configuration:\n  "
+                + "\n  ".join(changed)
+                + "\nGo on with the old one by leaving these out, or start a new run with name=… or --run-dir"
+            )
+
+    def prepare(self, config: RunConfig, assets: dict[str, Any]) -> None:
+        """Make the folder of a new run, or see that the one there can be written.
+
+        Raises:
+            UserError: when it cannot.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._check_writable()
-            self._write(self.path / "code.json", json.dumps(code_version(), indent=1))
-            self._write(self.config_file, to_yaml(config))
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: the run folder cannot be written ({error.strerror}): choose another with --run-dir"
-            ) from None
-
-    def _check_writable(self) -> None:
-        probe = self.path / ".writable"
-        try:
+            probe = self.path / ".writable"
             probe.touch()
             probe.unlink()
+            if not self.config_file.is_file():
+                self._write(self.path / "code.json", json.dumps(code_version(), indent=1))
+                self._write(self.assets_file, json.dumps(assets, indent=1))
+                self._write(self.config_file, to_yaml(config))
         except OSError as error:
             raise UserError(
                 f"{self.path}: the run folder cannot be written ({error.strerror}): choose another with --run-dir"
@@ -88,9 +88,6 @@ class RunFolder:
 
     def write_result(self, result: dict[str, Any]) -> None:
         self._write(self.result_file, json.dumps(result, indent=1))
-
-    def write_assets(self, assets: dict[str, Any]) -> None:
-        self._write(self.assets_file, json.dumps(assets, indent=1))
 
     def assets(self) -> dict[str, Any]:
         return json.loads(self.assets_file.read_text())

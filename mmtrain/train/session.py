@@ -42,20 +42,21 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with joined(config.device) as ranks:
-        _check_batch(config, ranks.world)
-        # the data is opened first: a run whose data is missing leaves no folder behind
+        local = _local_batch(config, ranks.world)
+        run.check(config)
+        done = run.result()
+        if done is not None:
+            return Outcome(done["step"], finished=True, test=done["test"])
+        # the data is opened before the folder is made: a run whose data is missing leaves nothing behind
         task = build_task(config)
+        task.check_batch(local)
         if debug:
             task.shorten(_DEBUG_SAMPLES)
             torch.autograd.set_detect_anomaly(True)
         if ranks.main:
-            run.prepare(config)
-            run.write_assets(task.assets())
+            run.prepare(config, task.assets())
             log_to_file(run.log_file)
         ranks.barrier()
-        done = run.result()
-        if done is not None:
-            return Outcome(done["step"], finished=True, test=done["test"])
         tracker = Tracker(config, run, ranks, task.plotted)
         try:
             trainer = Trainer(config, task, run, ranks, tracker)
@@ -77,7 +78,8 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
             tracker.close()
 
 
-def _check_batch(config: RunConfig, world: int) -> None:
+def _local_batch(config: RunConfig, world: int) -> int:
+    """Samples per rank and micro-batch."""
     batch, parts = config.train.batch_size, world * config.train.accumulation
     if batch % parts:
         fits = [n for n in range(1, batch + 1) if batch % n == 0][-8:]
@@ -85,3 +87,4 @@ def _check_batch(config: RunConfig, world: int) -> None:
             f"train.batch_size is {batch}, which {world} ranks × train.accumulation={config.train.accumulation} do not"
             f" divide: use a multiple of {parts}, or so many ranks × accumulation: {', '.join(map(str, fits))}"
         )
+    return batch // parts

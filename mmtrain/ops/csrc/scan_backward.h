@@ -88,116 +88,109 @@ static void add_partial_sums(const vf *part, int rows, float *total, int64_t str
     }
 }
 
-// Tasks: batch elements in `batches` runs, times groups, times `splits` runs of channel blocks. At most one of the
-// two is cut finely, so the partial results stay small beside the inputs.
+// Tasks: batch elements in `batches` runs, times groups, times `splits` runs of channel blocks. A function of the sizes
+// alone. About two million state updates (a millisecond) a task, so that the partial results stay small beside the inputs.
 struct TaskGrid {
-    static constexpr int64_t kTasks = 128;
     int64_t batches, groups, splits;
-    TaskGrid(const ScanArgs &s, const Plan &plan)
-        : batches(min64(s.batch, kTasks)),
-          groups(s.groups),
-          splits(min64(plan.blocks, ceil_div(kTasks, s.batch * s.groups))) {}
+    TaskGrid(const ScanArgs &s, const Plan &plan) {
+        const int64_t updates = s.batch * s.dim * s.length * s.state;
+        const int64_t wanted = min64(128, max64(1, updates >> 21));
+        batches = min64(s.batch, wanted);
+        groups = s.groups;
+        splits = min64(plan.blocks, ceil_div(wanted, s.batch * s.groups));
+    }
     int64_t count() const { return batches * groups * splits; }
 };
 
 struct BackwardScratch {
-    int64_t rows, columns;  // of the sums dB and dC: positions, and states padded to a multiple of 4
+    int64_t columns;  // states padded to a multiple of 4, of the sums over channels: dB, dC
+    int64_t rows;     // positions padded likewise
     Buffer<float> dA, dD, dbias;
-    Buffer<float> shared;  // dB and dC of every task when channel blocks are split, else each thread has its own
+    Buffer<float> split_sums;  // (task, 2, rows, columns): dB and dC of every task, when channel blocks are split
     BackwardScratch(const ScanArgs &s, const Plan &plan, const TaskGrid &grid)
-        : rows(ceil_div(s.length, 4) * 4),
-          columns(ceil_div(s.state, 4) * 4),
-          dA(grid.batches * s.groups * plan.blocks * s.state * W),
-          dD(grid.batches * s.groups * plan.blocks * W),
-          dbias(grid.batches * s.groups * plan.blocks * W),
-          shared(grid.splits > 1 ? grid.count() * sums() : 0) {}
-    int64_t sums() const { return 2 * rows * columns; }
-    bool ok() const { return dA.data && dD.data && dbias.data && shared.data; }
+        : columns(ceil_div(s.state, 4) * 4),
+          rows(ceil_div(s.length, 4) * 4),
+          dA(grid.batches * s.groups * plan.blocks * s.state * W, true),
+          dD(grid.batches * s.groups * plan.blocks * W, true),
+          dbias(grid.batches * s.groups * plan.blocks * W, true),
+          split_sums(grid.splits > 1 ? grid.count() * 2 * rows * columns : 0) {}
+    bool ok() const { return dA.data && dD.data && dbias.data && split_sums.data; }
 };
 
-static void prefetch_backward(const ScanArgs &s, const Plan &plan, const Block &at, int64_t chunk) {
-    const int rows = plan.rows(chunk, s.length);
-    prefetch_tile(lane(s.u, s, plan, at), chunk * T, rows);
-    prefetch_tile(lane(s.delta, s, plan, at), chunk * T, rows);
-    prefetch_tile(lane(s.dout, s, plan, at), chunk * T, rows);
-    if (chunk > 0) {
-        const float *h = saved_state(s, plan, at, chunk);
-        for (int64_t n = 0; n < s.state; ++n) __builtin_prefetch(h + n * plan.padded);
-    }
-}
-
-// Sums that the gradients of one block are added to.
+// What the gradients of one block over one chunk are added to.
 struct Sums {
-    vf *dA, *dD, *dbias;    // of the channels: N vectors, one, one
-    float *dB, *dC;         // of the positions and states: rows of `columns`
+    vf *dA, *dD, *dbias;  // of the channels: N vectors, one, one
+    float *dB, *dC;       // of the chunk: T rows of `columns`
     int64_t columns;
 };
 
-static void backward_block(const ScanArgs &s, const Plan &plan, const Packed &packed, BackwardTiles &w, vf *carry,
-                           const Block &at, const Block &next, const Sums &sums) {
-    const int64_t N = s.state, slot = at.group * plan.blocks + at.index, columns = sums.columns;
-    const Lane u = lane(s.u, s, plan, at), delta = lane(s.delta, s, plan, at), dout = lane(s.dout, s, plan, at),
-               du = lane(s.du, s, plan, at), ddelta = lane(s.ddelta, s, plan, at);
+// One block over one chunk; carry is a_{t+1} g_{t+1} at its end. (next, next_chunk) is fetched into the caches on the way.
+static void backward_chunk(const ScanArgs &s, const Plan &plan, const Packed &packed, BackwardTiles &w, vf *carry,
+                           const Block &at, int64_t chunk, const Block &next, int64_t next_chunk, const Sums &sums) {
+    const int64_t N = s.state, slot = at.group * plan.blocks + at.index, columns = sums.columns, t0 = chunk * T;
+    const int rows = plan.rows(chunk, s.length), next_rows = plan.rows(next_chunk, s.length);
+    const Lane next_u = lane(s.u, s, plan, next), next_delta = lane(s.delta, s, plan, next),
+               next_dout = lane(s.dout, s, plan, next);
     const Coefficients B(s.B, s, at.batch, at.group), C(s.C, s, at.batch, at.group);
     const vf *A = packed.A.data + slot * N;
     const vf bias = packed.bias.data[slot], D = packed.D.data[slot];
-    for (int64_t n = 0; n < N; ++n) carry[n] = vf{};
-    for (int64_t chunk = plan.chunks - 1; chunk >= 0; --chunk) {
-        const int64_t t0 = chunk * T;
-        const int rows = plan.rows(chunk, s.length);
-        load_tile(w.u, u, t0, rows);
-        load_tile(w.dt, delta, t0, rows);
-        load_tile(w.dy, dout, t0, rows);
-        if (chunk > 0)
-            prefetch_backward(s, plan, at, chunk - 1);
-        else
-            prefetch_backward(s, plan, next, plan.chunks - 1);
-        for (int t = 0; t < rows; ++t) {
-            const vf x = w.dt[t] + bias;
-            w.dt[t] = s.softplus ? softplus(x) : x;
-            w.slope[t] = s.softplus ? sigmoid(x) : splat(1.0f);
-            w.dtu[t] = w.dt[t] * w.u[t];
-            w.gB[t] = w.gA[t] = vf{};
-        }
-        const float *h0 = chunk > 0 ? saved_state(s, plan, at, chunk) : nullptr;
-        for (int64_t n = 0; n < N; n += 4) {
-            const float *Bn = B.at(t0, n), *Cn = C.at(t0, n), *hn = h0 ? h0 + n * plan.padded : nullptr;
-#define MMT_BACKWARD(K)                                                                                       \
+    const float *h0 = chunk > 0 ? saved_state(s, plan, at, chunk) : nullptr;
+    const float *next_h = next_chunk > 0 ? saved_state(s, plan, next, next_chunk) : nullptr;
+    if (chunk == plan.chunks - 1)
+        for (int64_t n = 0; n < N; ++n) carry[n] = vf{};
+    load_tile(w.u, lane(s.u, s, plan, at), t0, rows);
+    load_tile(w.dt, lane(s.delta, s, plan, at), t0, rows);
+    load_tile(w.dy, lane(s.dout, s, plan, at), t0, rows);
+    for (int t = 0; t < rows; ++t) {
+        const vf x = w.dt[t] + bias;
+        w.dt[t] = s.softplus ? softplus(x) : x;
+        w.slope[t] = s.softplus ? sigmoid(x) : splat(1.0f);
+        w.dtu[t] = w.dt[t] * w.u[t];
+        w.gB[t] = w.gA[t] = vf{};
+    }
+    for (int64_t n = 0; n < N; n += 4) {
+        const int part = (int)(n / 4), parts = (int)ceil_div(N, 4);
+        prefetch_tile(next_u, next_chunk * T, next_rows, part, parts);
+        prefetch_tile(next_delta, next_chunk * T, next_rows, part, parts);
+        prefetch_tile(next_dout, next_chunk * T, next_rows, part, parts);
+        if (next_h)
+            for (int64_t k = n; k < min64(n + 4, N); ++k) __builtin_prefetch(next_h + k * plan.padded);
+        const float *Bn = B.at(t0, n), *Cn = C.at(t0, n), *hn = h0 ? h0 + n * plan.padded : nullptr;
+#define MMT_BACKWARD(K)                                                                                                  \
     backward_states<K>(rows, w, A + n, hn, plan.padded, carry + n, sums.dA + n, Bn, B.position, B.state, Cn, C.position, \
                        C.state)
-            switch (min64(4, N - n)) {
-                case 4: MMT_BACKWARD(4); break;
-                case 3: MMT_BACKWARD(3); break;
-                case 2: MMT_BACKWARD(2); break;
-                default: MMT_BACKWARD(1);
-            }
+        switch (min64(4, N - n)) {
+            case 4: MMT_BACKWARD(4); break;
+            case 3: MMT_BACKWARD(3); break;
+            case 2: MMT_BACKWARD(2); break;
+            default: MMT_BACKWARD(1);
+        }
 #undef MMT_BACKWARD
-            add_partial_sums(w.dB, rows, sums.dB + t0 * columns + n, columns);
-            add_partial_sums(w.dC, rows, sums.dC + t0 * columns + n, columns);
-        }
-        vf sum_D{}, sum_bias{};
-        for (int t = 0; t < rows; ++t) {
-            const vf ddt = w.gA[t] * 0.693147181f + w.u[t] * w.gB[t];  // gA holds A log2(e)
-            const vf dx = ddt * w.slope[t];
-            sum_bias += dx;
-            sum_D += w.dy[t] * w.u[t];
-            w.gB[t] = w.dt[t] * w.gB[t] + D * w.dy[t];
-            w.gA[t] = dx;
-        }
-        *sums.dD += sum_D;
-        *sums.dbias += sum_bias;
-        store_tile(w.gB, du, t0, rows);
-        store_tile(w.gA, ddelta, t0, rows);
+        add_partial_sums(w.dB, rows, sums.dB + n, columns);
+        add_partial_sums(w.dC, rows, sums.dC + n, columns);
     }
+    vf sum_D{}, sum_bias{};
+    for (int t = 0; t < rows; ++t) {
+        const vf ddt = w.gA[t] * 0.693147181f + w.u[t] * w.gB[t];  // gA holds A log2(e)
+        const vf dx = ddt * w.slope[t];
+        sum_bias += dx;
+        sum_D += w.dy[t] * w.u[t];
+        w.gB[t] = w.dt[t] * w.gB[t] + D * w.dy[t];
+        w.gA[t] = dx;
+    }
+    *sums.dD += sum_D;
+    *sums.dbias += sum_bias;
+    store_tile(w.gB, lane(s.du, s, plan, at), t0, rows);
+    store_tile(w.gA, lane(s.ddelta, s, plan, at), t0, rows);
 }
 
-// Write dB or dC of one (batch, group): the sum of `count` partial sums that lie `apart` floats from each other.
-static void write_sums(const ScanArgs &s, const View4 &v, int64_t b, int64_t g, float *sums, int64_t columns,
-                       int64_t count, int64_t apart) {
+// Write rows [t0, t0 + rows) of dB or dC of one (batch, group): the sum of `count` arrays that lie `apart` floats apart.
+static void write_sums(const ScanArgs &s, const View4 &v, int64_t b, int64_t g, int64_t t0, int64_t rows, float *sums,
+                       int64_t columns, int64_t count, int64_t apart) {
     float *out = v.data + b * v.batch + g * v.group;
-    for (int64_t t = 0; t < s.length; ++t) {
+    for (int64_t t = 0; t < rows; ++t) {
         float *row = sums + t * columns;
-        float *p = out + (s.reverse ? s.length - 1 - t : t) * v.position;
+        float *p = out + (s.reverse ? s.length - 1 - t0 - t : t0 + t) * v.position;
         for (int64_t i = 1; i < count; ++i)
             for (int64_t n = 0; n < s.state; ++n) row[n] += row[i * apart + n];
         for (int64_t n = 0; n < s.state; ++n) p[n * v.state] = row[n];
@@ -205,29 +198,33 @@ static void write_sums(const ScanArgs &s, const View4 &v, int64_t b, int64_t g, 
 }
 
 static void backward_task(const ScanArgs &s, const Plan &plan, const Packed &packed, const TaskGrid &grid,
-                          BackwardScratch &scratch, BackwardTiles &tiles, vf *carry, float *own, int64_t task) {
-    const int64_t split = task % grid.splits, g = task / grid.splits % grid.groups, run = task / grid.splits / grid.groups;
-    const int64_t N = s.state, first = split * plan.blocks / grid.splits, last = (split + 1) * plan.blocks / grid.splits;
-    const int64_t slot = (run * grid.groups + g) * plan.blocks;
+                          BackwardScratch &scratch, BackwardTiles &tiles, vf *carry, float *chunk_sums, int64_t task) {
+    const int64_t g = task / grid.splits % grid.groups, run = task / grid.splits / grid.groups, N = s.state;
+    const Range blocks = part_of(plan.blocks, task % grid.splits, grid.splits), batch = part_of(s.batch, run, grid.batches);
+    const int64_t slot = (run * grid.groups + g) * plan.blocks, columns = scratch.columns;
     vf *dA = reinterpret_cast<vf *>(scratch.dA.data) + slot * N;
     vf *dD = reinterpret_cast<vf *>(scratch.dD.data) + slot, *dbias = reinterpret_cast<vf *>(scratch.dbias.data) + slot;
-    memset(static_cast<void *>(dA + first * N), 0, (last - first) * N * sizeof(vf));
-    memset(static_cast<void *>(dD + first), 0, (last - first) * sizeof(vf));
-    memset(static_cast<void *>(dbias + first), 0, (last - first) * sizeof(vf));
-    float *dB = grid.splits > 1 ? scratch.shared.data + task * scratch.sums() : own;
-    float *dC = dB + scratch.rows * scratch.columns;
-    for (int64_t b = run * s.batch / grid.batches; b < (run + 1) * s.batch / grid.batches; ++b) {
-        memset(dB, 0, scratch.sums() * sizeof(float));
-        for (int64_t block = first; block < last; ++block) {
-            const Sums sums{dA + block * N, dD + block, dbias + block, dB, dC, scratch.columns};
-            const Block next = block + 1 < last ? Block{b, g, block + 1} : Block{min64(b + 1, s.batch - 1), g, first};
-            backward_block(s, plan, packed, tiles, carry, {b, g, block}, next, sums);
+    float *dB = chunk_sums, *dC = chunk_sums + T * columns;
+    float *split_sums = scratch.split_sums.data + task * 2 * scratch.rows * columns;
+    for (int64_t b = batch.first; b < batch.last; ++b)
+        for (int64_t chunk = plan.chunks - 1; chunk >= 0; --chunk) {
+            const int64_t t0 = chunk * T, rows = plan.rows(chunk, s.length);
+            memset(chunk_sums, 0, 2 * T * columns * sizeof(float));
+            for (int64_t i = blocks.first; i < blocks.last; ++i) {
+                const bool last = i + 1 == blocks.last, end = last && chunk == 0;
+                const Block next{end ? min64(b + 1, s.batch - 1) : b, g, last ? blocks.first : i + 1};
+                const int64_t next_chunk = end ? plan.chunks - 1 : last ? chunk - 1 : chunk;
+                backward_chunk(s, plan, packed, tiles, carry + (i - blocks.first) * N, {b, g, i}, chunk, next, next_chunk,
+                               {dA + i * N, dD + i, dbias + i, dB, dC, columns});
+            }
+            if (grid.splits == 1) {
+                write_sums(s, s.dB, b, g, t0, rows, dB, columns, 1, 0);
+                write_sums(s, s.dC, b, g, t0, rows, dC, columns, 1, 0);
+            } else {  // and then the run is of one batch element
+                memcpy(split_sums + t0 * columns, dB, rows * columns * sizeof(float));
+                memcpy(split_sums + (scratch.rows + t0) * columns, dC, rows * columns * sizeof(float));
+            }
         }
-        if (grid.splits == 1) {
-            write_sums(s, s.dB, b, g, dB, scratch.columns, 1, 0);
-            write_sums(s, s.dC, b, g, dC, scratch.columns, 1, 0);
-        }
-    }
 }
 
 // dA, dD and dbias of one block of channels: the sum over the runs of batch elements, in their order.
@@ -254,25 +251,27 @@ static int scan_backward(const ScanArgs &s) {
     const Packed packed(s, plan);
     BackwardScratch scratch(s, plan, grid);
     if (!packed.ok() || !scratch.ok()) return 1;
-    const int64_t tasks = grid.count(), slots = grid.groups * plan.blocks;
+    const int64_t slots = grid.groups * plan.blocks, sums = scratch.rows * scratch.columns;
     int failed = 0;
 #pragma omp parallel num_threads((int)s.threads) reduction(| : failed)
     {
         const FlushSubnormals flush;
         Buffer<BackwardTiles> tiles(1);
-        Buffer<vf> carry(s.state);
-        Buffer<float> own(grid.splits > 1 ? 0 : scratch.sums());
-        failed = !tiles.data || !carry.data || !own.data;
+        Buffer<vf> carry(ceil_div(plan.blocks, grid.splits) * s.state);
+        Buffer<float> chunk_sums(2 * T * scratch.columns);
+        failed = !tiles.data || !carry.data || !chunk_sums.data;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < tasks; ++task)
-            if (!failed) backward_task(s, plan, packed, grid, scratch, *tiles.data, carry.data, own.data, task);
+        for (int64_t task = 0; task < grid.count(); ++task)
+            if (!failed) backward_task(s, plan, packed, grid, scratch, *tiles.data, carry.data, chunk_sums.data, task);
         if (grid.splits > 1) {
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < s.batch * grid.groups; ++i) {
-                float *sums = scratch.shared.data + i * grid.splits * scratch.sums();
-                write_sums(s, s.dB, i / grid.groups, i % grid.groups, sums, scratch.columns, grid.splits, scratch.sums());
-                write_sums(s, s.dC, i / grid.groups, i % grid.groups, sums + scratch.rows * scratch.columns,
-                           scratch.columns, grid.splits, scratch.sums());
+            for (int64_t i = 0; i < s.batch * grid.groups * plan.chunks; ++i) {
+                const int64_t chunk = i % plan.chunks, g = i / plan.chunks % grid.groups, b = i / plan.chunks / grid.groups;
+                float *first = scratch.split_sums.data + (b * grid.groups + g) * grid.splits * 2 * sums;
+                float *row = first + chunk * T * scratch.columns;
+                const int64_t rows = plan.rows(chunk, s.length);
+                write_sums(s, s.dB, b, g, chunk * T, rows, row, scratch.columns, grid.splits, 2 * sums);
+                write_sums(s, s.dC, b, g, chunk * T, rows, row + sums, scratch.columns, grid.splits, 2 * sums);
             }
         }
 #pragma omp for schedule(static)

@@ -1,7 +1,8 @@
 // What the forward and the backward scan share: how the work is cut up, parameters packed for the lanes, scratch.
 //
-// One lane is one channel. A block is W neighbouring channels of one group; its state is N vectors. The recurrence runs
-// chunk by chunk (kChunk positions); states of different n never meet, so within a chunk they are taken four at a time,
+// One lane is one channel. A block is W neighbouring channels of one group; its state is N vectors. A task walks some
+// blocks of one batch element together, chunk by chunk (kChunk positions), so that whole rows of channels-last memory are
+// used while they are in the caches. States of different n never meet, so within a chunk they are taken four at a time,
 // which keeps the inner loop in registers for any N.
 #pragma once
 #include <stdlib.h>
@@ -48,6 +49,16 @@ struct Plan {
 struct Block {
     int64_t batch, group, index;
 };
+
+struct Range {
+    int64_t first, last;  // last is past the end
+    int64_t size() const { return last - first; }
+};
+
+// Part `part` of `parts` of 0..count.
+static inline Range part_of(int64_t count, int64_t part, int64_t parts) {
+    return {count * part / parts, count * (part + 1) / parts};
+}
 
 MMT_INLINE Lane lane(const View3 &v, const ScanArgs &s, const Plan &plan, const Block &at) {
     return Lane(v, at.batch, plan.first_channel(at.group, at.index), plan.lanes(at.index), s.length, s.reverse);

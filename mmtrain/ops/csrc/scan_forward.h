@@ -27,73 +27,72 @@ struct ForwardTiles {
     vf u[T], dt[T], dtu[T], y[T];
 };
 
-static void forward_block(const ScanArgs &s, const Plan &plan, const Packed &packed, ForwardTiles &w, vf *h, const Block &at,
-                          const Block &next) {
-    const int64_t N = s.state, slot = at.group * plan.blocks + at.index;
-    const Lane u = lane(s.u, s, plan, at), delta = lane(s.delta, s, plan, at), out = lane(s.out, s, plan, at);
+// One block over one chunk; h is its state. The tiles of (next, next_chunk) are fetched into the caches on the way.
+static void forward_chunk(const ScanArgs &s, const Plan &plan, const Packed &packed, ForwardTiles &w, vf *h, const Block &at,
+                          int64_t chunk, const Block &next, int64_t next_chunk) {
+    const int64_t N = s.state, slot = at.group * plan.blocks + at.index, t0 = chunk * T;
+    const int rows = plan.rows(chunk, s.length), next_rows = plan.rows(next_chunk, s.length);
+    const Lane next_u = lane(s.u, s, plan, next), next_delta = lane(s.delta, s, plan, next);
     const Coefficients B(s.B, s, at.batch, at.group), C(s.C, s, at.batch, at.group);
     const vf *A = packed.A.data + slot * N;
     const vf bias = packed.bias.data[slot], D = packed.D.data[slot];
-    for (int64_t n = 0; n < N; ++n) h[n] = vf{};
-    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-        const int64_t t0 = chunk * T;
-        const int rows = plan.rows(chunk, s.length);
-        if (s.states && chunk > 0) {
-            float *p = saved_state(s, plan, at, chunk);
-            for (int64_t n = 0; n < N; ++n) store(p + n * plan.padded, h[n]);
-        }
-        load_tile(w.u, u, t0, rows);
-        load_tile(w.dt, delta, t0, rows);
-        if (chunk + 1 < plan.chunks) {
-            prefetch_tile(u, t0 + T, plan.rows(chunk + 1, s.length));
-            prefetch_tile(delta, t0 + T, plan.rows(chunk + 1, s.length));
-        } else {
-            prefetch_tile(lane(s.u, s, plan, next), 0, plan.rows(0, s.length));
-            prefetch_tile(lane(s.delta, s, plan, next), 0, plan.rows(0, s.length));
-        }
-        for (int t = 0; t < rows; ++t) {
-            const vf x = w.dt[t] + bias;
-            w.dt[t] = s.softplus ? softplus(x) : x;
-            w.dtu[t] = w.dt[t] * w.u[t];
-            w.y[t] = D * w.u[t];
-        }
-        for (int64_t n = 0; n < N; n += 4) {
-            const float *Bn = B.at(t0, n), *Cn = C.at(t0, n);
+    if (chunk == 0)
+        for (int64_t n = 0; n < N; ++n) h[n] = vf{};
+    if (s.states && chunk > 0) {
+        float *p = saved_state(s, plan, at, chunk);
+        for (int64_t n = 0; n < N; ++n) store(p + n * plan.padded, h[n]);
+    }
+    load_tile(w.u, lane(s.u, s, plan, at), t0, rows);
+    load_tile(w.dt, lane(s.delta, s, plan, at), t0, rows);
+    for (int t = 0; t < rows; ++t) {
+        const vf x = w.dt[t] + bias;
+        w.dt[t] = s.softplus ? softplus(x) : x;
+        w.dtu[t] = w.dt[t] * w.u[t];
+        w.y[t] = D * w.u[t];
+    }
+    for (int64_t n = 0; n < N; n += 4) {
+        prefetch_tile(next_u, next_chunk * T, next_rows, (int)(n / 4), (int)ceil_div(N, 4));
+        prefetch_tile(next_delta, next_chunk * T, next_rows, (int)(n / 4), (int)ceil_div(N, 4));
+        const float *Bn = B.at(t0, n), *Cn = C.at(t0, n);
 #define MMT_FORWARD(K) \
     forward_states<K>(rows, w.dt, w.dtu, w.y, A + n, h + n, Bn, B.position, B.state, Cn, C.position, C.state)
-            switch (min64(4, N - n)) {
-                case 4: MMT_FORWARD(4); break;
-                case 3: MMT_FORWARD(3); break;
-                case 2: MMT_FORWARD(2); break;
-                default: MMT_FORWARD(1);
-            }
-#undef MMT_FORWARD
+        switch (min64(4, N - n)) {
+            case 4: MMT_FORWARD(4); break;
+            case 3: MMT_FORWARD(3); break;
+            case 2: MMT_FORWARD(2); break;
+            default: MMT_FORWARD(1);
         }
-        if (s.out.data) store_tile(w.y, out, t0, rows);
+#undef MMT_FORWARD
     }
-}
-
-static Block block_of(const Plan &plan, const ScanArgs &s, int64_t task) {
-    const int64_t slots = s.groups * plan.blocks;
-    return {task / slots, task % slots / plan.blocks, task % plan.blocks};
+    if (s.out.data) store_tile(w.y, lane(s.out, s, plan, at), t0, rows);
 }
 
 static int scan_forward(const ScanArgs &s) {
     const Plan plan(s);
     const Packed packed(s, plan);
     if (!packed.ok()) return 1;
-    const int64_t tasks = s.batch * s.groups * plan.blocks;
+    // The result does not depend on the cut, so it may depend on the number of threads.
+    const int64_t splits = min64(plan.blocks, ceil_div(4 * s.threads, s.batch * s.groups));
+    const int64_t tasks = s.batch * s.groups * splits, most = ceil_div(plan.blocks, splits);
     int failed = 0;
 #pragma omp parallel num_threads((int)s.threads) reduction(| : failed)
     {
         const FlushSubnormals flush;
         Buffer<ForwardTiles> tiles(1);
-        Buffer<vf> h(s.state);
+        Buffer<vf> h(most * s.state);
         failed = !tiles.data || !h.data;
 #pragma omp for schedule(guided)
         for (int64_t task = 0; task < tasks; ++task) {
             if (failed) continue;
-            forward_block(s, plan, packed, *tiles.data, h.data, block_of(plan, s, task), block_of(plan, s, min64(task + 1, tasks - 1)));
+            const Range blocks = part_of(plan.blocks, task % splits, splits);
+            const int64_t g = task / splits % s.groups, b = task / splits / s.groups;
+            for (int64_t chunk = 0; chunk < plan.chunks; ++chunk)
+                for (int64_t i = blocks.first; i < blocks.last; ++i) {
+                    const bool last = i + 1 == blocks.last, end = last && chunk + 1 == plan.chunks;
+                    const Block next{end ? min64(b + 1, s.batch - 1) : b, g, last ? blocks.first : i + 1};
+                    forward_chunk(s, plan, packed, *tiles.data, h.data + (i - blocks.first) * s.state, {b, g, i}, chunk, next,
+                                  end ? 0 : last ? chunk + 1 : chunk);
+                }
         }
     }
     return failed;

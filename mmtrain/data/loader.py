@@ -6,7 +6,9 @@ state: the loader can be rebuilt anywhere from the number of samples consumed.
 
 from __future__ import annotations
 
+import multiprocessing.util
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +21,8 @@ from mmtrain.data.source import Source
 from mmtrain.errors import UserError
 
 Batch = dict[str, torch.Tensor]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class _Failure:
@@ -163,22 +167,71 @@ def _iterate(
         generator=torch.Generator(),
         **options,
     )
-    return _unwrap(loader)
+    return _run(loader)
 
 
-def _unwrap(loader: DataLoader) -> Iterator[Batch]:
+def _run(loader: DataLoader) -> Iterator[Batch]:
+    iterator = _start(loader)
+    # Workers ignore SIGTERM, by which multiprocessing would end them at exit before it waits for them: without this, an
+    # exit in the middle of a run would wait for ever.
+    stop = multiprocessing.util.Finalize(None, _stop, args=(iterator,), exitpriority=100)
     try:
-        for batch in loader:
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                if loader.num_workers and _is_death(error):
+                    raise RuntimeError(_died(error)) from error
+                raise
             if isinstance(batch, _Failure):
                 raise UserError(batch.message)
             yield batch
-    except RuntimeError as error:
-        if any(sign in str(error) for sign in ("is killed by signal", "exited unexpectedly")):
-            raise RuntimeError(_died(error)) from error
-        raise
+    finally:
+        stop()  # now, and not when the last traceback lets go of the iterator
 
 
-def _died(error: RuntimeError) -> str:
+def _start(loader: DataLoader) -> Iterator[Any]:
+    """Start the workers, but without the SIGCHLD handler that comes with them.
+
+    It raises wherever the training process happens to be, be it inside a checkpoint or a finalizer that swallows it.
+    DataLoader's own check, each 5 s without data, finds a dead worker as well, and in the right place.
+    """
+    if not loader.num_workers or threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    # Workers begin with the signals held back, so that none can hit them before they ignore it (_start_worker).
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        iterator = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if before is not None:  # None: set by C code, and out of reach
+        signal.signal(signal.SIGCHLD, before)
+    return iterator
+
+
+def _stop(iterator: Any) -> None:
+    """End the workers: politely, then for good."""
+    if not hasattr(iterator, "_shutdown_workers"):
+        return  # no workers
+    workers = list(iterator._workers)
+    iterator._shutdown_workers()
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+
+
+def _is_death(error: Exception) -> bool:
+    """Did a worker die, or did the source raise this in a worker (then its traceback is in the message)?"""
+    if "in DataLoader worker process" in str(error):
+        return False
+    lost = isinstance(error, OSError | EOFError)  # a tensor's file was to come from a worker that is gone
+    return lost or any(sign in str(error) for sign in ("is killed by signal", "exited unexpectedly"))
+
+
+def _died(error: Exception) -> str:
     return (
         f"a data worker died ({str(error).strip()}). Most often the machine ran out of memory or of shared memory "
         "(/dev/shm): use fewer data.workers or a smaller data.prefetch, or data.workers=0 to see the error itself"
@@ -191,6 +244,7 @@ def _as_is(batch: Batch | _Failure) -> Batch | _Failure:
 
 def _start_worker(_: int) -> None:
     """Leave every signal to the training process: it decides when to stop, and stops its workers itself."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     torch.set_num_threads(1)

@@ -191,6 +191,8 @@ def _add(samples: dict[str, _Sample], shard: Path, stream: BinaryIO, member: tar
         sample.image = (member.offset_data, member.size)
         return
     content = os.pread(stream.fileno(), member.size, member.offset_data)
+    if len(content) < member.size:
+        raise UserError(f"{shard}: the shard is truncated within {member.name!r}; {_CURE_SHARD}")
     label = _label(content, field)
     if label is None:
         if field == "json":

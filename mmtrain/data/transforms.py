@@ -140,8 +140,8 @@ def _affine_grid(keys: Keys, size: int) -> torch.Tensor:
         for values in (np.cos(angle) / scale, np.sin(angle) / scale, shift_x, shift_y)
     )
     at = (torch.arange(size, dtype=torch.float32) * 2 + 1) / size - 1
-    x, y = at.view(1, 1, -1), at.view(1, -1, 1)
-    return torch.stack((cos * x - sin * y + move_x, sin * x + cos * y + move_y), dim=-1)
+    x, y = at.view(1, 1, -1) - move_x, at.view(1, -1, 1) - move_y
+    return torch.stack((cos * x - sin * y, sin * x + cos * y), dim=-1)
 
 
 def uniform(keys: Keys, number: int) -> NDArray[np.float64]:

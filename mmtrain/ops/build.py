@@ -28,7 +28,15 @@ INSTALLED = Path(__file__).with_name(LIBRARY_NAME)
 TIMEOUT_S = 300
 
 # No -ffast-math: a NaN that goes in must come out. These two change no result.
-COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
+COMMON_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)
 CURE = "install a C++ compiler with OpenMP (for example `apt-get install g++`), or name one in CXX"
 
 
@@ -92,11 +100,11 @@ def _run_all(commands: list[list[str]]) -> None:
             running.append(
                 subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
             )
-        for process in running:
+        for command, process in zip(commands, running, strict=True):
             output, _ = process.communicate(timeout=TIMEOUT_S)
             if process.returncode:
-                lines = [line for line in output.splitlines() if line.strip()]
-                raise BuildError(f"{shlex.join(map(str, process.args))} failed:\n" + "\n".join(lines[:20]))  # type: ignore[arg-type]
+                lines = [line for line in output.splitlines() if line.strip()][:20]
+                raise BuildError("\n".join([f"{shlex.join(command)} failed with status {process.returncode}", *lines]))
     except subprocess.TimeoutExpired:
         raise BuildError(f"the compiler took longer than {TIMEOUT_S} s") from None
     except OSError as error:

@@ -18,7 +18,7 @@ from mmtrain.ops import build
 logger = logging.getLogger("mmtrain")
 
 ISAS = ("auto", "avx512", "avx2", "baseline")
-CHUNK = 32  # kChunk: positions between two saved states
+CHUNK = 64  # kChunk: positions between two saved states
 CHANNEL_PAD = 16  # kChannelPad: channels of a group are padded to this in the saved states
 
 
@@ -150,8 +150,9 @@ class LoadResult:
     reason: str = ""
 
 
-def find_library(installed: Path = build.INSTALLED) -> LoadResult:
+def find_library() -> LoadResult:
     """Take the installed library if it matches the sources, else one from the cache folder, building it if need be."""
+    installed = build.INSTALLED
     expected = build.source_hash() if build.SOURCES.is_dir() else None
     reason = f"{installed.name} was not built when mmtrain was installed"
     if installed.exists():

@@ -1,7 +1,7 @@
 """The C++ selective scan as torch custom operators: eager, torch.compile, fake tensors, autograd, FLOP counts.
 
-``mmtrain::selective_scan_fwd`` returns the output and the states at every 32nd position (shape
-(Bt, ceil(L/32) - 1, N, G·pad16(D/G)), empty when not asked for); ``mmtrain::selective_scan_bwd`` recomputes the rest.
+``mmtrain::selective_scan_fwd`` returns the output and the states at every 64th position (shape
+(Bt, ceil(L/64) - 1, N, G·pad16(D/G)), empty when not asked for); ``mmtrain::selective_scan_bwd`` recomputes the rest.
 All tensors float32; B and C (Bt, G, N, L); any strides.
 """
 
@@ -196,5 +196,7 @@ def _forward_flops(u: torch.Size, delta: torch.Size, A: torch.Size, *args: Any, 
 
 
 @register_flop_formula(torch.ops.mmtrain.selective_scan_bwd)
-def _backward_flops(dout: torch.Size, u: torch.Size, delta: torch.Size, A: torch.Size, *args: Any, **kwargs: Any) -> int:
+def _backward_flops(
+    dout: torch.Size, u: torch.Size, delta: torch.Size, A: torch.Size, *args: Any, **kwargs: Any
+) -> int:
     return 2 * scan_flops(u, A)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
@@ -14,6 +15,8 @@ def wrap(model: nn.Module, ranks: Ranks) -> nn.Module:
     """The model that training steps call: itself alone, DistributedDataParallel among several ranks."""
     if ranks.world == 1:
         return model
+    # a depthwise convolution of channels-last images gives its gradient in that layout; DDP copies it, which is right
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     devices = [ranks.device.index] if ranks.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -47,6 +48,13 @@ class Classification(Task):
             return made[0], made[1], None
         if not isinstance(data, ShardsDataConfig):
             raise UserError(f"task.kind is 'classification', but data.kind is '{data.kind}': use data=shards")
+
+        if not Path(data.root).exists():
+            raise UserError(
+                f"data.root: there is no folder {data.root}. Make it with `mmtrain data prepare images --root IMAGES"
+                f" --out {data.root}`, point data.root at yours, or try the configuration on made-up images with"
+                " data=synthetic"
+            )
 
         def shards(split: str, train: bool) -> ImageShards:
             return ImageShards(

@@ -71,7 +71,10 @@ def test_fetch_reads_normalises_and_keeps_the_order(make_tar: Callable) -> None:
     for shard in range(2):
         members = []
         for number in range(3 * shard, 3 * shard + 3):
-            members += [(f"{number}.png", save(Image.fromarray(level(values[number])))), (f"{number}.cls", b"%d" % number)]
+            members += [
+                (f"{number}.png", save(Image.fromarray(level(values[number])))),
+                (f"{number}.cls", b"%d" % number),
+            ]
         make_tar(members, f"train/shard-{shard:06d}.tar")
     path = find_shards(make_tar(members, "train/shard-000001.tar").parent)
     source = ImageShards(path, image_size=8, train=False, **GREY)
@@ -93,7 +96,9 @@ def test_evaluation_resizes_and_crops_like_timm() -> None:
     from timm.data import create_transform
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
-    theirs = create_transform(24, is_training=False, crop_pct=0.9, interpolation="bicubic", mean=(0.5,) * 3, std=(0.25,) * 3)
+    theirs = create_transform(
+        24, is_training=False, crop_pct=0.9, interpolation="bicubic", mean=(0.5,) * 3, std=(0.25,) * 3
+    )
     ours = build_transform(False, 24, crop_pct=0.9, **GREY)
     assert torch.allclose(ours([image], None)[0], theirs(image), atol=1e-5)
 
@@ -186,7 +191,9 @@ def test_open_files_are_few_and_closed(make_tar: Callable, samples: Callable) ->
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_a_corrupt_image_is_named(make_tar: Callable, samples: Callable, image_bytes: Callable, kind: str, workers: int) -> None:
+def test_a_corrupt_image_is_named(
+    make_tar: Callable, samples: Callable, image_bytes: Callable, kind: str, workers: int
+) -> None:
     good = image_bytes(kind=kind, size=(40, 40))
     bad = good[: len(good) // 2]
     shard = make_tar([*samples(2), ("broken.cls", b"1"), (f"broken.{kind.lower()}", bad)])
@@ -213,9 +220,11 @@ def test_where_shards_are_looked_for(make_tar: Callable, samples: Callable, tmp_
     assert find_shards([second, str(first)]) == [second, first]
     with pytest.raises(UserError, match=r"no \*\.tar shards .*folders train: give one.*mmtrain data prepare"):
         find_shards(root)
-    with pytest.raises(UserError, match=r"set/trian: no such folder or shard .*mean 'train'.*mmtrain data prepare images .*/set "):
+    with pytest.raises(
+        UserError, match=r"set/trian: no such folder or shard .*mean 'train'.*mmtrain data prepare images .*/set "
+    ):
         find_shards(root / "trian")
-    with pytest.raises(UserError, match="2 of 4 shards are missing .*shard-000002"):
+    with pytest.raises(UserError, match=r"2 of 4 shards are missing .*shard-000002"):
         find_shards(f"{root}/train/shard-{{000000..000003}}.tar")
     with pytest.raises(UserError, match="not a brace pattern"):
         find_shards("{a,b")

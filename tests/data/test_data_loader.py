@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -76,7 +78,7 @@ def test_stopping_anywhere_and_going_on_with_another_world(sizes: list[int], leg
         assert sorted(positions) == list(range(consumed, consumed + steps * batch))
         seen += [number for _, number in sorted(zip(positions, numbers, strict=True))]
         consumed += steps * batch
-    whole = list(train_batches(source, seed=1, batch_size=consumed, start=0, steps=1, window=window))[0]["number"]
+    whole = next(train_batches(source, seed=1, batch_size=consumed, start=0, steps=1, window=window))["number"]
     assert seen == whole.tolist()
     for begin in range(0, consumed - len(source) + 1, len(source)):  # every full epoch: each sample exactly once
         assert sorted(seen[begin : begin + len(source)]) == list(range(len(source)))
@@ -97,9 +99,7 @@ def test_resume_with_other_worlds_and_workers_sees_each_sample_once() -> None:
 
 @pytest.mark.parametrize("augment", ["light", "imagenet"])
 def test_batches_do_not_depend_on_workers_or_ranks(digits: Path, augment: str) -> None:
-    source = ImageShards(
-        digits / "train", image_size=32, train=True, augment=augment, mean=[0.5] * 3, std=[0.25] * 3
-    )
+    source = ImageShards(digits / "train", image_size=32, train=True, augment=augment, mean=[0.5] * 3, std=[0.25] * 3)
     options: dict[str, Any] = {"seed": 2, "batch_size": 30, "start": 1250, "steps": 3}  # over the end of epoch 0
     expected = list(train_batches(source, **options))
     for workers in (1, 3):
@@ -174,6 +174,7 @@ def test_a_killed_worker_is_an_error_and_no_hang() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)worker died .*memory.*data\.workers"):
         list(eval_batches(Numbers([40], trap=21, act=_kill), batch_size=2, workers=2))
     assert time.monotonic() - begin < 20
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -207,6 +208,16 @@ def test_leaving_early_stops_the_workers() -> None:
     assert len(multiprocessing.active_children()) == 2
     batches.close()  # type: ignore[attr-defined]  # it is a generator
     assert not multiprocessing.active_children()
+
+
+def test_exit_in_the_middle_of_a_run_does_not_wait_for_workers() -> None:
+    code = (
+        "import sys; from mmtrain.data.loader import eval_batches; from mmtrain.data.synthetic import SyntheticImages\n"
+        "batches = eval_batches(SyntheticImages(2, 8, 500, seed=0), batch_size=2, workers=2)\n"
+        "next(batches); sys.exit(7)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (7, "")
 
 
 def test_bad_options_are_refused_at_once() -> None:

@@ -136,7 +136,10 @@ def _run(jobs: list[_Job], workers: int) -> Iterator[int]:
             for done in as_completed([pool.submit(_write_shard, job) for job in jobs]):
                 yield done.result()
         except BrokenProcessPool as error:
-            raise UserError("a worker was killed, most often for lack of memory: use fewer --workers") from error
+            raise UserError(
+                "a worker process died: most often for lack of memory (use fewer --workers), or because a script calls "
+                "this outside of `if __name__ == '__main__':` (or use workers=1)"
+            ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

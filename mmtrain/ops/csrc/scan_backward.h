@@ -124,18 +124,15 @@ struct Sums {
     int64_t columns;
 };
 
-// One block over one chunk; carry is a_{t+1} g_{t+1} at its end. (next, next_chunk) is fetched into the caches on the way.
+// One block over one chunk; carry is a_{t+1} g_{t+1} at its end.
 static void backward_chunk(const ScanArgs &s, const Plan &plan, const Packed &packed, BackwardTiles &w, vf *carry,
-                           const Block &at, int64_t chunk, const Block &next, int64_t next_chunk, const Sums &sums) {
+                           const Block &at, int64_t chunk, const Sums &sums) {
     const int64_t N = s.state, slot = at.group * plan.blocks + at.index, columns = sums.columns, t0 = chunk * T;
-    const int rows = plan.rows(chunk, s.length), next_rows = plan.rows(next_chunk, s.length);
-    const Lane next_u = lane(s.u, s, plan, next), next_delta = lane(s.delta, s, plan, next),
-               next_dout = lane(s.dout, s, plan, next);
+    const int rows = plan.rows(chunk, s.length);
     const Coefficients B(s.B, s, at.batch, at.group), C(s.C, s, at.batch, at.group);
     const vf *A = packed.A.data + slot * N;
     const vf bias = packed.bias.data[slot], D = packed.D.data[slot];
     const float *h0 = chunk > 0 ? saved_state(s, plan, at, chunk) : nullptr;
-    const float *next_h = next_chunk > 0 ? saved_state(s, plan, next, next_chunk) : nullptr;
     if (chunk == plan.chunks - 1)
         for (int64_t n = 0; n < N; ++n) carry[n] = vf{};
     load_tile(w.u, lane(s.u, s, plan, at), t0, rows);
@@ -149,12 +146,6 @@ static void backward_chunk(const ScanArgs &s, const Plan &plan, const Packed &pa
         w.gB[t] = w.gA[t] = vf{};
     }
     for (int64_t n = 0; n < N; n += 4) {
-        const int part = (int)(n / 4), parts = (int)ceil_div(N, 4);
-        prefetch_tile(next_u, next_chunk * T, next_rows, part, parts);
-        prefetch_tile(next_delta, next_chunk * T, next_rows, part, parts);
-        prefetch_tile(next_dout, next_chunk * T, next_rows, part, parts);
-        if (next_h)
-            for (int64_t k = n; k < min64(n + 4, N); ++k) __builtin_prefetch(next_h + k * plan.padded);
         const float *Bn = B.at(t0, n), *Cn = C.at(t0, n), *hn = h0 ? h0 + n * plan.padded : nullptr;
 #define MMT_BACKWARD(K)                                                                                                  \
     backward_states<K>(rows, w, A + n, hn, plan.padded, carry + n, sums.dA + n, Bn, B.position, B.state, Cn, C.position, \
@@ -210,13 +201,9 @@ static void backward_task(const ScanArgs &s, const Plan &plan, const Packed &pac
         for (int64_t chunk = plan.chunks - 1; chunk >= 0; --chunk) {
             const int64_t t0 = chunk * T, rows = plan.rows(chunk, s.length);
             memset(chunk_sums, 0, 2 * T * columns * sizeof(float));
-            for (int64_t i = blocks.first; i < blocks.last; ++i) {
-                const bool last = i + 1 == blocks.last, end = last && chunk == 0;
-                const Block next{end ? min64(b + 1, s.batch - 1) : b, g, last ? blocks.first : i + 1};
-                const int64_t next_chunk = end ? plan.chunks - 1 : last ? chunk - 1 : chunk;
-                backward_chunk(s, plan, packed, tiles, carry + (i - blocks.first) * N, {b, g, i}, chunk, next, next_chunk,
+            for (int64_t i = blocks.first; i < blocks.last; ++i)
+                backward_chunk(s, plan, packed, tiles, carry + (i - blocks.first) * N, {b, g, i}, chunk,
                                {dA + i * N, dD + i, dbias + i, dB, dC, columns});
-            }
             if (grid.splits == 1) {
                 write_sums(s, s.dB, b, g, t0, rows, dB, columns, 1, 0);
                 write_sums(s, s.dC, b, g, t0, rows, dC, columns, 1, 0);

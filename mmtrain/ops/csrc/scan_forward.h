@@ -27,12 +27,11 @@ struct ForwardTiles {
     vf u[T], dt[T], dtu[T], y[T];
 };
 
-// One block over one chunk; h is its state. The tiles of (next, next_chunk) are fetched into the caches on the way.
+// One block over one chunk; h is its state.
 static void forward_chunk(const ScanArgs &s, const Plan &plan, const Packed &packed, ForwardTiles &w, vf *h, const Block &at,
-                          int64_t chunk, const Block &next, int64_t next_chunk) {
+                          int64_t chunk) {
     const int64_t N = s.state, slot = at.group * plan.blocks + at.index, t0 = chunk * T;
-    const int rows = plan.rows(chunk, s.length), next_rows = plan.rows(next_chunk, s.length);
-    const Lane next_u = lane(s.u, s, plan, next), next_delta = lane(s.delta, s, plan, next);
+    const int rows = plan.rows(chunk, s.length);
     const Coefficients B(s.B, s, at.batch, at.group), C(s.C, s, at.batch, at.group);
     const vf *A = packed.A.data + slot * N;
     const vf bias = packed.bias.data[slot], D = packed.D.data[slot];
@@ -51,8 +50,6 @@ static void forward_chunk(const ScanArgs &s, const Plan &plan, const Packed &pac
         w.y[t] = D * w.u[t];
     }
     for (int64_t n = 0; n < N; n += 4) {
-        prefetch_tile(next_u, next_chunk * T, next_rows, (int)(n / 4), (int)ceil_div(N, 4));
-        prefetch_tile(next_delta, next_chunk * T, next_rows, (int)(n / 4), (int)ceil_div(N, 4));
         const float *Bn = B.at(t0, n), *Cn = C.at(t0, n);
 #define MMT_FORWARD(K) \
     forward_states<K>(rows, w.dt, w.dtu, w.y, A + n, h + n, Bn, B.position, B.state, Cn, C.position, C.state)
@@ -87,12 +84,8 @@ static int scan_forward(const ScanArgs &s) {
             const Range blocks = part_of(plan.blocks, task % splits, splits);
             const int64_t g = task / splits % s.groups, b = task / splits / s.groups;
             for (int64_t chunk = 0; chunk < plan.chunks; ++chunk)
-                for (int64_t i = blocks.first; i < blocks.last; ++i) {
-                    const bool last = i + 1 == blocks.last, end = last && chunk + 1 == plan.chunks;
-                    const Block next{end ? min64(b + 1, s.batch - 1) : b, g, last ? blocks.first : i + 1};
-                    forward_chunk(s, plan, packed, *tiles.data, h.data + (i - blocks.first) * s.state, {b, g, i}, chunk, next,
-                                  end ? 0 : last ? chunk + 1 : chunk);
-                }
+                for (int64_t i = blocks.first; i < blocks.last; ++i)
+                    forward_chunk(s, plan, packed, *tiles.data, h.data + (i - blocks.first) * s.state, {b, g, i}, chunk);
         }
     }
     return failed;

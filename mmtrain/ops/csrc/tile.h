@@ -50,18 +50,6 @@ static void load_tile(vf *tile, const Lane &s, int64_t start, int rows) {
     }
 }
 
-// Ask for part `part` of `parts` of the cache lines of a tile that will be loaded soon. Rows of a tile lie a whole stride
-// apart, a pattern that the hardware prefetcher does not follow; all at once they would fill its queue and stall.
-static inline void prefetch_tile(const Lane &s, int64_t start, int rows, int part, int parts) {
-    const float *p = s.data + (s.reverse ? s.length - start - rows : start) * s.position;
-    if (s.position == 1 && s.channel != 1) {
-        for (int i = s.lanes * part / parts; i < s.lanes * (part + 1) / parts; ++i)
-            for (int r = 0; r < rows; r += 16) __builtin_prefetch(p + i * s.channel + r);
-    } else {
-        for (int r = rows * part / parts; r < rows * (part + 1) / parts; ++r) __builtin_prefetch(p + r * s.position);
-    }
-}
-
 static void store_tile(const vf *tile, const Lane &s, int64_t start, int rows) {
     const int64_t first = s.reverse ? s.length - start - rows : start;
     const int64_t step = s.reverse ? -1 : 1;

@@ -1,8 +1,8 @@
 """Start a run: on Slurm, as several processes here, or as one in the foreground.
 
-    python launch/submit.py --config vim2_base_in1k --nodes 4 --dry-run
-    python launch/submit.py --config tsm2_etth1 --local 2 optim.lr=2e-4
-    python launch/submit.py --config vim2_base_in1k --debug data=synthetic
+python launch/submit.py --config vim2_base_in1k --nodes 4 --dry-run
+python launch/submit.py --config tsm2_etth1 --local 2 optim.lr=2e-4
+python launch/submit.py --config vim2_base_in1k --debug data=synthetic
 """
 
 from __future__ import annotations

@@ -61,12 +61,11 @@ def _forecast(trained: TrainedModel, file: Path, out: Path, back: int, missing: 
         out.mkdir(parents=True, exist_ok=True)
         stem = out / f"{file.stem}_forecast"
         table.to_csv(f"{stem}.csv", index=False)
-        draw_forecast(
-            Path(f"{stem}.png"), made.columns, made.past, made.values, truth=made.truth, stamps=made.stamps
-        )
+        draw_forecast(Path(f"{stem}.png"), made.columns, made.past, made.values, truth=made.truth, stamps=made.stamps)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
     print(f"{len(made.values)} steps of {len(made.columns)} variates: {stem}.csv, {stem}.png")
     if made.truth is not None:
-        for name, error in zip(made.columns, np.nanmean(np.abs(made.values - made.truth), axis=0), strict=True):
-            print(f"  mean absolute error  {error:10.4g}  {name}")
+        errors = np.nanmean(np.abs(made.values - made.truth), axis=0)
+        for name, mean in zip(made.columns, errors, strict=True):
+            print(f"  mean absolute error  {mean:10.4g}  {name}")

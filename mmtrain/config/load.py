@@ -177,9 +177,10 @@ def _refuse_unknown(values: Mapping[str, Any], schema: DictConfig, source: str, 
     for key, value in values.items():
         dotted = f"{prefix}{key}"
         if key not in schema:
-            known = [f"{prefix}{k}" for k in schema]
-            hint = nearest(dotted, known) or nearest(dotted, _leaves(_root(schema)))
-            same = [leaf for leaf in _leaves(_root(schema)) if leaf.split(".")[-1] == key]
+            known = [f"{prefix}{k!s}" for k in schema]
+            leaves = _leaves(_root(schema))
+            hint = nearest(dotted, known) or nearest(dotted, leaves)
+            same = [leaf for leaf in leaves if leaf.split(".")[-1] == key]
             hint = f"; did you mean '{same[0]}'?" if same else hint
             section = prefix[:-1]
             if section in _KINDS and not schema.get(_KINDS[section][0]):
@@ -199,7 +200,7 @@ def _leaves(schema: DictConfig, prefix: str = "") -> list[str]:
     found: list[str] = []
     for key in schema:
         value = schema[key]
-        dotted = f"{prefix}{key}"
+        dotted = f"{prefix}{key!s}"
         found += _leaves(value, f"{dotted}.") if isinstance(value, DictConfig) else [dotted]
     return found
 

@@ -65,7 +65,10 @@ class OptimConfig:
         require(self.schedule in ("cosine", "constant"), "optim.schedule", self.schedule, "choose cosine or constant")
         require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "it must be 0 or more")
         require(
-            self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "positive, or null for none"
+            self.clip_norm is None or self.clip_norm > 0,
+            "optim.clip_norm",
+            self.clip_norm,
+            "positive, or null for none",
         )
 
 
@@ -86,9 +89,7 @@ class TrainConfig:
         require(self.epochs > 0, "train.epochs", self.epochs, "it must be positive")
         for key in ("batch_size", "accumulation", "log_every", "max_bad_steps"):
             require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "it must be at least 1")
-        require(
-            self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "at least 1, or null"
-        )
+        require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "at least 1, or null")
         require(self.precision in ("fp32", "bf16"), "train.precision", self.precision, "choose fp32 or bf16")
         decay = self.ema_decay
         require(decay is None or 0 < decay < 1, "train.ema_decay", decay, "it must be in (0, 1), or null for none")
@@ -96,7 +97,7 @@ class TrainConfig:
 
 @dataclass
 class EvalConfig:
-    """``every_steps`` wins over ``every_epochs``. ``select``: the checkpoint that is tested at the end, best or last."""
+    """``every_steps`` wins over ``every_epochs``. ``select``: which checkpoint is tested at the end, best or last."""
 
     every_epochs: float = 1.0
     every_steps: int | None = None
@@ -186,7 +187,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         devices = ("auto", "cpu", "cuda")
         require(self.device in devices, "device", self.device, f"choose one of {', '.join(devices)}")
-        require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1, or null for torch's own")
+        require(
+            self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1, or null for torch's own"
+        )
 
 
 #: Keys that may differ when a run is continued in its folder: they do not change what is learnt.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmtrain.models.s6 import no_weight_decay
+
 
 class WeightedAverage(nn.Module):
     """A learnable weighted sum of the earlier token and channel outputs: the input of one mixer.
@@ -18,8 +20,7 @@ class WeightedAverage(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(earlier))
         self.input_copy = nn.Parameter(torch.zeros(1))
-        for parameter in (self.weight, self.input_copy):
-            parameter._no_weight_decay = True
+        no_weight_decay(self.weight, self.input_copy)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -42,7 +43,9 @@ class MixerStack(nn.Module):
     the plain residual sums.
     """
 
-    def __init__(self, mixers: list[nn.Module], norms: list[nn.Module], drops: list[nn.Module], averaging: bool) -> None:
+    def __init__(
+        self, mixers: list[nn.Module], norms: list[nn.Module], drops: list[nn.Module], averaging: bool
+    ) -> None:
         super().__init__()
         self.mixers = nn.ModuleList(mixers)
         self.norms = nn.ModuleList(norms)

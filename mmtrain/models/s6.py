@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,12 @@ from mmtrain.ops import causal_conv1d, selective_scan
 
 #: Steps are initialised log-uniform in this range (Mamba).
 _STEP_RANGE = (1e-3, 1e-1)
+
+
+def no_weight_decay(*parameters: nn.Parameter) -> None:
+    """Mark parameters that the optimizer must not decay."""
+    for parameter in parameters:
+        parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
 
 class S6(nn.Module):
@@ -30,8 +37,7 @@ class S6(nn.Module):
         self.dt_proj = nn.Linear(self.rank, features)
         self.A_log = nn.Parameter(torch.empty(features, state))
         self.D = nn.Parameter(torch.empty(features))
-        for parameter in (self.A_log, self.D, self.dt_proj.bias):
-            parameter._no_weight_decay = True
+        no_weight_decay(self.A_log, self.D, self.dt_proj.bias)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -99,7 +105,7 @@ class DirectionalScan(nn.Module):
         for i, reverse in enumerate(self.reverse):
             u = x
             if self.conv:
-                conv = self.conv[i]
+                conv = cast(nn.Conv1d, self.conv[i])
                 u = causal_conv1d(
                     x.transpose(1, 2), conv.weight.squeeze(1), conv.bias, activation="silu", reverse=reverse
                 ).transpose(1, 2)

@@ -9,6 +9,7 @@ Notable:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ class ViM2(nn.Module):
         dims = config.dims
         self.stem = nn.Conv2d(config.in_channels, dims[0], config.patch_size, config.patch_size)
         self.stem_norm = nn.LayerNorm(dims[0])
-        self.downs = nn.ModuleList(PatchMerging(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True))
+        self.downs = nn.ModuleList(PatchMerging(a, b) for a, b in pairwise(dims))
         total = sum(n + n // 2 for n in config.token_mixers)
         rates = iter([config.drop_path * i / max(total - 1, 1) for i in range(total)])
         self.stages = nn.ModuleList(

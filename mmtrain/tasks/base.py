@@ -65,7 +65,7 @@ class Task(ABC):
         self.val = _Head(self.val, length)
         self.test = _Head(self.test, length) if self.test is not None else None
 
-    def check_batch(self, local: int) -> None:
+    def check_batch(self, local: int) -> None:  # noqa: B027 - most tasks take any batch
         """Raise UserError when the task cannot train on batches of ``local`` samples a rank and micro-batch."""
 
     def build_model(self) -> nn.Module:

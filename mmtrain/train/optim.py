@@ -12,7 +12,8 @@ from mmtrain.config import OptimConfig
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """AdamW; biases, gains and what is marked ``_no_weight_decay`` (A_log, D, the bias of Δ, averages) do not decay."""
-    decay, rest = [], []
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             exempt = parameter.ndim <= 1 or getattr(parameter, "_no_weight_decay", False)

@@ -43,8 +43,9 @@ class Progress:
     ) -> None:
         detail = f"loss {loss:.4f}  lr {lr:.2e}  {speed:.0f} samples/s" if loss is not None else ""
         if self._bar:
-            fields = {"detail": detail} if detail else {}
-            self._bar.update(self._task, completed=step, **fields)
+            self._bar.update(self._task, completed=step)
+            if detail:
+                self._bar.update(self._task, detail=detail)
         elif detail and (time.monotonic() - self._said_at > _PLAIN_EVERY or step == self.total):
             self._said_at = time.monotonic()
             logger.info("step %d/%d  %s  eta %s", step, self.total, detail, self._eta(step))

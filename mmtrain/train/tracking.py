@@ -74,7 +74,7 @@ class Tracker:
         mean = self.ranks.sum(torch.stack(self._losses).mean()) / self.ranks.world
         seconds = time.perf_counter() - self._window_start
         speed = len(self._losses) * self.config.train.batch_size / seconds
-        line = {
+        line: dict[str, Any] = {
             "kind": "train",
             "step": state.step,
             "samples": state.samples,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mmtrain.config import RunConfig
 from mmtrain.errors import UserError
@@ -24,7 +25,7 @@ class WandbRun:
                 "tracking.wandb is on, but wandb is not installed: pip install 'mmtrain[wandb]',"
                 " or tracking.wandb=disabled"
             ) from None
-        self.run_id = run_id or wandb.util.generate_id()
+        self.run_id = run_id or secrets.token_hex(4)
         self._run: Any = None
         try:
             self._run = wandb.init(
@@ -32,7 +33,7 @@ class WandbRun:
                 name=config.name,
                 id=self.run_id,
                 resume="allow",
-                mode=config.tracking.wandb,
+                mode=cast(Any, config.tracking.wandb),
                 dir=str(folder),
                 config=dataclasses.asdict(config),
                 settings=wandb.Settings(silent=True),

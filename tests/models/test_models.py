@@ -208,5 +208,3 @@ def test_bad_input_names_the_cure() -> None:
 def test_models_are_listed_by_pattern() -> None:
     assert "tsm2" in list_models()
     assert all(name.startswith("vim2") for name in list_models("vim2*"))
-
-

@@ -28,7 +28,7 @@ STATE = 16
 
 
 def log_step_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    """The recurrence by recursive doubling. u, delta (Bt, L, D); A (D, N); B, C (Bt, L, N); D (D,). Returns (Bt, L, D)."""
+    """The recurrence by recursive doubling. u, delta and the result (Bt, L, D); A (D, N); B, C (Bt, L, N); D (D,)."""
     decay = torch.exp(delta[..., None] * A)
     h = (delta * u)[..., None] * B[:, :, None, :]
     step = 1

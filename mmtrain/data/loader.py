@@ -234,7 +234,7 @@ def _is_death(error: Exception) -> bool:
 def _died(error: Exception) -> str:
     return (
         f"a data worker died ({str(error).strip()}). Most often the machine ran out of memory or of shared memory "
-        "(/dev/shm): use fewer data.workers or a smaller data.prefetch, or data.workers=0 to see the error itself"
+        "(/dev/shm): use fewer data.workers, or data.workers=0 to see the error itself"
     )
 
 

@@ -75,7 +75,7 @@ class Order:
         if (self.sizes < 0).any() or int(self.sizes.sum()) < 1:
             raise UserError("there is nothing to train on: the data source holds no samples")
         if window < 1:
-            raise UserError(f"data.window={window}: the shuffle window is a number of shards, 1 or more")
+            raise UserError(f"data.shuffle_window={window}: the shuffle window is a number of shards, 1 or more")
         self.seed, self.window, self.shuffle = int(seed), int(window), bool(shuffle)
         self.starts: Int64s = np.cumsum(self.sizes) - self.sizes
         self._length = int(self.sizes.sum())

@@ -29,13 +29,13 @@ class SeriesWindows:
         self, values: NDArray[np.float32], start: int, stop: int, lookback: int, horizon: int, stride: int = 1
     ) -> None:
         if min(lookback, horizon, stride) < 1:
-            raise UserError(f"data.lookback={lookback}, data.horizon={horizon}, data.stride={stride}: each 1 or more")
+            raise UserError(f"lookback={lookback}, horizon={horizon}, stride={stride}: each must be 1 or more")
         if not 0 <= start <= stop <= len(values):
             raise ValueError(f"rows {start} to {stop} of a table of {len(values)}")
         if stop - start < lookback + horizon:
             raise UserError(
                 f"{stop - start} rows are too few for one window of look-back {lookback} + horizon {horizon} = "
-                f"{lookback + horizon} rows; use a shorter data.lookback or data.horizon, or more rows"
+                f"{lookback + horizon} rows; use a shorter model.lookback or model.horizon, or more rows"
             )
         self.values, self.start, self.stop = values, start, stop
         self.lookback, self.horizon, self.stride = lookback, horizon, stride

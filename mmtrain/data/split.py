@@ -34,11 +34,11 @@ class Split:
                 raise UserError(f"data.split={spec!r}: {' or '.join(NAMED)} or three parts{nearest(spec, NAMED)}")
             a, b, c = NAMED[spec]
             if rows < a + b + c:
-                raise UserError(f"data.split={spec} needs {a + b + c} rows, the table has {rows}: use data.split=[...]")
+                raise UserError(f"data.split={spec} needs {a + b + c} rows, the table has {rows}: use data.split=ratio data.ratios=[...]")
             return cls((a, a + b, a + b + c))
         parts = [float(part) for part in spec]
         if len(parts) != 3 or min(parts) < 0 or parts[0] <= 0 or abs(sum(parts) - 1) > 1e-6:
-            raise UserError(f"data.split={list(spec)}: three parts (train, validation, test) that add up to 1")
+            raise UserError(f"data.ratios={list(spec)}: three parts (train, validation, test) that add up to 1")
         train, test = int(rows * parts[0]), int(rows * parts[2])
         return cls((train, rows - test, rows))
 
@@ -53,7 +53,7 @@ class Split:
         if start < 0 or stop - start < lookback + horizon:
             raise UserError(
                 f"the {name} split has {stop - begin} of {c} rows (after {begin}): too short for one window of "
-                f"look-back {lookback} + horizon {horizon}; use a shorter data.lookback or data.horizon, another "
+                f"look-back {lookback} + horizon {horizon}; use a shorter model.lookback or model.horizon, another "
                 "data.split or more rows"
             )
         return start, stop

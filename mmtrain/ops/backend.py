@@ -31,9 +31,9 @@ _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("mmtrain_
 _told: set[str] = set()
 
 
-def _tell_once(level: int, message: str) -> None:
-    if message not in _told:
-        _told.add(message)
+def _tell_once(key: str, level: int, message: str) -> None:
+    if key not in _told:
+        _told.add(key)
         logger.log(level, message)
 
 
@@ -74,7 +74,9 @@ def choose(device: str, float64: bool) -> str:
     """
     name = requested()
     if name == "reference":
-        _tell_once(logging.INFO, "selective_scan and causal_conv1d: reference backend (plain PyTorch), as asked for")
+        _tell_once(
+            name, logging.INFO, "selective_scan and causal_conv1d: reference backend (plain PyTorch), as asked for"
+        )
         return "reference"
     if device == "meta":
         return "cpu"  # shapes and FLOPs only: the kernel's rules, no library needed
@@ -85,16 +87,15 @@ def choose(device: str, float64: bool) -> str:
     elif library.load().library is None:
         obstacle, cure = f"the C++ kernels are not available: {library.load().reason}", build.CURE
     else:
-        kernels = library.loaded()
-        _tell_once(
-            logging.INFO,
-            f"selective_scan and causal_conv1d: cpu backend ({kernels.isa}, {torch.get_num_threads()} threads, "
-            f"library {library.load().how}: {kernels.path})",
-        )
+        if "cpu" not in _told:
+            kernels = library.loaded()
+            settings = f"{kernels.isa}, {torch.get_num_threads()} threads, library {library.load().how}: {kernels.path}"
+            _tell_once("cpu", logging.INFO, f"selective_scan and causal_conv1d: cpu backend ({settings})")
         return "cpu"
     if name == "cpu":
         raise UserError(f"the cpu backend was asked for, but {obstacle}; cure: {cure}, or ask for auto")
     _tell_once(
+        obstacle,
         logging.WARNING,
         f"selective_scan and causal_conv1d run the SLOW reference (plain PyTorch, often 100 times slower): {obstacle}. "
         f"Cure: {cure}. To accept it silently set MMTRAIN_SCAN=reference.",
@@ -106,7 +107,7 @@ def backend_report() -> dict[str, str | int]:
     """What runs for float32 tensors on the CPU, for ``mmtrain doctor``. Builds the library if it was never built.
 
     Keys: ``backend`` (cpu or reference), ``requested``, ``library`` (path or ""), ``built`` (installed, built on first
-    use, missing), ``reason`` (why not the installed one, or ""), ``cure`` ("" when none is needed), ``isa``, ``threads``.
+    use, missing), ``reason`` (why it is not the installed one, or ""), ``cure`` (or ""), ``isa``, ``threads``.
     """
     result = library.load()
     available = result.library is not None

@@ -27,7 +27,7 @@ LIBRARY_NAME = "_kernels.so"
 INSTALLED = Path(__file__).with_name(LIBRARY_NAME)
 TIMEOUT_S = 300
 
-# No -ffast-math: a NaN that goes in must come out. These two change no result.
+# No -ffast-math: a NaN that goes in must come out. The two -fno-* change no result.
 COMMON_FLAGS = (
     "-std=c++17",
     "-O3",

@@ -1,4 +1,4 @@
-"""Load the kernel library and call it: the argument blocks of ``csrc/args.h`` in ctypes, and where the library is from."""
+"""Load the kernel library and call it: the argument blocks of ``csrc/args.h`` in ctypes, and where it comes from."""
 
 from __future__ import annotations
 

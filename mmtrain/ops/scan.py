@@ -83,8 +83,8 @@ def selective_scan(
         reverse: run from the last position to the first; equals flip, scan, flip along L.
 
     Returns:
-        (Bt, D, L), dtype and memory layout of u. State and sums are float32 (float64 if the input is). Gradients of u
-        and delta have the layout of u and delta, and do not depend on the number of threads.
+        (Bt, D, L), dtype and memory layout of u. State and sums are float32 (float64 if the input is). The kernel's
+        gradients have the layout of their inputs, and like the output do not depend on the number of threads.
 
     Raises:
         UserError: shapes, dtypes or devices that do not fit, naming the argument; a backend that cannot run.

@@ -41,11 +41,11 @@ class Classification(Task):
     def _sources(self) -> tuple[Source, Source, Source | None]:
         data = self.config.data
         if isinstance(data, SyntheticDataConfig):
-            made = [
-                SyntheticImages(self.num_classes, data.image_size, length, seed=seed)
-                for seed, length in enumerate((data.length, data.val_length))
-            ]
-            return made[0], made[1], None
+            made = SyntheticImages(self.num_classes, data.image_size, data.length, seed=self.config.seed)
+            held_out = SyntheticImages(
+                self.num_classes, data.image_size, data.val_length, seed=self.config.seed, first=data.length
+            )
+            return made, held_out, None
         if not isinstance(data, ShardsDataConfig):
             raise UserError(f"task.kind is 'classification', but data.kind is '{data.kind}': use data=shards")
 

@@ -5,9 +5,7 @@
 #include <string.h>
 
 #include <utility>
-#if MMT_LANES == 16
-#include <immintrin.h>
-#elif defined(__AVX__) || defined(__SSE__)
+#if defined(__SSE__)
 #include <immintrin.h>
 #endif
 
@@ -113,7 +111,7 @@ MMT_INLINE vf exp2_fraction(vf f) {
 MMT_INLINE vf vmax(vf a, float b) { return a < b ? splat(b) : a; }  // NaN in a stays
 MMT_INLINE vf vmin(vf a, float b) { return a > b ? splat(b) : a; }
 
-// 2^round(x) * p, where r = round(x) is given; magic numbers instead of conversions, so that SSE2 suffices.
+// 2^x = 2^fraction * 2^r with r = round(x). Without AVX-512, magic numbers instead of conversions, so that SSE2 suffices.
 #if MMT_LANES == 16
 MMT_INLINE vf round_fraction(vf x, vf &fraction) {
     fraction = (vf)_mm512_reduce_ps((__m512)x, 0x08);  // x - rint(x); 0 for infinities

@@ -1,6 +1,6 @@
 """Samples a second of forward and backward passes of a configuration's model on random input, in this process.
 
-    python benchmarks/train_step.py --config tsm2_etth1 --threads 2
+python benchmarks/train_step.py --config tsm2_etth1 --threads 2
 """
 
 from __future__ import annotations

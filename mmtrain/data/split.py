@@ -34,7 +34,9 @@ class Split:
                 raise UserError(f"data.split={spec!r}: {' or '.join(NAMED)} or three parts{nearest(spec, NAMED)}")
             a, b, c = NAMED[spec]
             if rows < a + b + c:
-                raise UserError(f"data.split={spec} needs {a + b + c} rows, the table has {rows}: use data.split=ratio data.ratios=[...]")
+                raise UserError(
+                    f"data.split={spec} needs {a + b + c} rows, the table has {rows}: use data.split=ratio data.ratios=[...]"
+                )
             return cls((a, a + b, a + b + c))
         parts = [float(part) for part in spec]
         if len(parts) != 3 or min(parts) < 0 or parts[0] <= 0 or abs(sum(parts) - 1) > 1e-6:

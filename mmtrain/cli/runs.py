@@ -24,7 +24,9 @@ def show_runs(root: Path) -> None:
     table = Table("run", "model", "state", "step", "best val", "test", "last written", box=None)
     for run in sorted(found, key=lambda r: r.config_file.stat().st_mtime):
         table.add_row(*_row(run))
-    Console().print(table)
+    console = Console()
+    # away from a terminal there is no width to keep to, and a shortened path is of no use
+    (console if console.is_terminal else Console(width=200)).print(table)
 
 
 def _row(run: Any) -> tuple[str, ...]:

@@ -35,7 +35,8 @@ class Split:
             a, b, c = NAMED[spec]
             if rows < a + b + c:
                 raise UserError(
-                    f"data.split={spec} needs {a + b + c} rows, the table has {rows}: use data.split=ratio data.ratios=[...]"
+                    f"data.split={spec} needs {a + b + c} rows, the table has {rows}:"
+                    " use data.split=ratio data.ratios=[...]"
                 )
             return cls((a, a + b, a + b + c))
         parts = [float(part) for part in spec]

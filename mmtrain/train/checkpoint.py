@@ -102,10 +102,16 @@ class CheckpointStore:
 
 
 def load_tensors(path: Path, tensors: dict[str, Any]) -> None:
-    """Fill ``tensors`` (nested dicts, in place) from checkpoint ``path``."""
+    """Fill ``tensors`` (nested dicts, in place) from checkpoint ``path``.
+
+    Raises:
+        UserError: for metadata that no checkpoint of ours has.
+    """
+    reader = SafeReader(path)
+    reader.read_metadata()  # here, since DCP would bury what is wrong with it
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=SafeReader(path))
+        dcp.load(tensors, storage_reader=reader)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -160,7 +166,11 @@ def _disk_error(error: BaseException) -> str | None:
     if isinstance(error, dcp.api.CheckpointException):
         inner = [wrapped[0] for wrapped in error.failures.values()]
         return next((found for e in inner if (found := _disk_error(e))), None)
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    # torch's own file writer reports a short write as a RuntimeError
-    return str(error).splitlines()[0] if "file write failed" in str(error) or "PytorchStream" in str(error) else None
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause.strerror or str(cause)
+        cause = cause.__cause__ or cause.__context__
+    # torch's archive writer reports a short write as a RuntimeError of its own
+    archive = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
+    return "a write was cut short; is the disk full?" if archive else None

@@ -53,8 +53,12 @@ class WandbRun:
             self._give_up(error)
 
     def finish(self) -> None:
-        if self._run is not None:
-            self._run.finish(quiet=True)
+        if self._run is None:
+            return
+        try:
+            self._run.finish()
+        except Exception as error:
+            self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
         self._run = None

@@ -128,3 +128,39 @@ def test_two_processes_learn_what_one_learns(vision: Path, tmp_path: Path) -> No
     results = [json.loads((folder / "result.json").read_text())["test"] for folder in (alone, pair)]
     assert results[0]["samples"] == results[1]["samples"]
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(vision: Path, tmp_path: Path) -> None:
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    config = tmp_path / "short.yaml"
+    config.write_text(vision.read_text().replace("max_steps: 24", "max_steps: 8"))
+    train(load_config(config), whole)
+    process = start(config, moved)
+    while steps_noted(moved) < 3 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    process = start(config, moved, processes=2)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "resuming at step" in said
+    a, b = (load_trained(folder, "last").model.state_dict() for folder in (whole, moved))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_ends_the_others(vision: Path, tmp_path: Path) -> None:
+    process = start(vision, tmp_path / "run", processes=2)
+    begin = time.monotonic()
+    while steps_noted(tmp_path / "run") < 2 and process.poll() is None:
+        time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    assert time.monotonic() - begin < 60
+    for child in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(child), 0)

@@ -54,6 +54,15 @@ class Done:
     stderr: str
 
 
+@pytest.fixture(scope="session")
+def benchmarks() -> Path:
+    """The folder of the public forecasting tables: $MMTRAIN_DATA, or a copy that stands beside the checkout."""
+    for folder in (os.environ.get("MMTRAIN_DATA"), ROOT.parent / "shared" / "data" / "forecast"):
+        if folder and Path(folder).is_dir():
+            return Path(folder)
+    pytest.skip("the benchmark tables are not here: put ETTh1.csv in a folder and set MMTRAIN_DATA to it")
+
+
 Cli = Callable[..., Done]
 
 

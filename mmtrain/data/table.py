@@ -6,7 +6,7 @@ import io
 import logging
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,7 +141,7 @@ def _columns(frame: pd.DataFrame, file: Path, time_name: str | None, wanted: Seq
     return list(wanted)
 
 
-def _list(names: Sequence[str]) -> str:
+def _list(names: Iterable[str]) -> str:
     shown = [str(name) for name in names]
     return ", ".join(shown[:20]) + (f", ... ({len(shown)})" if len(shown) > 20 else "")
 

@@ -48,7 +48,7 @@ def prepare_traffic(out: str | Path) -> TrafficReport:
     empty = values.isna().any(axis=1)
     filled = values.interpolate(limit_direction="both")
     spread = (filled - filled.mean()).abs() > 8 * filled.std()
-    outliers = {name: int(count) for name, count in spread.sum().items() if count}
+    outliers = {str(name): int(count) for name, count in spread.sum().items() if count}
     table = filled.round(4).assign(date=stamps.dt.strftime("%Y-%m-%d %H:%M:%S"))[["date", *COLUMNS]]
     runs = (empty != empty.shift()).cumsum()[empty].value_counts()
     longest = int(runs.max()) if len(runs) else 0

@@ -46,7 +46,8 @@ def config_folders() -> list[Path]:
 
 def config_names() -> list[str]:
     """The names that ``--config`` takes."""
-    return sorted({path.stem for folder in config_folders() for path in folder.glob("*.yaml")})
+    found = {path.relative_to(folder) for folder in config_folders() for path in folder.rglob("*.yaml")}
+    return sorted(str(path.with_suffix("")) for path in found if path.parts[0] != "base")
 
 
 def load_config(name: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -107,6 +108,8 @@ def _file_layers(path: Path, seen: tuple[Path, ...]) -> Iterator[_Layer]:
         if not child.is_file():
             raise UserError(f"{path}: include: there is no file {child}")
         yield from _file_layers(child, (*seen, path))
+    if seen:  # a name is that of one configuration, not of those that build on it
+        values.pop("name", None)
     yield _Layer(str(path), cast(dict[str, Any], values))
 
 

@@ -34,13 +34,19 @@ class ClassificationConfig(TaskConfig):
 
 @dataclass
 class ForecastingConfig(TaskConfig):
-    """MSE or MAE on the standardised values; both are reported, over every window."""
+    """MSE or MAE on the standardised values; both are reported, over every window.
+
+    ``spread_weight`` times the pinball loss or the negative log-likelihood is added for a model with quantiles or a
+    Student-t.
+    """
 
     kind: str = "forecasting"
     loss: str = "mse"
+    spread_weight: float = 1.0
 
     def __post_init__(self) -> None:
         require(self.loss in ("mse", "mae"), "task.loss", self.loss, "choose mse or mae")
+        require(self.spread_weight > 0, "task.spread_weight", self.spread_weight, "it must be positive")
 
 
 TASKS: dict[str, type[TaskConfig]] = {"classification": ClassificationConfig, "forecasting": ForecastingConfig}

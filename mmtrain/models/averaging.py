@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmtrain.models.s6 import no_weight_decay
+from mmtrain.models.stochastic import with_current_keys
 
 
 class WeightedAverage(nn.Module):
@@ -30,9 +32,10 @@ class WeightedAverage(nn.Module):
     def forward(self, outputs: list[Tensor]) -> Tensor:
         """``outputs``: the stage's input, then each earlier mixer's output, all of one shape."""
         weight = torch.cat([self.weight[:1] + self.input_copy, self.weight[1:]])
-        total = outputs[0] * weight[0].to(outputs[0].dtype)
+        total = outputs[0] * weight[0]
         for w, y in zip(weight[1:], outputs[1:], strict=True):
-            total = torch.addcmul(total, y, w.to(y.dtype))
+            # under autocast y is bfloat16: the stream and the weights stay float32
+            total = torch.addcmul(total, y.to(total.dtype), w)
         return total
 
 
@@ -51,16 +54,25 @@ class MixerStack(nn.Module):
         self.norms = nn.ModuleList(norms)
         self.drops = nn.ModuleList(drops)
         self.averages = nn.ModuleList(WeightedAverage(i + 1) for i in range(len(mixers) + 1) if averaging)
+        #: Recompute every so many-th mixer in the backward pass instead of keeping its activations; 0 for none.
+        self.checkpoint_every = 0
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = [x]
         stream = x
-        for i, (mixer, norm, drop) in enumerate(zip(self.mixers, self.norms, self.drops, strict=True)):
+        for i in range(len(self.mixers)):
             if self.averages:
                 stream = self.averages[i](outputs)
-            y = drop(mixer(norm(stream)))
+            if self.checkpoint_every and self.training and i % self.checkpoint_every == 0:
+                # the masks of dropout must come out the same in the backward pass, where the keys are out of context
+                y = checkpoint(with_current_keys(self._branch), stream, i, use_reentrant=False)
+            else:
+                y = self._branch(stream, i)
             if self.averages:
                 outputs.append(y)
             else:
                 stream = stream + y
         return self.averages[-1](outputs) if self.averages else stream
+
+    def _branch(self, stream: Tensor, i: int) -> Tensor:
+        return self.drops[i](self.mixers[i](self.norms[i](stream)))

@@ -10,7 +10,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmtrain.models.s6 import DirectionalScan
+from mmtrain.models.s6 import S6, DirectionalScan
 
 
 class SequenceMixer(nn.Module):
@@ -33,47 +33,82 @@ class SequenceMixer(nn.Module):
         return self.out_proj(self.scan(u) * F.silu(gate))
 
 
-class ImageTokenMixer(nn.Module):
-    """Mixes the tokens of an image x (B, H, W, dim): depthwise 3×3 convolution, then the cross-scan.
+#: The directions of a scan over an image: which axis runs fastest, and whether from the end.
+IMAGE_SCANS: dict[str, tuple[tuple[str, bool], ...]] = {
+    "forward": (("rows", False),),
+    "bidirectional": (("rows", False), ("rows", True)),
+    "cross": (("rows", False), ("rows", True), ("columns", False), ("columns", True)),
+}
 
-    The four directions (row-major, column-major, both reversed) have separate S6 parameters; their merged output
-    is normalised before the gate (paper, ViM2; Fig. 8: one convolution shared by the scans).
+
+class ImageTokenMixer(nn.Module):
+    """Mixes the tokens of an image x (B, H, W, dim): depthwise 3×3 convolution, scans, normalised sum, gate.
+
+    ``scans``: ``cross`` (row-major, column-major, both reversed: ViM2), ``bidirectional`` (row-major both ways) or
+    ``forward``. Each direction has its own S6; with ``shared_conv`` one convolution serves them all (paper, Fig. 8),
+    else each has its own (Fig. 1, 6, 7). The outputs are averaged.
     """
 
-    def __init__(self, dim: int, *, expand: int = 2, state: int = 16) -> None:
+    def __init__(
+        self, dim: int, *, expand: int = 2, state: int = 16, scans: str = "cross", shared_conv: bool = True
+    ) -> None:
         super().__init__()
         width, rank = expand * dim, math.ceil(dim / 16)
+        self.directions = IMAGE_SCANS[scans]
         self.in_proj = nn.Linear(dim, 2 * width, bias=False)
-        self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width)
-        self.rows = DirectionalScan(width, state=state, rank=rank)
-        self.columns = DirectionalScan(width, state=state, rank=rank)
+        self.conv = nn.ModuleList(
+            nn.Conv2d(width, width, 3, padding=1, groups=width) for _ in self.directions[: 1 if shared_conv else None]
+        )
+        self.ssm = nn.ModuleList(S6(width, state, rank) for _ in self.directions)
         self.norm = nn.LayerNorm(width)
         self.out_proj = nn.Linear(width, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, h, w, _ = x.shape
         u, gate = self.in_proj(x).chunk(2, dim=-1)
         # the view keeps the memory channels-last, which is what the scans want
-        u = F.silu(self.conv(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-        rows = self.rows(u.reshape(b, h * w, -1)).view(b, h, w, -1)
-        columns = self.columns(u.transpose(1, 2).reshape(b, w * h, -1)).view(b, w, h, -1).transpose(1, 2)
-        return self.out_proj(self.norm((rows + columns) / 2) * F.silu(gate))
+        u = u.permute(0, 3, 1, 2)
+        grids = [F.silu(conv(u)).permute(0, 2, 3, 1) for conv in self.conv]
+        return self.out_proj(self.norm(self._scan(grids)) * F.silu(gate))
+
+    def _scan(self, grids: list[Tensor]) -> Tensor:
+        """The average of all directions, on one convolved grid (B, H, W, width) for all, or one for each."""
+        b, h, w, _ = grids[0].shape
+        by_axis: dict[str, Tensor] = {}
+        columns: Tensor | None = None
+        for i, (axis, reverse) in enumerate(self.directions):
+            grid = grids[i % len(grids)]
+            if axis == "columns":
+                if columns is None or len(grids) > 1:
+                    columns = grid.transpose(1, 2).reshape(b, w * h, -1)
+                y = self.ssm[i](columns, reverse)
+            else:
+                y = self.ssm[i](grid.reshape(b, h * w, -1), reverse)
+            by_axis[axis] = by_axis[axis] + y if axis in by_axis else y
+        total = by_axis["rows"].view(b, h, w, -1)
+        if "columns" in by_axis:
+            total = total + by_axis["columns"].view(b, w, h, -1).transpose(1, 2)
+        return total / len(self.directions)
 
 
 class ImageChannelMixer(nn.Module):
-    """Mixes the channels of an image x (B, H, W, dim) by two scans along the (expanded) channel axis.
+    """Mixes the channels of an image x (B, H, W, dim) by scans along the (expanded) channel axis, in both directions.
 
     Each element of that sequence carries the tokens of one ``window`` × ``window`` window as its features, partial
     windows being zero-padded: so no parameter depends on the size of the image (our reading of "CW-Linear").
+    ``scans`` = 4 adds two scans with the tokens of a window in column-major order (paper, Fig. 7): for the channel axis
+    that only permutes the features, so two is the default.
     """
 
-    def __init__(self, dim: int, *, expand: int = 2, state: int = 16, window: int = 7, conv: int = 4) -> None:
+    def __init__(
+        self, dim: int, *, expand: int = 2, state: int = 16, window: int = 7, conv: int = 4, scans: int = 2
+    ) -> None:
         super().__init__()
-        width = expand * dim
+        width, features = expand * dim, window * window
         self.window = window
         self.in_proj = nn.Linear(dim, 2 * width, bias=False)
-        features = window * window
-        self.scan = DirectionalScan(features, state=state, rank=math.ceil(features / 21), conv=conv)
+        self.scans = nn.ModuleList(
+            DirectionalScan(features, state=state, rank=math.ceil(features / 21), conv=conv) for _ in range(scans // 2)
+        )
         self.norm = nn.LayerNorm(width)
         self.out_proj = nn.Linear(width, dim, bias=False)
 
@@ -81,10 +116,20 @@ class ImageChannelMixer(nn.Module):
         h, w = x.shape[1:3]
         u, gate = self.in_proj(x).chunk(2, dim=-1)
         windows = self._partition(u)
-        # the sequence runs along the channels: (windows, width, tokens of the window)
-        y = self.scan(windows.transpose(1, 2)).transpose(1, 2)
-        y = self._merge(y, h, w)
-        return self.out_proj(self.norm(y) * F.silu(gate))
+        y = self._along_channels(self.scans[0], windows)
+        if len(self.scans) > 1:
+            y = (y + self._turned(self._along_channels(self.scans[1], self._turned(windows)))) / 2
+        return self.out_proj(self.norm(self._merge(y, h, w)) * F.silu(gate))
+
+    @staticmethod
+    def _along_channels(scan: nn.Module, windows: Tensor) -> Tensor:
+        """Scan windows (windows, tokens, width) with the sequence along the width."""
+        return scan(windows.transpose(1, 2)).transpose(1, 2)
+
+    def _turned(self, windows: Tensor) -> Tensor:
+        """The tokens of each window in column-major order."""
+        k = self.window
+        return windows.view(-1, k, k, windows.shape[-1]).transpose(1, 2).reshape(windows.shape)
 
     def _partition(self, u: Tensor) -> Tensor:
         """(B, H, W, width) → (B·windows, window², width), zero-padded at the bottom and the right."""
@@ -100,3 +145,15 @@ class ImageChannelMixer(nn.Module):
         rows, columns = -(-h // k), -(-w // k)
         y = y.reshape(-1, rows, columns, k, k, y.shape[-1]).transpose(2, 3)
         return y.reshape(-1, rows * k, columns * k, y.shape[-1])[:, :h, :w]
+
+
+class FeatureMLP(nn.Module):
+    """Linear, GELU, Linear on the features of x (..., dim): what the ablations put in the place of a channel mixer."""
+
+    def __init__(self, dim: int, ratio: int = 2) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, ratio * dim)
+        self.down = nn.Linear(ratio * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from mmtrain.config import MODELS, ModelConfig, TSM2Config, ViM2Config
 from mmtrain.config.models import preset
+from mmtrain.errors import UserError
 from mmtrain.models.tsm2 import TSM2
-from mmtrain.models.vim2 import ViM2
+from mmtrain.models.vim2 import ViM2, ViM2Features
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -18,15 +20,28 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in MODELS if fnmatch.fnmatch(name, pattern)]
 
 
-def create_model(name: str, **overrides: Any) -> nn.Module:
+def create_model(
+    name: str, *, features_only: bool = False, out_indices: Sequence[int] | None = None, **overrides: Any
+) -> nn.Module:
     """Build the model called ``name``, with arguments of its configuration overridden.
 
-    Example: ``create_model("vim2_small", num_classes=10)``.
+    Examples: ``create_model("vim2_small", num_classes=10)``; ``create_model("vim2_tiny", features_only=True)`` gives
+    the pyramid of feature maps for dense tasks.
+
+    Args:
+        out_indices: the stages of the pyramid (default: all).
 
     Raises:
         UserError: for an unknown name or argument, with the nearest one.
     """
-    return build_model(preset(name, **overrides))
+    model = build_model(preset(name, **overrides))
+    if not features_only:
+        if out_indices is not None:
+            raise UserError("out_indices goes with features_only=True")
+        return model
+    if not isinstance(model, ViM2):
+        raise UserError(f"features_only: model '{name}' has no pyramid of feature maps")
+    return ViM2Features(model, out_indices)
 
 
 def build_model(config: ModelConfig) -> nn.Module:

@@ -8,11 +8,15 @@ generator state to save. Without keys (a model used from plain Python) the masks
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _keys: Tensor | None = None
 
@@ -26,6 +30,19 @@ def sample_keys(keys: Tensor) -> Iterator[None]:
         yield
     finally:
         _keys = before
+
+
+def with_current_keys(function: Callable[P, R]) -> Callable[P, R]:
+    """``function``, to be called later (in a recomputation) with the keys that are in force now."""
+    keys = _keys
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if keys is None:
+            return function(*args, **kwargs)
+        with sample_keys(keys):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def name_streams(model: nn.Module) -> None:

@@ -4,26 +4,42 @@ Notable:
 - each variate is cut into patches on its own and embedded with shared weights;
 - a causal time mixer over the patches and a bidirectional mixer over the variates, in turn;
 - weighted averaging of earlier features instead of residual connections;
+- static and known-future inputs (equations 21-24), missing values by mask, quantiles or a Student-t beside the point;
 - no weight depends on the number of variates.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributions import StudentT
 
 from mmtrain.config import TSM2Config
+from mmtrain.models.auxiliary import AuxiliaryInputs
 from mmtrain.models.averaging import MixerStack
-from mmtrain.models.mixers import SequenceMixer
+from mmtrain.models.mixers import FeatureMLP, SequenceMixer
 from mmtrain.models.stochastic import SampleDropout, name_streams
 
 
 class TimeMixer(SequenceMixer):
-    """The causal mixer along the patches of x (B, M, P, dim), each variate on its own."""
+    """The mixer along the patches of x (B, M, P, dim), each variate on its own; causal unless bidirectional."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(0, 1)).view(x.shape)
+
+
+class LinearTimeMixer(nn.Module):
+    """One linear map along the patches of x (B, M, P, dim): the time half of the ablation "Mamba + linear time"."""
+
+    def __init__(self, patches: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(patches, patches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.transpose(-1, -2)).transpose(-1, -2)
 
 
 class VariateMixer(SequenceMixer):
@@ -47,56 +63,148 @@ class TimeFeatureNorm(nn.Module):
         return F.layer_norm(x, x.shape[-2:]) * self.weight + self.bias
 
 
+@dataclass(frozen=True)
+class Forecasts:
+    """``point`` (B, horizon, M); ``quantiles`` (B, horizon, M, Q), rising in Q; ``distribution`` of (B, horizon, M).
+
+    All in the units of the input; what the model was not made for is None.
+    """
+
+    point: Tensor
+    quantiles: Tensor | None = None
+    distribution: StudentT | None = None
+
+
 class TSM2(nn.Module):
     """Forecaster: past (B, lookback, M) → future (B, horizon, M), in the units of its input.
 
     Raises:
-        ValueError: for a past of another length than the look-back that the model was made for.
+        ValueError: for inputs whose shape is not the one that the model was made for.
     """
 
     def __init__(self, config: TSM2Config) -> None:
         super().__init__()
         self.config = config
         c = config
-        patches = (c.lookback - c.patch_size) // c.patch_stride + 1
+        self.auxiliary = AuxiliaryInputs(c) if c.static_features or c.future_features else None
+        length = c.lookback * (1 + (self.auxiliary.parts if self.auxiliary else 0))
+        patches = (length - c.patch_size) // c.patch_stride + 1
         self.embed = nn.Linear(c.patch_size, c.dim)
-        mixers: list[nn.Module] = []
-        for _ in range(c.depth):
-            mixers.append(TimeMixer(c.dim, expand=c.expand, state=c.state, conv=c.conv))
-            if c.variate_mixer:
-                mixers.append(VariateMixer(c.dim, expand=c.expand, state=c.state, conv=c.conv, bidirectional=True))
+        self.embed_missing = nn.Linear(c.patch_size, c.dim, bias=False) if c.mask_input else None
+        mixers = [mixer for _ in range(c.depth) for mixer in _mixers(c, patches)]
         norms: list[nn.Module] = [TimeFeatureNorm(c.dim) for _ in mixers]
         drops: list[nn.Module] = [SampleDropout(c.dropout) for _ in mixers]
         self.blocks = MixerStack(mixers, norms, drops, c.averaging)
         self.norm = TimeFeatureNorm(c.dim)
         self.head_drop = SampleDropout(c.dropout)
         self.head = nn.Linear(patches * c.dim, c.horizon)
+        extra = {"point": 0, "quantiles": len(c.quantiles), "student_t": 2}[c.output]
+        self.spread = nn.Linear(patches * c.dim, c.horizon * extra) if extra else None
         self.linear = nn.Linear(c.lookback, c.horizon) if c.linear_path else None
         if self.linear is not None:  # start as the mean of the look-back, which the window norm takes away
             nn.init.zeros_(self.linear.weight)
             nn.init.zeros_(self.linear.bias)
         name_streams(self)
 
-    def forward(self, past: Tensor) -> Tensor:
+    def forward(
+        self,
+        past: Tensor,
+        mask: Tensor | None = None,
+        static: Tensor | None = None,
+        known: Tensor | None = None,
+        full: bool = False,
+    ) -> Tensor | Forecasts:
+        """The point forecast (B, horizon, M); with ``full`` also what ``config.output`` puts beside it.
+
+        Args:
+            past: (B, lookback, M).
+            mask: (B, lookback, M), True where ``past`` was observed; what is not may hold anything, NaN too.
+            static: (B, M, C_S), for a model with ``static_features``.
+            known: (B, T_Z, M, C_Z), known in advance, for a model with ``future_features``.
+            full: return :class:`Forecasts` instead of the point alone.
+        """
+        point, spread = self._forecast(past, mask, static, known)
+        if not full:
+            return point
+        if spread is None:
+            return Forecasts(point)
+        if self.config.output == "quantiles":
+            return Forecasts(point, quantiles=self._quantiles(point, spread))
+        scale, freedom = spread.unbind(-1)
+        return Forecasts(point, distribution=StudentT(2 + F.softplus(freedom), point, scale))
+
+    def _forecast(
+        self, past: Tensor, mask: Tensor | None, static: Tensor | None, known: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The point (B, horizon, M) and the raw spread (B, horizon, M, K), its scale in the units of the input."""
         c = self.config
         if past.ndim != 3 or past.shape[1] != c.lookback:
             raise ValueError(f"past has shape {tuple(past.shape)}: give windows (B, {c.lookback}, variates)")
-        x = past.transpose(1, 2)
-        x, mean, std = self._window_norm(x)
-        tokens = self.embed(x.unfold(-1, c.patch_size, c.patch_stride))
-        y = self.norm(self.blocks(tokens)).flatten(2)
-        future = self.head(self.head_drop(y))
+        if mask is not None and mask.shape != past.shape:
+            raise ValueError(f"mask has shape {tuple(mask.shape)}: give one of past's, {tuple(past.shape)}")
+        seen = None if mask is None else mask.transpose(1, 2)
+        x, mean, std = self._window_norm(past.transpose(1, 2), seen)
+        y = self.norm(self.blocks(self._tokens(x, seen, static, known))).flatten(2)
+        y = self.head_drop(y)
+        future = self.head(y)
         if self.linear is not None:
             future = future + self.linear(x)
-        return (future * std + mean).transpose(1, 2)
+        point = (future * std + mean).transpose(1, 2)
+        if self.spread is None:
+            return point, None
+        spread = self.spread(y).unflatten(-1, (c.horizon, -1)).transpose(1, 2)
+        scale = (F.softplus(spread) * std.transpose(1, 2).unsqueeze(-1)).clamp(min=1e-6)
+        # quantiles are spaced by scales; of the Student-t only the first number is one
+        return point, scale if c.output == "quantiles" else torch.cat([scale[..., :1], spread[..., 1:]], -1)
 
-    def _window_norm(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, M, L), and what the forecast gets back: mean and deviation (B, M, 1) of each window and variate."""
-        zero, one = x.new_zeros(()), x.new_ones(())
+    def _tokens(self, x: Tensor, seen: Tensor | None, static: Tensor | None, known: Tensor | None) -> Tensor:
+        """Patches of x (B, M, L) and of the auxiliary inputs, embedded: (B, M, P, dim)."""
+        c = self.config
+        whole = x
+        if self.auxiliary is not None:
+            whole = torch.cat([x, *self.auxiliary(static, known, x)], -1)
+        elif static is not None or known is not None:
+            raise ValueError(
+                "this model was made without auxiliary inputs: set model.static_features or future_features"
+            )
+        tokens = self.embed(whole.unfold(-1, c.patch_size, c.patch_stride))
+        if self.embed_missing is not None and seen is not None:
+            missing = F.pad((~seen).to(x.dtype), (0, whole.shape[-1] - x.shape[-1]))
+            tokens = tokens + self.embed_missing(missing.unfold(-1, c.patch_size, c.patch_stride))
+        return tokens
+
+    def _window_norm(self, x: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, M, L) with what is missing at 0, and what the forecast gets back: mean, deviation (B, M, 1)."""
+        x, count = (x, None) if seen is None else (x.masked_fill(~seen, 0), seen.sum(-1, keepdim=True).clamp(min=1))
+        zero, one = x.new_zeros(*x.shape[:2], 1), x.new_ones(*x.shape[:2], 1)
         if self.config.window_norm == "none":
             return x, zero, one
-        mean = x.mean(-1, keepdim=True)
+        mean = x.mean(-1, keepdim=True) if count is None else x.sum(-1, keepdim=True) / count
+        x = x - mean if seen is None else (x - mean).masked_fill(~seen, 0)
         if self.config.window_norm == "mean":
-            return x - mean, mean, one
-        std = torch.sqrt(x.var(-1, keepdim=True, unbiased=False) + 1e-5)
-        return (x - mean) / std, mean, std
+            return x, mean, one
+        power = x.square().mean(-1, keepdim=True) if count is None else x.square().sum(-1, keepdim=True) / count
+        std = torch.sqrt(power + 1e-5)
+        return x / std, mean, std
+
+    def _quantiles(self, point: Tensor, gaps: Tensor) -> Tensor:
+        """Quantiles that never cross: rising by positive gaps, centred so that the middle one is at the point."""
+        ladder = gaps.cumsum(-1)
+        middle = min(range(len(self.config.quantiles)), key=lambda i: abs(self.config.quantiles[i] - 0.5))
+        return point.unsqueeze(-1) + ladder - ladder[..., middle : middle + 1]
+
+
+def _mixers(c: TSM2Config, patches: int) -> list[nn.Module]:
+    """One block: the time mixer and, but for ``none``, the variate mixer."""
+    both = c.block == "bidirectional"
+    found: list[nn.Module] = [
+        TimeMixer(c.dim, expand=c.expand, state=c.state, conv=c.conv, bidirectional=both)
+        if c.time_mixer == "scan"
+        else LinearTimeMixer(patches)
+    ]
+    if c.variate_mixer == "mlp":
+        found.append(FeatureMLP(c.dim))
+    elif c.variate_mixer != "none":
+        both = c.variate_mixer == "bidirectional"
+        found.append(VariateMixer(c.dim, expand=c.expand, state=c.state, conv=c.conv, bidirectional=both))
+    return found

@@ -3,22 +3,32 @@
 Notable:
 - a stem and four stages at strides 4, 8, 16, 32 (other sizes by configuration), any input size;
 - groups of two token mixers (cross-scan) and one channel mixer;
-- weighted averaging of earlier features within each stage instead of residual connections.
+- weighted averaging of earlier features within each stage instead of residual connections;
+- the methods that timm's models have: features, head reset, checkpointing, groups for layer decay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtrain.config import ViM2Config
 from mmtrain.models.averaging import MixerStack
-from mmtrain.models.mixers import ImageChannelMixer, ImageTokenMixer
+from mmtrain.models.mixers import FeatureMLP, ImageChannelMixer, ImageTokenMixer
 from mmtrain.models.s6 import initialise
 from mmtrain.models.stochastic import DropPath, name_streams
+
+# which scans each block variant has: of the tokens, whether they share a convolution, of the channels
+_BLOCKS: dict[str, tuple[str, bool, int]] = {
+    "bidirectional": ("bidirectional", False, 2),
+    "unidirectional": ("forward", False, 2),
+    "multi_scan": ("cross", False, 4),
+    "shared_conv": ("cross", True, 2),
+}
 
 
 class PatchMerging(nn.Module):
@@ -47,10 +57,12 @@ class ViM2(nn.Module):
         super().__init__()
         self.config = config
         dims = config.dims
+        self.num_features = dims[-1]
         self.stem = nn.Conv2d(config.in_channels, dims[0], config.patch_size, config.patch_size)
         self.stem_norm = nn.LayerNorm(dims[0])
         self.downs = nn.ModuleList(PatchMerging(a, b) for a, b in pairwise(dims))
-        total = sum(n + n // 2 for n in config.token_mixers)
+        group = 2 if config.channel_mixer == "none" else 3
+        total = sum(tokens // 2 * group for tokens in config.token_mixers)
         rates = iter([config.drop_path * i / max(total - 1, 1) for i in range(total)])
         self.stages = nn.ModuleList(
             self._stage(dim, tokens, expand, rates)
@@ -63,18 +75,33 @@ class ViM2(nn.Module):
 
     def _stage(self, dim: int, tokens: int, channel_expand: int, rates: Iterator[float]) -> MixerStack:
         c = self.config
+        scans, shared_conv, channel_scans = _BLOCKS[c.block]
         mixers: list[nn.Module] = []
         for _ in range(tokens // 2):
-            mixers += [ImageTokenMixer(dim, expand=c.expand, state=c.state) for _ in range(2)]
-            mixers += [
-                ImageChannelMixer(dim, expand=channel_expand, state=c.state, window=c.window, conv=c.channel_conv)
-            ]
+            for _ in range(2):
+                mixers.append(
+                    ImageTokenMixer(dim, expand=c.expand, state=c.state, scans=scans, shared_conv=shared_conv)
+                )
+            if c.channel_mixer == "scan":
+                options: dict[str, Any] = {"window": c.window, "conv": c.channel_conv, "scans": channel_scans}
+                mixers.append(ImageChannelMixer(dim, expand=channel_expand, state=c.state, **options))
+            elif c.channel_mixer == "mlp":
+                mixers.append(FeatureMLP(dim))
         norms: list[nn.Module] = [nn.LayerNorm(dim) for _ in mixers]
         drops: list[nn.Module] = [DropPath(next(rates)) for _ in mixers]
         return MixerStack(mixers, norms, drops, c.averaging)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.features(x)[-1].mean(dim=(1, 2))))
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The normalised output of the last stage, (B, H, W, num_features)."""
+        return self.norm(self.features(x)[-1])
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Average pool, then the linear head unless ``pre_logits``."""
+        pooled = x.mean(dim=(1, 2))
+        return pooled if pre_logits else self.head(pooled)
 
     def features(self, x: Tensor) -> list[Tensor]:
         """The output of each stage, (B, H_i, W_i, dims[i])."""
@@ -90,3 +117,62 @@ class ViM2(nn.Module):
             x = stage(self.downs[i - 1](x) if i else x)
             found.append(x)
         return found
+
+    # ------------------------------------------------------------------ what timm's tools ask for
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A fresh head for ``num_classes`` classes; 0 leaves the pooled features."""
+        old = self.head
+        self.config.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()  # type: ignore[assignment]
+        if isinstance(self.head, nn.Linear):
+            initialise(self.head)
+            self.head.to(next(self.norm.parameters()).device)
+        del old
+
+    def set_grad_checkpointing(self, enable: bool = True, every: int = 1) -> None:
+        """Recompute every ``every``-th mixer's activations in the backward pass: less memory for more time."""
+        for stage in self.stages:
+            cast(MixerStack, stage).checkpoint_every = every if enable else 0
+
+    def no_weight_decay(self) -> set[str]:
+        """The names of the parameters that must not decay."""
+        return {name for name, p in self.named_parameters() if getattr(p, "_no_weight_decay", False)}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers in order, for ``timm.optim.param_groups_layer_decay``: a group a stage if ``coarse``, else a mixer."""
+        last = r"^norm"  # with the last mixer; the head is a group of its own
+        if coarse:
+            return {"stem": r"^stem", "blocks": [(r"^(?:stages|downs)\.(\d+)", None), (last, (99999,))]}
+        mixer = r"^stages\.(\d+)\.(?:mixers|norms|drops|averages)\.(\d+)"
+        return {"stem": r"^stem", "blocks": [(r"^downs\.(\d+)", (99998,)), (mixer, None), (last, (99999,))]}
+
+
+class ViM2Features(nn.Module):
+    """The pyramid of a ViM2 for dense tasks: x (B, C, H, W) → [(B, dims[i], H/stride_i, W/stride_i) for i in out_indices].
+
+    Each map is normalised by a layer norm of its own. ``feature_info`` tells widths and strides as timm's does.
+    """
+
+    def __init__(self, backbone: ViM2, out_indices: Sequence[int] | None = None) -> None:
+        super().__init__()
+        config = backbone.config
+        self.out_indices = tuple(range(len(config.dims))) if out_indices is None else tuple(out_indices)
+        wrong = [i for i in self.out_indices if not 0 <= i < len(config.dims)]
+        if wrong:
+            raise ValueError(f"out_indices has {wrong}: this model has the stages 0 to {len(config.dims) - 1}")
+        backbone.reset_classifier(0)
+        backbone.norm = nn.Identity()  # type: ignore[assignment]
+        self.backbone = backbone
+        self.norms = nn.ModuleList(nn.LayerNorm(config.dims[i]) for i in self.out_indices)
+        self.feature_info = [
+            {"num_chs": config.dims[i], "reduction": config.patch_size * 2**i, "module": f"stages.{i}"}
+            for i in self.out_indices
+        ]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = self.backbone.features(x)
+        return [norm(maps[i]).permute(0, 3, 1, 2) for i, norm in zip(self.out_indices, self.norms, strict=True)]

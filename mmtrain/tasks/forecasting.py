@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmtrain.config import ForecastingConfig, RunConfig, SeriesDataConfig, TSM2Config
 from mmtrain.data.series import load_series
 from mmtrain.errors import UserError
+from mmtrain.models.tsm2 import Forecasts
 from mmtrain.tasks.base import Batch, StepKey, Task
 
 
@@ -47,20 +48,38 @@ class Forecasting(Task):
 
     def loss(self, model: nn.Module, batch: Batch, key: StepKey) -> Tensor:
         distance = F.mse_loss if self.options.loss == "mse" else F.l1_loss
-        return distance(model(batch["past"]).float(), batch["future"])
+        made: Forecasts = model(batch["past"], full=True)
+        loss = distance(made.point.float(), batch["future"])
+        for spread in self._spread(made, batch["future"]).values():
+            loss = loss + self.options.spread_weight * spread.mean()
+        return loss
+
+    def _spread(self, made: Forecasts, future: Tensor) -> dict[str, Tensor]:
+        """The pinball loss or the negative log-likelihood of each number, (B, horizon, M), where the model has one."""
+        if made.quantiles is not None:
+            levels = torch.tensor(cast(TSM2Config, self.config.model).quantiles, device=future.device)
+            short = future.unsqueeze(-1) - made.quantiles.float()
+            return {"pinball": torch.maximum(levels * short, (levels - 1) * short).mean(-1)}
+        if made.distribution is not None:
+            return {"nll": -made.distribution.log_prob(future)}
+        return {}
 
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        error = (model(batch["past"]).float() - batch["future"]).double().flatten(1)
+        made: Forecasts = model(batch["past"], full=True)
+        error = (made.point.float() - batch["future"]).double().flatten(1)
+        spread = self._spread(made, batch["future"])
         return {
             "count": torch.tensor(len(error), dtype=torch.float64),
             "squared": error.square().mean(1).sum(),
             "absolute": error.abs().mean(1).sum(),
+            **{name: values.double().flatten(1).mean(1).sum() for name, values in spread.items()},
         }
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         count = sums["count"]
         mse = sums["squared"] / count
-        return {"loss": mse, "mse": mse, "mae": sums["absolute"] / count, "samples": count}
+        spread: dict[str, float] = {name: sums[name] / count for name in ("pinball", "nll") if name in sums}
+        return {"loss": mse, "mse": mse, "mae": sums["absolute"] / count, **spread, "samples": count}
 
     def assets(self) -> dict[str, Any]:
         return {

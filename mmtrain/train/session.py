@@ -52,7 +52,6 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
         task.check_batch(local)
         if debug:
             task.shorten(_DEBUG_SAMPLES)
-            torch.autograd.set_detect_anomaly(True)
         if ranks.main:
             run.prepare(config, task.assets())
             log_to_file(run.log_file)
@@ -73,7 +72,8 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
                     ranks.world,
                     ranks.device.type,
                 )
-            return trainer.fit()
+            with torch.autograd.set_detect_anomaly(debug):
+                return trainer.fit()
         finally:
             tracker.close()
 

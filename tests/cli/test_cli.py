@@ -30,7 +30,14 @@ def vision_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def series_run(waves: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("series") / "run"
-    overrides = [f"data.path={waves}", "model.lookback=48", "model.horizon=24", "model.dim=8", "optim.lr=3e-3"]
+    overrides = [
+        f"data.path={waves}",
+        "data.columns=null",
+        "model.lookback=48",
+        "model.horizon=24",
+        "model.dim=8",
+        "optim.lr=3e-3",
+    ]
     train(load_config("tsm2_traffic", [*overrides, "train.epochs=3", "threads=1"]), folder)
     return folder
 

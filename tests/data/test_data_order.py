@@ -121,7 +121,7 @@ def test_a_batch_that_does_not_divide_is_named() -> None:
 def test_bad_orders_are_refused() -> None:
     with pytest.raises(UserError, match="no samples"):
         Order([0, 0], 0)
-    with pytest.raises(UserError, match=r"data\.window=0"):
+    with pytest.raises(UserError, match=r"data\.shuffle_window=0"):
         Order([1], 0, window=0)
     with pytest.raises(ValueError, match="0 or more"):
         Order([1], 0).lookup(np.array([-1]))

@@ -126,7 +126,8 @@ def test_the_channel_mixer_leaves_windows_apart_and_mixes_channels_both_ways() -
     windows = torch.randn(1, 16, 8)
     poked = windows.clone()
     poked[:, :, 4] += 1
-    reach = (mixer.scan(poked.mT) - mixer.scan(windows.mT)).abs().amax(dim=(0, 2))
+    scan = mixer.scans[0]
+    reach = (scan(poked.mT) - scan(windows.mT)).abs().amax(dim=(0, 2))
     assert (reach > 0).all()
 
 
@@ -143,16 +144,16 @@ def test_the_cross_scan_is_four_scans_of_the_grid() -> None:
     mixer = ImageTokenMixer(4)
     x = torch.randn(2, 3, 5, 4)
     u, gate = mixer.in_proj(x).chunk(2, -1)
-    u = nn.functional.silu(mixer.conv(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+    u = nn.functional.silu(mixer.conv[0](u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
     total = torch.zeros_like(u)
-    for scan, columns in ((mixer.rows, False), (mixer.columns, True)):
-        for s6, flip in zip(scan.ssm, (False, True), strict=True):
-            grid = u.transpose(1, 2) if columns else u
-            sequence = grid.flatten(1, 2)
-            sequence = sequence.flip(1) if flip else sequence
-            y = s6(sequence)
-            y = (y.flip(1) if flip else y).reshape(grid.shape)
-            total = total + (y.transpose(1, 2) if columns else y) / 4
+    directions = ((False, False), (False, True), (True, False), (True, True))
+    for s6, (columns, flip) in zip(mixer.ssm, directions, strict=True):
+        grid = u.transpose(1, 2) if columns else u
+        sequence = grid.flatten(1, 2)
+        sequence = sequence.flip(1) if flip else sequence
+        y = s6(sequence)
+        y = (y.flip(1) if flip else y).reshape(grid.shape)
+        total = total + (y.transpose(1, 2) if columns else y) / 4
     expected = mixer.out_proj(mixer.norm(total) * nn.functional.silu(gate))
     torch.testing.assert_close(mixer(x), expected, rtol=1e-4, atol=1e-5)
 

@@ -9,6 +9,7 @@ import typer
 
 from mmtrain.cli import data
 from mmtrain.cli.doctor import doctor_command
+from mmtrain.cli.model import model_command
 from mmtrain.cli.options import Checkpoint, Overrides, Run
 from mmtrain.cli.predict import predict_command
 from mmtrain.cli.train import train_command
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command("train")(train_command)
 app.command("predict")(predict_command)
+app.command("model")(model_command)
 app.command("doctor")(doctor_command)
 app.add_typer(data.app, name="data")
 

@@ -105,10 +105,24 @@ def load_tensors(path: Path, tensors: dict[str, Any]) -> None:
     """Fill ``tensors`` (nested dicts, in place) from checkpoint ``path``.
 
     Raises:
-        UserError: for metadata that no checkpoint of ours has.
+        UserError: for metadata that no checkpoint of ours has, or weights of another model.
     """
     reader = SafeReader(path)
-    reader.read_metadata()  # here, since DCP would bury what is wrong with it
+    there = reader.read_metadata().state_dict_metadata  # here, since DCP would bury what is wrong with it
+    wrong = []
+    for part in ("model", "average"):
+        for name, tensor in tensors.get(part, {}).items():
+            found = getattr(there.get(f"{part}.{name}"), "size", None)
+            if found is None:
+                wrong.append(f"{name} is not in it")
+            elif found != tensor.shape:
+                wrong.append(f"{name} is {tuple(found)} in it and {tuple(tensor.shape)} in the model")
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise UserError(
+            f"{path} holds another model than its configuration describes: {'; '.join(wrong[:5])}{more}."
+            " It may be of another version of mmtrain (see code.json in the run folder)"
+        )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(tensors, storage_reader=reader)

@@ -117,3 +117,11 @@ def test_metadata_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError, match="system"):
         load_tensors(store.at(1), tensors(0))
     assert not (tmp_path / "pwned").exists()
+
+
+def test_a_checkpoint_of_another_model_says_which_weights(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, ALONE)
+    store.save(1, tensors(1), {})
+    other = {"model": {"w": torch.zeros(7), "c": torch.zeros(2)}}
+    with pytest.raises(UserError, match=r"w is \(1000,\) in it and \(7,\) in the model; c is not in it"):
+        load_tensors(store.at(1), other)

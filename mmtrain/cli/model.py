@@ -1,0 +1,179 @@
+"""``mmtrain model``: what a model is made of and costs, and what a trained one has learned to select."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmtrain.cli.options import Checkpoint, Overrides
+from mmtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from mmtrain.inference import TrainedModel
+    from mmtrain.inspect.resolve import Subject
+    from mmtrain.inspect.stages import StageRow
+
+logger = logging.getLogger("mmtrain")
+
+
+def model_command(
+    name: Annotated[str, typer.Argument(help="A model (vim2_small, tsm2), a configuration, a run or export folder.")],
+    overrides: Overrides = None,
+    input_size: Annotated[
+        str | None, typer.Option(help="Pixels, 224 or 224x160 (height x width); default: the run's, or 224.")
+    ] = None,
+    variates: Annotated[
+        int | None, typer.Option(help="Series in a forecast's input; default: the run's, or 7.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Samples in the input.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Where a folder's pictures go (default: into it).")] = None,
+    series: Annotated[Path | None, typer.Option(help="Draw the selection at the end of this table.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Draw the selection in this image.")] = None,
+    checkpoint: Checkpoint = "best",
+) -> None:
+    """Show parameters and FLOPs stage by stage; of a run or export folder also draw averaging.png and selection.png."""
+    from mmtrain.inspect.resolve import resolve
+
+    subject = resolve(name, overrides or [])
+    if subject.folder is None and (out or series or image):
+        cure = f" (for the folder write ./{name})" if Path(name).is_dir() else ""
+        raise UserError(f"--out, --series and --image are for a run or export folder, not for '{name}'{cure}")
+    for path in (series, image):
+        if path is not None and not path.is_file():
+            raise UserError(f"{path}: there is no such file")
+    _show_stages(subject, input_size, variates, batch)
+    if subject.folder is not None:
+        _draw(subject, subject.folder, out or subject.folder, series, image, checkpoint)
+
+
+def _show_stages(subject: Subject, input_size: str | None, variates: int | None, batch: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mmtrain.config import TSM2Config
+    from mmtrain.inspect.stages import NOT_COUNTED, stage_table, total
+
+    model = subject.model
+    if isinstance(model, TSM2Config):
+        if input_size is not None:
+            raise UserError(f"--input-size is for images: '{model.name}' takes series (set lookback, or --variates)")
+        series = variates if variates is not None else _variates(subject)
+        rows = stage_table(model, batch=batch, variates=series)
+        shown = f"{batch} × {model.lookback} rows × {series} variates"
+    else:
+        if variates is not None:
+            raise UserError(f"--variates is for series: '{model.name}' takes images (give --input-size)")
+        size = _size(input_size) if input_size is not None else _own_size(subject)
+        rows = stage_table(model, batch=batch, image_size=size)
+        shown = f"{batch} × {size[0]}×{size[1]} pixels"
+    table = Table("stage", box=None, title=f"{model.name}, input {shown}", title_justify="left")
+    for column in ("output", "token mixers", "channel mixers", "parameters", "MFLOPs", "scan"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*_cells(row))
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(table)
+    whole = total(rows)
+    print(
+        f"total: {whole.parameters / 1e6:.2f} M parameters, {whole.flops / 1e9:.4g} GFLOPs forward"
+        f" ({_share(whole)} in scans), {whole.token_mixers} token and {whole.channel_mixers} channel mixers"
+    )
+    print("A multiply-add is 2 FLOPs; a scan is 9·B·L·D·N + B·L·D; linear maps and convolutions are all counted.")
+    print(f"Not counted: {NOT_COUNTED}.")
+
+
+def _cells(row: StageRow) -> tuple[str, ...]:
+    return (
+        row.name,
+        "×".join(map(str, row.output)),
+        str(row.token_mixers or "-"),
+        str(row.channel_mixers or "-"),
+        f"{row.parameters:,}",
+        f"{row.flops / 1e6:,.2f}",
+        _share(row),
+    )
+
+
+def _share(row: StageRow) -> str:
+    return f"{row.scan_flops / row.flops:.0%}" if row.flops else "-"
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)(?:[x×](\d+))?", text)
+    if not found:
+        raise UserError(f"--input-size {text}: give pixels as 224, or height x width as 224x160")
+    height = int(found[1])
+    return height, int(found[2] or height)
+
+
+def _own_size(subject: Subject) -> tuple[int, int]:
+    size = getattr(subject.run.data, "image_size", 224) if subject.run is not None else 224
+    return size, size
+
+
+def _variates(subject: Subject) -> int:
+    import json
+
+    if subject.folder is not None:
+        assets = subject.folder / "assets.json"
+        if assets.is_file():
+            return len(json.loads(assets.read_text())["columns"])
+    columns = getattr(subject.run.data, "columns", None) if subject.run is not None else None
+    return len(columns) if columns else 7
+
+
+def _draw(subject: Subject, folder: Path, out: Path, series: Path | None, image: Path | None, checkpoint: str) -> None:
+    from mmtrain.inference import load_trained
+    from mmtrain.inspect.averaging import averaging_matrices, draw_averaging
+
+    trained = load_trained(folder, checkpoint)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        matrices = averaging_matrices(trained.model)
+        if matrices:
+            draw_averaging(out / "averaging.png", matrices)
+            print(f"{out / 'averaging.png'}: the weights of the averaging")
+        else:
+            logger.warning("no averaging.png: this model was made with averaging=false")
+        drawing = _selection(trained, subject, series, image)
+        if drawing is not None:
+            drawing(out / "selection.png")
+            print(f"{out / 'selection.png'}: what was selected, the mean steps Δ")
+    except OSError as error:
+        raise UserError(f"{out}: the pictures cannot be written ({error.strerror}): choose another --out") from None
+
+
+def _selection(
+    trained: TrainedModel, subject: Subject, series: Path | None, image: Path | None
+) -> Callable[[Path], None] | None:
+    """How to draw the selection, or None, with a warning, where there is nothing to draw it from."""
+    from mmtrain.inspect.selection import image_selection, window_selection
+    from mmtrain.inspect.selection_plots import draw_image_selection, draw_window_selection
+
+    forecasts = image is None if series is not None or image is not None else _is_forecaster(trained)
+    flag = "--series FILE" if forecasts else "--image FILE"
+    try:
+        if forecasts:
+            window = window_selection(trained, subject.run, series)
+            if window.maps:
+                return lambda path: draw_window_selection(path, window)
+        else:
+            found = image_selection(trained, subject.run, image)
+            if found.maps:
+                return lambda path: draw_image_selection(path, found)
+    except UserError as error:
+        if series is not None or image is not None:
+            raise
+        logger.warning("no selection.png, since the run's data cannot be read: %s\nGive %s", error, flag)
+        return None
+    logger.warning("no selection.png: this model has no selective token, time or variate mixers")
+    return None
+
+
+def _is_forecaster(trained: TrainedModel) -> bool:
+    return trained.config.task.kind == "forecasting"

@@ -1,0 +1,173 @@
+"""What each stage of a model costs: parameters and forward FLOPs, found on the meta device without any memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmtrain.config import ModelConfig, TSM2Config, ViM2Config
+from mmtrain.errors import UserError
+from mmtrain.inspect.kinds import is_channel_mixer
+from mmtrain.models import build_model
+from mmtrain.models.averaging import MixerStack
+from mmtrain.models.tsm2 import TSM2
+from mmtrain.models.vim2 import ViM2
+from mmtrain.ops.backend import scan_backend
+
+#: What the FLOPs leave out, as torch's counter does: about one operation an element each.
+NOT_COUNTED = "activations, gates, normalisation, sums of the weighted averaging, pooling"
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One line of the table. ``output``: the shape, batch first; FLOPs of one forward pass, 2 to a multiply-add.
+
+    ``scan_flops`` is the selective scans' share of ``flops``, each counted 9·B·L·D·N + B·L·D.
+    """
+
+    name: str
+    output: tuple[int, ...]
+    token_mixers: int
+    channel_mixers: int
+    parameters: int
+    flops: int
+    scan_flops: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Modules by their names in the model, and which of them gives the part's output ("" for the model itself)."""
+
+    name: str
+    modules: list[str]
+    output: str
+
+
+def stage_table(
+    config: ModelConfig, *, batch: int = 1, image_size: tuple[int, int] = (224, 224), variates: int = 7
+) -> list[StageRow]:
+    """One row a stage: ViM2's stem, stages with their down-sampling, and head; TSM2's embedding, mixers and head.
+
+    Args:
+        batch: samples in the input.
+        image_size: height and width in pixels, for ViM2.
+        variates: number of series M, for TSM2.
+
+    The rows add up to the whole model: what belongs to none of them gets a row ``other``.
+
+    Raises:
+        UserError: for an input that the model cannot take.
+    """
+    if min(batch, variates, *image_size) < 1:
+        raise UserError(f"batch {batch}, image {image_size[0]}x{image_size[1]}, variates {variates}: give 1 or more")
+    with torch.device("meta"):
+        model = build_model(config).eval()
+        inputs = example_inputs(config, batch=batch, image_size=image_size, variates=variates)
+    parts = _parts(model)
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def keep(name: str) -> Any:
+        return lambda module, args, output: shapes.__setitem__(name, tuple(output.shape))
+
+    hooks = [model.get_submodule(part.output).register_forward_hook(keep(part.output)) for part in parts]
+    try:
+        # the kernel's own rule for the FLOPs, whatever backend the environment asks for
+        with FlopCounterMode(display=False) as counter, scan_backend("auto"), torch.no_grad():
+            model(*inputs)
+    except ValueError as error:
+        raise UserError(f"model '{config.name}': {error}") from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    counts = {name: dict(ops) for name, ops in counter.get_flop_counts().items()}
+    return _rows(model, parts, shapes, counts)
+
+
+def example_inputs(
+    config: ModelConfig, *, batch: int = 1, image_size: tuple[int, int] = (224, 224), variates: int = 7
+) -> tuple[Tensor | None, ...]:
+    """Zeros on the current default device, as the positional inputs of the model of ``config``."""
+    if isinstance(config, ViM2Config):
+        return (torch.zeros(batch, config.in_channels, *image_size),)
+    if not isinstance(config, TSM2Config):
+        raise UserError(f"model '{config.name}': {type(config).__name__} has no table of stages")
+    steps = config.future_length or config.lookback + config.horizon
+    static = torch.zeros(batch, variates, config.static_features) if config.static_features else None
+    known = torch.zeros(batch, steps, variates, config.future_features) if config.future_features else None
+    mask = torch.ones(batch, config.lookback, variates, dtype=torch.bool) if config.mask_input else None
+    return torch.zeros(batch, config.lookback, variates), mask, static, known
+
+
+def _parts(model: nn.Module) -> list[_Part]:
+    if isinstance(model, ViM2):
+        parts = [_Part("stem", ["stem", "stem_norm"], "stem_norm")]
+        for i in range(len(model.stages)):
+            parts.append(_Part(f"stage {i + 1}", [f"downs.{i - 1}"] * (i > 0) + [f"stages.{i}"], f"stages.{i}"))
+        return [*parts, _Part("head", ["norm", "head"], "")]
+    if isinstance(model, TSM2):
+        parts = [_Part("embed", ["auxiliary", "embed", "embed_missing"], "embed")]
+        count = len(model.blocks.mixers)
+        for i, mixer in enumerate(model.blocks.mixers):
+            name = f"mixer {i + 1} ({'variate' if is_channel_mixer(mixer) else 'time'})"
+            modules = [f"blocks.{kind}.{i}" for kind in ("averages", "norms", "mixers", "drops")]
+            parts.append(_Part(name, modules, f"blocks.mixers.{i}"))
+        head = [f"blocks.averages.{count}", "norm", "head_drop", "head", "spread", "linear"]
+        return [*parts, _Part("head", head, "")]
+    raise TypeError(f"{type(model).__name__} has no table of stages")
+
+
+def _rows(
+    model: nn.Module, parts: list[_Part], shapes: dict[str, tuple[int, ...]], counts: dict[str, dict[Any, int]]
+) -> list[StageRow]:
+    there = dict(model.named_modules())
+    root = type(model).__name__
+    rows = []
+    for part in parts:
+        names = [name for name in part.modules if name in there]
+        modules = [there[name] for name in names]
+        spent = [counts.get(f"{root}.{name}", {}) for name in names]
+        mixers = _mixers(modules, part.output, there)
+        channel = sum(is_channel_mixer(mixer) for mixer in mixers)
+        rows.append(
+            StageRow(
+                part.name,
+                shapes[part.output],
+                len(mixers) - channel,
+                channel,
+                sum(p.numel() for module in modules for p in module.parameters()),
+                sum(sum(ops.values()) for ops in spent),
+                sum(_scan(ops) for ops in spent),
+            )
+        )
+    whole = counts.get(root, {})
+    parameters = sum(p.numel() for p in model.parameters()) - sum(row.parameters for row in rows)
+    flops = sum(whole.values()) - sum(row.flops for row in rows)
+    scan = _scan(whole) - sum(row.scan_flops for row in rows)
+    if parameters or flops:
+        rows.append(StageRow("other", (), 0, 0, parameters, flops, scan))
+    return rows
+
+
+def _mixers(modules: Iterable[nn.Module], output: str, there: dict[str, nn.Module]) -> list[nn.Module]:
+    """The mixers of a part: those of its stack, or the one mixer that it is."""
+    stacks = [module for module in modules if isinstance(module, MixerStack)]
+    if stacks:
+        return [mixer for stack in stacks for mixer in stack.mixers]
+    return [there[output]] if ".mixers." in output else []
+
+
+def _scan(operations: dict[Any, int]) -> int:
+    return sum(flops for op, flops in operations.items() if "selective_scan" in str(op))
+
+
+def total(rows: Iterable[StageRow]) -> StageRow:
+    """The sum of ``rows``, with the output of the last one that has any."""
+    kept = list(rows)
+    output = [row.output for row in kept if row.output][-1]
+    sums = ("token_mixers", "channel_mixers", "parameters", "flops", "scan_flops")
+    return StageRow("total", output, **{key: sum(getattr(row, key) for row in kept) for key in sums})

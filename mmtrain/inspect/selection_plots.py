@@ -42,7 +42,7 @@ def draw_window_selection(path: Path, selection: WindowSelection) -> None:
         figure.colorbar(shown, ax=axis, label="mean step Δ")
         by_variate = isinstance(found.mixer, VariateMixer)
         kind, along = ("variate", "variates") if by_variate else ("time", "patches")
-        axis.set_title(f"mixer {found.depth} ({kind}): the scan runs along the {along} →", fontsize=10)
+        axis.set_title(f"{found.label} ({kind} mixer): the scan runs along the {along} →", fontsize=10)
         patches = found.steps.shape[0 if by_variate else 1]
         (_name_times_y if by_variate else _name_times_x)(axis, selection, patches)
         _name_variates(axis, selection.columns, on_x=by_variate)
@@ -118,7 +118,7 @@ def draw_image_selection(path: Path, selection: ImageSelection) -> None:
             axis.imshow(found.steps, cmap=_COLOURS, interpolation="nearest")
             h, w = found.steps.shape
             scale = f"{h}×{w} tokens, Δ {found.steps.min():.3g} to {found.steps.max():.3g}"
-            axis.set_title(f"mixer {found.depth}\n{scale}", fontsize=8)
+            axis.set_title(f"{found.label}\n{scale}", fontsize=8)
     figure.suptitle(
         f"{selection.what}: the mean step Δ of each token mixer\nbright is taken into the state, dark is passed by",
         fontsize=10,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mmtrain.inspect.kinds import mixer_labels
 from mmtrain.models.mixers import ImageTokenMixer
 from mmtrain.models.s6 import S6
 from mmtrain.models.tsm2 import TimeMixer, VariateMixer
@@ -29,10 +30,12 @@ class StepMap:
     """The steps of one mixer, the mean over its features and scan directions, for the first sample of a batch.
 
     ``steps`` float32, all positive: of a :class:`TimeMixer` (variates, patches), of a :class:`VariateMixer` (patches,
-    variates), of an :class:`ImageTokenMixer` (height, width) of its grid of tokens.
+    variates), of an :class:`ImageTokenMixer` (height, width) of its grid of tokens. ``label``: T1, C1, … as in the
+    matrices of the averaging.
     """
 
     name: str
+    label: str
     mixer: nn.Module
     steps: NDArray[np.float32]
 
@@ -40,11 +43,6 @@ class StepMap:
     def stack(self) -> str:
         """The name of the stack of mixers (a stage of ViM2, or TSM2's blocks)."""
         return self.name.partition(".mixers.")[0]
-
-    @property
-    def depth(self) -> int:
-        """The mixer's place in its stack, counted from 1."""
-        return int(self.name.rpartition(".")[2]) + 1
 
 
 @torch.no_grad()
@@ -63,7 +61,17 @@ def step_maps(model: nn.Module, forward: Callable[[], object]) -> list[StepMap]:
     mixers = [(name, module) for name, module in model.named_modules() if isinstance(module, _MAPPED)]
     with _recorded([mixer for _, mixer in mixers]) as (shapes, steps):
         forward()
-    return [StepMap(name, mixer, _map(mixer, shapes[mixer], steps)) for name, mixer in mixers if mixer in shapes]
+    return [
+        StepMap(name, _label(model, name), mixer, _map(mixer, shapes[mixer], steps))
+        for name, mixer in mixers
+        if mixer in shapes
+    ]
+
+
+def _label(model: nn.Module, name: str) -> str:
+    """The label of the mixer called ``name`` among those of its stack."""
+    siblings, _, place = name.rpartition(".")
+    return mixer_labels(cast(nn.ModuleList, model.get_submodule(siblings)))[int(place)]
 
 
 @contextmanager

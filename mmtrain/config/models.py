@@ -85,8 +85,8 @@ class TSM2Config(ModelConfig):
     ``mean``, or ``standard`` (mean and deviation). ``linear_path`` adds a linear map from the look-back to
     the horizon beside the mixers. No weight depends on the number of variates.
 
-    ``block``: unidirectional (the paper's TSM2) or bidirectional in time. ``time_mixer``: scan, or linear (one map along
-    the patches: the ablation "Mamba + linear time"). ``variate_mixer``: bidirectional, forward, mlp or none.
+    ``block``: unidirectional (the paper's TSM2) or bidirectional in time. ``time_mixer``: scan, or linear (one map
+    along the patches: the ablation "Mamba + linear time"). ``variate_mixer``: bidirectional, forward, mlp or none.
     ``static_features`` and ``future_features`` are the widths C_S and C_Z of the auxiliary inputs (paper, equations
     21-24); ``future_length`` is T_Z, the steps of the known-future input (0: look-back + horizon). ``output``: point,
     or quantiles or student_t beside the point forecast. ``mask_input`` lets the model see where values are missing.

@@ -34,8 +34,7 @@ class WeightedAverage(nn.Module):
         weight = torch.cat([self.weight[:1] + self.input_copy, self.weight[1:]])
         total = outputs[0] * weight[0]
         for w, y in zip(weight[1:], outputs[1:], strict=True):
-            # under autocast y is bfloat16: the stream and the weights stay float32
-            total = torch.addcmul(total, y.to(total.dtype), w)
+            total = torch.addcmul(total, y, w)
         return total
 
 
@@ -58,6 +57,8 @@ class MixerStack(nn.Module):
         self.checkpoint_every = 0
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # what is summed over the depth stays float32, whatever made the first of it
         outputs = [x]
         stream = x
         for i in range(len(self.mixers)):
@@ -68,6 +69,7 @@ class MixerStack(nn.Module):
                 y = checkpoint(with_current_keys(self._branch), stream, i, use_reentrant=False)
             else:
                 y = self._branch(stream, i)
+            y = y.to(x.dtype)  # once, here: every later average would keep a copy of its own
             if self.averages:
                 outputs.append(y)
             else:

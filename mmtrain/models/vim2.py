@@ -152,7 +152,8 @@ class ViM2(nn.Module):
 
 
 class ViM2Features(nn.Module):
-    """The pyramid of a ViM2 for dense tasks: x (B, C, H, W) → [(B, dims[i], H/stride_i, W/stride_i) for i in out_indices].
+    """The pyramid of a ViM2 for dense tasks: x (B, C, H, W) → a map (B, dims[i], H/stride_i, W/stride_i) for each stage
+    of ``out_indices`` (default: all).
 
     Each map is normalised by a layer norm of its own. ``feature_info`` tells widths and strides as timm's does.
     """

@@ -1,0 +1,123 @@
+"""torch.compile and the checks of torch.library: blocks are one graph, and every operator of ours keeps the rules."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mmtrain.ops
+from mmtrain.models.averaging import MixerStack
+from mmtrain.models.mixers import ImageChannelMixer, ImageTokenMixer, SequenceMixer
+from proof.measures import gradients, scaled_error
+
+BLOCKS = {
+    "mixer of one direction": (lambda: SequenceMixer(16), (2, 20, 16)),
+    "mixer of two directions": (lambda: SequenceMixer(16, bidirectional=True), (2, 20, 16)),
+    "image token mixer": (lambda: ImageTokenMixer(16), (2, 6, 9, 16)),
+    "image channel mixer": (lambda: ImageChannelMixer(16, window=4), (2, 6, 9, 16)),
+    "stack": (
+        lambda: MixerStack(
+            [SequenceMixer(8), SequenceMixer(8, bidirectional=True)],
+            [nn.LayerNorm(8), nn.LayerNorm(8)],
+            [nn.Identity(), nn.Identity()],
+            averaging=True,
+        ),
+        (2, 20, 8),
+    ),
+}
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_compiles_into_one_graph(name: str) -> None:
+    """Fused kernels sum in other orders and use another exponential: 1e-5 of the scale forward, 1e-4 backward.
+
+    A weight just before a norm, as a stack's first average, has a gradient of 0 but for rounding: so the scale is at
+    least a thousandth of the largest gradient's.
+    """
+    build, shape = BLOCKS[name]
+    block: nn.Module = build()
+    x, weight = torch.randn(shape), torch.randn(shape)
+    eager = gradients(block, x, weight)
+    in_one_graph = cast(nn.Module, torch.compile(block, fullgraph=True))
+    compiled = gradients(in_one_graph, x, weight)
+    # torch.compile's module names its parameters after the one that it wraps
+    compiled = {key.removeprefix("_orig_mod."): value for key, value in compiled.items()}
+    assert compiled.keys() == eager.keys()
+    floor = 1e-3 * max(value.abs().max().item() for value in eager.values())
+    for key, value in eager.items():
+        assert compiled[key].stride() == value.stride(), key
+        assert scaled_error(compiled[key], value, floor) < (1e-5 if key == "out" else 1e-4), key
+
+
+def sequences(channels: int, length: int, count: int) -> list[Tensor]:
+    """(2, channels, length), alternately in the layout of the models (channels last) and contiguous."""
+    plain = [torch.randn(2, channels, length) for _ in range(count)]
+    return [t.mT.contiguous().mT if i % 2 else t for i, t in enumerate(plain)]
+
+
+def scan_samples(backward: bool) -> Iterator[tuple[object, ...]]:
+    for length, groups, extras, save in ((70, 1, True, True), (70, 2, False, True), (9, 1, True, not backward)):
+        tensors = sequences(6, length, 2)
+        tensors += [-torch.rand(6, 3) - 0.1, torch.randn(2, groups, 3, length), torch.randn(2, groups, 3, length)]
+        if not backward:
+            tensors = [t.requires_grad_() for t in tensors]
+        optional = (torch.randn(6), torch.randn(6)) if extras else (None, None)
+        flags = (True, groups == 2)
+        if not backward:
+            yield (*tensors, *optional, *flags, save)
+            continue
+        out, states = torch.ops.mmtrain.selective_scan_fwd(*tensors, *optional, *flags, True)
+        yield (torch.randn_like(out), *tensors, *optional, states, *flags)
+
+
+def conv_samples(backward: bool) -> Iterator[tuple[object, ...]]:
+    for taps, bias, silu, reverse in ((4, True, True, False), (3, False, False, True)):
+        x, dout = sequences(6, 20, 2)
+        weight, offset = torch.randn(6, taps), torch.randn(6) if bias else None
+        if backward:
+            yield dout, x, weight, offset, silu, reverse
+        else:
+            yield x.requires_grad_(), weight.requires_grad_(), offset, silu, reverse
+
+
+SAMPLES = {
+    "selective_scan_fwd": lambda: scan_samples(backward=False),
+    "selective_scan_bwd": lambda: scan_samples(backward=True),
+    "causal_conv1d_fwd": lambda: conv_samples(backward=False),
+    "causal_conv1d_bwd": lambda: conv_samples(backward=True),
+}
+
+
+def registered() -> set[str]:
+    """Every operator of the namespace ``mmtrain`` that importing mmtrain.ops defines, with its overload."""
+    for module in pkgutil.walk_packages(mmtrain.ops.__path__, "mmtrain.ops."):
+        if not module.name.endswith("_kernels"):  # a plain shared library, not a module of Python's
+            importlib.import_module(module.name)
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.removeprefix("mmtrain::") for name in names if name.startswith("mmtrain::")}
+
+
+def test_every_operator_has_samples() -> None:
+    assert registered() == SAMPLES.keys(), "give every operator its samples above, so that opcheck sees it"
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_operator_passes_opcheck(name: str) -> None:
+    for arguments in SAMPLES[name]():
+        found = torch.library.opcheck(getattr(torch.ops.mmtrain, name).default, arguments)
+        assert set(found.values()) == {"SUCCESS"}

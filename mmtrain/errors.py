@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Bad input. The message names the file, key or flag that is wrong, and the cure.
 
     The command line prints the message alone and exits with status 2 (``mmtrain.cli``).

@@ -48,12 +48,16 @@ def eval_command(
 def export_command(
     run: Run,
     out: Annotated[Path, typer.Option(help="The folder to write.")],
+    format: Annotated[
+        str, typer.Option(help="safetensors, onnx or torch (a program without mmtrain).")
+    ] = "safetensors",
     checkpoint: Checkpoint = "best",
 ) -> None:
-    """Write the weights as safetensors, with the configuration and what prediction needs beside them."""
-    from mmtrain.inference import export, load_trained
+    """Write a trained model, with the configuration and what prediction needs beside it."""
+    from mmtrain.export import export_trained
+    from mmtrain.inference import load_trained
 
-    path = export(load_trained(run, checkpoint), out)
+    path = export_trained(load_trained(run, checkpoint), out, format)
     print(f"{path}: {', '.join(sorted(p.name for p in path.iterdir()))}")
 
 

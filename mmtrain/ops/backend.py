@@ -1,11 +1,12 @@
-"""Which implementation runs: the C++ kernels or the PyTorch reference. The choice is told once, never silent.
+"""Which implementation runs: the C++ kernels or one in plain PyTorch. The choice is told once, never silent.
 
 =============  ==================================================================================
 ``cpu``        C++ kernels (``csrc/``): CPU tensors of float32, bfloat16, float16
 ``reference``  plain PyTorch: any device and float dtype, slow
+``parallel``   plain PyTorch as an associative scan: the same, in log2 L steps; what exported models are made of
 =============  ==================================================================================
 
-Environment: ``MMTRAIN_SCAN=auto|reference|cpu`` overrides the choice (``scan_backend`` overrides that);
+Environment: ``MMTRAIN_SCAN=auto|reference|parallel|cpu`` overrides the choice (``scan_backend`` overrides that);
 ``MMTRAIN_SCAN_ISA=auto|avx512|avx2|baseline`` narrows the instruction set; ``MMTRAIN_CACHE`` names the folder for a
 library built on first use.
 """
@@ -25,7 +26,8 @@ from mmtrain.ops import build, library
 
 logger = logging.getLogger("mmtrain")
 
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "parallel", "cpu")
+_PLAIN = {"reference": "plain PyTorch", "parallel": "plain PyTorch, associative scan"}
 
 _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("mmtrain_scan_backend", default=None)
 _told: set[str] = set()
@@ -45,7 +47,7 @@ def _checked(name: str, source: str) -> str:
 
 @contextlib.contextmanager
 def scan_backend(name: str) -> Iterator[None]:
-    """Use one backend for every scan and convolution in the ``with`` block: "auto", "reference" or "cpu".
+    """Use one backend for every scan and convolution in the ``with`` block: "auto", "reference", "parallel" or "cpu".
 
     A function compiled by ``torch.compile`` keeps the backend that was in force when it was traced.
 
@@ -73,11 +75,11 @@ def choose(device: str, float64: bool) -> str:
         UserError: the backend asked for cannot take these tensors, or is not there.
     """
     name = requested()
-    if name == "reference":
+    if name in _PLAIN:
         _tell_once(
-            name, logging.INFO, "selective_scan and causal_conv1d: reference backend (plain PyTorch), as asked for"
+            name, logging.INFO, f"selective_scan and causal_conv1d: {name} backend ({_PLAIN[name]}), as asked for"
         )
-        return "reference"
+        return name
     if device == "meta":
         return "cpu"  # shapes and FLOPs only: the kernel's rules, no library needed
     if device != "cpu":
@@ -106,13 +108,14 @@ def choose(device: str, float64: bool) -> str:
 def backend_report() -> dict[str, str | int]:
     """What runs for float32 tensors on the CPU, for ``mmtrain doctor``. Builds the library if it was never built.
 
-    Keys: ``backend`` (cpu or reference), ``requested``, ``library`` (path or ""), ``built`` (installed, built on first
-    use, missing), ``reason`` (why it is not the installed one, or ""), ``cure`` (or ""), ``isa``, ``threads``.
+    Keys: ``backend`` (cpu, reference or parallel), ``requested``, ``library`` (path or ""), ``built`` (installed,
+    built on first use, missing), ``reason`` (why it is not the installed one, or ""), ``cure`` (or ""), ``isa``,
+    ``threads``.
     """
     result = library.load()
     available = result.library is not None
     return {
-        "backend": "cpu" if available and requested() != "reference" else "reference",
+        "backend": requested() if requested() in _PLAIN else "cpu" if available else "reference",
         "requested": requested(),
         "library": str(result.library.path) if result.library else "",
         "built": result.how,

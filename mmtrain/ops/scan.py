@@ -10,6 +10,7 @@ from mmtrain.errors import UserError
 from mmtrain.ops import backend
 from mmtrain.ops.checks import check_floats, check_shape, layout_like
 from mmtrain.ops.scan_cpu import selective_scan_fwd
+from mmtrain.ops.scan_parallel import selective_scan_parallel
 from mmtrain.ops.scan_reference import selective_scan_reference
 
 OP = "selective_scan"
@@ -95,11 +96,13 @@ def selective_scan(
     B4, C4 = ((t if t.dim() == 4 else t[:, None]).to(compute) for t in (B, C))
     skip, bias = (None if t is None else t.to(compute) for t in (D, delta_bias))
     scan_inputs = (u.to(compute), delta.to(compute), A.to(compute), B4, C4, skip, bias)
-    if backend.choose(u.device.type, float64) == "cpu":
+    chosen = backend.choose(u.device.type, float64)
+    if chosen == "cpu":
         wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in scan_inputs)
         out, _ = selective_scan_fwd(*scan_inputs, delta_softplus, reverse, wants_grad)
     else:
-        out = layout_like(selective_scan_reference(*scan_inputs, delta_softplus, reverse), u)
+        plain = selective_scan_parallel if chosen == "parallel" else selective_scan_reference
+        out = layout_like(plain(*scan_inputs, delta_softplus, reverse), u)
     if z is not None:
         out = out * F.silu(z.to(compute))
     return out.to(u.dtype)

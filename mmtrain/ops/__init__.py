@@ -1,8 +1,8 @@
 """Selective scan and causal convolution behind one door: the same call whichever backend runs.
 
 ``selective_scan`` and ``causal_conv1d`` choose between the C++ kernel for CPUs (``cpu``) and plain PyTorch
-(``reference``); ``MMTRAIN_SCAN=auto|reference|cpu`` or ``scan_backend(...)`` overrides the choice and
-``backend_report()`` tells it. See :mod:`mmtrain.ops.backend`.
+(``reference``, ``parallel``). ``MMTRAIN_SCAN=auto|reference|parallel|cpu`` or ``scan_backend(...)`` overrides the
+choice, and ``backend_report()`` tells it. See :mod:`mmtrain.ops.backend`.
 """
 
 from mmtrain.ops.backend import backend_report, scan_backend

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +11,16 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from mmtrain.config import RunConfig, from_yaml
 from mmtrain.errors import UserError
 from mmtrain.models import build_model
+from mmtrain.models.pretrained import WEIGHTS, from_pretrained, save_pretrained
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.train.checkpoint import CheckpointStore, load_state, load_tensors, verify
 from mmtrain.train.run_folder import RunFolder
-
-_WEIGHTS = "model.safetensors"
 
 
 @dataclass
@@ -47,8 +44,13 @@ def load_trained(folder: str | Path, checkpoint: str = "best") -> TrainedModel:
         UserError: when there is no model in ``folder``, or no such checkpoint.
     """
     folder = Path(folder)
-    if (folder / _WEIGHTS).is_file():
+    if (folder / WEIGHTS).is_file():
         return _load_export(folder)
+    if any(folder.glob("model.*")) and not (folder / "checkpoints").is_dir():
+        raise UserError(
+            f"{folder} holds an export that runs without mmtrain: load it with onnxruntime or torch.export.load, or"
+            " export the run again with --format safetensors"
+        )
     run = RunFolder.existing(folder)
     config = run.config()
     model = build_model(config.model)
@@ -81,16 +83,8 @@ def _checkpoint(run: RunFolder, which: str) -> Path:
 
 
 def _load_export(folder: Path) -> TrainedModel:
-    config = from_yaml(folder / "config.yaml")
-    model = build_model(config.model)
-    weights = load_file(folder / _WEIGHTS)
-    own = model.state_dict()
-    wrong = [name for name in sorted({*own, *weights}) if name not in own or name not in weights]
-    wrong += [name for name in own if name in weights and own[name].shape != weights[name].shape]
-    if wrong:
-        raise UserError(f"{folder / _WEIGHTS} does not fit {folder / 'config.yaml'}: {', '.join(wrong[:5])} differ")
-    model.load_state_dict(weights)
-    return TrainedModel(model.eval(), config, json.loads((folder / "assets.json").read_text()), folder, None)
+    assets = json.loads((folder / "assets.json").read_text())
+    return TrainedModel(from_pretrained(folder), from_yaml(folder / "config.yaml"), assets, folder, None)
 
 
 def export(trained: TrainedModel, out: str | Path) -> Path:
@@ -99,21 +93,7 @@ def export(trained: TrainedModel, out: str | Path) -> Path:
     Raises:
         UserError: when ``out`` exists or cannot be written.
     """
-    out = Path(out)
-    if out.exists():
-        raise UserError(f"{out} exists already: choose another folder with --out")
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file({k: v.contiguous() for k, v in trained.model.state_dict().items()}, partial / _WEIGHTS)
-        for name in ("config.yaml", "assets.json"):
-            shutil.copyfile(trained.folder / name, partial / name)
-        partial.rename(out)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{out} cannot be written: {error.strerror}") from None
-    return out
+    return save_pretrained(trained.model, trained.config, trained.assets, out)
 
 
 @torch.no_grad()

@@ -46,8 +46,8 @@ def from_pretrained(
             the file lacks, start fresh, which is logged; all others must fit.
 
     Raises:
-        UserError: no such model, a file that is missing or broken, no connection, an unknown argument.
-        ValueError: the weights do not fit the model; with the parameters and both shapes.
+        UserError: no such model, a file that is missing or broken, no connection, an unknown argument; weights that do
+            not fit the model, with the parameters and both shapes.
     """
     config, weights = _load(source, revision, checkpoint)
     model = build_model(_overridden(config, overrides, source))
@@ -73,7 +73,7 @@ def save_pretrained(model: nn.Module, config: RunConfig, assets: dict[str, Any],
 
     folder = Path(folder)
     if folder.exists():
-        raise UserError(f"{folder} exists already: choose another folder")
+        raise UserError(f"{folder} exists already: choose another folder (--out)")
     config = replace(config, model=cast(ModelConfig, model.config))
     partial = folder.with_name(f".{folder.name}.partial")
     try:
@@ -171,7 +171,7 @@ def _fit(model: nn.Module, weights: dict[str, Tensor], source: str | Path, overr
             if overrides
             else "the file and its configuration are not of one model: export it again"
         )
-        raise ValueError(f"{source}: {len(faults)} parameters do not fit: {', '.join(shown)}{more}. Cure: {cure}")
+        raise UserError(f"{source}: {len(faults)} parameters do not fit: {', '.join(shown)}{more}. Cure: {cure}")
     model.load_state_dict({key: tensor for key, tensor in weights.items() if key not in wrong}, strict=False)
     return [key for key in wrong if key in own]
 

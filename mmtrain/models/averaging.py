@@ -57,7 +57,8 @@ class MixerStack(nn.Module):
         self.checkpoint_every = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
+        # torch knows no autocast of the meta device, where models are counted
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             x = x.float()  # what is summed over the depth stays float32, whatever made the first of it
         outputs = [x]
         stream = x

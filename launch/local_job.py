@@ -14,7 +14,7 @@ from mmtrain.config import RunConfig, to_yaml
 from mmtrain.errors import UserError
 from mmtrain.train.session import run_path
 
-#: How long the other processes may take to end after one has failed, in seconds.
+#: How long the other processes may take to end after one has failed or rank 0 has finished, in seconds.
 _GRACE = 10.0
 
 
@@ -84,6 +84,9 @@ def _together(command: Sequence[str], processes: int) -> int:
         if failed is not None:
             _end(ranks)
             return failed if failed > 0 else 128 - failed
+        if ranks[0].poll() == 0:  # all is written; a rank that hangs in taking the group down must not hold us
+            _end(ranks)
+            return 0
         time.sleep(0.05)
     return max(process.returncode for process in ranks)
 

@@ -79,16 +79,15 @@ def _together(command: Sequence[str], processes: int) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, forward)
     signal.signal(signal.SIGUSR2, forward)
-    while any(process.poll() is None for process in ranks):
-        failed = next((p.returncode for p in ranks if p.poll() not in (None, 0)), None)
-        if failed is not None:
+    while True:
+        statuses = [process.poll() for process in ranks]
+        failed = next((status for status in statuses if status), None)
+        # when rank 0 has finished, all is written: a rank that hangs in taking the group down must not hold us
+        if failed is not None or statuses[0] == 0:
             _end(ranks)
-            return failed if failed > 0 else 128 - failed
-        if ranks[0].poll() == 0:  # all is written; a rank that hangs in taking the group down must not hold us
-            _end(ranks)
-            return 0
+            status = failed or 0
+            return status if status >= 0 else 128 - status
         time.sleep(0.05)
-    return max(process.returncode for process in ranks)
 
 
 def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 from numpy.typing import NDArray
 from PIL import Image
 
-from mmtrain.cli import run_app
-from mmtrain.cli.model import model_command
 from mmtrain.config import load_config
 from mmtrain.train.session import train
-from tests.conftest import Done
+from tests.conftest import Cli, Done
 
 Look = Callable[..., Done]
 
@@ -38,27 +34,9 @@ def series_run(waves: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Look]:
-    """Run ``mmtrain model …`` in an empty folder, with the command line's own handling of errors."""
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(model_command)
-
-    def call(*arguments: object) -> Done:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("sys.argv", ["mmtrain model", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            run_app(app)
-            status = 0
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        said = capsys.readouterr()
-        return Done(status, said.out, said.err)
-
-    yield call
-    for handler in logging.getLogger("mmtrain").handlers[:]:
-        logging.getLogger("mmtrain").removeHandler(handler)
-    logging.getLogger("mmtrain").propagate = True
+def look(cli: Cli) -> Look:
+    """Run ``mmtrain model …`` in an empty folder."""
+    return lambda *arguments: cli("model", *arguments)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from mmtrain.config.data import DataConfig, SeriesDataConfig, ShardsDataConfig, SyntheticDataConfig
 from mmtrain.config.load import config_names, from_yaml, load_config, to_yaml
 from mmtrain.config.models import MODELS, ModelConfig, TSM2Config, ViM2Config
+from mmtrain.config.parallel import STRATEGIES, ParallelConfig
 from mmtrain.config.schema import (
     CheckpointConfig,
     ClassificationConfig,
@@ -18,6 +19,7 @@ from mmtrain.config.schema import (
 
 __all__ = [
     "MODELS",
+    "STRATEGIES",
     "CheckpointConfig",
     "ClassificationConfig",
     "ClusterConfig",
@@ -26,6 +28,7 @@ __all__ = [
     "ForecastingConfig",
     "ModelConfig",
     "OptimConfig",
+    "ParallelConfig",
     "RunConfig",
     "SeriesDataConfig",
     "ShardsDataConfig",

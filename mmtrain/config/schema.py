@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from mmtrain.config.data import DataConfig
 from mmtrain.config.models import ModelConfig, require
+from mmtrain.config.parallel import ParallelConfig
 
 
 @dataclass
@@ -80,25 +81,65 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    """How long and how. ``batch_size`` is global: the world size divides it, never multiplies it."""
+    """How long and how. ``batch_size`` is global: the world size divides it, never multiplies it.
+
+    A step takes at least ``accumulation`` micro-batches: more where the ranks, or ``micro_batch`` (the most samples a
+    rank takes at once), ask for more. ``precision``: fp32, or bf16 or fp16 by autocast, with parameters, state of the
+    scans, reductions and optimizer in fp32; fp16 scales the loss. ``checkpointing``: which activations are computed
+    again in the backward pass: none, full (all of every ``checkpointing_every``-th mixer) or selective (all but the
+    results of matrix products, convolutions and scans). ``compile``: torch.compile of every mixer.
+
+    After ``max_bad_steps`` steps in a row whose loss or gradient is not finite the run stops. ``spike_factor``: a loss
+    above so many times the median of the last ``spike_window`` steps sends the run back to its last checkpoint, and the
+    samples since then are left out. ``profile``: FIRST:LAST steps to trace.
+    """
 
     epochs: float = 1.0
     max_steps: int | None = None
     batch_size: int = 64
     accumulation: int = 1
+    micro_batch: int | None = None
     precision: str = "fp32"
+    tf32: bool = True
+    deterministic: bool = False
+    compile: bool = False
+    checkpointing: str = "none"
+    checkpointing_every: int = 1
     ema_decay: float | None = None
     log_every: int = 20
+    gc_every: int = 100
     max_bad_steps: int = 10
+    spike_factor: float | None = None
+    spike_window: int = 50
+    profile: str | None = None
 
     def __post_init__(self) -> None:
         require(self.epochs > 0, "train.epochs", self.epochs, "it must be positive")
-        for key in ("batch_size", "accumulation", "log_every", "max_bad_steps"):
+        counts = ("batch_size", "accumulation", "checkpointing_every", "log_every", "gc_every", "max_bad_steps")
+        for key in (*counts, "spike_window"):
             require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "it must be at least 1")
-        require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "at least 1, or null")
-        require(self.precision in ("fp32", "bf16"), "train.precision", self.precision, "choose fp32 or bf16")
-        decay = self.ema_decay
+        for key in ("max_steps", "micro_batch"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"train.{key}", value, "at least 1, or null")
+        for key, known in (("precision", ("fp32", "bf16", "fp16")), ("checkpointing", ("none", "full", "selective"))):
+            value = getattr(self, key)
+            require(value in known, f"train.{key}", value, f"choose one of {', '.join(known)}")
+        decay, factor = self.ema_decay, self.spike_factor
         require(decay is None or 0 < decay < 1, "train.ema_decay", decay, "it must be in (0, 1), or null for none")
+        require(
+            factor is None or factor > 1, "train.spike_factor", factor, "it must be above 1, or null for no rollback"
+        )
+        if self.profile is not None:
+            self.profiled()
+
+    def profiled(self) -> tuple[int, int] | None:
+        """The first and the last step to trace, counted from 1."""
+        if self.profile is None:
+            return None
+        first, _, last = str(self.profile).partition(":")
+        fits = first.isdigit() and (last or first).isdigit() and 1 <= int(first) <= int(last or first)
+        require(fits, "train.profile", self.profile, "give FIRST:LAST steps, such as 10:12")
+        return int(first), int(last or first)
 
 
 @dataclass
@@ -123,27 +164,35 @@ class EvalConfig:
 class CheckpointConfig:
     """A checkpoint at every evaluation, and between them each ``every_steps`` and ``every_minutes``.
 
-    The newest ``keep`` and the best stay.
+    The newest ``keep``, the best, and those of every ``keep_every``-th step stay. ``asynchronous``: training goes on
+    while a checkpoint is written.
     """
 
     every_steps: int | None = None
     every_minutes: float = 10.0
     keep: int = 2
+    keep_every: int | None = None
+    asynchronous: bool = True
 
     def __post_init__(self) -> None:
         require(self.keep >= 1, "checkpoint.keep", self.keep, "it must be at least 1")
-        every = self.every_steps
-        require(every is None or every >= 1, "checkpoint.every_steps", every, "at least 1, or null")
+        for key in ("every_steps", "keep_every"):
+            every = getattr(self, key)
+            require(every is None or every >= 1, f"checkpoint.{key}", every, "at least 1, or null")
         require(self.every_minutes > 0, "checkpoint.every_minutes", self.every_minutes, "it must be positive")
 
 
 @dataclass
 class TrackingConfig:
-    """JSON lines and curves always; ``wandb``: disabled, offline or online (the key comes from the environment)."""
+    """JSON lines and curves always; ``wandb``: disabled, offline or online (the key comes from the environment).
+
+    ``samples`` writes the index of every sample consumed, a line a step and rank, to ``samples/`` in the run folder.
+    """
 
     wandb: str = "disabled"
     project: str = "mmtrain"
     plots: bool = True
+    samples: bool = False
 
     def __post_init__(self) -> None:
         modes = ("disabled", "offline", "online")
@@ -185,6 +234,7 @@ class RunConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -204,11 +254,18 @@ FREE_ON_RESUME = (
     "threads",
     "run_root",
     "cluster",
+    "parallel",
     "tracking",
     "checkpoint",
     "data.workers",
     "data.root",
     "train.log_every",
     "train.accumulation",
+    "train.micro_batch",
+    "train.compile",
+    "train.checkpointing",
+    "train.checkpointing_every",
+    "train.gc_every",
+    "train.profile",
     "eval.batch_size",
 )

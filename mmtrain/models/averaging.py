@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from mmtrain.models.s6 import no_weight_decay
 from mmtrain.models.stochastic import with_current_keys
@@ -55,6 +58,8 @@ class MixerStack(nn.Module):
         self.averages = nn.ModuleList(WeightedAverage(i + 1) for i in range(len(mixers) + 1) if averaging)
         #: Recompute every so many-th mixer in the backward pass instead of keeping its activations; 0 for none.
         self.checkpoint_every = 0
+        #: What torch.utils.checkpoint takes as ``context_fn``: which results are kept nevertheless.
+        self.checkpoint_contexts: Callable[[], Any] = noop_context_fn
 
     def forward(self, x: Tensor) -> Tensor:
         # torch knows no autocast of the meta device, where models are counted
@@ -66,8 +71,7 @@ class MixerStack(nn.Module):
             if self.averages:
                 stream = self.averages[i](outputs)
             if self.checkpoint_every and self.training and i % self.checkpoint_every == 0:
-                # the masks of dropout must come out the same in the backward pass, where the keys are out of context
-                y = checkpoint(with_current_keys(self._branch), stream, i, use_reentrant=False)
+                y = self._recomputed(stream, i)
             else:
                 y = self._branch(stream, i)
             y = y.to(x.dtype)  # once, here: every later average would keep a copy of its own
@@ -76,6 +80,11 @@ class MixerStack(nn.Module):
             else:
                 stream = stream + y
         return self.averages[-1](outputs) if self.averages else stream
+
+    def _recomputed(self, stream: Tensor, i: int) -> Tensor:
+        # the masks of dropout must come out the same in the backward pass, where the keys are out of context
+        branch = with_current_keys(self._branch)
+        return checkpoint(branch, stream, i, use_reentrant=False, context_fn=self.checkpoint_contexts)
 
     def _branch(self, stream: Tensor, i: int) -> Tensor:
         return self.drops[i](self.mixers[i](self.norms[i](stream)))

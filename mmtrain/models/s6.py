@@ -29,6 +29,9 @@ class S6(nn.Module):
     ``A_log``, ``D`` and the bias of Δ stay in float32 and take no weight decay.
     """
 
+    #: Nobody may keep or send these parameters in less than float32.
+    keep_float32 = True
+
     def __init__(self, features: int, state: int = 16, rank: int | None = None) -> None:
         super().__init__()
         self.state = state
@@ -67,18 +70,6 @@ class S6(nn.Module):
             reverse=reverse,
         )
         return y.transpose(1, 2)
-
-
-def initialise(model: nn.Module, std: float = 0.02) -> None:
-    """Linear maps from a truncated normal, as in timm's hierarchical models; every S6 keeps its own initialisation."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    for module in model.modules():
-        if isinstance(module, S6):
-            module.reset_parameters()
 
 
 class DirectionalScan(nn.Module):

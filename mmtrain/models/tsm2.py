@@ -59,8 +59,21 @@ class TimeFeatureNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.weight.fill_(1.0)
+        self.bias.zero_()
+
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-2:]) * self.weight + self.bias
+
+
+class LinearPath(nn.Linear):
+    """From the look-back to the horizon. It starts at 0: as the mean of the look-back, which the window norm takes."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
 
 
 @dataclass(frozen=True)
@@ -100,10 +113,7 @@ class TSM2(nn.Module):
         self.head = nn.Linear(patches * c.dim, c.horizon)
         extra = {"point": 0, "quantiles": len(c.quantiles), "student_t": 2}[c.output]
         self.spread = nn.Linear(patches * c.dim, c.horizon * extra) if extra else None
-        self.linear = nn.Linear(c.lookback, c.horizon) if c.linear_path else None
-        if self.linear is not None:  # start as the mean of the look-back, which the window norm takes away
-            nn.init.zeros_(self.linear.weight)
-            nn.init.zeros_(self.linear.bias)
+        self.linear = LinearPath(c.lookback, c.horizon) if c.linear_path else None
         name_streams(self)
 
     def forward(
@@ -132,6 +142,10 @@ class TSM2(nn.Module):
             return Forecasts(point, quantiles=self._quantiles(point, spread))
         scale, freedom = spread.unbind(-1)
         return Forecasts(point, distribution=StudentT(2 + F.softplus(freedom), point, scale))
+
+    def set_grad_checkpointing(self, enable: bool = True, every: int = 1) -> None:
+        """Recompute every ``every``-th mixer's activations in the backward pass: less memory for more time."""
+        self.blocks.checkpoint_every = every if enable else 0
 
     def _forecast(
         self, past: Tensor, mask: Tensor | None, static: Tensor | None, known: Tensor | None

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from mmtrain.config import ViM2Config
 from mmtrain.models.averaging import MixerStack
+from mmtrain.models.initialise import initialise, reset_module
 from mmtrain.models.mixers import FeatureMLP, ImageChannelMixer, ImageTokenMixer
-from mmtrain.models.s6 import initialise
 from mmtrain.models.stochastic import DropPath, name_streams
 
 # which scans each block variant has: of the tokens, whether they share a convolution, of the channels
@@ -29,6 +29,10 @@ _BLOCKS: dict[str, tuple[str, bool, int]] = {
     "multi_scan": ("cross", False, 4),
     "shared_conv": ("cross", True, 2),
 }
+
+
+#: The deviation of the truncated normal that linear maps start from.
+_LINEAR_STD = 0.02
 
 
 class PatchMerging(nn.Module):
@@ -70,7 +74,7 @@ class ViM2(nn.Module):
         )
         self.norm = nn.LayerNorm(dims[-1])
         self.head = nn.Linear(dims[-1], config.num_classes)
-        initialise(self)
+        initialise(self, _LINEAR_STD)
         name_streams(self)
 
     def _stage(self, dim: int, tokens: int, channel_expand: int, rates: Iterator[float]) -> MixerStack:
@@ -90,6 +94,11 @@ class ViM2(nn.Module):
         norms: list[nn.Module] = [nn.LayerNorm(dim) for _ in mixers]
         drops: list[nn.Module] = [DropPath(next(rates)) for _ in mixers]
         return MixerStack(mixers, norms, drops, c.averaging)
+
+    @staticmethod
+    def reset_module(module: nn.Module) -> None:
+        """Initial values for one module of a ViM2."""
+        reset_module(module, _LINEAR_STD)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -129,7 +138,7 @@ class ViM2(nn.Module):
         self.config.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()  # type: ignore[assignment]
         if isinstance(self.head, nn.Linear):
-            initialise(self.head)
+            self.reset_module(self.head)
             self.head.to(next(self.norm.parameters()).device)
         del old
 

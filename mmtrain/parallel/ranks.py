@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,14 +16,17 @@ from torch import Tensor
 
 from mmtrain.errors import UserError
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among ``world``; ``device`` is where it computes."""
+    """This process among ``world``; ``device`` is where it computes, ``local_world`` how many share its node."""
 
     rank: int
     world: int
     device: torch.device
+    local_world: int = 1
 
     @property
     def main(self) -> bool:
@@ -29,11 +34,18 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of ``tensor`` over all ranks, on every rank."""
+        """The sum of ``tensor`` over all ranks, on every rank; small tensors of the CPU stay there."""
         if self.world > 1:
-            tensor = tensor.to(self.device)
             dist.all_reduce(tensor)
         return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """``value`` of every rank, on every rank. Small JSON-like objects only."""
+        if self.world == 1:
+            return [value]
+        found: list[T | None] = [None] * self.world
+        dist.all_gather_object(found, value)
+        return found  # type: ignore[return-value]
 
     def any(self, flag: bool) -> bool:
         """True on every rank if ``flag`` is true on at least one."""
@@ -41,15 +53,17 @@ class Ranks:
 
     def barrier(self) -> None:
         if self.world > 1:
-            dist.barrier()
+            self.sum(torch.zeros(1))
 
 
 @contextmanager
-def joined(device: str = "auto", timeout_minutes: float = 30) -> Iterator[Ranks]:
+def joined(device: str = "auto", timeout: float = 1800.0, group: bool = False) -> Iterator[Ranks]:
     """Join the process group described by RANK, WORLD_SIZE, LOCAL_RANK (torchrun's variables); alone without them.
 
     Args:
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
+        timeout: seconds after which a collective operation fails.
+        group: make a process group even for one process.
 
     Raises:
         UserError: when CUDA is asked for and there is none.
@@ -58,16 +72,30 @@ def joined(device: str = "auto", timeout_minutes: float = 30) -> Iterator[Ranks]
         raise UserError("device is 'cuda', but torch sees no CUDA device: use device=cpu, or see `mmtrain doctor`")
     cuda = device != "cpu" and torch.cuda.is_available()
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank, local_world = (int(os.environ.get(f"LOCAL_{name}", d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     if cuda:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     where = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    if world == 1:
+    if world == 1 and not group:
         yield Ranks(0, 1, where)
         return
+    # a tensor of the CPU goes over gloo, whatever the model's device
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **alone)
     try:
-        yield Ranks(rank, world, where)
+        yield Ranks(rank, world, where, max(local_world, 1))
     finally:
+        _leave()
+
+
+def _leave() -> None:
+    """Take the process group down, and what DeepSpeed remembers of it."""
+    if "deepspeed.comm" in sys.modules:
+        import deepspeed.comm.comm as its_comm
+
+        if its_comm.cdb is not None:
+            its_comm.destroy_process_group()
+            its_comm.cdb = None
+    if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,90 +1,195 @@
 """Checkpoints that are complete or do not exist.
 
-A checkpoint is a folder ``step_00001234``: the sharded tensors as torch's distributed checkpoint (DCP) writes them,
-``state.json`` (where the run stands) and ``manifest.json`` (size and SHA-256 of every file). It is written under
-another name, made durable with fsync and then renamed; at load the manifest is verified, and the newest valid one
-wins. The layout does not depend on the number of ranks.
+A checkpoint is a folder ``step_00001234``: the tensors as torch's distributed checkpoint (DCP) writes them,
+``state.json`` (where the run stands), ``config.yaml`` and ``manifest.json`` (size and SHA-256 of every file). It is
+written under another name, made durable with fsync and then renamed; at load the manifest is verified, and the newest
+valid one wins. The layout depends neither on the number of ranks nor on the strategy.
+
+A save copies the state aside and returns; a thread of each rank writes the copy while training goes on. There is no
+generator state to save: all randomness follows from the seed and the step.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import shutil
-import warnings
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from mmtrain.errors import UserError
 from mmtrain.parallel.ranks import Ranks
-from mmtrain.train.dcp_metadata import SafeReader
+from mmtrain.train.manifest import MANIFEST, Entries, entries_of, sync, verify, write_manifest
+from mmtrain.train.tensor_files import write_tensors
 
 logger = logging.getLogger("mmtrain")
 
-_MANIFEST = "manifest.json"
-_STATE = "state.json"
+_STATE, _CONFIG = "state.json", "config.yaml"
+Parts = dict[str, dict[str, Tensor]]
 
 
 class CheckpointStore:
-    """The checkpoints of one run folder."""
+    """The checkpoints of one run folder. All ranks call its methods together, but for :meth:`at`."""
 
-    def __init__(self, folder: Path, ranks: Ranks, keep: int = 2, *, clean: bool = True) -> None:
-        """``clean`` removes what an interrupted save left: only for the process that trains in this folder."""
-        self.folder = folder
-        self.ranks = ranks
-        self.keep = keep
+    def __init__(
+        self,
+        folder: Path,
+        ranks: Ranks,
+        *,
+        keep: int = 2,
+        keep_every: int | None = None,
+        asynchronous: bool = False,
+        config: str = "",
+        clean: bool = True,
+    ) -> None:
+        """
+        Args:
+            keep: how many of the newest stay.
+            keep_every: those of every so many-th step stay as well.
+            asynchronous: :meth:`save` returns before the files are written.
+            config: the run's configuration, a copy of which goes into every checkpoint.
+            clean: remove what an interrupted save left: only for the process that trains in this folder.
+        """
+        self.folder, self.ranks, self.keep, self.keep_every, self.config = folder, ranks, keep, keep_every, config
+        # the writing threads talk over a group of their own, beside the training's collectives
+        self._group = dist.new_group(backend="gloo") if ranks.world > 1 else None
+        self._stager = _stager() if asynchronous else None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
         if ranks.main and clean:
             folder.mkdir(parents=True, exist_ok=True)
             for torn in folder.glob("*.partial"):
                 shutil.rmtree(torn, ignore_errors=True)
         ranks.barrier()
 
-    def save(self, step: int, tensors: dict[str, Any], state: dict[str, Any], best: int | None = None) -> None:
-        """Write the checkpoint of ``step``; afterwards delete old ones but the newest ``keep`` and step ``best``.
+    # ------------------------------------------------------------------ saving
+
+    def save(self, step: int, parts: Parts, state: dict[str, Any], best: int | None = None) -> None:
+        """Begin the checkpoint of ``step``; once it stands, delete all but the newest ``keep`` and the others to stay.
 
         Args:
-            tensors: nested dicts of tensors (the same keys on all ranks).
+            parts: {part: {name: tensor}}; ranks may hold different names.
             state: JSON values.
+            best: a step whose checkpoint stays.
 
         Raises:
-            UserError: when the disk is full or the folder cannot be written; the older checkpoints stay.
+            UserError: when the disk is full or the folder cannot be written (the save before this one too, if it was
+                asynchronous); the older checkpoints stay.
         """
-        final = self.folder / _folder_name(step)
-        if final.exists():
+        self.wait()
+        if self.ranks.any(self.at(step).exists()):
             return
+        if self._stager is None:
+            self._write(step, parts, state, best)
+            self._raise()
+            return
+        staged = self._stager.stage(parts)
+        self._thread = threading.Thread(target=self._write, args=(step, staged, dict(state), best), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when no save is under way any more.
+
+        Raises:
+            UserError: when the last save failed.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._raise()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save has failed on this rank: :meth:`wait` will say why."""
+        return self._error is not None
+
+    def close(self) -> None:
+        """Wait for the thread, whatever became of its save."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._stager is not None:
+            self._stager.close()
+
+    def _raise(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _write(self, step: int, parts: Parts, state: dict[str, Any], best: int | None) -> None:
+        """Write, commit, prune; an error is kept for the training thread, on every rank."""
+        final = self.at(step)
         partial = final.with_suffix(".partial")
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial, sync_files=True, overwrite=True))
-            if self.ranks.main:
-                (partial / _STATE).write_text(json.dumps(state, indent=1))
-                _write_manifest(partial)
-                os.rename(partial, final)
-                _sync(self.folder)
-        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-            cause = _disk_error(error)
-            if cause is None:
-                raise
-            shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(
-                f"{final}: the checkpoint could not be written ({cause}). Free or grow the disk, or give another"
-                " folder with --run-dir; the last good checkpoint is untouched and the same command goes on from it"
-            ) from error
-        self.ranks.barrier()
-        if self.ranks.main:
+
+        def tensors() -> Entries:
+            write_tensors(partial, parts, self._group)
+            return entries_of(partial.glob(f"__{self.ranks.rank}_*"))
+
+        def commit(entries: Entries) -> None:
+            (partial / _STATE).write_text(json.dumps(state, indent=1))
+            (partial / _CONFIG).write_text(self.config)
+            small = [partial / _STATE, partial / _CONFIG]
+            for path in small:
+                sync(path)
+            write_manifest(partial, entries | entries_of([*small, partial / ".metadata"]))
+            os.rename(partial, final)
+            sync(self.folder)
             self._prune(best)
 
+        mine, error = _attempt(tensors)
+        written = self._gather((mine, _words(error)))
+        words = next((said for _, said in written if said is not None), None)
+        if words is None:
+            if self.ranks.main:
+                entries = {name: entry for found, _ in written for name, entry in found.items()}
+                _, error = _attempt(lambda: commit(entries))
+            words = self._gather(_words(error))[0]
+        if words is None:
+            return
+        if self.ranks.main:
+            shutil.rmtree(partial, ignore_errors=True)
+        if error is not None and _disk_error(error) is None:
+            self._error = error
+            return
+        self._error = UserError(
+            f"{final}: the checkpoint could not be written ({words}). Free or grow the disk, or give another"
+            " folder with --run-dir; the last good checkpoint is untouched and the same command goes on from it"
+        )
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self._group is None:
+            return [value]
+        found: list[Any] = [None] * self.ranks.world
+        dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    def _prune(self, best: int | None) -> None:
+        complete = sorted(p for p in self.folder.glob("step_*") if (p / MANIFEST).exists())
+        for path in complete[: -self.keep]:
+            step = int(path.name.removeprefix("step_"))
+            if step != best and not (self.keep_every and step % self.keep_every == 0):
+                shutil.rmtree(path)
+
+    # ------------------------------------------------------------------ finding
+
     def newest(self) -> Path | None:
-        """The newest checkpoint that passes its manifest; torn ones are passed over with a warning."""
-        for path in sorted(self.folder.glob("step_*"), reverse=True):
-            if path.suffix == ".partial":
-                continue
-            fault = verify(path)
+        """The newest checkpoint that passes its manifest; torn ones are passed over with a warning.
+
+        The ranks share the work of hashing, and all come to the same answer.
+        """
+        names = self.ranks.gather([p.name for p in self.folder.glob("step_*") if p.suffix != ".partial"])[0]
+        for name in sorted(names, reverse=True):
+            path = self.folder / name
+            faults = self.ranks.gather(verify(path, self.ranks.rank, self.ranks.world))
+            fault = next((f for f in faults if f is not None), None)
             if fault is None:
                 return path
             if self.ranks.main:
@@ -92,40 +197,8 @@ class CheckpointStore:
         return None
 
     def at(self, step: int) -> Path:
-        return self.folder / _folder_name(step)
-
-    def _prune(self, best: int | None) -> None:
-        complete = sorted(p for p in self.folder.glob("step_*") if (p / _MANIFEST).exists())
-        for path in complete[: -self.keep]:
-            if best is None or path != self.at(best):
-                shutil.rmtree(path)
-
-
-def load_tensors(path: Path, tensors: dict[str, Any]) -> None:
-    """Fill ``tensors`` (nested dicts, in place) from checkpoint ``path``.
-
-    Raises:
-        UserError: for metadata that no checkpoint of ours has, or weights of another model.
-    """
-    reader = SafeReader(path)
-    there = reader.read_metadata().state_dict_metadata  # here, since DCP would bury what is wrong with it
-    wrong = []
-    for part in ("model", "average"):
-        for name, tensor in tensors.get(part, {}).items():
-            found = getattr(there.get(f"{part}.{name}"), "size", None)
-            if found is None:
-                wrong.append(f"{name} is not in it")
-            elif found != tensor.shape:
-                wrong.append(f"{name} is {tuple(found)} in it and {tuple(tensor.shape)} in the model")
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise UserError(
-            f"{path} holds another model than its configuration describes: {'; '.join(wrong[:5])}{more}."
-            " It may be of another version of mmtrain (see code.json in the run folder)"
-        )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=reader)
+        """The folder of the checkpoint of ``step``, which may not exist."""
+        return self.folder / f"step_{step:08d}"
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -133,46 +206,26 @@ def load_state(path: Path) -> dict[str, Any]:
     return json.loads((path / _STATE).read_text())
 
 
-def verify(path: Path) -> str | None:
-    """What is wrong with checkpoint ``path``, or None."""
+def _stager() -> DefaultStager:
+    cuda = torch.cuda.is_available()
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
+        )
+    )
+
+
+def _attempt(action: Callable[[], Any]) -> tuple[Any, BaseException | None]:
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
-        for name, entry in manifest.items():
-            file = path / name
-            if not file.exists():
-                return f"{name} is missing"
-            if file.stat().st_size != entry["size"]:
-                return f"{name} has {file.stat().st_size} bytes instead of {entry['size']}"
-            if _digest(file) != entry["sha256"]:
-                return f"{name} does not match its checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its {_MANIFEST} cannot be read ({type(error).__name__})"
-    return None
+        return action(), None
+    except (Exception, dcp.api.CheckpointException) as error:  # the latter is a BaseException
+        return None, error
 
 
-def _folder_name(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-def _write_manifest(folder: Path) -> None:
-    files = sorted(p for p in folder.iterdir() if p.is_file())
-    manifest = {p.name: {"size": p.stat().st_size, "sha256": _digest(p)} for p in files}
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in (folder / _STATE, folder / _MANIFEST, folder):
-        _sync(path)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _words(error: BaseException | None) -> str | None:
+    if error is None:
+        return None
+    return _disk_error(error) or f"{type(error).__name__}: {error}"
 
 
 def _disk_error(error: BaseException) -> str | None:

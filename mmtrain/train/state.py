@@ -11,15 +11,23 @@ from mmtrain.config import RunConfig
 
 @dataclass
 class TrainState:
-    """``step`` and ``samples`` are what was *consumed*; the data clock needs nothing else."""
+    """``step`` and ``samples`` are what was *consumed*; the data clock needs nothing else.
+
+    ``updates``: steps that changed the weights. ``left_out``: samples that a rollback passed over.
+    """
 
     step: int = 0
     samples: int = 0
+    updates: int = 0
     best: float | None = None
     best_step: int | None = None
     evals_since_best: int = 0
     skipped: int = 0
     bad_in_a_row: int = 0
+    rollbacks: int = 0
+    left_out: int = 0
+    loss_scale: float = 1.0
+    good_in_a_row: int = 0
     dataset_length: int = 0
     tracker_id: str | None = None
 

@@ -1,0 +1,69 @@
+"""From the name of a strategy to the strategy, with what it needs checked first."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mmtrain.config import ParallelConfig, RunConfig
+from mmtrain.errors import UserError
+from mmtrain.parallel.strategy import Plan, Strategy
+
+
+def resolve(config: ParallelConfig, world: int) -> str:
+    """The strategy that ``auto`` stands for.
+
+    Raises:
+        UserError: for ``none`` in several processes.
+    """
+    if config.strategy == "auto":
+        return "none" if world == 1 else "ddp"
+    if config.strategy == "none" and world > 1:
+        raise UserError(
+            f"parallel.strategy is 'none', but there are {world} processes, which would train {world} models apart:"
+            " use ddp, fsdp, hsdp, zero1, zero2 or zero3"
+        )
+    return config.strategy
+
+
+def needs_group(config: ParallelConfig, world: int) -> bool:
+    """Whether the strategy wants a process group even in one process."""
+    return resolve(config, world) not in ("none", "ddp")
+
+
+def check(config: RunConfig, world: int) -> None:
+    """Refuse what a strategy cannot do, before anything is built.
+
+    Raises:
+        UserError: naming the key and the cure.
+    """
+    name = resolve(config.parallel, world)
+    if config.parallel.gather == "bf16":
+        if name not in ("fsdp", "hsdp"):
+            raise UserError(f"parallel.gather is 'bf16', which is for fsdp and hsdp, not {name}: set it to fp32")
+        if config.train.precision != "bf16":
+            raise UserError(
+                f"parallel.gather is 'bf16', but train.precision is '{config.train.precision}': weights would be"
+                " rounded for nothing; set parallel.gather=fp32, or train.precision=bf16"
+            )
+    if name.startswith("zero"):
+        from mmtrain.parallel.zero import require_deepspeed
+
+        require_deepspeed()
+        if config.train.precision == "fp16":
+            raise UserError("train.precision is 'fp16', which zero1, zero2 and zero3 do not take here: use bf16, or fsdp")
+        if config.train.compile:
+            raise UserError("train.compile is true, which DeepSpeed's hooks do not go with: use fsdp, or false")
+
+
+def build_strategy(model: nn.Module, plan: Plan) -> Strategy:
+    """Split ``model``, which is on the meta device, and give it memory; its values are not set yet."""
+    from mmtrain.parallel.torch_strategy import DataParallel, FullyShardedDataParallel, TorchStrategy
+
+    name = resolve(plan.config, plan.ranks.world)
+    if name.startswith("zero"):
+        from mmtrain.parallel.zero import ZeroStrategy
+
+        return ZeroStrategy(model, plan, stage=int(name[-1]))
+    if name in ("fsdp", "hsdp"):
+        return FullyShardedDataParallel(model, plan)
+    return TorchStrategy(model, plan) if plan.ranks.world == 1 else DataParallel(model, plan)

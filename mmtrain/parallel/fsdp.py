@@ -1,0 +1,42 @@
+"""Split a model with FSDP2, from outside: each block is gathered when it runs, and the rest with the root."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from mmtrain.config import ParallelConfig
+
+
+def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, config: ParallelConfig) -> None:
+    """Make the parameters of ``model`` DTensors over ``mesh``, block by block; works on the meta device.
+
+    With ``parallel.gather=bf16`` the blocks' matrices travel as bf16. What must stay float32 (modules marked
+    ``keep_float32``, which hold A_log, D and the bias of Δ, and all norms) travels on its own, and gradients are always
+    reduced in float32.
+    """
+    whole = MixedPrecisionPolicy(cast_forward_inputs=False)
+    narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    after = config.reshard_after_forward
+    for block in blocks:
+        if config.gather == "bf16":
+            for island in _islands(block):
+                fully_shard(island, mesh=mesh, reshard_after_forward=after, mp_policy=whole)
+        policy = narrow if config.gather == "bf16" else whole
+        fully_shard(block, mesh=mesh, reshard_after_forward=after, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=whole)
+
+
+def _islands(block: nn.Module) -> list[nn.Module]:
+    """The outermost modules of ``block`` whose parameters must not be narrowed."""
+    found: list[nn.Module] = []
+    for child in block.children():
+        if getattr(child, "keep_float32", False) or isinstance(child, nn.LayerNorm):
+            found.append(child)
+        else:
+            found += _islands(child)
+    return found

@@ -1,0 +1,232 @@
+"""ZeRO-1/2/3 through the DeepSpeed engine, in float32.
+
+DeepSpeed's own bf16 and fp16 modes cast every parameter, A_log, D and the bias of Δ too, which a scan does not survive.
+So the engine runs in float32, and half precision comes from autocast, as under every other strategy. Checkpoints are
+not DeepSpeed's, which load only into the same number of ranks: whole tensors are gathered one by one, each kept by one
+rank, and saved as those of any other strategy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmtrain.errors import UserError
+from mmtrain.parallel.strategy import MODEL, MOMENTS, Fill, Parts, Plan, Strategy, norm_of
+
+#: Load so many elements at a time: every rank reads whole tensors, and keeps its part.
+_LOADED_AT_ONCE = 2**26
+
+
+def require_deepspeed() -> None:
+    """Raise UserError unless DeepSpeed is installed."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "parallel.strategy=zero1, zero2 and zero3 need DeepSpeed, which is not installed:"
+            " pip install 'mmtrain[deepspeed]' (or use parallel.strategy=fsdp, which needs nothing more)"
+        )
+
+
+class ZeroStrategy(Strategy):
+    """Stage 1 splits the optimizer's state, stage 2 the gradients as well, stage 3 the parameters as well."""
+
+    def __init__(self, model: nn.Module, plan: Plan, stage: int) -> None:
+        self.model, self.ranks, self.plan, self.stage = model, plan.ranks, plan, stage
+        self.collective_forward = stage == 3
+        model.to_empty(device=plan.ranks.device)
+        for p in model.parameters():  # the engine copies them before they are set: no stray NaN
+            p.detach().zero_()
+        self.engine = _engine(model, plan, stage)
+        self.runner = self.engine
+        self.zero: Any = self.engine.optimizer
+        self.optimizer = self.zero.optimizer
+        self._fresh_moments()
+        self._reduction = contextlib.ExitStack()
+
+    def _flat(self) -> list[Tensor]:
+        """The float32 partitions of this rank, one a group of parameters: what the optimizer updates."""
+        return self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
+
+    def _fresh_moments(self) -> None:
+        """AdamW's state before its first step; the engine may have made one by a step on gradients of 0."""
+        for flat in self._flat():
+            zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
+            self.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **zeros}
+        if self.stage < 3:
+            self.zero._lazy_init_hp_params_optimizer_state()
+
+    # ------------------------------------------------------------------ a step
+
+    @contextlib.contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        self.engine.set_gradient_accumulation_boundary(last)
+        if self.plan.micro_batches > 1 and not self.engine.inside_no_sync_ctxt:
+            self._reduction.enter_context(self.engine.coalesce_grad_reduction())
+        yield
+        if last:
+            self._reduction.close()  # reduces
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def gradients(self) -> list[Tensor]:
+        if self.plan.config.offload:
+            return [flat.grad for flat in self._flat() if flat.grad is not None]
+        return [g for group in self.zero.averaged_gradients.values() if group is not None for g in group]
+
+    def gradient_norm(self) -> Tensor:
+        total = norm_of(self.gradients(), self.ranks.device).to(self.ranks.device)
+        dist.all_reduce(total)
+        return total.sqrt()
+
+    def step(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.engine.step()
+
+    def drop_gradients(self) -> None:
+        # the engine leaves out a step whose norm is not finite, and clears all its buffers then
+        for gradient in self.gradients():
+            gradient.fill_(torch.nan)
+        self.engine.step()
+
+    # ------------------------------------------------------------------ state
+
+    @torch.no_grad()
+    def assign(self, name: str, value: Tensor) -> None:
+        self._put(self.model.get_parameter(name), value, None)
+
+    def held(self) -> dict[str, Tensor]:
+        return {name: _own(p) for name, p in self.model.named_parameters()}
+
+    def saved(self, average: dict[str, Tensor] | None) -> Parts:
+        keys = (MODEL, *MOMENTS, *(["average"] if average is not None else []))
+        parts: Parts = {key: {} for key in keys}
+        for i, (name, p) in enumerate(self.model.named_parameters()):
+            for key in keys:
+                whole = self._whole(p, key, None if average is None else average[name])
+                if i % self.ranks.world == self.ranks.rank:
+                    parts[key][name] = whole
+        return parts
+
+    @torch.no_grad()
+    def load(self, fill: Fill, updates: int, average: dict[str, Tensor] | None) -> None:
+        keys = (MODEL, *MOMENTS, *(["average"] if average is not None else []))
+        for some in _chunks(self.model):
+            shapes = {name: _shape(p) for name, p in some.items()}
+            parts: Parts = {key: {name: torch.empty(shape) for name, shape in shapes.items()} for key in keys}
+            fill(parts)
+            for name, p in some.items():
+                self._put(p, parts[MODEL][name], None)
+                for key in MOMENTS:
+                    self._put(p, parts[key][name], key)
+                if average is not None:
+                    self._slice(average[name], parts["average"][name])
+        for state in self.optimizer.state.values():
+            state["step"].fill_(updates)
+
+    def _put(self, p: nn.Parameter, value: Tensor, key: str | None) -> None:
+        """Set a parameter (``key`` None) or one of its moments from its ``value``, whole."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if self.stage == 3:
+            mine = self._slice(torch.empty_like(_own(p)), value)
+            self.zero.set_local_hp_param(mine, p, key)
+            if key is None:
+                _own(p).copy_(mine)
+            return
+        value = value.to(p.device)
+        if key is None:
+            p.copy_(value)
+            safe_set_full_fp32_param(p, value)
+        else:
+            safe_set_full_optimizer_state(p, value, key)
+
+    def _slice(self, mine: Tensor, value: Tensor) -> Tensor:
+        """Fill this rank's part ``mine`` from the whole ``value``; under stage 3 it may end in padding."""
+        if self.stage < 3:
+            return mine.copy_(value.view(mine.shape))
+        begin = self.ranks.rank * mine.numel()
+        there = value.flatten()[begin : begin + mine.numel()]
+        mine.zero_()[: there.numel()].copy_(there)
+        return mine
+
+    def _whole(self, p: nn.Parameter, key: str, average: Tensor | None) -> Tensor:
+        """One part of ``p``, gathered from all ranks, on the CPU."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if self.stage < 3:
+            if key in MOMENTS:
+                return safe_get_full_optimizer_state(p, key).cpu()
+            return (p.detach() if key == MODEL else average).cpu()  # type: ignore[union-attr]
+        mine = {MODEL: _own(p), "average": average}.get(key)
+        if mine is None:
+            mine = self.zero.get_local_fp32_param(p, key)
+        mine = mine.detach().contiguous()
+        parts = mine.new_empty(self.ranks.world * mine.numel())
+        dist.all_gather_into_tensor(parts, mine)
+        return parts[: p.ds_numel].view(p.ds_shape).cpu()  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+
+def _own(p: nn.Parameter) -> Tensor:
+    """What this rank holds of a parameter: a flat part under stage 3."""
+    return p.ds_tensor if hasattr(p, "ds_tensor") else p.detach()
+
+
+def _shape(p: nn.Parameter) -> torch.Size:
+    return p.ds_shape if hasattr(p, "ds_shape") else p.shape
+
+
+def _chunks(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    some: dict[str, nn.Parameter] = {}
+    size = 0
+    for name, p in model.named_parameters():
+        some[name] = p
+        size += _shape(p).numel()
+        if size > _LOADED_AT_ONCE:
+            yield some
+            some, size = {}, 0
+    if some:
+        yield some
+
+
+def _engine(model: nn.Module, plan: Plan, stage: int) -> Any:
+    if plan.ranks.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.utils import logger as its_logger
+
+    its_logger.setLevel(logging.WARNING)
+    # no operators of its own: its collectives in shared memory would be compiled for a minute and never be used
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": plan.ranks.device.type == "cuda"}
+    if stage == 3:
+        # no parameter stays whole: what is held is then one thing, and the averaged weights follow it
+        zero["stage3_param_persistence_threshold"] = 0
+    if plan.config.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": plan.ranks.device.type == "cuda"}
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.micro_batches,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    if plan.autocast is not None:
+        # an empty list: no parameter is gathered or reduced in less than float32
+        name = str(plan.autocast).removeprefix("torch.")
+        settings["torch_autocast"] = {"enabled": True, "dtype": name, "lower_precision_safe_modules": []}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=plan.make_optimizer(model), config=settings)
+    return engine

@@ -1,0 +1,82 @@
+"""Where a loss or gradient first stopped being finite: which samples, which module, on which rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from mmtrain.parallel.ranks import Ranks
+from mmtrain.parallel.torch_strategy import local
+from mmtrain.tasks import Batch
+
+
+def first_bad(model: nn.Module, forward: Callable[[], Tensor], batch: Batch, ranks: Ranks) -> str:
+    """Words for the first thing that is not finite, the same on every rank.
+
+    Looks at the inputs, the weights, then at each module's output in a forward pass, in the order of execution. All
+    ranks call it together.
+
+    Args:
+        forward: runs ``model`` on ``batch`` once.
+    """
+    found = _bad_input(batch) or _bad_weight(model)
+    output = _bad_output(model, forward)  # by all ranks, since a forward pass may be a collective
+    words = found or output
+    if words is None:
+        return _first(ranks, None) or "the forward pass is finite on every rank: the overflow is in the backward pass"
+    return _first(ranks, words) or ""
+
+
+def _first(ranks: Ranks, words: str | None) -> str | None:
+    for rank, said in enumerate(ranks.gather(words)):
+        if said is not None:
+            return said if ranks.world == 1 else f"rank {rank}: {said}"
+    return None
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def _bad_input(batch: Batch) -> str | None:
+    for name, tensor in batch.items():
+        if _finite(tensor):
+            continue
+        rows = [i for i, row in enumerate(tensor) if not _finite(row)]
+        samples = batch["index"][rows].tolist() if "index" in batch else rows
+        return f"the input '{name}' of the samples {', '.join(map(str, samples[:8]))} is not finite"
+    return None
+
+
+def _bad_weight(model: nn.Module) -> str | None:
+    for name, parameter in model.named_parameters():
+        if not _finite(local(parameter.detach())):
+            return f"the weight {name} is not finite"
+    return None
+
+
+@torch.no_grad()
+def _bad_output(model: nn.Module, forward: Callable[[], Tensor]) -> str | None:
+    first: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+            if not first and not all(_finite(t) for t in tensors):
+                first.append(f"the output of module {name or 'the model'} ({type(module).__name__}) is not finite")
+
+        return look
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
+    try:
+        loss = forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if first:
+        return first[0]
+    return None if _finite(loss) else "the loss itself is not finite, though the model's output is"

@@ -1,0 +1,26 @@
+"""How a global batch is cut: the same steps on any number of ranks."""
+
+from __future__ import annotations
+
+from mmtrain.config import RunConfig
+from mmtrain.errors import UserError
+
+
+def micro_batches(config: RunConfig, world: int) -> int:
+    """Micro-batches a step: the fewest, and at least ``train.accumulation``, that cut the batch evenly over ``world``
+    ranks into pieces of at most ``train.micro_batch`` samples.
+
+    Raises:
+        UserError: when the ranks do not divide the batch, with the numbers that do.
+    """
+    batch, most = config.train.batch_size, config.train.micro_batch
+    for parts in range(config.train.accumulation, batch // world + 1):
+        size, rest = divmod(batch, world * parts)
+        if rest == 0 and (most is None or size <= most):
+            return parts
+    fits = [n for n in range(1, batch + 1) if batch % n == 0 and batch // n >= config.train.accumulation]
+    shown = ", ".join(map(str, fits[-12:]))
+    raise UserError(
+        f"train.batch_size is {batch}, which {world} ranks and train.accumulation={config.train.accumulation} do not"
+        f" divide: use so many ranks: {shown}; or a batch that is a multiple of {world * config.train.accumulation}"
+    )

@@ -1,0 +1,112 @@
+"""Tensors of a training state on disk, through torch's distributed checkpoint (DCP), which fits any number of ranks.
+
+DCP keeps its metadata, and all that is no tensor, as pickles. We save tensors only, refuse anything else at load, and
+unpickle the metadata from a list of allowed types: no checkpoint can run code.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import ReadItem
+
+from mmtrain.errors import UserError
+
+# what DCP itself puts there: its records, shapes, dtypes, and plain containers
+_ALLOWED_MODULES = ("torch.distributed.checkpoint.",)
+_ALLOWED = {
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "Path"),
+    ("collections", "OrderedDict"),
+    ("builtins", "set"),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and name in {"float32", "float64", "float16", "bfloat16", "int64", "int32", "bool"}
+        if dtype or (module, name) in _ALLOWED or module.startswith(_ALLOWED_MODULES):
+            return super().find_class(module, name)
+        raise UserError(f"a checkpoint's metadata asks for {module}.{name}, which no checkpoint needs: not loaded")
+
+
+class SafeReader(FileSystemReader):
+    """DCP's reader of a folder, with its metadata unpickled from a list of allowed types only."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = self.fs.concat_path(self.path, ".metadata")
+        with self.fs.create_stream(path, "rb") as stream:
+            metadata: Metadata = _Unpickler(stream).load()
+        if metadata.storage_meta is None:
+            raise UserError(f"{path}: not the metadata of a checkpoint")
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _TensorsOnly(DefaultLoadPlanner):
+    """Refuses entries that are no tensors: DCP would unpickle them."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise UserError(f"a checkpoint holds {read_item.dest_index.fqn} as an object and not as a tensor: not loaded")
+
+
+def write_tensors(folder: Path, parts: dict[str, dict[str, Tensor]], group: dist.ProcessGroup | None) -> None:
+    """Write ``parts`` {part: {name: tensor or DTensor}} of all ranks of ``group``; ranks may have different names.
+
+    Raises:
+        OSError, RuntimeError, CheckpointException: when a rank cannot write.
+    """
+    with _quiet():
+        writer = dcp.FileSystemWriter(folder, sync_files=True, overwrite=True)
+        dcp.save(parts, storage_writer=writer, process_group=group, no_dist=group is None)
+
+
+def read_tensors(folder: Path, parts: dict[str, dict[str, Tensor]], *, alone: bool) -> None:
+    """Fill ``parts`` in place from ``folder``.
+
+    Args:
+        alone: this process reads on its own; otherwise all ranks of the default group read together.
+
+    Raises:
+        UserError: for metadata that no checkpoint of ours has, or weights of another model.
+    """
+    reader = SafeReader(folder)
+    there = reader.read_metadata().state_dict_metadata  # here, since DCP would bury what is wrong with it
+    wrong = []
+    for part, tensors in parts.items():
+        for name, tensor in tensors.items():
+            found = getattr(there.get(f"{part}.{name}"), "size", None)
+            what = name if part == "model" else f"{part} of {name}"
+            if found is None:
+                wrong.append(f"{what} is not in it")
+            elif found != tensor.shape:
+                wrong.append(f"{what} is {tuple(found)} in it and {tuple(tensor.shape)} in the model")
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise UserError(
+            f"{folder} holds another model than its configuration describes: {'; '.join(wrong[:5])}{more}."
+            " It may be of another version of mmtrain (see code.json in the run folder)"
+        )
+    with _quiet():
+        dcp.load(parts, storage_reader=reader, planner=_TensorsOnly(), no_dist=alone)
+
+
+class _quiet(warnings.catch_warnings):
+    """Without torch's remark that a lone process needs no process group."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")

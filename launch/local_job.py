@@ -63,6 +63,7 @@ def _together(command: Sequence[str], processes: int) -> int:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
         "OMP_NUM_THREADS": threads,
     }
     ranks = [

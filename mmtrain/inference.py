@@ -12,15 +12,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from mmtrain.config import RunConfig, from_yaml
 from mmtrain.errors import UserError
 from mmtrain.models import build_model
 from mmtrain.models.pretrained import WEIGHTS, from_pretrained, save_pretrained
 from mmtrain.parallel.ranks import Ranks
-from mmtrain.train.checkpoint import CheckpointStore, load_state, load_tensors, verify
+from mmtrain.train.checkpoint import CheckpointStore, load_state
+from mmtrain.train.manifest import verify
 from mmtrain.train.run_folder import RunFolder
+from mmtrain.train.tensor_files import read_weights
 
 
 @dataclass
@@ -55,11 +56,7 @@ def load_trained(folder: str | Path, checkpoint: str = "best") -> TrainedModel:
     config = run.config()
     model = build_model(config.model)
     path = _checkpoint(run, checkpoint)
-    tensors: dict[str, Any] = {"model": get_model_state_dict(model)}
-    if config.train.ema_decay is not None:
-        tensors = {"average": {name: torch.empty_like(p) for name, p in model.named_parameters()}}
-    load_tensors(path, tensors)
-    model.load_state_dict(next(iter(tensors.values())))
+    read_weights(model, path, averaged=config.train.ema_decay is not None)
     return TrainedModel(model.eval(), config, run.assets(), folder, load_state(path)["step"])
 
 

@@ -50,7 +50,9 @@ def check(config: RunConfig, world: int) -> None:
 
         require_deepspeed()
         if config.train.precision == "fp16":
-            raise UserError("train.precision is 'fp16', which zero1, zero2 and zero3 do not take here: use bf16, or fsdp")
+            raise UserError(
+                "train.precision is 'fp16', which zero1, zero2 and zero3 do not take here: use bf16, or fsdp"
+            )
         if config.train.compile:
             raise UserError("train.compile is true, which DeepSpeed's hooks do not go with: use fsdp, or false")
 

@@ -81,8 +81,11 @@ def joined(device: str = "auto", timeout: float = 1800.0, group: bool = False) -
         return
     # a tensor of the CPU goes over gloo, whatever the model's device
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **alone)
+    limit = timedelta(seconds=timeout)
+    if world == 1:
+        dist.init_process_group(backend, timeout=limit, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, timeout=limit)
     try:
         yield Ranks(rank, world, where, max(local_world, 1))
     finally:

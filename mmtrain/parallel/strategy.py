@@ -86,10 +86,10 @@ class Strategy(ABC):
         """The 2-norm of the whole reduced gradient, float32; the same on every rank."""
 
     @torch.no_grad()
-    def scale_gradients(self, factor: Tensor) -> None:
+    def scale_gradients(self, factor: float) -> None:
         gradients = self.gradients()
         if gradients:
-            torch._foreach_mul_(gradients, factor.to(gradients[0].device))
+            torch._foreach_mul_(gradients, factor)
 
     @abstractmethod
     def step(self, rate: float) -> None:

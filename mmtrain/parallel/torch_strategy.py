@@ -25,6 +25,8 @@ class TorchStrategy(Strategy):
         self.model, self.ranks, self.plan = model, plan.ranks, plan
         self._split()
         model.to_empty(device=plan.ranks.device)
+        # the parameters as they are between steps: FSDP2 puts others in their place while a module runs
+        self.parameters = dict(model.named_parameters())
         self.optimizer = plan.make_optimizer(model)
         self._fresh_moments()
         self.runner = self._wrap()
@@ -43,10 +45,10 @@ class TorchStrategy(Strategy):
                 self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
 
     def assign(self, name: str, value: Tensor) -> None:
-        _set(self.model.get_parameter(name), value)
+        _set(self.parameters[name], value)
 
     def gradients(self) -> list[Tensor]:
-        return [local(p.grad) for p in self.model.parameters() if p.grad is not None]
+        return [local(p.grad) for p in self.parameters.values() if p.grad is not None]
 
     def gradient_norm(self) -> Tensor:
         return norm_of(self.gradients(), self.ranks.device).sqrt()
@@ -61,7 +63,7 @@ class TorchStrategy(Strategy):
         self.optimizer.zero_grad(set_to_none=True)
 
     def held(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self.model.named_parameters()}
+        return {name: p.detach() for name, p in self.parameters.items()}
 
     def saved(self, average: dict[str, Tensor] | None) -> Parts:
         return self._parts(average)
@@ -69,7 +71,7 @@ class TorchStrategy(Strategy):
     def _parts(self, average: dict[str, Tensor] | None) -> Parts:
         """The very tensors of the training state, by part and name."""
         parts: Parts = {MODEL: self.held()}
-        trained = {name: self.optimizer.state[p] for name, p in self.model.named_parameters() if p.requires_grad}
+        trained = {name: self.optimizer.state[p] for name, p in self.parameters.items() if p.requires_grad}
         parts |= {key: {name: state[key] for name, state in trained.items()} for key in MOMENTS}
         return parts | ({"average": average} if average is not None else {})
 
@@ -121,6 +123,11 @@ class FullyShardedDataParallel(TorchStrategy):
         root.set_is_last_backward(last)
         root.set_requires_gradient_sync(last)
         return nullcontext()
+
+    def held(self) -> dict[str, Tensor]:
+        # an evaluation leaves the root's parameters gathered: what is written to the parts would not be seen there
+        cast(FSDPModule, self.model).reshard()
+        return super().held()
 
     def gradient_norm(self) -> Tensor:
         total = norm_of(self.gradients(), self.ranks.device)

@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -105,6 +106,8 @@ class ZeroStrategy(Strategy):
         self._put(self.model.get_parameter(name), value, None)
 
     def held(self) -> dict[str, Tensor]:
+        if self.stage == 3:  # an evaluation leaves parameters gathered: what is written to the parts is not seen there
+            self.zero._partition_all_parameters()
         return {name: _own(p) for name, p in self.model.named_parameters()}
 
     def saved(self, average: dict[str, Tensor] | None) -> Parts:
@@ -204,6 +207,8 @@ def _chunks(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
 def _engine(model: nn.Module, plan: Plan, stage: int) -> Any:
     if plan.ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # it insists
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use.*", category=FutureWarning)
     import deepspeed
     from deepspeed.utils import logger as its_logger
 
@@ -214,6 +219,8 @@ def _engine(model: nn.Module, plan: Plan, stage: int) -> Any:
     if stage == 3:
         # no parameter stays whole: what is held is then one thing, and the averaged weights follow it
         zero["stage3_param_persistence_threshold"] = 0
+        if plan.config.reshard_after_forward:
+            zero |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
     if plan.config.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": plan.ranks.device.type == "cuda"}
     settings: dict[str, Any] = {
@@ -222,6 +229,7 @@ def _engine(model: nn.Module, plan: Plan, stage: int) -> Any:
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0,  # ours; its default is 1
         "steps_per_print": 10**9,
     }
     if plan.autocast is not None:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 import mmtrain.ops  # noqa: F401 - defines torch.ops.mmtrain
 from mmtrain.config import TrainConfig
 from mmtrain.errors import UserError
+from mmtrain.models.averaging import MixerStack
 
 _aten = torch.ops.aten
 #: What the selective mode keeps: results that cost much to compute and little to hold.
@@ -32,12 +33,13 @@ def checkpoint_activations(model: nn.Module, config: TrainConfig) -> None:
     """
     if config.checkpointing == "none":
         return
-    if not hasattr(model, "set_grad_checkpointing"):
+    switch = getattr(model, "set_grad_checkpointing", None)
+    if switch is None:
         raise UserError(f"train.checkpointing is '{config.checkpointing}', but {type(model).__name__} cannot recompute")
-    model.set_grad_checkpointing(True, config.checkpointing_every)
+    switch(True, config.checkpointing_every)
     if config.checkpointing == "selective":
         for module in model.modules():
-            if hasattr(module, "checkpoint_contexts"):
+            if isinstance(module, MixerStack):
                 module.checkpoint_contexts = partial(create_selective_checkpoint_contexts, _policy)
 
 

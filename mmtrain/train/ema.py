@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -37,13 +37,13 @@ class WeightAverage:
             local(mine).copy_(local(held[name].detach()))
 
     @contextmanager
-    def applied(self, held: dict[str, Tensor]) -> Iterator[None]:
-        """Within the context the model holds the averaged weights."""
-        self._swap(held)
+    def applied(self, held: Callable[[], dict[str, Tensor]]) -> Iterator[None]:
+        """Within the context the model holds the averaged weights. ``held`` is asked anew for each exchange."""
+        self._swap(held())
         try:
             yield
         finally:
-            self._swap(held)
+            self._swap(held())
 
     @torch.no_grad()
     def _swap(self, held: dict[str, Tensor]) -> None:

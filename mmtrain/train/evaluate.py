@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,16 +23,23 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 @torch.no_grad()
-def evaluate(task: Task, model: nn.Module, source: Source, config: RunConfig, ranks: Ranks) -> dict[str, float]:
-    """The task's metrics over the whole of ``source``; the same on every rank."""
+def evaluate(
+    task: Task, model: nn.Module, source: Source, config: RunConfig, ranks: Ranks, *, together: bool = False
+) -> dict[str, float]:
+    """The task's metrics over the whole of ``source``; the same on every rank.
+
+    Args:
+        model: what is called on a batch.
+        together: a forward pass is a collective, so all ranks make as many as the one with the most batches; what a
+            rank makes beyond its own counts nowhere.
+    """
     model.eval()
     names: list[str] = []
     totals = torch.zeros(0, dtype=torch.float64)
-    batches = eval_batches(
-        source, batch_size=config.eval.batch_size, rank=ranks.rank, world=ranks.world, workers=config.data.workers
-    )
-    for batch in batches:
+    for batch, counts in _batches(source, config, ranks, together):
         sums = task.measure(model, to_device(batch, ranks.device))
+        if not counts:
+            continue
         names = sorted(sums)
         values = torch.stack([sums[name].cpu() for name in names])
         totals = values if not len(totals) else totals + values
@@ -37,11 +48,23 @@ def evaluate(task: Task, model: nn.Module, source: Source, config: RunConfig, ra
     return task.metrics(dict(zip(names, totals.tolist(), strict=True)))
 
 
+def _batches(source: Source, config: RunConfig, ranks: Ranks, together: bool) -> Iterator[tuple[Batch, bool]]:
+    """This rank's batches, and whether each counts."""
+    size, made = config.eval.batch_size, 0
+    batches = eval_batches(source, batch_size=size, rank=ranks.rank, world=ranks.world, workers=config.data.workers)
+    for batch in batches:
+        made += 1
+        yield batch, True
+    most = math.ceil(math.ceil(len(source) / ranks.world) / size)  # of rank 0
+    if together and made < most:
+        stand_in = source.fetch(np.zeros(1, dtype=np.int64), None)
+        for _ in range(most - made):
+            yield stand_in, False
+
+
 def _agree(names: list[str], totals: torch.Tensor, ranks: Ranks) -> tuple[list[str], torch.Tensor]:
     """Sum over ranks, where a rank may have had no sample at all."""
-    known: list[list[str]] = [[] for _ in range(ranks.world)]
-    torch.distributed.all_gather_object(known, names)
-    names = max(known, key=len)
+    names = max(ranks.gather(names), key=len)
     if not len(totals):
         totals = torch.zeros(len(names), dtype=torch.float64)
-    return names, ranks.sum(totals).cpu()
+    return names, ranks.sum(totals)

@@ -1,4 +1,4 @@
-"""The train loop: one for every task.
+"""The train loop: one for every task and every strategy.
 
 All that a step does is a function of (configuration, weights, step): the order of samples, their augmentation and
 the masks of dropout follow from the seed and the number of samples consumed. So a run that is killed and started
@@ -7,36 +7,39 @@ again ends in the same weights as one that was not.
 
 from __future__ import annotations
 
+import gc
 import logging
+import math
 import time
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch import Tensor
 
 from mmtrain.config import RunConfig
 from mmtrain.data.loader import train_batches
 from mmtrain.errors import UserError
 from mmtrain.models.stochastic import sample_keys
 from mmtrain.parallel.ranks import Ranks
-from mmtrain.parallel.strategy import deferred_reduction, wrap
 from mmtrain.tasks import Batch, StepKey, Task
-from mmtrain.train.checkpoint import CheckpointStore, load_state, load_tensors
-from mmtrain.train.ema import WeightAverage
+from mmtrain.train.agreement import Agreement, agree
+from mmtrain.train.build import blueprint, spread_model
+from mmtrain.train.diagnose import first_bad
 from mmtrain.train.evaluate import evaluate, to_device
-from mmtrain.train.optim import build_optimizer, learning_rate
+from mmtrain.train.micro_batches import micro_batches
+from mmtrain.train.optim import learning_rate
+from mmtrain.train.precision import autocast_dtype, initial_loss_scale, seed_step, update_loss_scale
 from mmtrain.train.preemption import StopRequest
 from mmtrain.train.run_folder import RunFolder
+from mmtrain.train.snapshots import Snapshots
+from mmtrain.train.spikes import SpikeWatch
 from mmtrain.train.state import Schedule, TrainState
+from mmtrain.train.tensor_files import read_weights
+from mmtrain.train.timing import StepTimer, exposed_reduction
 from mmtrain.train.tracking import Tracker
 
 logger = logging.getLogger("mmtrain")
@@ -57,111 +60,185 @@ class Trainer:
 
     def __init__(self, config: RunConfig, task: Task, run: RunFolder, ranks: Ranks, tracker: Tracker) -> None:
         self.config, self.task, self.run, self.ranks, self.tracker = config, task, run, ranks, tracker
-        self.model = task.build_model().to(ranks.device)
-        self.parallel = wrap(self.model, ranks)
-        self.optimizer = build_optimizer(self.model, config.optim)
-        decay = config.train.ema_decay
-        self.average = WeightAverage(self.model, decay) if decay is not None else None
+        self.micros = micro_batches(config, ranks.world)
+        self.strategy = spread_model(config, task, ranks)
+        self.snapshots = Snapshots(config, run, self.strategy, ranks)
         self.schedule = Schedule.of(config, len(task.train))
-        self.state = TrainState(dataset_length=len(task.train))
-        self.store = CheckpointStore(run.checkpoints, ranks, config.checkpoint.keep)
+        self.state = TrainState(dataset_length=len(task.train), loss_scale=initial_loss_scale(config.train))
+        self.spikes = SpikeWatch(config.train)
+        self.stop = StopRequest()
+        self.timer = StepTimer(ranks.device)
         self.saved_at = time.monotonic()
+        self._rewound = False
 
     def fit(self) -> Outcome:
         """Train to the end, or until a signal asks to stop; then test the selected checkpoint."""
-        self._resume()
-        with StopRequest() as stop:
-            for micro_batches in self._steps():
-                self._train_step(micro_batches)
+        self.state = self.snapshots.begin(self.state, blueprint(self.task))
+        self.tracker.start(self.state, self.schedule)
+        with self.stop, _collected_by_hand():
+            for batches in self._steps():
+                agreed = self._train_step(batches)
                 if self._evaluation_is_due():
                     self._evaluate()
                     self._save()
-                elif self._save_is_due():
+                elif agreed.save:
                     self._save()
-                if self.ranks.any(stop.received is not None):
+                if agreed.stop:
                     self._save()
-                    return Outcome(self.state.step, finished=False, stopped_by=stop.received or 15)
+                    self.snapshots.store.wait()
+                    return Outcome(self.state.step, finished=False, stopped_by=self.stop.received or 15)
                 if self._out_of_patience():
                     break
+                self._collect_garbage()
         return self._finish()
+
+    def close(self) -> None:
+        self.snapshots.store.close()
+        self.strategy.close()
 
     # ------------------------------------------------------------------ one step
 
     def _steps(self) -> Iterator[list[Batch]]:
         """The micro-batches of each remaining step, from the sample after the last one consumed."""
-        train, micros = self.config.train, self.config.train.accumulation
-        remaining = self.schedule.steps - self.state.step
-        if remaining <= 0:
-            return
-        batches = train_batches(
-            self.task.train,
-            seed=self.config.seed,
-            batch_size=train.batch_size,
-            start=self.state.samples,
-            steps=remaining,
-            rank=self.ranks.rank,
-            world=self.ranks.world,
-            micros=micros,
-            workers=self.config.data.workers,
-            window=self.config.data.shuffle_window,
-        )
-        while group := self.tracker.waiting(lambda: list(islice(batches, micros))):
-            yield group
+        while (remaining := self.schedule.steps - self.state.step) > 0:
+            self._rewound = False
+            stream = train_batches(
+                self.task.train,
+                seed=self.config.seed,
+                batch_size=self.config.train.batch_size,
+                start=self.state.samples,
+                steps=remaining,
+                rank=self.ranks.rank,
+                world=self.ranks.world,
+                micros=self.micros,
+                workers=self.config.data.workers,
+                window=self.config.data.shuffle_window,
+                pin_memory=self.ranks.device.type == "cuda",
+            )
+            with closing(stream):  # type: ignore[type-var]
+                while not self._rewound and (group := self._next(stream)):
+                    yield group
 
-    def _train_step(self, micro_batches: list[Batch]) -> None:
+    def _next(self, stream: Iterator[Batch]) -> list[Batch]:
+        with self.timer.phase("data"):
+            return [to_device(batch, self.ranks.device) for batch in islice(stream, self.micros)]
+
+    def _train_step(self, batches: list[Batch]) -> Agreement:
         config, state = self.config, self.state
+        seed_step(config.seed, state.step, self.ranks.rank)
         rate = learning_rate(config.optim, state.step, self.schedule.steps, self.schedule.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.parallel.train()
-        loss = self._backward(micro_batches)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip_norm or float("inf"))
-        # DDP has summed the gradients, so that every rank sees the same norm and takes the same branch
-        if torch.isfinite(norm):
-            self.optimizer.step()
-            if self.average is not None:
-                self.average.update(self.model, state.step)
-            state.bad_in_a_row = 0
-        else:
-            self._skip(norm)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.strategy.runner.train()
+        loss = self._backward(batches)
+        with self.timer.phase("communication"):
+            norm, agreed = self._agree(loss)
+        with self.timer.phase("optimizer"):
+            if not agreed.finite:
+                self._skip(batches)
+            elif self.spikes.is_spike(agreed.loss):
+                self._roll_back(agreed.loss)
+                return agreed
+            else:
+                self._update(norm, rate)
+        self.tracker.consumed(state.step, batches)
         state.step += 1
         state.samples += config.train.batch_size
-        self.tracker.after_step(state, loss, norm, rate)
+        self.timer.end_step()
+        self.tracker.after_step(state, agreed.loss, norm, rate, self.timer)
+        return agreed
 
-    def _backward(self, micro_batches: list[Batch]) -> Tensor:
+    def _backward(self, batches: list[Batch]) -> Tensor:
         """Gradients of the mean loss of the step, summed over micro-batches; returns this rank's mean loss."""
         total = torch.zeros((), device=self.ranks.device)
-        key = StepKey(self.config.seed, self.state.step)
-        for i, batch in enumerate(micro_batches):
-            batch = to_device(batch, self.ranks.device)
-            with deferred_reduction(self.parallel, last=i == len(micro_batches) - 1):
-                with sample_keys(batch["key"]), self._autocast():
-                    loss = self.task.loss(self.parallel, batch, key) / len(micro_batches)
-                loss.backward()
+        for i, batch in enumerate(batches):
+            with self.strategy.micro_batch(last=i == len(batches) - 1):
+                with self.timer.phase("forward"):
+                    loss = self._loss(batch) / len(batches)
+                with self.timer.phase("backward"):
+                    scaled = loss * self.state.loss_scale if self.state.loss_scale != 1 else loss
+                    with exposed_reduction(scaled, self.timer):
+                        self.strategy.backward(scaled)
             total += loss.detach()
         return total
 
-    def _autocast(self) -> torch.autocast:
-        enabled = self.config.train.precision == "bf16"
-        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=enabled)
+    def _loss(self, batch: Batch) -> Tensor:
+        with sample_keys(batch["key"]), self._autocast():
+            return self.task.loss(self.strategy.runner, batch, StepKey(self.config.seed, self.state.step))
 
-    def _skip(self, norm: Tensor) -> None:
-        """Leave out a step whose gradient is not finite; stop after too many in a row."""
-        self.state.skipped += 1
-        self.state.bad_in_a_row += 1
-        limit = self.config.train.max_bad_steps
-        self.tracker.warn(f"step {self.state.step}: the gradient norm is {norm.item()}: the step is skipped")
-        if self.state.bad_in_a_row >= limit:
+    def _autocast(self) -> torch.autocast:
+        dtype = autocast_dtype(self.config.train)
+        return torch.autocast(self.ranks.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+    def _agree(self, loss: Tensor) -> tuple[float, Agreement]:
+        """The norm of the gradient, and what the ranks think of going on: the one place where a step waits for all."""
+        norm, value = torch.stack([self.strategy.gradient_norm(), loss.float()]).tolist()
+        agreed = agree(
+            self.ranks,
+            value if math.isfinite(norm) else math.nan,
+            stop=self.stop.received is not None,
+            save=self._save_is_due(),
+            save_failed=self.snapshots.store.failed,
+        )
+        if agreed.save_failed:
+            self.snapshots.store.wait()  # raises
+        return norm / self.state.loss_scale, agreed
+
+    def _update(self, norm: float, rate: float) -> None:
+        """Clip, step, average."""
+        limit = self.config.optim.clip_norm
+        factor = min(limit / (norm + 1e-6), 1.0) if limit is not None else 1.0
+        if factor != 1 or self.state.loss_scale != 1:
+            self.strategy.scale_gradients(factor / self.state.loss_scale)
+        self.strategy.step(rate)
+        self.snapshots.update_average(self.state.updates)
+        self.state.updates += 1
+        self.state.bad_in_a_row = 0
+        update_loss_scale(self.state, self.config.train, finite=True)
+
+    # ------------------------------------------------------------------ when something is wrong
+
+    def _skip(self, batches: list[Batch]) -> None:
+        """Leave out a step whose loss or gradient is not finite on some rank; stop after too many in a row."""
+        state, limit = self.state, self.config.train.max_bad_steps
+        self.strategy.drop_gradients()
+        if update_loss_scale(state, self.config.train, finite=False):
+            return  # fp16 overflowed, and is scaled down
+        state.skipped += 1
+        state.bad_in_a_row += 1
+        self.tracker.warn(f"step {state.step}: the loss or its gradient is not finite: the step is skipped")
+        if state.bad_in_a_row >= limit:
+            batch = batches[0]
+            found = first_bad(self.strategy.model, lambda: self._loss(batch), batch, self.ranks)
             raise UserError(
-                f"{limit} steps in a row had a gradient that is not finite: lower optim.lr, raise"
+                f"{limit} steps in a row had a loss or gradient that is not finite; {found}. Lower optim.lr, raise"
                 " optim.warmup_epochs, or use train.precision=fp32; the last checkpoint is from before them"
             )
+
+    def _roll_back(self, loss: float) -> None:
+        """Go back to the last checkpoint, and on with the samples after this step: those in between are left out."""
+        store, state = self.snapshots.store, self.state
+        reached = state.samples + self.config.train.batch_size
+        self.strategy.drop_gradients()
+        store.wait()
+        newest = store.newest()
+        if newest is None or state.rollbacks >= self.config.train.max_bad_steps:
+            why = "there is no checkpoint yet" if newest is None else f"it was the {state.rollbacks + 1}th time"
+            raise UserError(
+                f"step {state.step}: the loss jumped to {loss:.4g}, above train.spike_factor ="
+                f" {self.config.train.spike_factor} times its median, and {why}: lower optim.lr, or raise the factor"
+            )
+        self.snapshots.load(newest)
+        back = TrainState.read(newest)
+        back.rollbacks, back.left_out = state.rollbacks + 1, state.left_out + reached - back.samples
+        self.tracker.rolled_back(state, back, loss)
+        back.samples = reached
+        self.state, self._rewound = back, True
 
     # ------------------------------------------------------------------ evaluation and checkpoints
 
     def _evaluation_is_due(self) -> bool:
-        return self.state.step % self.schedule.eval_every == 0 or self.state.step == self.schedule.steps
+        return not self._rewound and (
+            self.state.step % self.schedule.eval_every == 0 or self.state.step == self.schedule.steps
+        )
 
     def _evaluate(self) -> None:
         results = self._measure("val")
@@ -176,80 +253,77 @@ class Trainer:
     def _measure(self, split: str) -> dict[str, float]:
         source = {"val": self.task.val, "test": self.task.test}[split]
         assert source is not None
-        with self._averaged(), self._autocast():
-            return evaluate(self.task, self.model, source, self.config, self.ranks)
-
-    def _averaged(self) -> Any:
-        from contextlib import nullcontext
-
-        return self.average.applied(self.model) if self.average is not None else nullcontext()
+        with self.timer.paused(), self.snapshots.averaged(), self._autocast():
+            return evaluate(
+                self.task,
+                self.strategy.evaluator,
+                source,
+                self.config,
+                self.ranks,
+                together=self.strategy.collective_forward,
+            )
 
     def _out_of_patience(self) -> bool:
         patience = self.config.eval.patience
         return patience is not None and self.state.evals_since_best >= patience
 
     def _save_is_due(self) -> bool:
+        """Whether this rank wants a checkpoint after the step under way."""
         every = self.config.checkpoint.every_steps
-        if every is not None and self.state.step % every == 0:
+        if every is not None and (self.state.step + 1) % every == 0:
             return True
-        minutes = (time.monotonic() - self.saved_at) / 60
-        return self.ranks.any(minutes >= self.config.checkpoint.every_minutes)
-
-    def _tensors(self) -> dict[str, Any]:
-        tensors: dict[str, Any] = {
-            "model": get_model_state_dict(self.model),
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
-        }
-        if self.average is not None:
-            tensors["average"] = self.average.shadow
-        return tensors
+        return time.monotonic() - self.saved_at >= 60 * self.config.checkpoint.every_minutes
 
     def _save(self) -> None:
-        self.state.tracker_id = self.tracker.run_id
-        self.store.save(self.state.step, self._tensors(), self.state.to_json(), best=self.state.best_step)
+        with self.timer.paused():
+            self.state.tracker_id = self.tracker.run_id
+            self.snapshots.save(self.state)
         self.saved_at = time.monotonic()
 
-    def _resume(self) -> None:
-        newest = self.store.newest()
-        if newest is not None:
-            state = TrainState(**load_state(newest))
-            if state.dataset_length != len(self.task.train):
-                raise UserError(
-                    f"{self.run.path} was trained on {state.dataset_length} samples, the data now has"
-                    f" {len(self.task.train)}: restore the data, or start another run with name=…"
-                )
-            self._load(newest)
-            self.state = state
-        self.tracker.start(self.state, self.schedule)
-
-    def _load(self, path: Any) -> None:
-        tensors = self._tensors()
-        load_tensors(path, tensors)
-        set_model_state_dict(self.model, tensors["model"])
-        set_optimizer_state_dict(self.model, self.optimizer, tensors["optimizer"])
+    def _collect_garbage(self) -> None:
+        if self.state.step % self.config.train.gc_every == 0:
+            gc.collect()
 
     # ------------------------------------------------------------------ the end
 
     def _finish(self) -> Outcome:
-        if self.store.newest() != self.store.at(self.state.step):
-            self._save()
-        chosen = self.state.best_step if self.config.eval.select == "best" else self.state.step
+        """Save, test the chosen checkpoint, draw."""
+        store, state = self.snapshots.store, self.state
+        self._save()
+        store.wait()
+        chosen = state.best_step if self.config.eval.select == "best" else state.step
         assert chosen is not None
-        self._load(self.store.at(chosen))
+        if chosen != state.step:
+            self.snapshots.load(store.at(chosen))
         results = self._measure("test") if self.task.test is not None else None
         if self.ranks.main:
-            with self._averaged():
-                pictures = self.task.illustrate(self.model.eval(), self.run.path)
             self.run.write_result(
                 {
-                    "step": self.state.step,
+                    "step": state.step,
                     "tested_step": chosen,
-                    "val": {self.task.metric: self.state.best},
+                    "val": {self.task.metric: state.best},
                     "test": results,
-                    "skipped_steps": self.state.skipped,
-                    "pictures": [p.name for p in pictures],
+                    "skipped_steps": state.skipped,
+                    "pictures": [p.name for p in self._illustrate(store.at(chosen))],
                 }
             )
-        self.tracker.finish(self.state, results, chosen)
+        self.tracker.finish(state, results, chosen)
         self.ranks.barrier()
-        return Outcome(self.state.step, finished=True, test=results)
+        return Outcome(state.step, finished=True, test=results)
+
+    def _illustrate(self, checkpoint: Path) -> list[Path]:
+        """Let the task draw, with a whole model of this rank's own: the trained one may be split."""
+        model = self.task.build_model()
+        read_weights(model, checkpoint, averaged=self.snapshots.average is not None)
+        return self.task.illustrate(model.eval().to(self.ranks.device), self.run.path)
+
+
+@contextmanager
+def _collected_by_hand() -> Iterator[None]:
+    """No garbage collection of Python's own choosing, which would halt one rank while the others wait for it."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

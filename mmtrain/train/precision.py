@@ -10,7 +10,10 @@ import torch
 
 from mmtrain.config import TrainConfig
 from mmtrain.data.order import mix64
+from mmtrain.train.state import TrainState
 
+#: Good steps in a row after which the loss scale of fp16 doubles.
+_GROW_AFTER = 2000
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -40,28 +43,23 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     random.seed(value)
 
 
-class LossScale:
-    """fp16 loses small gradients: the loss is multiplied by ``value`` before the backward pass, the gradient divided.
+def initial_loss_scale(config: TrainConfig) -> float:
+    """What the loss is multiplied by before the backward pass, and the gradient divided by: fp16 loses small ones."""
+    return 2.0**15 if config.precision == "fp16" else 1.0
 
-    ``value`` halves after a step that overflowed, which is left out, and doubles after ``grow_after`` good ones. It is
-    1 and stays so where it is not needed.
+
+def update_loss_scale(state: TrainState, config: TrainConfig, *, finite: bool) -> bool:
+    """Note a step in ``state``: the scale halves after an overflow and doubles after 2,000 good steps.
+
+    Returns:
+        True when an overflow was the scale's fault, so that a smaller one may cure it.
     """
-
-    grow_after = 2000
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.used = config.precision == "fp16"
-        self.value = 2.0**15 if self.used else 1.0
-        self.good = 0
-
-    def update(self, finite: bool) -> bool:
-        """Note a step; True when an overflow was the scale's fault, so that a smaller one may cure it."""
-        if not self.used:
-            return False
-        if finite:
-            self.good += 1
-            if self.good == self.grow_after:
-                self.value, self.good = self.value * 2, 0
-            return False
-        self.value, self.good = self.value / 2, 0
-        return self.value >= 1.0
+    if config.precision != "fp16":
+        return False
+    if finite:
+        state.good_in_a_row += 1
+        if state.good_in_a_row == _GROW_AFTER:
+            state.loss_scale, state.good_in_a_row = state.loss_scale * 2, 0
+        return False
+    state.loss_scale, state.good_in_a_row = state.loss_scale / 2, 0
+    return state.loss_scale >= 1.0

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
 from mmtrain.config import RunConfig
-from mmtrain.errors import UserError
 from mmtrain.log import log_to_file
+from mmtrain.parallel.build import check as check_strategy
+from mmtrain.parallel.build import needs_group, resolve
 from mmtrain.parallel.ranks import joined
-from mmtrain.tasks import build_task
+from mmtrain.tasks import Task, build_task
+from mmtrain.train.build import blueprint
 from mmtrain.train.loop import Outcome, Trainer
+from mmtrain.train.micro_batches import micro_batches
+from mmtrain.train.precision import set_up_arithmetic
 from mmtrain.train.run_folder import RunFolder
 from mmtrain.train.tracking import Tracker
 
@@ -41,15 +47,19 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
     run = RunFolder(run_path(config, run_dir))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with joined(config.device) as ranks:
-        local = _local_batch(config, ranks.world)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    check_strategy(config, world)
+    parts = micro_batches(config, world)
+    set_up_arithmetic(config.train)
+    group = needs_group(config.parallel, world)
+    with joined(config.device, config.parallel.start_timeout, group) as ranks:
         run.check(config)
         done = run.result()
         if done is not None:
             return Outcome(done["step"], finished=True, test=done["test"])
         # the data is opened before the folder is made: a run whose data is missing leaves nothing behind
         task = build_task(config)
-        task.check_batch(local)
+        task.check_batch(config.train.batch_size // (world * parts))
         if debug:
             task.shorten(_DEBUG_SAMPLES)
         if ranks.main:
@@ -57,34 +67,35 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
             log_to_file(run.log_file)
         ranks.barrier()
         tracker = Tracker(config, run, ranks, task.plotted)
-        try:
-            trainer = Trainer(config, task, run, ranks, tracker)
+        with closing(tracker), closing(Trainer(config, task, run, ranks, tracker)) as trainer:
             if ranks.main:
-                parameters = sum(p.numel() for p in trainer.model.parameters())
-                logger.info(
-                    "%s: %s, %.2f M parameters, %d training samples, %d steps of %d, on %d × %s",
-                    run.path,
-                    config.model.name,
-                    parameters / 1e6,
-                    len(task.train),
-                    trainer.schedule.steps,
-                    config.train.batch_size,
-                    ranks.world,
-                    ranks.device.type,
-                )
+                _introduce(config, task, trainer)
             with torch.autograd.set_detect_anomaly(debug):
                 return trainer.fit()
-        finally:
-            tracker.close()
 
 
-def _local_batch(config: RunConfig, world: int) -> int:
-    """Samples per rank and micro-batch."""
-    batch, parts = config.train.batch_size, world * config.train.accumulation
-    if batch % parts:
-        fits = [n for n in range(1, batch + 1) if batch % n == 0][-8:]
-        raise UserError(
-            f"train.batch_size is {batch}, which {world} ranks × train.accumulation={config.train.accumulation} do not"
-            f" divide: use a multiple of {parts}, or so many ranks × accumulation: {', '.join(map(str, fits))}"
+def _introduce(config: RunConfig, task: Task, trainer: Trainer) -> None:
+    """One line on what is about to run."""
+    world, accumulated = trainer.ranks.world, trainer.micros
+    parameters = sum(p.numel() for p in blueprint(task).parameters())
+    logger.info(
+        "%s: %s, %.2f M parameters, %d training samples, %d steps of %d%s, on %d × %s%s",
+        trainer.run.path,
+        config.model.name,
+        parameters / 1e6,
+        len(task.train),
+        trainer.schedule.steps,
+        config.train.batch_size,
+        f" in {accumulated} micro-batches" if accumulated > 1 else "",
+        world,
+        trainer.ranks.device.type,
+        f" ({resolve(config.parallel, world)})" if world > 1 else "",
+    )
+    if accumulated > config.train.accumulation:
+        logger.info(
+            "train.accumulation is %d here, more than the %d asked for: %d ranks and train.micro_batch=%s want it so",
+            accumulated,
+            config.train.accumulation,
+            world,
+            config.train.micro_batch,
         )
-    return batch // parts

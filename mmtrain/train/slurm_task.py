@@ -44,6 +44,7 @@ def torch_variables(slurm: os._Environ[str] | dict[str, str]) -> dict[str, str]:
         "RANK": rank,
         "WORLD_SIZE": world,
         "LOCAL_RANK": local,
+        "LOCAL_WORLD_SIZE": slurm.get("SLURM_NTASKS_PER_NODE", "1"),
         "MASTER_ADDR": names.stdout.split()[0],
         "MASTER_PORT": str(20000 + job % 10000),
     }

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from mmtrain.config import RunConfig
+from mmtrain.errors import UserError
+from mmtrain.train.checkpoint import load_state
 
 
 @dataclass
@@ -31,6 +34,22 @@ class TrainState:
     dataset_length: int = 0
     tracker_id: str | None = None
 
+    @classmethod
+    def read(cls, checkpoint: Path) -> TrainState:
+        """The state in a checkpoint.
+
+        Raises:
+            UserError: for one of another version of mmtrain.
+        """
+        found = load_state(checkpoint)
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(found) - known):
+            raise UserError(
+                f"{checkpoint} is of another version of mmtrain: its state has {', '.join(unknown)}, unknown here"
+                " (see code.json in the run folder)"
+            )
+        return cls(**found)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -46,6 +65,7 @@ class Schedule:
     warmup: int
     eval_every: int
     steps_per_epoch: float
+    samples_per_epoch: int
 
     @classmethod
     def of(cls, config: RunConfig, samples: int) -> Schedule:
@@ -55,4 +75,4 @@ class Schedule:
             steps = min(steps, config.train.max_steps)
         every = config.eval.every_steps or max(1, round(config.eval.every_epochs * per_epoch))
         warmup = min(round(config.optim.warmup_epochs * per_epoch), steps)
-        return cls(steps, warmup, every, per_epoch)
+        return cls(steps, warmup, every, per_epoch, samples)

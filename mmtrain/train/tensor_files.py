@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import ReadItem
@@ -102,6 +102,13 @@ def read_tensors(folder: Path, parts: dict[str, dict[str, Tensor]], *, alone: bo
         )
     with _quiet():
         dcp.load(parts, storage_reader=reader, planner=_TensorsOnly(), no_dist=alone)
+
+
+def read_weights(model: nn.Module, folder: Path, *, averaged: bool) -> None:
+    """Give ``model`` the trained weights in ``folder``, or their average; on this process's own."""
+    part = "average" if averaged else "model"
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    read_tensors(folder, {part: weights}, alone=True)
 
 
 class _quiet(warnings.catch_warnings):

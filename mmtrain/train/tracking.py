@@ -6,36 +6,33 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from mmtrain.config import RunConfig
 from mmtrain.parallel.ranks import Ranks
+from mmtrain.tasks import Batch
 from mmtrain.train.progress import Progress
 from mmtrain.train.run_folder import RunFolder
 from mmtrain.train.state import Schedule, TrainState
+from mmtrain.train.timing import StepTimer
 from mmtrain.train.wandb_run import WandbRun
 
 logger = logging.getLogger("mmtrain")
-T = TypeVar("T")
 
 #: Redraw the curves at most this often, in seconds, while the run goes on.
 _CURVES_EVERY = 30.0
 
 
 class Tracker:
-    """Counts, times and writes down. Losses stay tensors until a line is written, so no step waits for one."""
+    """Counts and writes down."""
 
     def __init__(self, config: RunConfig, run: RunFolder, ranks: Ranks, plotted: tuple[str, ...]) -> None:
         self.config, self.run, self.ranks, self.plotted = config, run, ranks, plotted
         self.progress: Progress | None = None
         self.wandb: WandbRun | None = None
-        self._losses: list[Tensor] = []
-        self._data_seconds = 0.0
-        self._window_start = time.perf_counter()
+        self._losses: list[float] = []
         self._curves_at = 0.0
 
     @property
@@ -54,16 +51,17 @@ class Tracker:
             _drop_after(self.run, state.step)
             self._write({"kind": "resume", "step": state.step})
         self.progress = Progress(schedule.steps, state.step)
-        self._window_start = time.perf_counter()
 
-    def waiting(self, get: Callable[[], T]) -> T:
-        """Run ``get`` and count its time as waiting for data."""
-        begin = time.perf_counter()
-        found = get()
-        self._data_seconds += time.perf_counter() - begin
-        return found
+    def consumed(self, step: int, batches: list[Batch]) -> None:
+        """Note the samples of a step, where ``tracking.samples`` asks for it; of a step taken again the last counts."""
+        if not self.config.tracking.samples:
+            return
+        index = torch.cat([batch["index"] for batch in batches]).tolist()
+        self.run.samples.mkdir(exist_ok=True)
+        with (self.run.samples / f"rank_{self.ranks.rank:05d}.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "samples": index}) + "\n")
 
-    def after_step(self, state: TrainState, loss: Tensor, norm: Tensor, rate: float) -> None:
+    def after_step(self, state: TrainState, loss: float, norm: float, rate: float, timer: StepTimer) -> None:
         """Note a step; every ``train.log_every`` steps, and at the last, write a line."""
         self._losses.append(loss)
         due = state.step % self.config.train.log_every == 0 or state.step == self._schedule.steps
@@ -71,25 +69,33 @@ class Tracker:
             if self.progress:
                 self.progress.advance(state.step)
             return
-        mean = self.ranks.sum(torch.stack(self._losses).mean()) / self.ranks.world
-        seconds = time.perf_counter() - self._window_start
-        speed = len(self._losses) * self.config.train.batch_size / seconds
+        timings = timer.window()
         line: dict[str, Any] = {
             "kind": "train",
             "step": state.step,
             "samples": state.samples,
-            "epoch": state.step / self._schedule.steps_per_epoch,
-            "loss": mean.item(),
+            "epoch": state.samples / self._schedule.samples_per_epoch,
+            "loss": sum(self._losses) / len(self._losses),
             "lr": rate,
-            "grad_norm": norm.item(),
-            "samples_per_second": speed,
-            "data_share": self._data_seconds / seconds,
+            "grad_norm": norm,
+            **timings.speed(self.config.train.batch_size, self.ranks.world),
+            **timings.line(),
         }
-        self._losses, self._data_seconds = [], 0.0
+        self._losses = []
         if self.progress:
             self._write(line)
-            self.progress.advance(state.step, loss=line["loss"], lr=rate, speed=speed)
-        self._window_start = time.perf_counter()
+            self.progress.advance(state.step, loss=line["loss"], lr=rate, speed=line["samples_per_second"])
+
+    def rolled_back(self, before: TrainState, after: TrainState, loss: float) -> None:
+        """Note that the run went back to an earlier step."""
+        self._losses = []
+        self.warn(
+            f"step {before.step}: the loss jumped to {loss:.4g}: back to the checkpoint of step {after.step}, and on"
+            f" with other samples ({after.left_out} left out so far)"
+        )
+        if self.progress:
+            _drop_after(self.run, after.step)
+            self._write({"kind": "rollback", "step": after.step, "from_step": before.step, "loss": loss})
 
     def after_evaluation(self, state: TrainState, split: str, results: dict[str, float], best: bool = False) -> None:
         if self.progress:
@@ -99,9 +105,6 @@ class Tracker:
             self.progress.say(f"{split} at step {state.step}: {shown}{'  (best)' if best else ''}")
             if time.monotonic() - self._curves_at > _CURVES_EVERY:
                 self._draw()
-        # the evaluation is not part of the training speed
-        self._window_start = time.perf_counter()
-        self._data_seconds = 0.0
 
     def warn(self, message: str) -> None:
         if self.progress:

@@ -1,0 +1,83 @@
+"""Save and restore all that a training goes on from: weights, moments, average, and where the run stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from mmtrain.config import RunConfig, to_yaml
+from mmtrain.errors import UserError
+from mmtrain.models.initialise import initial_weights
+from mmtrain.parallel.ranks import Ranks
+from mmtrain.parallel.strategy import Strategy
+from mmtrain.train.checkpoint import CheckpointStore
+from mmtrain.train.ema import WeightAverage
+from mmtrain.train.run_folder import RunFolder
+from mmtrain.train.state import TrainState
+from mmtrain.train.tensor_files import read_tensors
+
+
+class Snapshots:
+    """Moves a training state between memory (``strategy``, ``average``) and the checkpoints of ``run``."""
+
+    def __init__(self, config: RunConfig, run: RunFolder, strategy: Strategy, ranks: Ranks) -> None:
+        self.run, self.strategy, self.seed = run, strategy, config.seed
+        options = config.checkpoint
+        self.store = CheckpointStore(
+            run.checkpoints,
+            ranks,
+            keep=options.keep,
+            keep_every=options.keep_every,
+            asynchronous=options.asynchronous,
+            config=to_yaml(config),
+        )
+        decay = config.train.ema_decay
+        self.average = WeightAverage(strategy.held(), decay) if decay is not None else None
+
+    def begin(self, fresh: TrainState, blueprint: nn.Module) -> TrainState:
+        """Load the newest valid checkpoint, or start from the seed; returns where the run stands.
+
+        Raises:
+            UserError: when the data is not what the run was trained on.
+        """
+        newest = self.store.newest()
+        if newest is None:
+            self.strategy.initialise(initial_weights(blueprint, self.seed))
+            if self.average is not None:
+                self.average.reset(self.strategy.held())
+            return fresh
+        state = TrainState.read(newest)
+        if state.dataset_length != fresh.dataset_length:
+            raise UserError(
+                f"{self.run.path} was trained on {state.dataset_length} samples, the data now has"
+                f" {fresh.dataset_length}: restore the data, or start another run with name=…"
+            )
+        self.load(newest)
+        return state
+
+    def save(self, state: TrainState) -> None:
+        shadow = self.average.shadow if self.average is not None else None
+        self.store.save(state.step, self.strategy.saved(shadow), state.to_json(), best=state.best_step)
+
+    def load(self, path: Path) -> None:
+        """Fill weights, moments and average from a checkpoint that was verified."""
+        updates = TrainState.read(path).updates
+        shadow = self.average.shadow if self.average is not None else None
+        alone = self.strategy.ranks.world == 1
+        self.strategy.load(lambda parts: read_tensors(path, parts, alone=alone), updates, shadow)
+
+    def update_average(self, updates: int) -> None:
+        if self.average is not None:
+            self.average.update(self.strategy.held(), updates)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the context the model holds the averaged weights, where they are kept."""
+        if self.average is None:
+            yield
+        else:
+            with self.average.applied(self.strategy.held):
+                yield

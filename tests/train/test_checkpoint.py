@@ -15,7 +15,9 @@ import torch
 
 from mmtrain.errors import UserError
 from mmtrain.parallel.ranks import Ranks
-from mmtrain.train.checkpoint import CheckpointStore, load_state, load_tensors, verify
+from mmtrain.train.checkpoint import CheckpointStore, load_state
+from mmtrain.train.manifest import verify
+from mmtrain.train.tensor_files import read_tensors
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -42,7 +44,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert newest == store.at(3)
     assert load_state(newest) == {"step": 3}
     target = tensors(0)
-    load_tensors(newest, target)
+    read_tensors(newest, target, alone=True)
     assert torch.equal(target["model"]["w"], tensors(1.5)["model"]["w"])
     assert torch.equal(target["model"]["b"], tensors(1.5)["model"]["b"])
 
@@ -115,7 +117,7 @@ def test_metadata_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     store.save(1, tensors(1), {})
     (store.at(1) / ".metadata").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(UserError, match="system"):
-        load_tensors(store.at(1), tensors(0))
+        read_tensors(store.at(1), tensors(0), alone=True)
     assert not (tmp_path / "pwned").exists()
 
 
@@ -124,4 +126,4 @@ def test_a_checkpoint_of_another_model_says_which_weights(tmp_path: Path) -> Non
     store.save(1, tensors(1), {})
     other = {"model": {"w": torch.zeros(7), "c": torch.zeros(2)}}
     with pytest.raises(UserError, match=r"w is \(1000,\) in it and \(7,\) in the model; c is not in it"):
-        load_tensors(store.at(1), other)
+        read_tensors(store.at(1), other, alone=True)

@@ -37,14 +37,15 @@ def test_the_learning_rate_warms_up_and_follows_the_cosine() -> None:
 def test_averaged_weights_follow_their_formula_and_swap_back() -> None:
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, 0.0)
-    average = WeightAverage(model, decay=0.5)
+    held = {"weight": model.weight}
+    average = WeightAverage(held, decay=0.5)
     expected = 0.0
     for step, value in enumerate((1.0, 2.0, 3.0)):
         nn.init.constant_(model.weight, value)
-        average.update(model, step)
+        average.update(held, step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * value
-    with average.applied(model):
+    with average.applied(lambda: held):
         assert model.weight.item() == pytest.approx(expected)
     assert model.weight.item() == 3.0
     assert torch.allclose(average.shadow["weight"], torch.tensor(expected))

@@ -12,7 +12,7 @@ import torch
 from mmtrain.config import load_config
 from mmtrain.errors import UserError
 from mmtrain.inference import load_trained
-from mmtrain.train.checkpoint import verify
+from mmtrain.train.manifest import verify
 from mmtrain.train.loop import Outcome
 from mmtrain.train.session import train
 

@@ -1,21 +1,19 @@
 """Where the time of a step goes: data, forward, backward, optimizer, communication, and the rest.
 
-On a CPU a border between two phases is a reading of the clock. On a GPU it is an event put into the stream, so what is
-measured is when the GPU came past it: work that the CPU only queued is counted where it runs, and a wait for data that
-the GPU did not notice, being busy still, counts as nothing. Events are read once a window: no step waits for the GPU.
+On a GPU its own time is split (:mod:`mmtrain.train.clocks`), and read once a window: no step waits for the GPU.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+
+from mmtrain.train.clocks import Clock, clock_of
 
 #: The phases of a step; what is in none of them is "other".
 PHASES = ("data", "forward", "backward", "optimizer", "communication")
@@ -58,43 +56,6 @@ class Timings:
         return {"step_seconds": self.total, **seconds}
 
 
-class Clock(Protocol):
-    """Borders in time, cheap to set and read later."""
-
-    def now(self) -> Any:
-        """A border."""
-
-    def gaps(self, borders: list[Any]) -> list[float]:
-        """Seconds between each border and the next; the borders are not used again."""
-
-
-class _HostClock:
-    def now(self) -> float:
-        return time.perf_counter()
-
-    def gaps(self, borders: list[float]) -> list[float]:
-        return [after - before for before, after in pairwise(borders)]
-
-
-class _CudaClock:
-    """Events in the current stream of ``device``, used again once they are read."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._free: list[torch.cuda.Event] = []
-
-    def now(self) -> torch.cuda.Event:
-        event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-    def gaps(self, borders: list[torch.cuda.Event]) -> list[float]:
-        borders[-1].synchronize()
-        gaps = [before.elapsed_time(after) / 1000 for before, after in pairwise(borders)]
-        self._free += borders
-        return gaps
-
-
 class _Phase:
     """``with`` a phase; one object serves every time, since what is open is kept by the timer."""
 
@@ -117,7 +78,7 @@ class StepTimer:
     """
 
     def __init__(self, device: torch.device, clock: Clock | None = None) -> None:
-        self.clock: Clock = clock or (_CudaClock(device) if device.type == "cuda" else _HostClock())
+        self.clock: Clock = clock or clock_of(device)
         self._phases = {name: _Phase(self, name) for name in (*PHASES, _PAUSED)}
         self._open: list[str] = []
         self._start()

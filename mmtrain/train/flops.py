@@ -1,0 +1,120 @@
+"""Floating-point operations of a training step, and what share of the machine's peak they come to (MFU)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmtrain.config import RunConfig, TSM2Config
+from mmtrain.config.data import ImageDataConfig
+from mmtrain.errors import UserError
+from mmtrain.inspect.stages import example_inputs
+from mmtrain.models import build_model
+from mmtrain.ops.backend import scan_backend
+from mmtrain.train.peaks import peak_flops
+
+#: Samples in the batch that is counted.
+_BATCH = 2
+_counted: dict[tuple[str, tuple[int, int], int], float] = {}
+
+
+def sample_flops(config: RunConfig, variates: int | None = None) -> float:
+    """Operations of the forward and the backward pass for one training sample, 2 to a multiply-add.
+
+    Counted on the meta device, which takes no memory, by torch's counter: matrix products, convolutions and the
+    selective scans, 9·L·D·N + L·D forward and twice that backward. Left out are activations, gates, normalisation and
+    the optimizer. What activation checkpointing computes again is not counted, whatever the configuration says.
+
+    Args:
+        variates: the number M of series in a sample; needed for TSM2 (its data knows it), not for ViM2.
+
+    Raises:
+        UserError: for a model that cannot be counted, or an input that it cannot take.
+    """
+    if isinstance(config.model, TSM2Config) and variates is None:
+        raise UserError(f"model '{config.model.name}': the FLOPs of a sample need its number of variates")
+    side = config.data.image_size if isinstance(config.data, ImageDataConfig) else 224
+    key = (repr(config.model), (side, side), variates or 1)
+    if key not in _counted:
+        _counted[key] = _count(config, (side, side), variates or 1)
+    return _counted[key]
+
+
+def _count(config: RunConfig, image_size: tuple[int, int], variates: int) -> float:
+    with torch.device("meta"):
+        # eval: dropout and drop path want the samples' keys, and change no count
+        model = build_model(config.model).eval()
+        inputs = example_inputs(config.model, batch=_BATCH, image_size=image_size, variates=variates)
+    outputs: list[torch.Tensor] = []
+    spread = getattr(model, "spread", None)  # TSM2 returns the point alone, unless asked: its loss needs both
+    if spread is not None:
+        spread.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        # the kernel's own rule for the FLOPs, whatever backend the environment asks for
+        rules = {torch.ops.aten.convolution_backward: _convolution_backward}
+        with FlopCounterMode(display=False, custom_mapping=rules) as counter, scan_backend("auto"), torch.enable_grad():
+            outputs.append(model(*inputs))
+            torch.stack([output.sum() for output in outputs]).sum().backward()
+    except ValueError as error:
+        raise UserError(f"model '{config.model.name}': {error}") from None
+    return counter.get_total_flops() / _BATCH
+
+
+def _convolution_backward(
+    grad: torch.Size,
+    x: torch.Size,
+    weight: torch.Size,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    wanted: list[bool],
+    **kwargs: Any,
+) -> int:
+    """The gradient of the input and that of the weight, if ``wanted``, cost as much as the forward pass each.
+
+    torch's own rule counts the weight's gradient without regard to groups. For a depthwise convolution that is too much
+    by the number of channels: it would put vim2_base at 184 GFLOP a sample of 224 × 224 pixels, which takes 95.
+    """
+    forward = 2 * x[0] * math.prod(weight) * math.prod((x if transposed else grad)[2:])
+    return forward * sum(wanted[:2])
+
+
+@dataclass(frozen=True)
+class Utilization:
+    """From samples a second to achieved operations a second of one rank.
+
+    ``flops``: of one training sample. ``peak``: of the rank's device, FLOP/s; None where it is not known.
+    """
+
+    flops: float
+    peak: float | None
+
+    @classmethod
+    def of_run(cls, config: RunConfig, device: torch.device, variates: int | None = None) -> Utilization:
+        """Of the model and the precision of ``config`` on ``device``; for ``variates`` see :func:`sample_flops`."""
+        train = config.train
+        precision = "tf32" if train.precision == "fp32" and train.tf32 else train.precision
+        return cls(sample_flops(config, variates), peak_flops(device, precision))
+
+    def line(self, samples_per_second: float) -> dict[str, float]:
+        """For a line of metrics.
+
+        Args:
+            samples_per_second: of one rank.
+
+        Returns:
+            ``tflops``: achieved 10¹² FLOP/s of a rank; ``mfu``: their share of the peak, 0 to 1, where that is known.
+            The peak is that of matrix products in the run's precision: the scans, which compute in fp32 and are no
+            matrix products, cannot reach it.
+        """
+        achieved = self.flops * samples_per_second
+        line = {"tflops": achieved / 1e12}
+        return line if self.peak is None else {**line, "mfu": achieved / self.peak}

@@ -1,0 +1,144 @@
+"""``train.profile``: the trace, the slowest operations and the memory of a few steps, in the run folder."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from mmtrain.parallel.ranks import Ranks
+
+logger = logging.getLogger("mmtrain")
+
+#: In a run of more ranks, only the first and the last one trace: a trace has tens of megabytes.
+_ALL_RANKS = 8
+#: Lines of the table of operations, and allocations that CUDA's history keeps.
+_ROWS, _HISTORY = 60, 200_000
+
+
+class StepProfiler:
+    """Traces the steps ``span``; costs nothing without one. Around the train loop, as a context manager.
+
+    Written to ``<folder>/profile`` when the last step of the span is over, or the run:
+
+    - ``trace_rank00000_steps10-12.json.gz``: a Chrome trace (chrome://tracing, ui.perfetto.dev), each step named;
+    - ``ops_rank00000_steps10-12.txt``: the operations that took the most time of their own;
+    - on a GPU ``memory_rank00000_steps10-12.pickle``, torch's memory snapshot (docs.pytorch.org/memory_viz); on a CPU,
+      which has none, ``memory_rank00000_steps10-12.csv``: the bytes allocated since the tracing began, over time.
+
+    What cannot be written is a warning: the run goes on.
+
+    Args:
+        span: the first and the last step to trace, counted from 1, or None (``config.train.profiled()``).
+        folder: the run folder.
+    """
+
+    def __init__(self, span: tuple[int, int] | None, folder: Path, ranks: Ranks) -> None:
+        chosen = ranks.world <= _ALL_RANKS or ranks.rank in (0, ranks.world - 1)
+        self.span = span if chosen else None
+        self.folder, self.ranks = folder / "profile", ranks
+        self._profile: profile | None = None
+        self._named: AbstractContextManager[Any] | None = None
+        self._first = self._last = 0
+
+    def step(self, number: int) -> None:
+        """Call it before each step, with its number, counted from 1."""
+        if self.span is None:
+            return
+        first, last = self.span
+        if first <= number <= last:
+            if self._profile is None:
+                self._start(number)
+            self._name(number)
+        elif self._profile is not None:
+            self._stop()
+        elif number > last:
+            logger.info("train.profile: the run goes on at step %d, after the steps %d to %d", number, first, last)
+            self.span = None
+
+    def __enter__(self) -> StepProfiler:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._profile is not None:
+            self._stop()
+
+    def _start(self, number: int) -> None:
+        self._first = number
+        activities = [ProfilerActivity.CPU]
+        if self._on_gpu:
+            activities.append(ProfilerActivity.CUDA)
+            torch.cuda.memory._record_memory_history(max_entries=_HISTORY)
+        self._profile = profile(activities=activities, record_shapes=True, profile_memory=True)
+        self._profile.start()
+
+    def _name(self, number: int | None) -> None:
+        """Close the span of the step before in the trace, and open the next."""
+        if self._named is not None:
+            self._named.__exit__(None, None, None)
+            self._named = None
+        if number is not None:
+            self._last = number
+            self._named = record_function(f"step {number}")
+            self._named.__enter__()
+
+    def _stop(self) -> None:
+        """End the tracing, for good, and write what was found."""
+        assert self._profile is not None
+        self._name(None)
+        found, self._profile, self.span = self._profile, None, None
+        try:
+            if self._on_gpu:
+                torch.cuda.synchronize(self.ranks.device)  # the kernels of the last step belong to it
+            found.stop()
+            self._write(found)
+        # kineto says with a RuntimeError what it cannot write; and after an error of CUDA nothing works
+        except (OSError, RuntimeError) as error:
+            logger.warning("train.profile: could not write to %s: %s", self.folder, error)
+        finally:
+            if self._on_gpu:
+                torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _write(self, found: profile) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"rank{self.ranks.rank:05d}_steps{self._first}-{self._last}"
+        (self.folder / f"ops_{name}.txt").write_text(self._table(found))
+        if self._on_gpu:
+            torch.cuda.memory._dump_snapshot(str(self.folder / f"memory_{name}.pickle"))
+            memory = "a memory snapshot"
+        else:
+            (self.folder / f"memory_{name}.csv").write_text(_timeline(found))
+            memory = "a timeline of allocated bytes (there are memory snapshots of GPUs alone)"
+        found.export_chrome_trace(str(self.folder / f"trace_{name}.json.gz"))
+        said = "profile of steps %d to %d: a trace, %s and a table of operations in %s"
+        logger.info(said, self._first, self._last, memory, self.folder)
+
+    def _table(self, found: profile) -> str:
+        by = "self_device_time_total" if self._on_gpu else "self_cpu_time_total"
+        return found.key_averages().table(sort_by=by, row_limit=_ROWS, max_name_column_width=80)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.ranks.device.type == "cuda"
+
+
+def _timeline(found: profile) -> str:
+    """CSV of (seconds, change in bytes, bytes allocated since the tracing began) for each allocation and release.
+
+    What was allocated before and is released meanwhile makes it fall below zero.
+    """
+    results = getattr(found.profiler, "kineto_results", None)
+    changes = [(e.start_ns(), e.nbytes()) for e in (results.events() if results else []) if e.name() == "[memory]"]
+    changes.sort()
+    lines, total = ["seconds,change,allocated"], 0
+    for when, change in changes:
+        total += change
+        lines.append(f"{(when - changes[0][0]) / 1e9:.9f},{change},{total}")
+    return "\n".join(lines) + "\n"

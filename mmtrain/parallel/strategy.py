@@ -51,6 +51,8 @@ class Strategy(ABC):
 
     #: Whether a forward pass is a collective operation, so that all ranks must make the same number of them.
     collective_forward = False
+    #: Whether the model's parameters can be read between steps, whole or as DTensors.
+    readable = True
 
     model: nn.Module
     runner: nn.Module

@@ -41,7 +41,7 @@ class ZeroStrategy(Strategy):
 
     def __init__(self, model: nn.Module, plan: Plan, stage: int) -> None:
         self.model, self.ranks, self.plan, self.stage = model, plan.ranks, plan, stage
-        self.collective_forward = stage == 3
+        self.collective_forward, self.readable = stage == 3, stage < 3
         model.to_empty(device=plan.ranks.device)
         for p in model.parameters():  # the engine copies them before they are set: no stray NaN
             p.detach().zero_()

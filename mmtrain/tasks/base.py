@@ -53,6 +53,9 @@ class Task(ABC):
     #: The metrics that the curves show beside the loss.
     plotted: ClassVar[tuple[str, ...]]
 
+    #: The number of series in a sample, for a forecaster.
+    variates: int | None = None
+
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.train: Source

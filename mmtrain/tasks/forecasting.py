@@ -44,6 +44,7 @@ class Forecasting(Task):
             missing=data.missing,
             data_root=data.root or os.environ.get("MMTRAIN_DATA") or "data",
         )
+        self.variates = len(self.series.table.columns)
         self.train, self.val, self.test = self.series.train, self.series.val, self.series.test
 
     def loss(self, model: nn.Module, batch: Batch, key: StepKey) -> Tensor:

@@ -30,16 +30,18 @@ from mmtrain.train.agreement import Agreement, agree
 from mmtrain.train.build import blueprint, spread_model
 from mmtrain.train.diagnose import first_bad
 from mmtrain.train.evaluate import evaluate, to_device
+from mmtrain.train.meter import Meter
 from mmtrain.train.micro_batches import micro_batches
 from mmtrain.train.optim import learning_rate
 from mmtrain.train.precision import autocast_dtype, initial_loss_scale, seed_step, update_loss_scale
 from mmtrain.train.preemption import StopRequest
+from mmtrain.train.profiling import StepProfiler
 from mmtrain.train.run_folder import RunFolder
 from mmtrain.train.snapshots import Snapshots
 from mmtrain.train.spikes import SpikeWatch
 from mmtrain.train.state import Schedule, TrainState
 from mmtrain.train.tensor_files import read_weights
-from mmtrain.train.timing import StepTimer, exposed_reduction
+from mmtrain.train.timing import exposed_reduction
 from mmtrain.train.tracking import Tracker
 
 logger = logging.getLogger("mmtrain")
@@ -67,7 +69,9 @@ class Trainer:
         self.state = TrainState(dataset_length=len(task.train), loss_scale=initial_loss_scale(config.train))
         self.spikes = SpikeWatch(config.train)
         self.stop = StopRequest()
-        self.timer = StepTimer(ranks.device)
+        self.meter = Meter(config, task, self.strategy, ranks)
+        self.timer = self.meter.timer
+        self.profiler = StepProfiler(config.train.profiled(), run.path, ranks)
         self.saved_at = time.monotonic()
         self._rewound = False
 
@@ -75,8 +79,9 @@ class Trainer:
         """Train to the end, or until a signal asks to stop; then test the selected checkpoint."""
         self.state = self.snapshots.begin(self.state, blueprint(self.task))
         self.tracker.start(self.state, self.schedule)
-        with self.stop, _collected_by_hand():
+        with self.stop, self.profiler, _collected_by_hand():
             for batches in self._steps():
+                self.profiler.step(self.state.step + 1)
                 agreed = self._train_step(batches)
                 if self._evaluation_is_due():
                     self._evaluate()
@@ -143,7 +148,7 @@ class Trainer:
         state.step += 1
         state.samples += config.train.batch_size
         self.timer.end_step()
-        self.tracker.after_step(state, agreed.loss, norm, rate, self.timer)
+        self.tracker.after_step(state, agreed.loss, norm, rate, self.meter)
         return agreed
 
     def _backward(self, batches: list[Batch]) -> Tensor:

@@ -13,10 +13,10 @@ import torch
 from mmtrain.config import RunConfig
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.tasks import Batch
+from mmtrain.train.meter import Meter
 from mmtrain.train.progress import Progress
 from mmtrain.train.run_folder import RunFolder
 from mmtrain.train.state import Schedule, TrainState
-from mmtrain.train.timing import StepTimer
 from mmtrain.train.wandb_run import WandbRun
 
 logger = logging.getLogger("mmtrain")
@@ -61,7 +61,7 @@ class Tracker:
         with (self.run.samples / f"rank_{self.ranks.rank:05d}.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "samples": index}) + "\n")
 
-    def after_step(self, state: TrainState, loss: float, norm: float, rate: float, timer: StepTimer) -> None:
+    def after_step(self, state: TrainState, loss: float, norm: float, rate: float, meter: Meter) -> None:
         """Note a step; every ``train.log_every`` steps, and at the last, write a line."""
         self._losses.append(loss)
         due = state.step % self.config.train.log_every == 0 or state.step == self._schedule.steps
@@ -69,7 +69,6 @@ class Tracker:
             if self.progress:
                 self.progress.advance(state.step)
             return
-        timings = timer.window()
         line: dict[str, Any] = {
             "kind": "train",
             "step": state.step,
@@ -78,8 +77,8 @@ class Tracker:
             "loss": sum(self._losses) / len(self._losses),
             "lr": rate,
             "grad_norm": norm,
-            **timings.speed(self.config.train.batch_size, self.ranks.world),
-            **timings.line(),
+            **({"loss_scale": state.loss_scale} if state.loss_scale != 1 else {}),
+            **meter.line(),
         }
         self._losses = []
         if self.progress:

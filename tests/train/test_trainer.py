@@ -12,8 +12,8 @@ import torch
 from mmtrain.config import load_config
 from mmtrain.errors import UserError
 from mmtrain.inference import load_trained
-from mmtrain.train.manifest import verify
 from mmtrain.train.loop import Outcome
+from mmtrain.train.manifest import verify
 from mmtrain.train.session import train
 
 
@@ -143,8 +143,8 @@ def test_data_that_is_missing_leaves_no_folder(vision: Path, tmp_path: Path) -> 
 
 
 def test_a_batch_that_does_not_divide_says_which_fit(vision: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"train.batch_size is 64.*multiple of 7"):
-        run(vision, tmp_path / "run", "train.accumulation=7")
+    with pytest.raises(UserError, match=r"train.batch_size is 64.*multiple of 65"):
+        run(vision, tmp_path / "run", "train.accumulation=65")
     with pytest.raises(UserError, match="odd"):
         run(vision, tmp_path / "run", "train.accumulation=64")
 

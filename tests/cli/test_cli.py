@@ -22,7 +22,7 @@ from tests.conftest import ROOT, Cli, Done
 @pytest.fixture(scope="module")
 def vision_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vision") / "run"
-    overrides = [f"data.root={digits}", "data.image_size=16", "model.dims=[8,16,16]", "train.max_steps=30"]
+    overrides = [f"data.root={digits}", "data.image_size=16", "model.dims=[8,16,16]", "train.max_steps=50"]
     train(load_config("vim2_digits", [*overrides, "threads=1"]), folder)
     return folder
 

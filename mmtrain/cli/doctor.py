@@ -17,7 +17,7 @@ _OPTIONAL = {
     "wandb": ("experiment tracking", "pip install 'mmtrain[wandb]'"),
     "scikit-learn": ("the demo's digits", "pip install 'mmtrain[demo]'"),
     "AutoTS": ("the demo's series", "pip install 'mmtrain[demo]'"),
-    "deepspeed": ("ZeRO strategies", "not used yet"),
+    "deepspeed": ("parallel.strategy=zero1, zero2, zero3", "pip install 'mmtrain[deepspeed]'"),
     "ffcv": ("FFCV loading", "not used yet"),
 }
 

@@ -35,7 +35,8 @@ def gpu_vision(tmp_path: Path) -> Path:
     """A small ViM2 on made-up images, with all that is random on."""
     path = tmp_path / "gpu.yaml"
     path.write_text(f"""
-model: {{name: vim2_nano, num_classes: 10, dims: [16, 32], token_mixers: [2, 2], channel_expand: [2, 1], drop_path: 0.2}}
+model: {{name: vim2_nano, num_classes: 10, dims: [16, 32], token_mixers: [2, 2], channel_expand: [2, 1],
+        drop_path: 0.2}}
 data: {{kind: synthetic, image_size: 16, length: 512, val_length: 96}}
 task: {{kind: classification, mixup: 0.2, cutmix: 0.5}}
 optim: {{lr: 3.0e-3}}

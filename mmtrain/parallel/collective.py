@@ -14,6 +14,9 @@ from torch.distributed import distributed_c10d as c10d
 #: torch reads the first that is set, when the first process group is made. The second is the older name.
 _BUFFER_SIZE = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 
+#: The description of a process group whose collectives may wait longer than a step: for what goes on beside it.
+PATIENT = "mmtrain: patient"
+
 
 def collective_timeout(seconds: float) -> float:
     """The timeout for collectives, in seconds, under which a watchdog of ``seconds`` speaks first."""
@@ -24,10 +27,12 @@ def set_timeout(seconds: float) -> None:
     """Give every process group of this process, sub-groups of a mesh too, a new timeout on all its backends.
 
     A collective gets the timeout that holds when it starts. So call this on all ranks after a barrier, or a rank that
-    is ahead waits with the new one for a rank that still does what the old one was for. Groups made later have theirs.
+    is ahead waits with the new one for a rank that still does what the old one was for. Groups made later have theirs,
+    and :data:`PATIENT` ones keep theirs.
     """
     for group in list(c10d._world.pg_map):
-        c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+        if group.group_desc != PATIENT:
+            c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def from_collective(error: BaseException) -> bool:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmtrain.errors import UserError
+from mmtrain.parallel.collective import enable_flight_recorder
 
 T = TypeVar("T")
 
@@ -80,6 +81,7 @@ def joined(device: str = "auto", timeout: float = 1800.0, group: bool = False) -
         yield Ranks(0, 1, where)
         return
     # a tensor of the CPU goes over gloo, whatever the model's device
+    enable_flight_recorder()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     limit = timedelta(seconds=timeout)
     if world == 1:

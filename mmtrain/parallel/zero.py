@@ -175,7 +175,7 @@ class ZeroStrategy(Strategy):
             mine = self.zero.get_local_fp32_param(p, key)
         mine = mine.detach().contiguous()
         parts = mine.new_empty(self.ranks.world * mine.numel())
-        dist.all_gather_into_tensor(parts, mine)
+        dist.all_gather_single(parts, mine)
         return parts[: p.ds_numel].view(p.ds_shape).cpu()  # type: ignore[attr-defined]
 
     def close(self) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from mmtrain.errors import UserError
+from mmtrain.parallel.collective import PATIENT
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.train.manifest import MANIFEST, Entries, entries_of, sync, verify, write_manifest
 from mmtrain.train.tensor_files import write_tensors
@@ -61,7 +62,7 @@ class CheckpointStore:
         """
         self.folder, self.ranks, self.keep, self.keep_every, self.config = folder, ranks, keep, keep_every, config
         # the writing threads talk over a group of their own, beside the training's collectives
-        self._group = dist.new_group(backend="gloo") if ranks.world > 1 else None
+        self._group = dist.new_group(backend="gloo", group_desc=PATIENT) if ranks.world > 1 else None
         self._stager = _stager() if asynchronous else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -24,7 +24,14 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 @torch.no_grad()
 def evaluate(
-    task: Task, model: nn.Module, source: Source, config: RunConfig, ranks: Ranks, *, together: bool = False
+    task: Task,
+    model: nn.Module,
+    source: Source,
+    config: RunConfig,
+    ranks: Ranks,
+    *,
+    together: bool = False,
+    beat: Callable[[str], None] = lambda phase: None,
 ) -> dict[str, float]:
     """The task's metrics over the whole of ``source``; the same on every rank.
 
@@ -32,17 +39,20 @@ def evaluate(
         model: what is called on a batch.
         together: a forward pass is a collective, so all ranks make as many as the one with the most batches; what a
             rank makes beyond its own counts nowhere.
+        beat: told at each batch, and before the ranks add up.
     """
     model.eval()
     names: list[str] = []
     totals = torch.zeros(0, dtype=torch.float64)
     for batch, counts in _batches(source, config, ranks, together):
+        beat("evaluate")
         sums = task.measure(model, to_device(batch, ranks.device))
         if not counts:
             continue
         names = sorted(sums)
         values = torch.stack([sums[name].cpu() for name in names])
         totals = values if not len(totals) else totals + values
+    beat("add up")
     if ranks.world > 1:
         names, totals = _agree(names, totals, ranks)
     return task.metrics(dict(zip(names, totals.tolist(), strict=True)))

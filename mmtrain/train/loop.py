@@ -24,7 +24,9 @@ from mmtrain.config import RunConfig
 from mmtrain.data.loader import train_batches
 from mmtrain.errors import UserError
 from mmtrain.models.stochastic import sample_keys
+from mmtrain.parallel.collective import collective_timeout, set_timeout
 from mmtrain.parallel.ranks import Ranks
+from mmtrain.parallel.watchdog import Watchdog
 from mmtrain.tasks import Batch, StepKey, Task
 from mmtrain.train.agreement import Agreement, agree
 from mmtrain.train.build import blueprint, spread_model
@@ -60,8 +62,11 @@ class Outcome:
 class Trainer:
     """Trains ``task`` in ``run``, going on from the newest valid checkpoint there."""
 
-    def __init__(self, config: RunConfig, task: Task, run: RunFolder, ranks: Ranks, tracker: Tracker) -> None:
-        self.config, self.task, self.run, self.ranks, self.tracker = config, task, run, ranks, tracker
+    def __init__(
+        self, config: RunConfig, task: Task, run: RunFolder, ranks: Ranks, tracker: Tracker, watch: Watchdog
+    ) -> None:
+        self.config, self.task, self.run, self.ranks = config, task, run, ranks
+        self.tracker, self.watch = tracker, watch
         self.micros = micro_batches(config, ranks.world)
         self.strategy = spread_model(config, task, ranks)
         self.snapshots = Snapshots(config, run, self.strategy, ranks)
@@ -73,7 +78,7 @@ class Trainer:
         self.timer = self.meter.timer
         self.profiler = StepProfiler(config.train.profiled(), run.path, ranks)
         self.saved_at = time.monotonic()
-        self._rewound = False
+        self._rewound = self._settled = False
 
     def fit(self) -> Outcome:
         """Train to the end, or until a signal asks to stop; then test the selected checkpoint."""
@@ -83,6 +88,7 @@ class Trainer:
             for batches in self._steps():
                 self.profiler.step(self.state.step + 1)
                 agreed = self._train_step(batches)
+                self._settle()
                 if self._evaluation_is_due():
                     self._evaluate()
                     self._save()
@@ -125,6 +131,7 @@ class Trainer:
                     yield group
 
     def _next(self, stream: Iterator[Batch]) -> list[Batch]:
+        self._beat("data")
         with self.timer.phase("data"):
             return [to_device(batch, self.ranks.device) for batch in islice(stream, self.micros)]
 
@@ -134,8 +141,10 @@ class Trainer:
         rate = learning_rate(config.optim, state.step, self.schedule.steps, self.schedule.warmup)
         self.strategy.runner.train()
         loss = self._backward(batches)
+        self._beat("agree")
         with self.timer.phase("communication"):
             norm, agreed = self._agree(loss)
+        self._beat("update")
         with self.timer.phase("optimizer"):
             if not agreed.finite:
                 self._skip(batches)
@@ -156,6 +165,7 @@ class Trainer:
         total = torch.zeros((), device=self.ranks.device)
         for i, batch in enumerate(batches):
             with self.strategy.micro_batch(last=i == len(batches) - 1):
+                self._beat("forward")
                 with self.timer.phase("forward"):
                     loss = self._loss(batch) / len(batches)
                 with self.timer.phase("backward"):
@@ -266,6 +276,7 @@ class Trainer:
                 self.config,
                 self.ranks,
                 together=self.strategy.collective_forward,
+                beat=self._beat,
             )
 
     def _out_of_patience(self) -> bool:
@@ -280,10 +291,22 @@ class Trainer:
         return time.monotonic() - self.saved_at >= 60 * self.config.checkpoint.every_minutes
 
     def _save(self) -> None:
+        self._beat("save")
         with self.timer.paused():
             self.state.tracker_id = self.tracker.run_id
             self.snapshots.save(self.state)
         self.saved_at = time.monotonic()
+
+    def _settle(self) -> None:
+        """After the first step all is open and compiled: from now on a rank that stays away is missed sooner."""
+        if not self._settled and self.ranks.world > 1:
+            self.ranks.barrier()
+            set_timeout(collective_timeout(self.config.parallel.step_timeout))
+            self.watch.first_step_done()
+        self._settled = True
+
+    def _beat(self, phase: str) -> None:
+        self.watch.beat(self.state.step + 1, phase)
 
     def _collect_garbage(self) -> None:
         if self.state.step % self.config.train.gc_every == 0:
@@ -293,6 +316,7 @@ class Trainer:
 
     def _finish(self) -> Outcome:
         """Save, test the chosen checkpoint, draw."""
+        self._beat("finish")
         store, state = self.snapshots.store, self.state
         self._save()
         store.wait()

@@ -28,6 +28,7 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.result_file = path / "result.json"
         self.checkpoints = path / "checkpoints"
+        self.hangs = path / "hangs"
         self.samples = path / "samples"
         self.log_file = path / "log.txt"
         self.curves_file = path / "curves.png"

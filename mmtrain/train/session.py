@@ -13,7 +13,9 @@ from mmtrain.config import RunConfig
 from mmtrain.log import log_to_file
 from mmtrain.parallel.build import check as check_strategy
 from mmtrain.parallel.build import needs_group, resolve
-from mmtrain.parallel.ranks import joined
+from mmtrain.parallel.collective import collective_timeout, from_collective
+from mmtrain.parallel.ranks import Ranks, joined
+from mmtrain.parallel.watchdog import Watchdog
 from mmtrain.tasks import Task, build_task
 from mmtrain.train.build import blueprint
 from mmtrain.train.loop import Outcome, Trainer
@@ -51,8 +53,11 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
     check_strategy(config, world)
     parts = micro_batches(config, world)
     set_up_arithmetic(config.train)
-    group = needs_group(config.parallel, world)
-    with joined(config.device, config.parallel.start_timeout, group) as ranks:
+    spread, debugging = config.parallel, torch.autograd.set_detect_anomaly(debug)
+    with (
+        joined(config.device, collective_timeout(spread.start_timeout), needs_group(spread, world)) as ranks,
+        debugging,
+    ):
         run.check(config)
         done = run.result()
         if done is not None:
@@ -66,12 +71,21 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
             run.prepare(config, task.assets())
             log_to_file(run.log_file)
         ranks.barrier()
-        tracker = Tracker(config, run, ranks, task.plotted)
-        with closing(tracker), closing(Trainer(config, task, run, ranks, tracker)) as trainer:
-            if ranks.main:
-                _introduce(config, task, trainer)
-            with torch.autograd.set_detect_anomaly(debug):
-                return trainer.fit()
+        with Watchdog(ranks, spread.start_timeout, spread.step_timeout, run.hangs) as watch:
+            try:
+                return _train(config, task, run, ranks, watch)
+            except RuntimeError as error:
+                if from_collective(error):
+                    logger.error("a collective operation failed: %s", watch.describe())
+                raise
+
+
+def _train(config: RunConfig, task: Task, run: RunFolder, ranks: Ranks, watch: Watchdog) -> Outcome:
+    tracker = Tracker(config, run, ranks, task.plotted)
+    with closing(tracker), closing(Trainer(config, task, run, ranks, tracker, watch)) as trainer:
+        if ranks.main:
+            _introduce(config, task, trainer)
+        return trainer.fit()
 
 
 def _introduce(config: RunConfig, task: Task, trainer: Trainer) -> None:

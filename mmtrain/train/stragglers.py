@@ -48,7 +48,7 @@ def stragglers(ranks: Ranks, busy_seconds: float) -> Straggler | None:
         return None
     mine = torch.tensor([busy_seconds], dtype=torch.float64, device=ranks.device)
     every = mine.new_empty(ranks.world)
-    dist.all_gather_into_tensor(every, mine)
+    dist.all_gather_single(every, mine)
     return slowest(every.tolist())
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -72,8 +71,7 @@ class Task(ABC):
         """Raise UserError when the task cannot train on batches of ``local`` samples a rank and micro-batch."""
 
     def build_model(self) -> nn.Module:
-        """The model with fresh weights, a function of the seed alone."""
-        torch.manual_seed(self.config.seed)
+        """The model, on torch's default device; its weights are set by the trainer, from the seed or a checkpoint."""
         return build_model(self.config.model)
 
     @abstractmethod

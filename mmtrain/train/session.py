@@ -62,16 +62,18 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
         task.check_batch(config.train.batch_size // (world * parts))
         if debug:
             task.shorten(_DEBUG_SAMPLES)
-        if ranks.main:
-            run.prepare(config, task.assets())
-            log_to_file(run.log_file)
-        ranks.barrier()
+        ranks.on_main(lambda: _prepare(run, config, task))
         tracker = Tracker(config, run, ranks, task.plotted)
-        with closing(tracker), closing(Trainer(config, task, run, ranks, tracker)) as trainer:
+        with run.writing(), closing(tracker), closing(Trainer(config, task, run, ranks, tracker)) as trainer:
             if ranks.main:
                 _introduce(config, task, trainer)
             with torch.autograd.set_detect_anomaly(debug):
                 return trainer.fit()
+
+
+def _prepare(run: RunFolder, config: RunConfig, task: Task) -> None:
+    run.prepare(config, task.assets())
+    log_to_file(run.log_file)
 
 
 def _introduce(config: RunConfig, task: Task, trainer: Trainer) -> None:

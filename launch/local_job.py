@@ -12,10 +12,12 @@ from collections.abc import Sequence
 
 from mmtrain.config import RunConfig, to_yaml
 from mmtrain.errors import UserError
-from mmtrain.train.session import run_path
 
 #: How long the other processes may take to end after one has failed or rank 0 has finished, in seconds.
 _GRACE = 10.0
+
+#: The exit status of a rank whose input is wrong, or whose disk is full (mmtrain.errors.UserError).
+_USER_ERROR = 2
 
 
 def run_here(config: RunConfig, run_dir: str | None, *, debug: bool, dry_run: bool) -> None:
@@ -56,7 +58,7 @@ def run_local(
 
 
 def _together(command: Sequence[str], processes: int) -> int:
-    """Run ``command`` once a rank; returns the first failure's exit status, after which the others are ended."""
+    """Run ``command`` once a rank; returns an exit status. After the first failure the others are ended."""
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     shared = {
         **os.environ,
@@ -82,13 +84,29 @@ def _together(command: Sequence[str], processes: int) -> int:
     signal.signal(signal.SIGUSR2, forward)
     while True:
         statuses = [process.poll() for process in ranks]
-        failed = next((status for status in statuses if status), None)
+        failed = next((rank for rank, status in enumerate(statuses) if status), None)
         # when rank 0 has finished, all is written: a rank that hangs in taking the group down must not hold us
         if failed is not None or statuses[0] == 0:
             _end(ranks)
-            status = failed or 0
-            return status if status >= 0 else 128 - status
+            return _status(failed, [process.returncode for process in ranks]) if failed is not None else 0
         time.sleep(0.05)
+
+
+def _status(failed: int, statuses: Sequence[int]) -> int:
+    """The job's exit status, where rank ``failed`` was the first to fail; says so where no rank has said it well.
+
+    A rank that ends with a message for the user is the cause: one that lost its connection to it, and may be seen to
+    end before it, is not.
+    """
+    if _USER_ERROR in statuses:
+        return _USER_ERROR
+    status = statuses[failed]
+    if status < 0:
+        print(f"rank {failed} was ended by {signal.Signals(-status).name}, and the job with it", file=sys.stderr)
+        return 128 - status
+    if status < 128:
+        print(f"rank {failed} was the first to fail, with status {status}", file=sys.stderr)
+    return status
 
 
 def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -109,4 +127,6 @@ def _free_port() -> int:
 
 
 def _say(config: RunConfig, run_dir: str | None, how: str) -> None:
+    from mmtrain.train.session import run_path  # brings torch, for which the ranks should not have to wait
+
     print(f"run folder: {run_path(config, run_dir)}\nwould train {how}\n\n{to_yaml(config)}", end="")

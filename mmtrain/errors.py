@@ -13,6 +13,10 @@ class UserError(ValueError):
     """
 
 
+class SharedError(UserError):
+    """A :class:`UserError` that every rank of a job raises alike: rank 0 says it for all."""
+
+
 def nearest(word: str, candidates: Iterable[str], *, label: str = "did you mean") -> str:
     """Return ``"; did you mean 'x'?"`` for the closest candidate, or an empty string if none is close."""
     found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)

@@ -21,9 +21,16 @@ def log_to_console() -> None:
     _logger.propagate = False
 
 
+class _RunLog(logging.FileHandler):
+    """A log file that keeps quiet on a full disk: what cannot do without the disk says so, and ends the run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        return
+
+
 def log_to_file(path: Path) -> None:
     """Everything, with the time, in ``path`` (appended)."""
-    handler = logging.FileHandler(path)
+    handler = _RunLog(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for old in [h for h in _logger.handlers if isinstance(h, logging.FileHandler)]:
         _logger.removeHandler(old)

@@ -18,7 +18,7 @@ def run_app(app: object) -> None:
 
     Exit status: 2 for bad input, 130 or 143 after a signal asked a run to save and stop.
     """
-    from mmtrain.errors import UserError
+    from mmtrain.errors import SharedError, UserError
     from mmtrain.log import log_to_console
 
     log_to_console()
@@ -26,7 +26,10 @@ def run_app(app: object) -> None:
         app()  # type: ignore[operator]
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        print(f"error: {error}" if rank == "0" else f"[rank {rank}] error: {error}", file=sys.stderr)
+        if rank == "0":
+            print(f"error: {error}", file=sys.stderr)
+        elif not isinstance(error, SharedError):
+            print(f"[rank {rank}] error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(1)

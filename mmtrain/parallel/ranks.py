@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmtrain.errors import UserError
+from mmtrain.errors import SharedError, UserError
 from mmtrain.parallel.collective import enable_flight_recorder
 
 T = TypeVar("T")
@@ -51,6 +51,22 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """True on every rank if ``flag`` is true on at least one."""
         return flag if self.world == 1 else bool(self.sum(torch.tensor(int(flag))).item())
+
+    def on_main(self, action: Callable[[], None]) -> None:
+        """Do ``action`` on rank 0 while the others wait.
+
+        Raises:
+            SharedError: on every rank, where ``action`` raised a UserError.
+        """
+        words: str | None = None
+        if self.main:
+            try:
+                action()
+            except UserError as error:
+                words = str(error)
+        words = self.gather(words)[0]
+        if words is not None:
+            raise SharedError(words)
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -17,6 +17,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from mmtrain.errors import UserError
+from mmtrain.errors import SharedError
 from mmtrain.parallel.collective import PATIENT
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.train.manifest import MANIFEST, Entries, entries_of, sync, verify, write_manifest
@@ -66,11 +67,17 @@ class CheckpointStore:
         self._stager = _stager() if asynchronous else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        if ranks.main and clean:
-            folder.mkdir(parents=True, exist_ok=True)
-            for torn in folder.glob("*.partial"):
-                shutil.rmtree(torn, ignore_errors=True)
-        ranks.barrier()
+        self._stands: Path | None = None  # the newest that is known to be whole
+        self._torn: set[Path] = set()
+        _, error = _attempt(self._clean) if ranks.main and clean else (None, None)
+        words = ranks.gather(_words(error))[0]
+        if words is not None:
+            raise SharedError(f"{folder}: checkpoints cannot be written there ({words}): choose another --run-dir")
+
+    def _clean(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for torn in self.folder.glob("*.partial"):
+            shutil.rmtree(torn, ignore_errors=True)
 
     # ------------------------------------------------------------------ saving
 
@@ -83,11 +90,11 @@ class CheckpointStore:
             best: a step whose checkpoint stays.
 
         Raises:
-            UserError: when the disk is full or the folder cannot be written (the save before this one too, if it was
-                asynchronous); the older checkpoints stay.
+            SharedError: when the disk is full or the folder cannot be written (the save before this one too, if it
+                was asynchronous); the older checkpoints stay.
         """
         self.wait()
-        if self.ranks.any(self.at(step).exists()):
+        if self._stands == self.at(step):
             return
         if self._stager is None:
             self._write(step, parts, state, best)
@@ -101,7 +108,7 @@ class CheckpointStore:
         """Return when no save is under way any more.
 
         Raises:
-            UserError: when the last save failed.
+            SharedError: when the last save failed.
         """
         if self._thread is not None:
             self._thread.join()
@@ -127,21 +134,29 @@ class CheckpointStore:
 
     def _write(self, step: int, parts: Parts, state: dict[str, Any], best: int | None) -> None:
         """Write, commit, prune; an error is kept for the training thread, on every rank."""
+        try:
+            self._error = self._written(step, parts, state, best)
+        except Exception as error:  # of the ranks' talk: one of them is gone
+            self._error = error
+
+    def _written(self, step: int, parts: Parts, state: dict[str, Any], best: int | None) -> BaseException | None:
         final = self.at(step)
-        partial = final.with_suffix(".partial")
+        aside = final.with_suffix(".partial")
 
         def tensors() -> Entries:
-            write_tensors(partial, parts, self._group)
-            return entries_of(partial.glob(f"__{self.ranks.rank}_*"))
+            write_tensors(aside, parts, self._group)
+            return entries_of(aside.glob(f"__{self.ranks.rank}_*"))
 
         def commit(entries: Entries) -> None:
-            (partial / _STATE).write_text(json.dumps(state, indent=1))
-            (partial / _CONFIG).write_text(self.config)
-            small = [partial / _STATE, partial / _CONFIG]
+            (aside / _STATE).write_text(json.dumps(state, indent=1))
+            (aside / _CONFIG).write_text(self.config)
+            small = [aside / _STATE, aside / _CONFIG]
             for path in small:
                 sync(path)
-            write_manifest(partial, entries | entries_of([*small, partial / ".metadata"]))
-            os.rename(partial, final)
+            write_manifest(aside, entries | entries_of([*small, aside / ".metadata"]))
+            if final.exists():  # torn, or it would be the newest
+                self._drop(final)
+            os.rename(aside, final)
             sync(self.folder)
             self._prune(best)
 
@@ -154,13 +169,14 @@ class CheckpointStore:
                 _, error = _attempt(lambda: commit(entries))
             words = self._gather(_words(error))[0]
         if words is None:
-            return
+            self._stands = final
+            self._torn.discard(final)
+            return None
         if self.ranks.main:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
         if error is not None and _disk_error(error) is None:
-            self._error = error
-            return
-        self._error = UserError(
+            return error
+        return SharedError(
             f"{final}: the checkpoint could not be written ({words}). Free or grow the disk, or give another"
             " folder with --run-dir; the last good checkpoint is untouched and the same command goes on from it"
         )
@@ -173,11 +189,20 @@ class CheckpointStore:
         return found
 
     def _prune(self, best: int | None) -> None:
-        complete = sorted(p for p in self.folder.glob("step_*") if (p / MANIFEST).exists())
-        for path in complete[: -self.keep]:
+        there = {p for p in self.folder.glob("step_*") if p.suffix != ".partial" and (p / MANIFEST).exists()}
+        for path in sorted(there - self._torn)[: -self.keep]:
             step = int(path.name.removeprefix("step_"))
             if step != best and not (self.keep_every and step % self.keep_every == 0):
-                shutil.rmtree(path)
+                _, error = _attempt(partial(self._drop, path))
+                if error is not None:  # the new one stands all the same
+                    logger.warning("%s could not be deleted: %s", path, _words(error))
+
+    def _drop(self, path: Path) -> None:
+        """Delete a checkpoint, so that a kill in between leaves no part of it under its name."""
+        aside = path.with_suffix(".old.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(path, aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
     # ------------------------------------------------------------------ finding
 
@@ -192,10 +217,17 @@ class CheckpointStore:
             faults = self.ranks.gather(verify(path, self.ranks.rank, self.ranks.world))
             fault = next((f for f in faults if f is not None), None)
             if fault is None:
+                self._stands = path
                 return path
+            self._torn.add(path)
             if self.ranks.main:
                 logger.warning("%s is not used: %s", path, fault)
         return None
+
+    def whole(self, step: int) -> bool:
+        """Whether the checkpoint of ``step`` is there and passes its manifest."""
+        faults = self.ranks.gather(verify(self.at(step), self.ranks.rank, self.ranks.world))
+        return all(fault is None for fault in faults)
 
     def at(self, step: int) -> Path:
         """The folder of the checkpoint of ``step``, which may not exist."""

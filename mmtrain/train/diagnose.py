@@ -14,18 +14,20 @@ from mmtrain.parallel.torch_strategy import local
 from mmtrain.tasks import Batch
 
 
-def first_bad(model: nn.Module, forward: Callable[[], Tensor], batch: Batch, ranks: Ranks) -> str:
+def first_bad(model: nn.Module, loss: Callable[[Batch], Tensor], batches: list[Batch], ranks: Ranks) -> str:
     """Words for the first thing that is not finite, the same on every rank.
 
     Looks at the inputs, the weights, then at each module's output in a forward pass, in the order of execution. All
     ranks call it together.
 
     Args:
-        forward: runs ``model`` on ``batch`` once.
+        loss: runs ``model`` on a batch once.
+        batches: the micro-batches of the step, as many on every rank.
     """
-    found = _bad_input(batch) or _bad_weight(model)
-    output = _bad_output(model, forward)  # by all ranks, since a forward pass may be a collective
-    words = found or output
+    inputs = [_bad_input(batch) for batch in batches]
+    # by all ranks, since a forward pass may be a collective
+    outputs = [_bad_output(model, loss, batch) for batch in batches]
+    words = next((found for found in [*inputs, _bad_weight(model), *outputs] if found is not None), None)
     if words is None:
         return _first(ranks, None) or "the forward pass is finite on every rank: the overflow is in the backward pass"
     return _first(ranks, words) or ""
@@ -60,7 +62,7 @@ def _bad_weight(model: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def _bad_output(model: nn.Module, forward: Callable[[], Tensor]) -> str | None:
+def _bad_output(model: nn.Module, loss: Callable[[Batch], Tensor], batch: Batch) -> str | None:
     first: list[str] = []
 
     def watch(name: str) -> Callable[..., None]:
@@ -73,10 +75,10 @@ def _bad_output(model: nn.Module, forward: Callable[[], Tensor]) -> str | None:
 
     hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
     try:
-        loss = forward()
+        value = loss(batch)
     finally:
         for hook in hooks:
             hook.remove()
     if first:
         return first[0]
-    return None if _finite(loss) else "the loss itself is not finite, though the model's output is"
+    return None if _finite(value) else "the loss itself is not finite, though the model's output is"

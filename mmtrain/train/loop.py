@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mmtrain.config import RunConfig
 from mmtrain.data.loader import train_batches
-from mmtrain.errors import UserError
+from mmtrain.errors import SharedError
 from mmtrain.models.stochastic import sample_keys
 from mmtrain.parallel.collective import collective_timeout, set_timeout
 from mmtrain.parallel.ranks import Ranks
@@ -40,7 +40,7 @@ from mmtrain.train.preemption import StopRequest
 from mmtrain.train.profiling import StepProfiler
 from mmtrain.train.run_folder import RunFolder
 from mmtrain.train.snapshots import Snapshots
-from mmtrain.train.spikes import SpikeWatch
+from mmtrain.train.spikes import is_spike
 from mmtrain.train.state import Schedule, TrainState
 from mmtrain.train.tensor_files import read_weights
 from mmtrain.train.timing import exposed_reduction
@@ -72,7 +72,6 @@ class Trainer:
         self.snapshots = Snapshots(config, run, self.strategy, ranks)
         self.schedule = Schedule.of(config, len(task.train))
         self.state = TrainState(dataset_length=len(task.train), loss_scale=initial_loss_scale(config.train))
-        self.spikes = SpikeWatch(config.train)
         self.stop = StopRequest()
         self.meter = Meter(config, task, self.strategy, ranks)
         self.timer = self.meter.timer
@@ -148,7 +147,7 @@ class Trainer:
         with self.timer.phase("optimizer"):
             if not agreed.finite:
                 self._skip(batches)
-            elif self.spikes.is_spike(agreed.loss):
+            elif is_spike(config.train, state, agreed.loss):
                 self._roll_back(agreed.loss)
                 return agreed
             else:
@@ -221,9 +220,8 @@ class Trainer:
         state.bad_in_a_row += 1
         self.tracker.warn(f"step {state.step}: the loss or its gradient is not finite: the step is skipped")
         if state.bad_in_a_row >= limit:
-            batch = batches[0]
-            found = first_bad(self.strategy.model, lambda: self._loss(batch), batch, self.ranks)
-            raise UserError(
+            found = first_bad(self.strategy.model, self._loss, batches, self.ranks)
+            raise SharedError(
                 f"{limit} steps in a row had a loss or gradient that is not finite; {found}. Lower optim.lr, raise"
                 " optim.warmup_epochs, or use train.precision=fp32; the last checkpoint is from before them"
             )
@@ -236,8 +234,9 @@ class Trainer:
         store.wait()
         newest = store.newest()
         if newest is None or state.rollbacks >= self.config.train.max_bad_steps:
-            why = "there is no checkpoint yet" if newest is None else f"it was the {state.rollbacks + 1}th time"
-            raise UserError(
+            times = f"the run went back {state.rollbacks} times already (train.max_bad_steps)"
+            why = "there is no checkpoint yet" if newest is None else times
+            raise SharedError(
                 f"step {state.step}: the loss jumped to {loss:.4g}, above train.spike_factor ="
                 f" {self.config.train.spike_factor} times its median, and {why}: lower optim.lr, or raise the factor"
             )
@@ -322,6 +321,9 @@ class Trainer:
         store.wait()
         chosen = state.best_step if self.config.eval.select == "best" else state.step
         assert chosen is not None
+        if chosen != state.step and not store.whole(chosen):
+            self.tracker.warn(f"the best checkpoint, {store.at(chosen)}, is damaged or gone: the last one is tested")
+            chosen = state.step
         if chosen != state.step:
             self.snapshots.load(store.at(chosen))
         results = self._measure("test") if self.task.test is not None else None

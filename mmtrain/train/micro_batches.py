@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mmtrain.config import RunConfig
-from mmtrain.errors import UserError
+from mmtrain.errors import SharedError
 
 
 def micro_batches(config: RunConfig, world: int) -> int:
@@ -11,7 +11,7 @@ def micro_batches(config: RunConfig, world: int) -> int:
     ranks into pieces of at most ``train.micro_batch`` samples.
 
     Raises:
-        UserError: when the ranks do not divide the batch, with the numbers that do.
+        SharedError: when the ranks do not divide the batch, with the numbers that do.
     """
     batch, most = config.train.batch_size, config.train.micro_batch
     for parts in range(config.train.accumulation, batch // world + 1):
@@ -20,7 +20,7 @@ def micro_batches(config: RunConfig, world: int) -> int:
             return parts
     fits = [n for n in range(1, batch + 1) if batch % n == 0 and batch // n >= config.train.accumulation]
     shown = ", ".join(map(str, fits[-12:]))
-    raise UserError(
+    raise SharedError(
         f"train.batch_size is {batch}, which {world} ranks and train.accumulation={config.train.accumulation} do not"
         f" divide: use so many ranks: {shown}; or a batch that is a multiple of {world * config.train.accumulation}"
     )

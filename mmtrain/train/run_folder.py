@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -83,6 +86,19 @@ class RunFolder:
             raise UserError(
                 f"{self.path}: the run folder cannot be written ({error.strerror}): choose another with --run-dir"
             ) from None
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within the context a full disk is the user's error; others keep their traceback."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            raise UserError(
+                f"{self.path}: the run folder could not be written ({error.strerror}). Free or grow the disk, or give"
+                " another folder with --run-dir; the same command goes on from the last good checkpoint"
+            ) from error
 
     def result(self) -> dict[str, Any] | None:
         """What a finished run came to, or None while it is not finished."""

@@ -67,10 +67,7 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
         task.check_batch(config.train.batch_size // (world * parts))
         if debug:
             task.shorten(_DEBUG_SAMPLES)
-        if ranks.main:
-            run.prepare(config, task.assets())
-            log_to_file(run.log_file)
-        ranks.barrier()
+        ranks.on_main(lambda: _prepare(run, config, task))
         with Watchdog(ranks, spread.start_timeout, spread.step_timeout, run.hangs) as watch:
             try:
                 return _train(config, task, run, ranks, watch)
@@ -82,10 +79,15 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
 
 def _train(config: RunConfig, task: Task, run: RunFolder, ranks: Ranks, watch: Watchdog) -> Outcome:
     tracker = Tracker(config, run, ranks, task.plotted)
-    with closing(tracker), closing(Trainer(config, task, run, ranks, tracker, watch)) as trainer:
+    with run.writing(), closing(tracker), closing(Trainer(config, task, run, ranks, tracker, watch)) as trainer:
         if ranks.main:
             _introduce(config, task, trainer)
         return trainer.fit()
+
+
+def _prepare(run: RunFolder, config: RunConfig, task: Task) -> None:
+    run.prepare(config, task.assets())
+    log_to_file(run.log_file)
 
 
 def _introduce(config: RunConfig, task: Task, trainer: Trainer) -> None:

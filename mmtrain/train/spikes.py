@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import statistics
-from collections import deque
 
 from mmtrain.config import TrainConfig
+from mmtrain.train.state import TrainState
 
 
-class SpikeWatch:
-    """Notes the loss of every step; a spike is a loss above ``spike_factor`` times the median of the last ones.
+def is_spike(config: TrainConfig, state: TrainState, loss: float) -> bool:
+    """Whether ``loss`` (finite) is above ``spike_factor`` times the median of the last ``spike_window`` steps.
 
-    The first ``spike_window`` steps of a process are only noted: there is nothing to compare them with.
+    Otherwise it is noted in ``state``, and so in every checkpoint: a run that is started again must judge as one that
+    was not. The first ``spike_window`` steps are only noted: there is nothing to compare them with.
     """
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.factor = config.spike_factor
-        self._last: deque[float] = deque(maxlen=config.spike_window)
-
-    def is_spike(self, loss: float) -> bool:
-        """Whether ``loss`` (finite) is a spike; otherwise it is noted."""
-        if self.factor is None:
-            return False
-        full = len(self._last) == self._last.maxlen
-        if full and loss > self.factor * statistics.median(self._last):
-            return True
-        self._last.append(loss)
+    if config.spike_factor is None:
         return False
+    last = state.recent_losses
+    if len(last) == config.spike_window and loss > config.spike_factor * statistics.median(last):
+        return True
+    state.recent_losses = [*last, loss][-config.spike_window :]
+    return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ class TrainState:
     """``step`` and ``samples`` are what was *consumed*; the data clock needs nothing else.
 
     ``updates``: steps that changed the weights. ``left_out``: samples that a rollback passed over.
+    ``recent_losses``: what the next loss is compared with, where ``train.spike_factor`` asks for it.
     """
 
     step: int = 0
@@ -29,6 +30,7 @@ class TrainState:
     bad_in_a_row: int = 0
     rollbacks: int = 0
     left_out: int = 0
+    recent_losses: list[float] = field(default_factory=list)
     loss_scale: float = 1.0
     good_in_a_row: int = 0
     dataset_length: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from typing import Any
@@ -63,7 +64,8 @@ class Tracker:
 
     def after_step(self, state: TrainState, loss: float, norm: float, rate: float, meter: Meter) -> None:
         """Note a step; every ``train.log_every`` steps, and at the last, write a line."""
-        self._losses.append(loss)
+        if math.isfinite(loss):  # one of a skipped step would hide the others
+            self._losses.append(loss)
         due = state.step % self.config.train.log_every == 0 or state.step == self._schedule.steps
         if not due:
             if self.progress:
@@ -74,7 +76,7 @@ class Tracker:
             "step": state.step,
             "samples": state.samples,
             "epoch": state.samples / self._schedule.samples_per_epoch,
-            "loss": sum(self._losses) / len(self._losses),
+            "loss": sum(self._losses) / len(self._losses) if self._losses else math.nan,
             "lr": rate,
             "grad_norm": norm,
             **({"loss_scale": state.loss_scale} if state.loss_scale != 1 else {}),

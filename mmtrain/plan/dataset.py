@@ -42,6 +42,11 @@ def describe_dataset(config: RunConfig, samples: int | None = None) -> Dataset:
     data = config.data
     if samples is not None and samples < 1:
         raise UserError(f"--samples {samples}: give the training samples of an epoch, 1 or more")
+    if isinstance(data, SeriesDataConfig) != isinstance(config.model, TSM2Config):
+        raise UserError(
+            f"model '{config.model.name}' cannot train on data.kind={data.kind}: use data=series with tsm2, and"
+            " data=shards or data=synthetic with ViM2"
+        )
     if isinstance(data, SeriesDataConfig):
         return _series(config, data, samples)
     channels = config.model.in_channels if isinstance(config.model, ViM2Config) else 3
@@ -79,8 +84,7 @@ def _series(config: RunConfig, data: SeriesDataConfig, samples: int | None) -> D
     from mmtrain.data.series import load_series
 
     model = config.model
-    if not isinstance(model, TSM2Config):
-        raise UserError(f"data.kind is 'series', but model '{model.name}' makes no forecasts: use model=tsm2")
+    assert isinstance(model, TSM2Config)
     variates = len(data.columns) if data.columns else _VARIATES
     try:
         series = load_series(

@@ -101,5 +101,7 @@ def find_gpu(name: str) -> Gpu:
     """
     found = GPUS.get(name.lower())
     if found is None:
-        raise UserError(f"--gpu {name}: no such GPU is known{nearest(name.lower(), GPUS)} (known: {', '.join(GPUS)})")
+        kinds = [f"'{known}'" for known in GPUS if known.startswith(f"{name.lower()}-")]
+        hint = f"; did you mean {' or '.join(kinds)}?" if kinds else nearest(name.lower(), GPUS)
+        raise UserError(f"--gpu (or cluster.gpu) {name}: no such GPU is known{hint} (known: {', '.join(GPUS)})")
     return found

@@ -41,7 +41,10 @@ def plan_run(
     dataset = describe_dataset(config, samples)
     batch = cut_batch(config, world)
     shape = Shape(batch.samples, getattr(config.data, "image_size", 224), dataset.variates)
-    costs = trace_step(config.model, config.train, shape)
+    try:
+        costs = trace_step(config.model, config.train, shape)
+    except ValueError as error:  # the model's word on its input
+        raise UserError(f"model '{config.model.name}': {error}") from None
     planner = Planner(config, nodes, gpus_per_node, chosen_gpu, costs, batch.micros)
     rows, left_out = planner.rows()
     choice, reason = _choose(rows)

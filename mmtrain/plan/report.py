@@ -8,6 +8,8 @@ from mmtrain.plan.clock import ASSUMPTIONS
 from mmtrain.plan.results import FILL, Plan, StrategyPlan
 
 _GIB, _MB = 2**30, 1e6
+#: Estimates that differ by less are not worth telling apart.
+_MUCH_FASTER = 0.85
 
 
 def render(plan: Plan, width: int = 120) -> str:
@@ -34,8 +36,14 @@ def render(plan: Plan, width: int = 120) -> str:
 def _cells(row: StrategyPlan) -> tuple[str, ...]:
     m = row.memory
     parts = (m.weights, m.gradients, m.optimizer, m.ema, m.activations, m.transient, m.total)
-    sizes = [f"{size / _GIB:.2f}" for size in parts]
+    sizes = [_gib(size) for size in parts]
     return (row.strategy, *sizes, "yes" if row.fits else "NO", f"{row.wire / _MB:,.0f}", f"{row.time.total * 1e3:,.0f}")
+
+
+def _gib(size: int) -> str:
+    """GiB with three digits at least, so that the thousandth part of a model is not 0."""
+    gib = size / _GIB
+    return f"{gib:.2f}" if gib >= 1 or size == 0 else f"{gib:.3f}" if gib >= 0.1 else f"{gib:.2g}"
 
 
 def _lines(plan: Plan) -> list[str]:
@@ -43,9 +51,9 @@ def _lines(plan: Plan) -> list[str]:
     lines = [f"NOTE: {batch.problem}. The figures are for {batch.samples} samples."] if batch.problem else []
     lines += [f"left out: {name}: {why}" for name, why in plan.left_out.items()]
     lines += [
-        f"model: {plan.parameters / 1e6:.2f} M parameters; a step of {batch.total} samples takes {_flops(plan.flops)}"
+        f"model: {plan.parameters / 1e6:.2f} M parameters; a step of {plan.samples} samples takes {_flops(plan.flops)}"
         f" ({plan.scan_flops / max(plan.flops, 1):.0%} in scans), forward and backward",
-        f"batch: {batch.total} = {plan.world} ranks × {batch.micros} micro-batches × {batch.samples} samples;"
+        f"batch: {plan.samples} = {plan.world} ranks × {batch.micros} micro-batch{'es' if batch.micros > 1 else ''} × {batch.samples} samples;"
         f" precision {plan.precision}, checkpointing {plan.checkpointing}",
         _choice(plan),
     ]
@@ -81,6 +89,10 @@ def _choice(plan: Plan) -> str:
     text = f"would choose: {plan.choice}, since {plan.reason}"
     if plan.configured != plan.choice:
         text += f" (the configuration asks for {plan.configured})"
+    chosen, best = plan.row(plan.choice), min((row for row in plan.rows if row.fits), key=lambda row: row.time.total)
+    if chosen is not None and best.time.total < _MUCH_FASTER * chosen.time.total:
+        times = chosen.time.total / best.time.total
+        text += f"; try {best.strategy} against it: by the estimate it is {times:.1f}× as fast"
     return text
 
 

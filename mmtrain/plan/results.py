@@ -116,8 +116,13 @@ class Plan:
         return row or self.rows[0]
 
     @property
+    def samples(self) -> int:
+        """Those of a step as planned: the global batch, unless the ranks do not divide it."""
+        return self.batch.samples * self.batch.micros * self.world
+
+    @property
     def samples_per_second(self) -> float:
-        return self.batch.total / self.basis.time.total
+        return self.samples / self.basis.time.total
 
     @property
     def warnings(self) -> list[str]:

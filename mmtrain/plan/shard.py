@@ -17,6 +17,10 @@ from mmtrain.config import ParallelConfig
 from mmtrain.models.averaging import MixerStack
 from mmtrain.models.s6 import S6
 
+#: Beyond so many shards what is left of the model is split on the CPU: FSDP2 makes an empty tensor for every rank that
+#: gets nothing of a parameter, which on the meta device costs ten times as much. No page of it is touched but rank 0's.
+_MANY = 64
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -50,6 +54,8 @@ def fsdp_units(model: nn.Module, shape: tuple[int, ...], config: ParallelConfig)
         shape: the mesh: (ranks,) for fsdp, (copies, shards) for hsdp.
     """
     counts = _thin_out(model)
+    if shape[-1] > _MANY:
+        model.to_empty(device="cpu")
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     shard(model, list(counts), mesh, config)
     units = []

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from torch import nn
+
 from mmtrain.config import STRATEGIES, RunConfig
 from mmtrain.plan import memory, wire
 from mmtrain.plan.clock import step_time
@@ -34,8 +36,13 @@ class Planner:
         return self.nodes * self.gpus_per_node
 
     @cached_property
+    def model(self) -> nn.Module:
+        """The whole model on the meta device, only to be looked at: FSDP splits one of its own."""
+        return meta_model(self.config.model)
+
+    @cached_property
     def parameters(self) -> int:
-        return sum(p.numel() for p in meta_model(self.config.model).parameters())
+        return sum(p.numel() for p in self.model.parameters())
 
     def rows(self) -> tuple[list[StrategyPlan], dict[str, str]]:
         """The rows in the order of :data:`STRATEGIES`, and why the missing ones are missing."""
@@ -107,7 +114,7 @@ class Planner:
             return fsdp_units(meta_model(self.config.model), shape, self.config.parallel)
 
     def _zero_parts(self, stage: int, load: memory.Workload) -> tuple[Memory, list[Transfer], int]:
-        model, world, offload = meta_model(self.config.model), self.world, self.config.parallel.offload
+        model, world, offload = self.model, self.world, self.config.parallel.offload
         if stage == 3:
             local = memory.zero3_local(model, world)
             held, padded = memory.zero3_memory(load, local, offload), local * world

@@ -93,11 +93,11 @@ class StepTrace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        packet = func._overloadpacket
+        out = _channels_last(packet, args, func(*args, **kwargs))
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         for tensor in outputs:
             self.watch(tensor)
-        packet = func._overloadpacket
         if not func.is_view and packet not in _FREE:
             inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             flops = _flops(packet, args, kwargs, out)
@@ -106,6 +106,23 @@ class StepTrace(TorchDispatchMode):
             matrix = str(inputs[0].dtype).removeprefix("torch.") if packet in _MATRIX else ""
             self.costs.counts[Cost(flops, sum(map(_bytes, [*inputs, *outputs])), matrix)] += 1
         return out
+
+
+def _channels_last(packet: Any, args: Any, out: Any) -> Any:
+    """``out`` of a convolution, or of its backward pass, in the layout that its input has.
+
+    So it is on the CPU and on GPUs; on the meta device it is always contiguous, and every scan would copy it.
+    """
+    if packet is _aten.convolution and _is_channels_last(args[0]):
+        return out.contiguous(memory_format=torch.channels_last)
+    if packet is _aten.convolution_backward and out[0] is not None and _is_channels_last(args[1]):
+        return out[0].contiguous(memory_format=torch.channels_last), *out[1:]
+    return out
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Whether channels run fastest in x (B, C, H, W), which may be a slice of something wider."""
+    return x.ndim == 4 and x.stride(1) == 1 and x.shape[1] > 1
 
 
 def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:

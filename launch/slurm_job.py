@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 import warnings
@@ -10,8 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.config import RunConfig
+from mmtrain.errors import UserError
+from mmtrain.plan import Plan, plan_run
+from mmtrain.plan.report import render
 from mmtrain.train.session import run_path
 from mmtrain.train.slurm_task import SlurmTask
+
+logger = logging.getLogger("mmtrain")
 
 
 def parameters(config: RunConfig) -> dict[str, Any]:
@@ -55,10 +61,14 @@ def describe(config: RunConfig, run_dir: str | None) -> str:
     share = f"{batch // parts} samples per rank and micro-batch"
     if batch % parts:
         share = f"which does not divide by {world} ranks × accumulation {config.train.accumulation}: this would fail"
+    plan = _plan(config)
     lines = [
         f"run folder: {run_path(config, run_dir)}",
         f"model: {config.model.name}, global batch {batch}, {share}",
         f"ranks: {config.cluster.nodes} nodes × {max(config.cluster.gpus_per_node, 1)} = {world}",
+        "",
+        plan if isinstance(plan, str) else render(plan),
+        "",
         "would submit:",
         "",
         script.rstrip(),
@@ -66,10 +76,29 @@ def describe(config: RunConfig, run_dir: str | None) -> str:
     return "\n".join(lines)
 
 
+def warn_of_misfits(config: RunConfig) -> None:
+    """Warn of a job that would be refused, or run out of memory, once it starts."""
+    plan = _plan(config)
+    for warning in [] if isinstance(plan, str) else plan.warnings:
+        logger.warning("by the plan (mmtrain plan): %s", warning)
+
+
+def _plan(config: RunConfig) -> Plan | str:
+    """The plan of the job, or why there is none: that must not keep anyone from submitting."""
+    cluster = config.cluster
+    if not cluster.gpus_per_node:
+        return "plan: none, since cluster.gpus_per_node is 0"
+    try:
+        return plan_run(config, cluster.nodes, cluster.gpus_per_node, cluster.gpu)
+    except UserError as error:
+        return f"plan: none, since {error}"
+
+
 def submit(config: RunConfig, run_dir: str | None) -> str:
     """Submit the job; returns what to tell the user."""
     import submitit
 
+    warn_of_misfits(config)
     folder = _job_folder(config, run_dir)
     executor = submitit.SlurmExecutor(folder=folder)
     with warnings.catch_warnings():

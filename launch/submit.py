@@ -27,6 +27,7 @@ def submit(
     overrides: Overrides = None,
     nodes: Annotated[int | None, typer.Option(help="Slurm: number of nodes.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(help="Slurm: GPUs and tasks a node; 0 for CPU nodes.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Slurm: which GPU the plan reckons with, such as h100.")] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm: partition.")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm: account.")] = None,
     qos: Annotated[str | None, typer.Option(help="Slurm: quality of service.")] = None,
@@ -42,7 +43,7 @@ def submit(
 
     given = list(overrides or [])
     asked = {"nodes": nodes, "gpus_per_node": gpus_per_node, "partition": partition, "account": account}
-    asked |= {"qos": qos, "time": time}
+    asked |= {"qos": qos, "time": time, "gpu": gpu}
     given += [f"cluster.{key}={value}" for key, value in asked.items() if value is not None]
     if name is not None:
         given.append(f"name={name}")

@@ -11,6 +11,7 @@ from mmtrain.cli import data
 from mmtrain.cli.doctor import doctor_command
 from mmtrain.cli.model import model_command
 from mmtrain.cli.options import Checkpoint, Overrides, Run
+from mmtrain.cli.plan import plan_command
 from mmtrain.cli.predict import predict_command
 from mmtrain.cli.train import train_command
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command("train")(train_command)
 app.command("predict")(predict_command)
 app.command("model")(model_command)
+app.command("plan")(plan_command)
 app.command("doctor")(doctor_command)
 app.add_typer(data.app, name="data")
 

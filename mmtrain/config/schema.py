@@ -201,10 +201,11 @@ class TrackingConfig:
 
 @dataclass
 class ClusterConfig:
-    """The Slurm job. Empty values are left to the site's defaults."""
+    """The Slurm job. Empty values are left to the site's defaults. ``gpu``: what the plan of the job reckons with."""
 
     nodes: int = 1
     gpus_per_node: int = 8
+    gpu: str = "h100"
     cpus_per_task: int = 8
     time: str = "24:00:00"
     partition: str | None = None

@@ -1,0 +1,106 @@
+"""How long the training split is and how large its samples are; from the data where it is at hand."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmtrain.config import RunConfig, SeriesDataConfig, ShardsDataConfig, SyntheticDataConfig, TSM2Config, ViM2Config
+from mmtrain.errors import UserError
+
+#: ImageNet-1k's training split (ILSVRC 2012).
+IMAGENET_SAMPLES = 1_281_167
+#: An average JPEG of it, as published.
+IMAGENET_BYTES = 110_000
+#: Series of a table that is not at hand: those of the ETT benchmarks.
+_VARIATES = 7
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """``samples``: None where nobody knows. ``origin``: where that number is from.
+
+    ``stored``: bytes of a sample as it is read, ``decoded``: as it goes to the GPU; ``bytes_origin``: where the first
+    is from. ``variates``: series of a window.
+    """
+
+    samples: int | None
+    origin: str
+    stored: float
+    decoded: int
+    bytes_origin: str
+    variates: int = _VARIATES
+
+
+def describe_dataset(config: RunConfig, samples: int | None = None) -> Dataset:
+    """What is known of the training split of ``config``.
+
+    Args:
+        samples: its length, where the caller knows better.
+    """
+    data = config.data
+    if samples is not None and samples < 1:
+        raise UserError(f"--samples {samples}: give the training samples of an epoch, 1 or more")
+    if isinstance(data, SeriesDataConfig) != isinstance(config.model, TSM2Config):
+        raise UserError(
+            f"model '{config.model.name}' cannot train on data.kind={data.kind}: use data=series with tsm2, and"
+            " data=shards or data=synthetic with ViM2"
+        )
+    if isinstance(data, SeriesDataConfig):
+        return _series(config, data, samples)
+    channels = config.model.in_channels if isinstance(config.model, ViM2Config) else 3
+    size = getattr(data, "image_size", 224)
+    decoded = 4 * channels * size * size
+    if isinstance(data, SyntheticDataConfig):
+        return Dataset(*_given(samples, data.length, "data.length"), 0, decoded, "made up, nothing is read")
+    return _shards(config, data, samples, decoded)
+
+
+def _given(samples: int | None, found: int | None, origin: str) -> tuple[int | None, str]:
+    return (samples, "--samples") if samples is not None else (found, origin)
+
+
+def _shards(config: RunConfig, data: object, samples: int | None, decoded: int) -> Dataset:
+    assert isinstance(data, ShardsDataConfig)
+    folder = Path(data.root) / data.train
+    if data.root and folder.is_dir():
+        from mmtrain.data.images import find_shards
+        from mmtrain.data.tarindex import index_shards
+
+        indexes = index_shards(find_shards(folder))
+        found = sum(len(index) for index in indexes)
+        size = sum(float(index.sizes.sum()) for index in indexes) / max(found, 1)
+        return Dataset(*_given(samples, found, f"counted in {folder}"), size, decoded, f"of the shards in {folder}")
+    if getattr(config.model, "num_classes", 0) == 1000:
+        origin = f"ImageNet-1k's training split, assumed since there is no {folder}"
+        given = _given(samples, IMAGENET_SAMPLES, origin)
+    else:
+        given = _given(samples, None, f"unknown, since there is no {folder}: give --samples")
+    return Dataset(*given, IMAGENET_BYTES, decoded, "an average ImageNet JPEG, assumed")
+
+
+def _series(config: RunConfig, data: SeriesDataConfig, samples: int | None) -> Dataset:
+    from mmtrain.data.series import load_series
+
+    model = config.model
+    assert isinstance(model, TSM2Config)
+    variates = len(data.columns) if data.columns else _VARIATES
+    try:
+        series = load_series(
+            data.path,
+            lookback=model.lookback,
+            horizon=model.horizon,
+            split=data.ratios if data.split == "ratio" else data.split,
+            columns=data.columns,
+            time_column=data.time_column,
+            missing=data.missing,
+            data_root=data.root or os.environ.get("MMTRAIN_DATA") or "data",
+        )
+        variates = len(series.table.columns)
+        given = _given(samples, len(series.train), f"windows of {series.table.path}")
+    except UserError:
+        why = f"unknown, since the table {data.path} cannot be read: give --samples"
+        given = _given(samples, None, why)
+    window = 4 * (model.lookback + model.horizon) * variates
+    return Dataset(*given, window, window, f"a window of {variates} series in memory", variates)

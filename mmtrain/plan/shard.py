@@ -1,0 +1,130 @@
+"""How FSDP2 would split a model over a mesh of any size: by really splitting it, on the meta device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from mmtrain.config import ParallelConfig
+from mmtrain.models.averaging import MixerStack
+from mmtrain.models.s6 import S6
+
+#: Beyond so many shards what is left of the model is split on the CPU: FSDP2 makes an empty tensor for every rank that
+#: gets nothing of a parameter, which on the meta device costs ten times as much. No page of it is touched but rank 0's.
+_MANY = 64
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What FSDP2 gathers at once, ``count`` times in the model.
+
+    ``local``: elements on each rank, where the first dimension of every parameter is rounded up to a multiple of the
+    shards, as FSDP2 does; ``whole``: elements of the parameters; ``shards``: ranks that share one copy. ``wire_bytes``:
+    bytes an element when gathered. ``root``: stays gathered from forward to backward.
+    """
+
+    local: int
+    whole: int
+    shards: int
+    wire_bytes: int
+    count: int = 1
+    root: bool = False
+
+    @property
+    def padded(self) -> int:
+        """Elements that a gather brings together, padding included."""
+        return self.local * self.shards
+
+
+def fsdp_units(model: nn.Module, shape: tuple[int, ...], config: ParallelConfig) -> list[Unit]:
+    """Split ``model`` (on the meta device) over a fake mesh and read off the parts of rank 0, the fullest.
+
+    Splitting takes time in proportion to ranks × parameters, so of the blocks that hold the same shapes one is split,
+    and stands for all; the others are emptied.
+
+    Args:
+        shape: the mesh: (ranks,) for fsdp, (copies, shards) for hsdp.
+    """
+    counts = _thin_out(model)
+    if shape[-1] > _MANY:
+        model.to_empty(device="cpu")
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    shard(model, list(counts), mesh, config)
+    units = []
+    for module, parameters in _owned(model).items():
+        times = next((n for block, n in counts.items() if module in set(block.modules())), 1)
+        narrow = cast(Any, module)._get_fsdp_state()._mp_policy.param_dtype
+        units.append(
+            Unit(
+                local=sum(p.to_local().numel() for p in parameters),
+                whole=sum(p.numel() for p in parameters),
+                shards=shape[-1],
+                wire_bytes=4 if narrow is None else narrow.itemsize,
+                count=times,
+                root=module is model,
+            )
+        )
+    return units
+
+
+def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, config: ParallelConfig) -> None:
+    """Make the parameters of ``model`` DTensors over ``mesh``: each block a unit, and the rest with the root.
+
+    With ``parallel.gather=bf16`` the blocks' matrices travel as bf16, and S6 modules and norms on their own as float32.
+    """
+    after = config.reshard_after_forward
+    whole = MixedPrecisionPolicy(cast_forward_inputs=False)
+    narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        if config.gather == "bf16":
+            for part in block.modules():
+                if isinstance(part, S6 | nn.LayerNorm):
+                    fully_shard(part, mesh=mesh, reshard_after_forward=after, mp_policy=whole)
+        policy = narrow if config.gather == "bf16" else whole
+        fully_shard(block, mesh=mesh, reshard_after_forward=after, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=whole)
+
+
+def model_blocks(model: nn.Module) -> list[tuple[nn.ModuleList, int]]:
+    """Where the units of ``model`` are: every mixer, and what stands between stages; a list and the place in it."""
+    lists = [stack.mixers for stack in model.modules() if isinstance(stack, MixerStack)]
+    downs = getattr(model, "downs", None)
+    lists += [downs] if downs is not None else []
+    return [(where, i) for where in lists for i in range(len(where))]
+
+
+def _thin_out(model: nn.Module) -> dict[nn.Module, int]:
+    """Keep one block of each kind, with the number of them, and put modules without parameters in the others' place."""
+    kept: dict[tuple[Any, ...], nn.Module] = {}
+    counts: Counter[nn.Module] = Counter()
+    for where, i in model_blocks(model):
+        block = where[i]
+        kind = (type(block), *((name, p.shape) for name, p in block.named_parameters()))
+        first = kept.setdefault(kind, block)
+        counts[first] += 1
+        if block is not first:
+            where[i] = nn.Identity()
+    return dict(counts)
+
+
+def _owned(model: nn.Module) -> dict[nn.Module, list[DTensor]]:
+    """The parameters of each FSDP unit: those that no unit within it holds."""
+    found: dict[nn.Module, list[DTensor]] = {}
+
+    def visit(module: nn.Module, owner: nn.Module) -> None:
+        owner = module if isinstance(module, FSDPModule) else owner
+        for p in module.parameters(recurse=False):
+            found.setdefault(owner, []).append(cast(DTensor, p.data))
+        for child in module.children():
+            visit(child, owner)
+
+    visit(model, model)
+    return found

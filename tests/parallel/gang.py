@@ -6,6 +6,7 @@ imported both (and nothing else: it has no thread and no process group), and eac
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -95,6 +96,7 @@ def _serve(rank: int, world: int, pipe: Connection, folder: Path) -> None:
     local = {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), **local, "MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
+    gc.freeze()  # a collection has no use for all that was imported
     while True:
         try:
             job, arguments, port = pipe.recv()

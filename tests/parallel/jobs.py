@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,8 +26,6 @@ LOADED = "loaded"
 
 def trained(config: RunConfig, folder: Path) -> None:
     """Train in ``folder``, without the pictures at the end, which other tests look at."""
-    gc.freeze()  # what came from the server needs no collection
-    logging.getLogger("mmtrain").setLevel(logging.WARNING)
     with patch.object(Trainer, "_illustrate", lambda *_: []):
         train(config, folder)
 

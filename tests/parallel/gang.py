@@ -107,7 +107,8 @@ def _serve(rank: int, world: int, pipe: Connection, folder: Path) -> None:
             answer = (True, job(*arguments))
         except Exception:
             answer = (False, traceback.format_exc())
-            print(answer[1], flush=True)
+            print(answer[1])
+        print(f"{job.__name__} of {arguments[1:]} ended, {time.process_time():.1f} s of CPU so far", flush=True)
         pipe.send(answer)
 
 

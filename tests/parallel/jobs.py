@@ -88,7 +88,8 @@ def dtypes(config: RunConfig, folder: Path) -> dict[str, dict[str, torch.dtype]]
 
 def _note(name: str, found: dict[str, torch.dtype]) -> Callable[[nn.Module, Any], None]:
     def hook(module: nn.Module, _: Any) -> None:
-        for key, p in module.named_parameters(recurse=False):
+        # a scan uses the parameters of the linear map in it, and does not call that
+        for key, p in module.named_parameters(recurse=getattr(module, "keep_float32", False)):
             found[f"{name}.{key}"] = p.dtype
 
     return hook

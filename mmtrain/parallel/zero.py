@@ -73,7 +73,8 @@ class ZeroStrategy(Strategy):
             self._reduction.enter_context(self.engine.coalesce_grad_reduction())
         yield
         if last:
-            self._reduction.close()  # reduces
+            self._reduction.close()  # reduces, and takes the engine back to where the first micro-batch was:
+            self.engine.set_gradient_accumulation_boundary(True)  # no boundary, at which a step does nothing
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)

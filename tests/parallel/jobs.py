@@ -1,0 +1,102 @@
+"""What the ranks of a gang are asked to do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from mmtrain.config import RunConfig
+from mmtrain.parallel.torch_strategy import local
+from mmtrain.train.loop import Trainer
+from mmtrain.train.session import train
+from mmtrain.train.snapshots import Snapshots
+from mmtrain.train.state import TrainState
+from mmtrain.train.tensor_files import write_tensors
+
+#: Where a resumed run leaves a copy of what it has loaded.
+LOADED = "loaded"
+
+
+def trained(config: RunConfig, folder: Path) -> None:
+    """Train in ``folder``, without the pictures at the end, which other tests look at."""
+    with patch.object(Trainer, "_illustrate", lambda *_: []):
+        train(config, folder)
+
+
+def resumed(config: RunConfig, folder: Path) -> None:
+    """Go on in ``folder``, and write there what was loaded as this strategy would save it."""
+
+    def copy(snapshots: Snapshots) -> None:
+        shadow = snapshots.average.shadow if snapshots.average is not None else None
+        write_tensors(folder / LOADED, snapshots.strategy.saved(shadow), snapshots.store._group)
+
+    with _after_loading(copy):
+        trained(config, folder)
+
+
+def forgetful(config: RunConfig, folder: Path) -> None:
+    """Go on in ``folder``, with AdamW's moments lost."""
+
+    def forget(snapshots: Snapshots) -> None:
+        for state in snapshots.strategy.optimizer.state.values():
+            state["exp_avg"].zero_()
+            state["exp_avg_sq"].zero_()
+
+    with _after_loading(forget):
+        trained(config, folder)
+
+
+@contextmanager
+def _after_loading(action: Callable[[Snapshots], None]) -> Iterator[None]:
+    begin = Snapshots.begin
+
+    def wrapped(snapshots: Snapshots, fresh: TrainState, blueprint: nn.Module) -> TrainState:
+        state = begin(snapshots, fresh, blueprint)
+        action(snapshots)
+        return state
+
+    with patch.object(Snapshots, "begin", wrapped):
+        yield
+
+
+def dtypes(config: RunConfig, folder: Path) -> dict[str, dict[str, torch.dtype]]:
+    """Train; returns the dtype of each parameter as a forward pass finds it, and of all that is kept between steps."""
+    found: dict[str, dict[str, torch.dtype]] = {"forward": {}, "kept": {}}
+    fit = Trainer.fit
+
+    def watched(trainer: Trainer) -> Any:
+        for name, module in trainer.strategy.model.named_modules():
+            module.register_forward_pre_hook(_note(name, found["forward"]))
+        outcome = fit(trainer)
+        for name, p in trainer.strategy.held().items():
+            found["kept"][name] = p.dtype
+        for i, state in enumerate(trainer.strategy.optimizer.state.values()):
+            found["kept"] |= {f"{key} {i}": local(value).dtype for key, value in state.items()}
+        return outcome
+
+    with patch.object(Trainer, "fit", watched):
+        trained(config, folder)
+    return found
+
+
+def _note(name: str, found: dict[str, torch.dtype]) -> Callable[[nn.Module, Any], None]:
+    def hook(module: nn.Module, _: Any) -> None:
+        # a scan uses the parameters of the linear map in it, and does not call that
+        for key, p in module.named_parameters(recurse=getattr(module, "keep_float32", False)):
+            found[f"{name}.{key}"] = p.dtype
+
+    return hook
+
+
+def collectives(config: RunConfig, folder: Path) -> dict[str, int]:
+    """Train; returns how often each collective operation of gloo was run by this rank."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        trained(config, folder)
+    return dict(Counter(e.name for e in profile.events() if e.name.startswith("gloo:")))

@@ -1,0 +1,46 @@
+"""Every strategy on every number of ranks learns what one process learns, with all randomness, clipping and average."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.parallel.cases import Case, matrix
+from tests.parallel.results import lines, losses, same_losses, same_weights
+from tests.parallel.runs import Runs
+
+pytestmark = pytest.mark.slow
+
+PLAIN = [*matrix("tsm2"), *matrix("vim2")]
+# the forecaster's steps cost little: it takes the whole matrix
+ACCUMULATED = [
+    *[case for parts in (2, 4) for case in matrix("tsm2", (1, 2, 4), ("train.accumulation", parts))],
+    *[case for parts in (2, 4) for case in matrix("vim2", (1,), ("train.accumulation", parts))[:1]],
+    *matrix("vim2", (2,), ("train.accumulation", 4)),
+]
+BF16 = [
+    Case(model, strategy, world, (("train.precision", "bf16"),))
+    for model in ("tsm2", "vim2")
+    for strategy, world in (("ddp", 2), ("fsdp", 2), ("hsdp", 4), ("zero1", 2), ("zero2", 4), ("zero3", 2))
+]
+
+
+@pytest.mark.parametrize("case", [*PLAIN, *ACCUMULATED], ids=str)
+def test_learns_what_one_process_learns(case: Case, runs: Runs) -> None:
+    folder, reference = runs.of(case), runs.of(case.alone)
+    same_losses(folder, reference)
+    same_weights(folder, reference)
+    norms, expected = ([line["grad_norm"] for line in lines(f, "train")] for f in (folder, reference))
+    assert norms == pytest.approx(expected, rel=1e-4)
+    limit = runs.bases[case.model].optim.clip_norm
+    assert limit is not None
+    assert min(norms) > limit  # the clipping was at work in every step
+
+
+@pytest.mark.parametrize("case", BF16, ids=str)
+def test_bf16_stays_within_its_rounding(case: Case, runs: Runs) -> None:
+    """bf16 rounds to 1 in 256; each piece of a batch has its gradients rounded on its own."""
+    folder, reference = runs.of(case), runs.of(case.alone)
+    same_losses(folder, reference, rel=1 / 256)
+    exact = runs.of(Case(case.model))
+    assert losses(folder) == pytest.approx(losses(exact), rel=4 / 256)
+    assert losses(folder) != pytest.approx(losses(exact), rel=1e-5)  # it was bf16

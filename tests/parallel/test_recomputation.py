@@ -1,0 +1,40 @@
+"""Activation checkpointing and torch.compile change what a step costs and not what it computes, under any strategy."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.parallel.cases import Case
+from tests.parallel.results import at, same_losses, tensors
+from tests.parallel.runs import Runs
+
+pytestmark = pytest.mark.slow
+
+
+def _short(model: str, strategy: str, world: int, key: str, value: object) -> Case:
+    return Case(model, strategy, world, (("train.max_steps", 5), (key, value)))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        _short(model, strategy, world, "train.checkpointing", mode)
+        for model in ("vim2", "tsm2")
+        for mode in ("full", "selective")
+        for strategy, world in (("none", 1), ("fsdp", 2), ("zero3", 2))
+    ],
+    ids=str,
+)
+def test_recomputed_activations_give_the_same_losses(case: Case, runs: Runs) -> None:
+    same_losses(runs.of(case), runs.of(case.alone))
+    found, expected = (tensors(at(runs.of(c), 5))["model"] for c in (case, case.alone))
+    assert all((found[name] - expected[name]).abs().max() < 1e-5 for name in expected)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [_short("tsm2", strategy, world, "train.compile", True) for strategy, world in (("none", 1), ("fsdp", 2))],
+    ids=str,
+)
+def test_compiled_blocks_give_the_same_losses(case: Case, runs: Runs) -> None:
+    same_losses(runs.of(case), runs.of(case.alone))

@@ -36,7 +36,7 @@ def test_a_bad_loss_on_one_rank_is_skipped_by_both(series: Path, tmp_path: Path)
     [
         (NanLoss(1, steps=(2, 3)), "rank 1: the loss itself is not finite"),
         (NanWeight(1, step=2), "rank 1: the weight .* is not finite"),
-        (Overflow(1, "LayerNorm"), r"rank 1: the output of module .* \(LayerNorm\) is not finite"),
+        (Overflow(1, "TimeFeatureNorm"), r"rank 1: the output of module \S+ \(TimeFeatureNorm\) is not finite"),
     ],
     ids=["loss", "weight", "module"],
 )

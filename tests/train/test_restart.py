@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from compare import same_end
-from faults import All, Fault, GlobalNoise, Kill
-from ranks_apart import run_ranks
+from faults import All, GlobalNoise, Kill
+from ranks_apart import Fault, run_ranks
 
 OPTIONS = ("train.max_steps=10", "eval.every_steps=5", "checkpoint.every_steps=3", "train.ema_decay=0.9")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from mmtrain.config import RunConfig
@@ -23,6 +24,8 @@ class Runs:
     def __init__(self, folder: Path, bases: dict[str, RunConfig]) -> None:
         self.folder, self.bases = folder, bases
         self._gangs = {world: Gang(world, folder / f"gang_{world}") for world in WORLDS}
+        # who waits for a gang with the door in hand comes before the rest of its queue
+        self._doors, self._rooms = ({world: Lock() for world in WORLDS} for _ in range(2))
         self._queues = {world: ThreadPoolExecutor(1) for world in WORLDS}
         self._made: dict[Case, Future[Path]] = {}
 
@@ -41,9 +44,10 @@ class Runs:
     def do(self, job: Callable[..., Any], case: Case, name: str) -> tuple[list[Any], Path]:
         """Run a job of one's own on ``case`` in a new folder; returns what each rank gave, and the folder."""
         if case.start is not None:
-            self.begin(case.start)
+            self.of(case.start)
         folder = self.folder / f"{case}-{name}"
-        return self._queues[case.world].submit(self._run, job, case, folder).result(), folder
+        with self._doors[case.world], self._rooms[case.world]:
+            return self._run(job, case, folder), folder
 
     def stop(self) -> None:
         for queue in self._queues.values():
@@ -53,7 +57,10 @@ class Runs:
 
     def _make(self, case: Case) -> Path:
         folder = self.folder / str(case)
-        self._run(trained if case.start is None else resumed, case, folder)
+        with self._doors[case.world]:
+            pass
+        with self._rooms[case.world]:
+            self._run(trained if case.start is None else resumed, case, folder)
         return folder
 
     def _run(self, job: Callable[..., Any], case: Case, folder: Path) -> list[Any]:

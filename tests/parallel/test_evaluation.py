@@ -24,11 +24,14 @@ def _short(strategy: str, world: int, samples: int) -> Case:
 
 # on 4 ranks, in batches of 10: 97 are 25 + 24 + 24 + 24, in 3 batches each; of 81 only rank 0 has a third batch; of 3
 # rank 3 has none
-@pytest.mark.parametrize(
-    "case",
-    [_short(s, 4, samples) for samples in (97, 81, 3) for s in ("ddp", "fsdp", "hsdp", "zero2", "zero3")],
-    ids=str,
-)
+_SPLITS = [
+    *[_short(strategy, 4, 97) for strategy in ("fsdp", "zero3")],
+    *[_short(strategy, 4, 81) for strategy in ("ddp", "fsdp", "hsdp", "zero2", "zero3")],
+    *[_short(strategy, 4, 3) for strategy in ("ddp", "fsdp", "zero3")],
+]
+
+
+@pytest.mark.parametrize("case", _SPLITS, ids=str)
 def test_every_sample_counts_once(case: Case, runs: Runs) -> None:
     folder, reference = runs.of(case), runs.of(case.alone)
     same_losses(folder, reference)

@@ -11,11 +11,13 @@ from tests.parallel.runs import Runs
 pytestmark = pytest.mark.slow
 
 PLAIN = [*matrix("tsm2"), *matrix("vim2")]
-# the forecaster's steps cost little: it takes the whole matrix
+# every strategy with 2 and with 4 micro-batches, in one process and in several; Mixup and drop path under three of them
 ACCUMULATED = [
-    *[case for parts in (2, 4) for case in matrix("tsm2", (1, 2, 4), ("train.accumulation", parts))],
-    *[case for parts in (2, 4) for case in matrix("vim2", (1,), ("train.accumulation", parts))[:1]],
-    *matrix("vim2", (2,), ("train.accumulation", 4)),
+    *[case for parts in (2, 4) for case in matrix("tsm2", (1,), ("train.accumulation", parts))],
+    *matrix("tsm2", (2,), ("train.accumulation", 4)),
+    *matrix("tsm2", (4,), ("train.accumulation", 2)),
+    *[Case("vim2", "none", 1, (("train.accumulation", parts),)) for parts in (2, 4)],
+    *[Case("vim2", strategy, 2, (("train.accumulation", 4),)) for strategy in ("ddp", "fsdp", "zero2")],
 ]
 BF16 = [
     Case(model, strategy, world, (("train.precision", "bf16"),))

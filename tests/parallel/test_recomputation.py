@@ -19,9 +19,13 @@ def _short(model: str, strategy: str, world: int, key: str, value: object) -> Ca
     "case",
     [
         _short(model, strategy, world, "train.checkpointing", mode)
-        for model in ("vim2", "tsm2")
         for mode in ("full", "selective")
-        for strategy, world in (("none", 1), ("fsdp", 2), ("zero3", 2))
+        for model, strategy, world in (
+            ("vim2", "none", 1),
+            ("vim2", "fsdp", 2),
+            ("tsm2", "fsdp", 2),
+            ("tsm2", "zero3", 2),
+        )
     ],
     ids=str,
 )

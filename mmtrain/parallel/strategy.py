@@ -53,6 +53,8 @@ class Strategy(ABC):
     collective_forward = False
     #: Whether the model's parameters can be read between steps, whole or as DTensors.
     readable = True
+    #: Whether :meth:`saved` gives the very tensors of the state, for nothing, and not copies gathered for the purpose.
+    saved_in_place = True
 
     model: nn.Module
     runner: nn.Module

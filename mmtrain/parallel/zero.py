@@ -39,6 +39,8 @@ def require_deepspeed() -> None:
 class ZeroStrategy(Strategy):
     """Stage 1 splits the optimizer's state, stage 2 the gradients as well, stage 3 the parameters as well."""
 
+    saved_in_place = False
+
     def __init__(self, model: nn.Module, plan: Plan, stage: int) -> None:
         self.model, self.ranks, self.plan, self.stage = model, plan.ranks, plan, stage
         self.collective_forward, self.readable = stage == 3, stage < 3

@@ -21,16 +21,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from mmtrain.errors import SharedError
 from mmtrain.parallel.collective import PATIENT
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.train.manifest import MANIFEST, Entries, entries_of, sync, verify, write_manifest
+from mmtrain.train.staging import Stage
 from mmtrain.train.tensor_files import write_tensors
 
 logger = logging.getLogger("mmtrain")
@@ -64,7 +63,7 @@ class CheckpointStore:
         self.folder, self.ranks, self.keep, self.keep_every, self.config = folder, ranks, keep, keep_every, config
         # the writing threads talk over a group of their own, beside the training's collectives
         self._group = dist.new_group(backend="gloo", group_desc=PATIENT) if ranks.world > 1 else None
-        self._stager = _stager() if asynchronous else None
+        self._stage = Stage() if asynchronous else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._stands: Path | None = None  # the newest that is known to be whole
@@ -81,6 +80,11 @@ class CheckpointStore:
 
     # ------------------------------------------------------------------ saving
 
+    def prepare(self, parts: Parts) -> None:
+        """Take the memory that saves of such ``parts`` will copy them to, in the background; optional."""
+        if self._stage is not None:
+            self._stage.prepare(parts)
+
     def save(self, step: int, parts: Parts, state: dict[str, Any], best: int | None = None) -> None:
         """Begin the checkpoint of ``step``; once it stands, delete all but the newest ``keep`` and the others to stay.
 
@@ -96,11 +100,11 @@ class CheckpointStore:
         self.wait()
         if self._stands == self.at(step):
             return
-        if self._stager is None:
+        if self._stage is None:
             self._write(step, parts, state, best)
             self._raise()
             return
-        staged = self._stager.stage(parts)
+        staged = self._stage.copy(parts)
         self._thread = threading.Thread(target=self._write, args=(step, staged, dict(state), best), name="checkpoint")
         self._thread.start()
 
@@ -124,8 +128,8 @@ class CheckpointStore:
         """Wait for the thread, whatever became of its save."""
         if self._thread is not None:
             self._thread.join()
-        if self._stager is not None:
-            self._stager.close()
+        if self._stage is not None:
+            self._stage.close()
 
     def _raise(self) -> None:
         error, self._error = self._error, None
@@ -237,15 +241,6 @@ class CheckpointStore:
 def load_state(path: Path) -> dict[str, Any]:
     """The JSON part of checkpoint ``path``."""
     return json.loads((path / _STATE).read_text())
-
-
-def _stager() -> DefaultStager:
-    cuda = torch.cuda.is_available()
-    return DefaultStager(
-        StagingOptions(
-            use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
-        )
-    )
 
 
 def _attempt(action: Callable[[], Any]) -> tuple[Any, BaseException | None]:

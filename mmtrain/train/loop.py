@@ -136,6 +136,7 @@ class Trainer:
 
     def _train_step(self, batches: list[Batch]) -> Agreement:
         config, state = self.config, self.state
+        self.tracker.before_step()
         seed_step(config.seed, state.step, self.ranks.rank)
         rate = learning_rate(config.optim, state.step, self.schedule.steps, self.schedule.warmup)
         self.strategy.runner.train()

@@ -12,7 +12,7 @@ from mmtrain.config import RunConfig, to_yaml
 from mmtrain.errors import UserError
 from mmtrain.models.initialise import initial_weights
 from mmtrain.parallel.ranks import Ranks
-from mmtrain.parallel.strategy import Strategy
+from mmtrain.parallel.strategy import Parts, Strategy
 from mmtrain.train.checkpoint import CheckpointStore
 from mmtrain.train.ema import WeightAverage
 from mmtrain.train.run_folder import RunFolder
@@ -44,11 +44,18 @@ class Snapshots:
             UserError: when the data is not what the run was trained on.
         """
         newest = self.store.newest()
+        state = fresh
         if newest is None:
             self.strategy.initialise(initial_weights(blueprint, self.seed))
             if self.average is not None:
                 self.average.reset(self.strategy.held())
-            return fresh
+        else:
+            state = self._resume(newest, fresh)
+        if self.strategy.saved_in_place:
+            self.store.prepare(self._parts())
+        return state
+
+    def _resume(self, newest: Path, fresh: TrainState) -> TrainState:
         state = TrainState.read(newest)
         if state.dataset_length != fresh.dataset_length:
             raise UserError(
@@ -59,8 +66,10 @@ class Snapshots:
         return state
 
     def save(self, state: TrainState) -> None:
-        shadow = self.average.shadow if self.average is not None else None
-        self.store.save(state.step, self.strategy.saved(shadow), state.to_json(), best=state.best_step)
+        self.store.save(state.step, self._parts(), state.to_json(), best=state.best_step)
+
+    def _parts(self) -> Parts:
+        return self.strategy.saved(self.average.shadow if self.average is not None else None)
 
     def load(self, path: Path) -> None:
         """Fill weights, moments and average from a checkpoint that was verified."""

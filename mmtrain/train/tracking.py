@@ -15,6 +15,7 @@ from mmtrain.config import RunConfig
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.tasks import Batch
 from mmtrain.train.meter import Meter
+from mmtrain.train.process_age import process_age
 from mmtrain.train.progress import Progress
 from mmtrain.train.run_folder import RunFolder
 from mmtrain.train.state import Schedule, TrainState
@@ -35,6 +36,8 @@ class Tracker:
         self.wandb: WandbRun | None = None
         self._losses: list[float] = []
         self._curves_at = 0.0
+        self._ready: float | None = None
+        self._started = False
 
     @property
     def run_id(self) -> str | None:
@@ -53,6 +56,11 @@ class Tracker:
             self._write({"kind": "resume", "step": state.step})
         self.progress = Progress(schedule.steps, state.step)
 
+    def before_step(self) -> None:
+        """Note when the first step of this process begins, its batch being there."""
+        if not self._started and self._ready is None:
+            self._ready = process_age()
+
     def consumed(self, step: int, batches: list[Batch]) -> None:
         """Note the samples of a step, where ``tracking.samples`` asks for it; of a step taken again the last counts."""
         if not self.config.tracking.samples:
@@ -64,6 +72,8 @@ class Tracker:
 
     def after_step(self, state: TrainState, loss: float, norm: float, rate: float, meter: Meter) -> None:
         """Note a step; every ``train.log_every`` steps, and at the last, write a line."""
+        if not self._started:
+            self._note_start(state.step - 1)
         if math.isfinite(loss):  # one of a skipped step would hide the others
             self._losses.append(loss)
         due = state.step % self.config.train.log_every == 0 or state.step == self._schedule.steps
@@ -86,6 +96,13 @@ class Tracker:
         if self.progress:
             self._write(line)
             self.progress.advance(state.step, loss=line["loss"], lr=rate, speed=line["samples_per_second"])
+
+    def _note_start(self, step: int) -> None:
+        """Seconds from the start of the process to the beginning and to the end of its first step: what a start costs."""
+        self._started, age = True, process_age()
+        if self.progress and self._ready is not None and age is not None:
+            seconds = {"ready_seconds": round(self._ready, 2), "first_step_seconds": round(age, 2)}
+            self._write({"kind": "start", "step": step, **seconds})
 
     def rolled_back(self, before: TrainState, after: TrainState, loss: float) -> None:
         """Note that the run went back to an earlier step."""

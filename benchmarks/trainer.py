@@ -1,0 +1,99 @@
+"""What the trainer must reach, measured: overhead, asynchronous saves, FSDP2 beside DDP, restart.
+
+    python benchmarks/trainer.py [--only overhead,async,fsdp,restart] [--json FILE] [--smoke]
+
+Wants a quiet machine: the figures are medians of ratios of neighbours in time, but a load that comes and goes still
+spreads them (the quartiles are printed). A target that is missed is reported; the exit status is 0 all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from trainer_parts import overhead, restart, saving, sharding
+from trainer_parts.figure import Figure, machine
+
+
+def parts(given: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Iterator[Figure]]]:
+    """The measurements by name, each of which begins when it is called."""
+    smoke = given.smoke
+    model = "vim2_nano" if smoke else "vim2_base"
+    small = ["data.image_size=32"] + (["model.name=vim2_nano", "train.precision=fp32"] if smoke else [])
+    size, batch = (32, 2) if smoke else (given.fsdp_image_size, given.fsdp_batch)
+    return {
+        "overhead": lambda: overhead.measure(folder / "overhead", pairs=2 if smoke else given.pairs, tiny=smoke),
+        "async": lambda: saving.measure(
+            folder / "async", model=model, repeats=2 if smoke else given.saves, image_size=32 if smoke else 64
+        ),
+        "fsdp": lambda: sharding.measure(
+            model=model, image_size=size, batch=batch, pairs=2 if smoke else given.fsdp_pairs, steps=2 if smoke else 4
+        ),
+        "restart": lambda: restart.measure(
+            folder / "restart",
+            config="vim2_small_in1k",
+            overrides=small,
+            repeats=1 if smoke else given.restarts,
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--only", help="parts to measure, separated by commas: overhead, async, fsdp, restart")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as JSON")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny sizes, to see that it runs; the figures mean nothing"
+    )
+    parser.add_argument("--threads", type=int, help="of the parts in one process (default: torch's own)")
+    parser.add_argument("--pairs", type=int, default=20, help="overhead: pairs of blocks of 20 steps")
+    parser.add_argument("--saves", type=int, default=5, help="async: pairs of saves")
+    parser.add_argument("--fsdp-pairs", type=int, default=6, help="fsdp: pairs of steps")
+    parser.add_argument("--fsdp-image-size", type=int, default=224)
+    parser.add_argument("--fsdp-batch", type=int, default=4, help="global, over two ranks")
+    parser.add_argument("--restarts", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="for runs and checkpoints (default: a temporary one)")
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    here = machine()
+    print("  ".join(f"{key}={value}" for key, value in here.items() if value is not None), flush=True)
+    found: list[Figure] = []
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        known = parts(given, Path(folder))
+        chosen = given.only.split(",") if given.only else list(known)
+        if unknown := set(chosen) - set(known):
+            parser.error(f"--only {','.join(sorted(unknown))}: choose from {', '.join(known)}")
+        for name in chosen:
+            for figure in known[name]():
+                found.append(figure)
+                print(_line(figure), flush=True)
+    Console().print(_table(found))
+    if given.json:
+        given.json.write_text(json.dumps({"machine": here, "figures": [f.to_json() for f in found]}, indent=1) + "\n")
+
+
+def _line(figure: Figure) -> str:
+    spread = f" (quartiles {figure.spread[0]:.3f} to {figure.spread[1]:.3f})" if figure.spread else ""
+    return f"{figure.name}: {figure.value:.3f} {figure.unit}{spread}; {figure.how}"
+
+
+def _table(figures: list[Figure]) -> Table:
+    table = Table(title="What the trainer must reach")
+    for name in ("part", "figure", "measured", "target", "met", "how"):
+        table.add_column(name, justify="right" if name in ("measured", "target") else "left", overflow="fold")
+    for f in figures:
+        target = "" if f.target is None else f"{'≥' if f.at_least else '≤'} {f.target:g} {f.unit}"
+        met = {None: "", True: "yes", False: "NO"}[f.met]
+        table.add_row(f.part, f.name, f"{f.value:.3f} {f.unit}", target, met, f.how)
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The parts of ``benchmarks/trainer.py``, one file each."""

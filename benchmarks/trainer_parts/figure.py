@@ -1,0 +1,65 @@
+"""One measured figure beside its target, and the machine it was measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Figure:
+    """``target``: what ``value`` must be at most, or at least with ``at_least``; None for what only informs.
+
+    ``spread``: the lower and the upper quartile, where there are several readings. ``how``: what was measured.
+    """
+
+    part: str
+    name: str
+    value: float
+    unit: str
+    how: str
+    target: float | None = None
+    at_least: bool = False
+    spread: tuple[float, float] | None = None
+    detail: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def met(self) -> bool | None:
+        if self.target is None:
+            return None
+        return self.value >= self.target if self.at_least else self.value <= self.target
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "met": self.met}
+
+
+def median_of(values: Sequence[float]) -> dict[str, Any]:
+    """``value`` and ``spread`` of a figure from several readings."""
+    if len(values) < 2:
+        return {"value": values[0]}
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"value": middle, "spread": (low, high)}
+
+
+def machine() -> dict[str, Any]:
+    """Model of the CPU, cores, load before the measurement, and versions."""
+    models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).is_file() else []

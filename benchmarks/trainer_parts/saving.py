@@ -1,0 +1,104 @@
+"""How long training stands still for an asynchronous save, beside what the same save takes when it is waited for.
+
+One process, a ViM2-B with AdamW's moments (0.9 GB), the trainer's own strategy and checkpoint store. Blocking and
+asynchronous saves alternate; a blocking one ends when the checkpoint is durable, manifest and all. While an
+asynchronous one is being written steps go on, and are timed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mmtrain.config import load_config
+from mmtrain.models.initialise import initial_weights
+from mmtrain.parallel.ranks import Ranks
+from mmtrain.parallel.strategy import Strategy
+from mmtrain.tasks import Batch, StepKey, Task, build_task
+from mmtrain.train.build import blueprint, spread_model
+from mmtrain.train.checkpoint import CheckpointStore
+from trainer_parts.figure import Figure, median_of
+
+
+class Steps:
+    """Training steps on one batch of two images."""
+
+    def __init__(self, model: str, image_size: int) -> None:
+        overrides = [f"model.name={model}", "data=synthetic", f"data.image_size={image_size}", "train.precision=fp32"]
+        overrides += ["train.batch_size=2", "data.workers=0", "task.mixup=0", "task.cutmix=0", "device=cpu"]
+        self.config = load_config("vim2_base_in1k", overrides)
+        self.task: Task = build_task(self.config)
+        self.strategy: Strategy = spread_model(self.config, self.task, Ranks(0, 1, torch.device("cpu")))
+        self.strategy.initialise(initial_weights(blueprint(self.task), 0))
+        self.batch: Batch = {**self.task.train.fetch(np.arange(2), None), "key": torch.arange(2)}
+
+    def take(self) -> float:
+        """Seconds of one."""
+        begun = time.perf_counter()
+        self.strategy.runner.train()
+        self.strategy.backward(self.task.loss(self.strategy.runner, self.batch, StepKey(0, 0)))
+        self.strategy.step(1e-4)
+        return time.perf_counter() - begun
+
+
+def measure(folder: Path, *, model: str, repeats: int, image_size: int) -> Iterator[Figure]:
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    steps = Steps(model, image_size)
+    waited = CheckpointStore(folder / "blocking", ranks, keep=1)
+    passing = CheckpointStore(folder / "asynchronous", ranks, keep=1, asynchronous=True)
+    parts = steps.strategy.saved(None)
+    size = sum(t.nbytes for tensors in parts.values() for t in tensors.values())
+    parameters = sum(t.numel() for t in parts["model"].values())
+    passing.prepare(parts)  # as the trainer does at its start
+    for _ in range(2):
+        steps.take()
+    blocking, stalls, durable, idle, beside = [], [], [], [], []
+    for number in range(1, repeats + 1):
+        idle += [steps.take(), steps.take()]
+        begun = time.perf_counter()
+        waited.save(number, steps.strategy.saved(None), {"step": number})
+        blocking.append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        passing.save(number, steps.strategy.saved(None), {"step": number})
+        stalls.append(time.perf_counter() - begun)
+        while not passing.at(number).exists() and not passing.failed:
+            beside.append(steps.take())
+        durable.append(time.perf_counter() - begun)
+        passing.wait()
+    passing.close()
+    detail = {"blocking_s": blocking, "stall_s": stalls, "durable_s": durable, "step_s": idle, "step_beside_s": beside}
+    what = f"{model}: {parameters / 1e6:.1f} M parameters with moments, {size / 1e9:.2f} GB"
+    ratios = [100 * a / b for a, b in zip(stalls, blocking, strict=True)]
+    yield Figure(
+        "async",
+        "first asynchronous save: stall / blocking save",
+        ratios[0],
+        "%",
+        f"{what}; {stalls[0]:.3f} s of {blocking[0]:.2f} s, memory prepared at the start",
+        target=10.0,
+        detail=detail,
+    )
+    if repeats > 1:
+        yield Figure(
+            "async",
+            "later asynchronous saves: stall / blocking save",
+            **median_of(ratios[1:]),
+            unit="%",
+            how=f"median of {repeats - 1} pairs; {statistics.median(stalls[1:]):.3f} s of"
+            f" {statistics.median(blocking[1:]):.2f} s",
+            target=10.0,
+        )
+    slowdown = statistics.median(beside) / statistics.median(idle) if beside else 1.0
+    yield Figure(
+        "async",
+        "steps while a save is written / steps without",
+        slowdown,
+        "x",
+        f"median of {len(beside)} and {len(idle)} steps; the write takes {statistics.median(durable):.2f} s beside"
+        f" steps that use all {torch.get_num_threads()} threads",
+    )

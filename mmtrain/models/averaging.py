@@ -88,3 +88,16 @@ class MixerStack(nn.Module):
 
     def _branch(self, stream: Tensor, i: int) -> Tensor:
         return self.drops[i](self.mixers[i](self.norms[i](stream)))
+
+
+def block_places(model: nn.Module) -> list[tuple[nn.ModuleList, int]]:
+    """Where the larger units of ``model`` are, every mixer and what stands between stages: lists, and places in them."""
+    lists = [stack.mixers for stack in model.modules() if isinstance(stack, MixerStack)]
+    downs = getattr(model, "downs", None)
+    lists += [downs] if isinstance(downs, nn.ModuleList) else []
+    return [(where, i) for where in lists for i in range(len(where))]
+
+
+def model_blocks(model: nn.Module) -> list[nn.Module]:
+    """The units of ``model`` that are compiled, or gathered, one at a time."""
+    return [where[i] for where, i in block_places(model)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mmtrain.config import RunConfig
+from mmtrain.errors import UserError
+from mmtrain.train.micro_batches import micro_batches
 
 
 @dataclass(frozen=True)
@@ -22,21 +24,12 @@ class BatchCut:
 
 
 def cut_batch(config: RunConfig, world: int) -> BatchCut:
-    """The fewest micro-batches, and at least ``train.accumulation``, that cut the batch evenly over ``world`` ranks.
-
-    No piece has more than ``train.micro_batch`` samples.
-    """
+    """How a run on ``world`` ranks would cut its batch; with the words by which it would refuse to."""
     train = config.train
     batch, most = train.batch_size, train.micro_batch
-    for micros in range(train.accumulation, batch // world + 1):
-        size, rest = divmod(batch, world * micros)
-        if rest == 0 and (most is None or size <= most):
-            return BatchCut(batch, size, micros)
-    parts = world * train.accumulation
-    nearest = max(parts, round(batch / parts) * parts)
-    problem = (
-        f"train.batch_size is {batch}, which {world} ranks × accumulation {train.accumulation} do not divide, so the"
-        f" run would be refused: use {nearest}, or so many ranks as divide {batch // train.accumulation}"
-    )
-    samples = max(batch // parts, 1)
-    return BatchCut(batch, min(samples, most or samples), train.accumulation, problem)
+    try:
+        micros = micro_batches(config, world)
+        return BatchCut(batch, batch // (world * micros), micros)
+    except UserError as error:
+        samples = max(batch // (world * train.accumulation), 1)
+        return BatchCut(batch, min(samples, most or samples), train.accumulation, f"{error} (the run would be refused)")

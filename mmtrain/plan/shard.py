@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from mmtrain.config import ParallelConfig
-from mmtrain.models.averaging import MixerStack
-from mmtrain.models.s6 import S6
+from mmtrain.models.averaging import block_places
+from mmtrain.parallel.fsdp import shard
 
 #: Beyond so many shards what is left of the model is split on the CPU: FSDP2 makes an empty tensor for every rank that
 #: gets nothing of a parameter, which on the meta device costs ten times as much. No page of it is touched but rank 0's.
@@ -75,37 +73,11 @@ def fsdp_units(model: nn.Module, shape: tuple[int, ...], config: ParallelConfig)
     return units
 
 
-def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, config: ParallelConfig) -> None:
-    """Make the parameters of ``model`` DTensors over ``mesh``: each block a unit, and the rest with the root.
-
-    With ``parallel.gather=bf16`` the blocks' matrices travel as bf16, and S6 modules and norms on their own as float32.
-    """
-    after = config.reshard_after_forward
-    whole = MixedPrecisionPolicy(cast_forward_inputs=False)
-    narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in blocks:
-        if config.gather == "bf16":
-            for part in block.modules():
-                if isinstance(part, S6 | nn.LayerNorm):
-                    fully_shard(part, mesh=mesh, reshard_after_forward=after, mp_policy=whole)
-        policy = narrow if config.gather == "bf16" else whole
-        fully_shard(block, mesh=mesh, reshard_after_forward=after, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=whole)
-
-
-def model_blocks(model: nn.Module) -> list[tuple[nn.ModuleList, int]]:
-    """Where the units of ``model`` are: every mixer, and what stands between stages; a list and the place in it."""
-    lists = [stack.mixers for stack in model.modules() if isinstance(stack, MixerStack)]
-    downs = getattr(model, "downs", None)
-    lists += [downs] if downs is not None else []
-    return [(where, i) for where in lists for i in range(len(where))]
-
-
 def _thin_out(model: nn.Module) -> dict[nn.Module, int]:
     """Keep one block of each kind, with the number of them, and put modules without parameters in the others' place."""
     kept: dict[tuple[Any, ...], nn.Module] = {}
     counts: Counter[nn.Module] = Counter()
-    for where, i in model_blocks(model):
+    for where, i in block_places(model):
         block = where[i]
         kind = (type(block), *((name, p.shape) for name, p in block.named_parameters()))
         first = kept.setdefault(kind, block)

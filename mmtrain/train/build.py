@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mmtrain.config import RunConfig
-from mmtrain.models.averaging import MixerStack
+from mmtrain.models.averaging import model_blocks
 from mmtrain.parallel.build import build_strategy
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.parallel.strategy import Plan, Strategy
@@ -42,9 +42,3 @@ def blueprint(task: Task) -> nn.Module:
     """The model of ``task`` on the meta device: shapes without memory."""
     with torch.device("meta"):
         return task.build_model()
-
-
-def model_blocks(model: nn.Module) -> list[nn.Module]:
-    """The units that are compiled, and gathered, one at a time: every mixer, and what stands between stages."""
-    mixers = [mixer for stack in model.modules() if isinstance(stack, MixerStack) for mixer in stack.mixers]
-    return [*mixers, *getattr(model, "downs", [])]

@@ -18,9 +18,11 @@ def micro_batches(config: RunConfig, world: int) -> int:
         size, rest = divmod(batch, world * parts)
         if rest == 0 and (most is None or size <= most):
             return parts
+    unit = world * config.train.accumulation
     fits = [n for n in range(1, batch + 1) if batch % n == 0 and batch // n >= config.train.accumulation]
-    shown = ", ".join(map(str, fits[-12:]))
-    raise SharedError(
+    near = [n for n in (batch // unit * unit, (batch // unit + 1) * unit) if n]
+    raise UserError(
         f"train.batch_size is {batch}, which {world} ranks and train.accumulation={config.train.accumulation} do not"
-        f" divide: use so many ranks: {shown}; or a batch that is a multiple of {world * config.train.accumulation}"
+        f" divide: use so many ranks: {', '.join(map(str, fits[-12:])) or 'none fits'}; or use"
+        f" {' or '.join(map(str, near))} for the batch, a multiple of {unit}"
     )

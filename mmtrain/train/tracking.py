@@ -98,7 +98,7 @@ class Tracker:
             self.progress.advance(state.step, loss=line["loss"], lr=rate, speed=line["samples_per_second"])
 
     def _note_start(self, step: int) -> None:
-        """Seconds from the start of the process to the beginning and to the end of its first step: what a start costs."""
+        """Seconds from the start of the process to the beginning, and to the end, of its first step."""
         self._started, age = True, process_age()
         if self.progress and self._ready is not None and age is not None:
             seconds = {"ready_seconds": round(self._ready, 2), "first_step_seconds": round(age, 2)}

@@ -78,13 +78,14 @@ def sharded() -> dict[str, int]:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    from mmtrain.plan.shard import model_blocks, shard
+    from mmtrain.models.averaging import model_blocks
+    from mmtrain.parallel.fsdp import shard
 
     dist.init_process_group("gloo")
     config = settings("vim2_micro")
     model = build_model(config.model).train()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    shard(model, [where[i] for where, i in model_blocks(model)], mesh, ParallelConfig(strategy="fsdp"))
+    shard(model, model_blocks(model), mesh, ParallelConfig(strategy="fsdp"))
     held = steps(model, config, 1, 32, count=2)
     dist.destroy_process_group()
     return held

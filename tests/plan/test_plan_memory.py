@@ -13,11 +13,13 @@ import pytest
 
 from mmtrain.config import ParallelConfig
 from mmtrain.config.models import preset
+from mmtrain.models.averaging import model_blocks
+from mmtrain.parallel.fsdp import shard
 from mmtrain.plan import plan_run
 from mmtrain.plan.fake import fake_group
 from mmtrain.plan.memory import zero3_local, zero12_padded
 from mmtrain.plan.results import Memory
-from mmtrain.plan.shard import fsdp_units, model_blocks, shard
+from mmtrain.plan.shard import fsdp_units
 from mmtrain.plan.step import meta_model
 from tests.conftest import ROOT
 from tests.plan.real_runs import settings
@@ -80,7 +82,7 @@ def test_units_of_a_thinned_model_are_those_of_the_whole(shape: tuple[int, ...])
     with fake_group(world):
         units = fsdp_units(meta_model(config), shape, ParallelConfig())
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-        shard(model, [where[i] for where, i in model_blocks(model)], mesh, ParallelConfig())
+        shard(model, model_blocks(model), mesh, ParallelConfig())
         local = sum(p.to_local().numel() for p in model.parameters())  # type: ignore[attr-defined]
     assert sum(unit.count * unit.local for unit in units) == local
     assert sum(unit.count * unit.whole for unit in units) == sum(p.numel() for p in model.parameters())

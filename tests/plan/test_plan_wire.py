@@ -16,9 +16,11 @@ from torch.utils._pytree import tree_leaves
 from mmtrain.config import ParallelConfig
 from mmtrain.config.models import preset
 from mmtrain.models import build_model
+from mmtrain.models.averaging import model_blocks
+from mmtrain.parallel.fsdp import shard
 from mmtrain.plan import wire
 from mmtrain.plan.fake import fake_group
-from mmtrain.plan.shard import fsdp_units, model_blocks, shard
+from mmtrain.plan.shard import fsdp_units
 from mmtrain.plan.step import meta_model
 
 MODEL = preset("vim2_nano")
@@ -48,7 +50,7 @@ class Issued(TorchDispatchMode):
 def issue(shape: tuple[int, ...], config: ParallelConfig, micros: int) -> Issued:
     model = build_model(MODEL).train()
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-    shard(model, [where[i] for where, i in model_blocks(model)], mesh, config)
+    shard(model, model_blocks(model), mesh, config)
     root = cast(FSDPModule, model)
     with Issued() as issued:
         for micro in range(micros):

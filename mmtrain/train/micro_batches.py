@@ -21,8 +21,8 @@ def micro_batches(config: RunConfig, world: int) -> int:
     unit = world * config.train.accumulation
     fits = [n for n in range(1, batch + 1) if batch % n == 0 and batch // n >= config.train.accumulation]
     near = [n for n in (batch // unit * unit, (batch // unit + 1) * unit) if n]
-    raise UserError(
+    raise SharedError(
         f"train.batch_size is {batch}, which {world} ranks and train.accumulation={config.train.accumulation} do not"
-        f" divide: use so many ranks: {', '.join(map(str, fits[-12:])) or 'none fits'}; or use"
-        f" {' or '.join(map(str, near))} for the batch, a multiple of {unit}"
+        f" divide: use so many ranks: {', '.join(map(str, fits[-12:])) or 'none fits'}; or a"
+        f" batch that is a multiple of {unit} (use {' or '.join(map(str, near))})"
     )

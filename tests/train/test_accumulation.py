@@ -36,7 +36,9 @@ def test_the_fewest_pieces_that_fit(
 
 
 def test_a_batch_that_does_not_fit_says_which_numbers_of_ranks_do(series: Path) -> None:
-    with pytest.raises(UserError, match=r"train.batch_size is 8, which 3 ranks .*: 1, 2, 4, 8; or a batch .* of 3$"):
+    with pytest.raises(
+        UserError, match=r"train.batch_size is 8, which 3 ranks .*: 1, 2, 4, 8; or a batch .* of 3 \(use 6 or 9\)$"
+    ):
         micro_batches(load_config(series, ("train.batch_size=8",)), 3)
     with pytest.raises(UserError, match=r"so many ranks: 1, 2; or a batch that is a multiple of 32"):
         micro_batches(load_config(series, ("train.batch_size=8", "train.accumulation=4")), 8)

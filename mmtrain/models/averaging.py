@@ -91,7 +91,7 @@ class MixerStack(nn.Module):
 
 
 def block_places(model: nn.Module) -> list[tuple[nn.ModuleList, int]]:
-    """Where the larger units of ``model`` are, every mixer and what stands between stages: lists, and places in them."""
+    """Where the larger units of ``model`` are, every mixer and what stands between stages: a list and a place each."""
     lists = [stack.mixers for stack in model.modules() if isinstance(stack, MixerStack)]
     downs = getattr(model, "downs", None)
     lists += [downs] if isinstance(downs, nn.ModuleList) else []

@@ -93,7 +93,7 @@ def _together(command: Sequence[str], processes: int) -> int:
 
 
 def _status(failed: int, statuses: Sequence[int]) -> int:
-    """The job's exit status, where rank ``failed`` was the first to fail; says so where no rank has said it well.
+    """The job's exit status, where rank ``failed`` was the first seen to fail; says which rank a signal ended.
 
     A rank that ends with a message for the user is the cause: one that lost its connection to it, and may be seen to
     end before it, is not.
@@ -104,8 +104,6 @@ def _status(failed: int, statuses: Sequence[int]) -> int:
     if status < 0:
         print(f"rank {failed} was ended by {signal.Signals(-status).name}, and the job with it", file=sys.stderr)
         return 128 - status
-    if status < 128:
-        print(f"rank {failed} was the first to fail, with status {status}", file=sys.stderr)
     return status
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from mmtrain.errors import SharedError, UserError
 from mmtrain.parallel.collective import enable_flight_recorder
 
 T = TypeVar("T")
+
+logger = logging.getLogger("mmtrain")
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,18 @@ def joined(device: str = "auto", timeout: float = 1800.0, group: bool = False) -
         dist.init_process_group(backend, timeout=limit)
     try:
         yield Ranks(rank, world, where, max(local_world, 1))
+    except Exception as error:
+        # said before the others lose their connection to us: their errors follow from this one
+        if not isinstance(error, UserError) and not _lost_peer(error):
+            logger.error("rank %d failed: %s: %s", rank, type(error).__name__, error)
+        raise
     finally:
         _leave()
+
+
+def _lost_peer(error: Exception) -> bool:
+    """True for what torch raises when another rank is gone. Gloo throws a plain RuntimeError that names itself."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _leave() -> None:

@@ -16,7 +16,7 @@ from mmtrain.train.checkpoint import load_state
 from mmtrain.train.session import train
 
 BATCH = 32
-#: The spike is in the 9th step; the last checkpoint before it is that of step 6.
+#: The spike is in the 9th step; the last checkpoint before it is that of step 7, an evaluation.
 SPIKE = Spike(first=8 * BATCH, last=9 * BATCH - 1)
 OPTIONS = (
     "train.max_steps=14",
@@ -24,6 +24,7 @@ OPTIONS = (
     "train.spike_window=4",
     "eval.every_steps=7",
     "tracking.plots=false",
+    "checkpoint.asynchronous=false",
 )
 OPTIONS += ("checkpoint.every_steps=3", "checkpoint.keep=100", "train.ema_decay=0.9")
 
@@ -42,7 +43,7 @@ def test_a_run_killed_after_a_rollback_ends_as_one_that_was_not(series: Path, tm
     assert [rank.status for rank in ended] == [0, 0], ended
     assert "back to the checkpoint of step 7" in ended[0].said
     state = load_state(last_checkpoint(whole))
-    # from the checkpoint of step 7 (an evaluation) to the end of the 9th step
+    # from the checkpoint of step 7 to the end of the 9th step
     assert (state["rollbacks"], state["left_out"], state["step"]) == (1, 2 * BATCH, 14)
     assert state["samples"] == (14 + 2) * BATCH
 

@@ -53,6 +53,11 @@ def check(config: RunConfig, world: int) -> None:
             raise UserError(
                 "train.precision is 'fp16', which zero1, zero2 and zero3 do not take here: use bf16, or fsdp"
             )
+        if name == "zero3" and config.train.checkpointing == "selective":
+            raise UserError(
+                "train.checkpointing is 'selective', which zero3 does not go with, since its gathers fall among the"
+                " operations that are chosen from: use full, or fsdp"
+            )
         if config.train.compile:
             raise UserError("train.compile is true, which DeepSpeed's hooks do not go with: use fsdp, or false")
 

@@ -98,9 +98,12 @@ class ZeroStrategy(Strategy):
 
     def drop_gradients(self) -> None:
         # the engine leaves out a step whose norm is not finite, and clears all its buffers then
-        for gradient in self.gradients():
+        gradients = self.gradients()
+        for gradient in gradients:
             gradient.fill_(torch.nan)
         self.engine.step()
+        for gradient in gradients:  # stage 3 never writes to the padding of its buffers, where NaN would stay
+            gradient.zero_()
 
     # ------------------------------------------------------------------ state
 

@@ -33,7 +33,7 @@ class Gang:
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._pipes: list[Connection] = []
 
-    def run(self, job: Callable[..., Any], *arguments: Any, limit: float = 120.0) -> list[Any]:
+    def run(self, job: Callable[..., Any], *arguments: Any, limit: float = 300.0) -> list[Any]:
         """What ``job(*arguments)`` gives on each rank, with torchrun's variables set.
 
         Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,10 +11,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmtrain.config import RunConfig
 from mmtrain.parallel.torch_strategy import local
+from mmtrain.tasks import Batch, StepKey
+from mmtrain.tasks.forecasting import Forecasting
 from mmtrain.train.loop import Trainer
 from mmtrain.train.session import train
 from mmtrain.train.snapshots import Snapshots
@@ -50,6 +53,18 @@ def forgetful(config: RunConfig, folder: Path) -> None:
             state["exp_avg_sq"].zero_()
 
     with _after_loading(forget):
+        trained(config, folder)
+
+
+def sick(config: RunConfig, folder: Path) -> None:
+    """Train a forecaster whose third step has a loss of NaN on the last rank alone."""
+    sound, last = Forecasting.loss, os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+
+    def loss(task: Forecasting, model: nn.Module, batch: Batch, key: StepKey) -> Tensor:
+        value = sound(task, model, batch, key)
+        return value * torch.nan if last and key.step == 2 else value
+
+    with patch.object(Forecasting, "loss", loss):
         trained(config, folder)
 
 

@@ -36,7 +36,7 @@ class Case:
     @property
     def alone(self) -> Case:
         """What this run is compared with: one process, no accumulation, nothing recomputed or compiled."""
-        how = ("train.accumulation", "train.checkpointing", "train.compile", "parallel.gather")
+        how = ("train.accumulation", "train.checkpointing", "train.compile", "parallel.gather", "parallel.offload")
         return Case(self.model, changes=tuple(change for change in self.changes if change[0] not in how))
 
     def configure(self, base: RunConfig) -> RunConfig:

@@ -19,6 +19,8 @@ ACCUMULATED = [
     *[Case("vim2", "none", 1, (("train.accumulation", parts),)) for parts in (2, 4)],
     *[Case("vim2", strategy, 2, (("train.accumulation", 4),)) for strategy in ("ddp", "fsdp", "zero2")],
 ]
+_OFFLOAD = ("parallel.offload", True)
+OFFLOADED = [Case("tsm2", f"zero{stage}", 2, (_OFFLOAD, ("train.accumulation", 2))) for stage in (1, 2, 3)]
 BF16 = [
     Case(model, strategy, world, (("train.precision", "bf16"),))
     for model in ("tsm2", "vim2")
@@ -26,7 +28,7 @@ BF16 = [
 ]
 
 
-@pytest.mark.parametrize("case", [*PLAIN, *ACCUMULATED], ids=str)
+@pytest.mark.parametrize("case", [*PLAIN, *ACCUMULATED, *OFFLOADED], ids=str)
 def test_learns_what_one_process_learns(case: Case, runs: Runs) -> None:
     folder, reference = runs.of(case), runs.of(case.alone)
     same_losses(folder, reference)

@@ -18,6 +18,8 @@ _SICK = [
     Case("tsm2", strategy, 2, (_SHORT, ("train.accumulation", parts))) for parts in (1, 2) for strategy in strategies(2)
 ]
 
+_SICK += [Case("tsm2", f"zero{stage}", 2, (_SHORT, ("parallel.offload", True))) for stage in (2, 3)]
+
 
 @pytest.mark.parametrize("case", _SICK, ids=str)
 def test_a_step_that_is_not_finite_leaves_no_trace(case: Case, runs: Runs) -> None:

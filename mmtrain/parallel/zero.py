@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from mmtrain.errors import UserError
 from mmtrain.parallel.strategy import MODEL, MOMENTS, Fill, Parts, Plan, Strategy, norm_of
 
+#: Gradients are reduced, and weights gathered, so many elements at a time: the buffers of DeepSpeed's default, which is
+#: ten times as many, would take more memory than most models here.
+BUCKET = 50_000_000
 #: Load so many elements at a time: every rank reads whole tensors, and keeps its part.
 _LOADED_AT_ONCE = 2**26
 
@@ -221,7 +224,12 @@ def _engine(model: nn.Module, plan: Plan, stage: int) -> Any:
     its_logger.setLevel(logging.WARNING)
     # no operators of its own: its collectives in shared memory would be compiled for a minute and never be used
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": plan.ranks.device.type == "cuda"}
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": plan.ranks.device.type == "cuda",
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+    }
     if stage == 3:
         # no parameter stays whole: what is held is then one thing, and the averaged weights follow it
         zero["stage3_param_persistence_threshold"] = 0

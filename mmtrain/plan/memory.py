@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from mmtrain.config import RunConfig
+from mmtrain.parallel.zero import BUCKET
 from mmtrain.plan.results import Memory
 from mmtrain.plan.shard import Unit
-from mmtrain.plan.wire import FP32, ZERO_BUCKET, zero3_held
+from mmtrain.plan.wire import FP32, zero3_held
 
 
 @dataclass(frozen=True)
@@ -57,30 +58,31 @@ def zero12_memory(load: Workload, stage: int, padded: int, world: int, offload: 
     """DeepSpeed 0.19's ``stage_1_and_2.py``, in float32.
 
     Beside the flat weights each rank keeps its part of them once more, as what the optimizer updates, and the moments
-    of that. Gradients pass through two buckets of 5·10⁸ elements (``reduce_bucket_size``, doubled by ``overlap_comm``).
-    Stage 1 keeps all gradients until the step, in a bucket while they fit into it; stage 2 its own part. Both hold all
-    of them while several micro-batches are summed up. With ``offload`` the part and the moments are on the CPU.
+    of that. Gradients pass through two buckets of ``BUCKET`` elements (``reduce_bucket_size``, doubled by
+    ``overlap_comm``). Stage 1 keeps all gradients until the step, in a bucket while they fit into it; stage 2 its own
+    part. Both hold all of them while several micro-batches are summed up. With ``offload`` the part and the moments are
+    on the CPU.
     """
     whole, part = FP32 * padded, FP32 * padded // world
     all_of_them = stage == 1 or load.micros > 1
     gradients = whole if all_of_them else part
-    buckets = 2 * FP32 * ZERO_BUCKET
+    buckets = 2 * FP32 * BUCKET
     # those of stage 1 stay where they were reduced; the flat gradient of the own part is made beside them
     transient = max(buckets - (whole if stage == 1 and load.micros == 1 else 0), 0) + part
     optimizer = 0 if offload else 3 * part
     return Memory(whole, gradients, optimizer, whole if load.ema else 0, load.kept, load.working + transient)
 
 
-def zero3_memory(load: Workload, local: int, offload: bool) -> Memory:
+def zero3_memory(load: Workload, local: int, offload: bool, reshard: bool = True) -> Memory:
     """DeepSpeed 0.19's ``stage3.py``, in float32: the optimizer updates the parts themselves, without a copy.
 
-    ``local``: elements of this rank, every parameter's rounded up. A bucket of 5·10⁸ elements stays allocated; gathered
-    are those parameters that :func:`mmtrain.plan.wire.zero3_held` keeps.
+    ``local``: elements of this rank, every parameter's rounded up. A bucket of ``BUCKET`` elements stays allocated;
+    gathered are those parameters that :func:`mmtrain.plan.wire.zero3_held` keeps.
     """
     part = FP32 * local
-    gathered = FP32 * zero3_held(load.parameters)
+    gathered = FP32 * zero3_held(load.parameters, reshard)
     gradients = load.bytes if load.micros > 1 else part
-    transient = FP32 * ZERO_BUCKET + gathered + part
+    transient = FP32 * BUCKET + gathered + part
     optimizer = 0 if offload else 2 * part
     return Memory(part, gradients, optimizer, part if load.ema else 0, load.kept, load.working + transient)
 

@@ -114,13 +114,14 @@ class Planner:
             return fsdp_units(meta_model(self.config.model), shape, self.config.parallel)
 
     def _zero_parts(self, stage: int, load: memory.Workload) -> tuple[Memory, list[Transfer], int]:
-        model, world, offload = self.model, self.world, self.config.parallel.offload
+        model, world, spread = self.model, self.world, self.config.parallel
+        offload, reshard = spread.offload, spread.reshard_after_forward
         if stage == 3:
             local = memory.zero3_local(model, world)
-            held, padded = memory.zero3_memory(load, local, offload), local * world
+            held, padded = memory.zero3_memory(load, local, offload, reshard), local * world
         else:
             padded = memory.zero12_padded(model, world)
             local = padded // world
             held = memory.zero12_memory(load, stage, padded, world, offload)
-        transfers = wire.zero_transfers(stage, self.parameters, padded, world, self.micros, self.nodes > 1)
+        transfers = wire.zero_transfers(stage, self.parameters, padded, world, self.micros, self.nodes > 1, reshard)
         return held, transfers, local

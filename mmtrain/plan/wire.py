@@ -14,8 +14,9 @@ hsdp                  fsdp over S shards, then all-reduce of the    as fsdp with
 zero1, zero2          all-reduce of the gradients (DeepSpeed's      3 (W-1)/W P
                       ``use_multi_rank_bucket_allreduce``, on by
                       default), all-gather of the new weights
-zero3                 as fsdp, but what is used again within 10⁹    between 2 and 3 (W-1)/W P with one micro-batch
-                      elements is not gathered for the backward
+zero3                 as fsdp; with reshard_after_forward=false     3 (W-1)/W P with one micro-batch, or as
+                      what is used again within 10⁹ elements is     little as 2 (W-1)/W P
+                      not gathered for the backward
 ====================  ============================================  ============================================
 
 P is 4 bytes an element (2 where parallel.gather=bf16 gathers as bf16), after padding to equal shards: with thousands
@@ -27,13 +28,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mmtrain.parallel.zero import BUCKET
 from mmtrain.plan.shard import Unit
 
 FP32 = 4
 #: DDP's default bucket of gradients, in bytes (``bucket_cap_mb``).
 DDP_BUCKET = 25 * 2**20
-#: DeepSpeed's default buckets, in elements, and how far ahead ZeRO-3 looks before it drops a parameter.
-ZERO_BUCKET = 500_000_000
+#: How far ahead ZeRO-3 looks, in elements, before it drops a parameter (with reshard_after_forward=false).
 ZERO_REUSE = 1_000_000_000
 
 
@@ -87,26 +88,28 @@ def fsdp_transfers(
     return found
 
 
-def zero_transfers(stage: int, elements: int, padded: int, world: int, micros: int, across: bool) -> list[Transfer]:
+def zero_transfers(
+    stage: int, elements: int, padded: int, world: int, micros: int, across: bool, reshard: bool = True
+) -> list[Transfer]:
     """DeepSpeed's stages, in float32. ``padded``: elements of all shards together."""
-    buckets = -(-elements // ZERO_BUCKET)
+    buckets = -(-elements // BUCKET)
     if stage < 3:
         return [
             Transfer("all-reduce", FP32 * elements, world, buckets, across_nodes=across),
             Transfer("all-gather", FP32 * padded, world, 2, overlapped=False, across_nodes=across),
         ]
-    again = padded - min(padded, zero3_held(elements))
+    again = padded - min(padded, zero3_held(elements, reshard))
     gathered = micros * (padded + again)
     return [
-        # modules are fetched ahead in pieces of at least stage3_prefetch_bucket_size, 5·10⁷ elements
-        Transfer("all-gather", FP32 * gathered, world, -(-gathered // (ZERO_BUCKET // 10)), across_nodes=across),
+        Transfer("all-gather", FP32 * gathered, world, -(-gathered // BUCKET), across_nodes=across),
         Transfer("reduce-scatter", FP32 * padded, world, buckets, across_nodes=across),
     ]
 
 
-def zero3_held(elements: int) -> int:
-    """Elements that ZeRO-3 keeps gathered from the forward to the backward pass.
+def zero3_held(elements: int, reshard: bool) -> int:
+    """Elements that ZeRO-3 keeps gathered from the forward to the backward pass: none with ``reshard``.
 
-    A parameter with x elements behind it in the model is used again after 2x: the last ``ZERO_REUSE`` / 2 stay.
+    Without it, a parameter with x elements behind it in the model is used again after 2x: the last ``ZERO_REUSE`` / 2
+    stay.
     """
-    return min(elements, ZERO_REUSE // 2)
+    return 0 if reshard else min(elements, ZERO_REUSE // 2)

@@ -66,7 +66,7 @@ def test_unknown_keys_are_refused_with_the_layer_and_the_nearest_name(tmp_path: 
         ("data.kind=tape", ("data.kind", "shards, synthetic, series")),
         ("model=vim2_smal", ("did you mean 'vim2_small'",)),
         ("model.dims=[1,2]", ("model.token_mixers",)),
-        ("train.precision=fp8", ("fp32 or bf16",)),
+        ("train.precision=fp8", ("fp32, bf16, fp16",)),
         ("epochs", ("key=value",)),
     ],
 )

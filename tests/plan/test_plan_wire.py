@@ -112,14 +112,16 @@ def test_rings_by_hand() -> None:
 
 
 def test_stages_of_zero_by_hand() -> None:
-    def sent(stage: int, elements: int, micros: int = 1) -> float:
-        found = wire.zero_transfers(stage, elements, elements, 4, micros, False)
+    def sent(stage: int, elements: int, micros: int = 1, reshard: bool = False) -> float:
+        found = wire.zero_transfers(stage, elements, elements, 4, micros, False, reshard)
         return sum(t.sent for t in found) / (4 * elements * 3 / 4)
 
     assert sent(1, 1000) == sent(2, 1000) == 3
     assert sent(3, 1000) == 2  # what was gathered is kept for the backward pass
     assert sent(3, 10**12) == pytest.approx(3, rel=1e-2)
     assert sent(3, 1000, micros=3) == 4
+    assert sent(3, 1000, reshard=True) == 3
+    assert sent(3, 1000, micros=3, reshard=True) == 7
 
 
 def test_a_process_group_is_left_as_it_was_found() -> None:

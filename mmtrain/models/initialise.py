@@ -30,7 +30,9 @@ def reset_module(module: nn.Module, linear_std: float | None = None) -> None:
 
 
 def initialise(model: nn.Module, linear_std: float | None = None) -> None:
-    """:func:`reset_module` for every part of ``model``, in order."""
+    """:func:`reset_module` for every part of ``model``, in order; not on the meta device, where there are no values."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return
     for _, module in _owners(model):
         reset_module(module, linear_std)
 

@@ -45,6 +45,8 @@ class S6(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        if self.A_log.is_meta:
+            return  # no values to set; the arithmetic below takes seconds there, for nothing
         self.x_proj.reset_parameters()
         nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
         low, high = (math.log(bound) for bound in _STEP_RANGE)

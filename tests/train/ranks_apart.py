@@ -38,7 +38,7 @@ def run_ranks(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    logs = [folder.with_name(f"{folder.name}_rank_{rank}.txt") for rank in range(world)]
+    logs = [config.with_name(f"{folder.name}_rank_{rank}.txt") for rank in range(world)]  # folder may be on a full disk
     ranks = [
         server.Process(target=_rank, args=(rank, world, port, logs[rank], str(config), folder, overrides, fault))
         for rank in range(world)

@@ -53,7 +53,7 @@ def test_one_rank_and_two_learn_the_same_from_pieces_of_two(series: Path, tmp_pa
         assert f"train.accumulation is {parts} here, more than the 1 asked for" in ended[0].said
     one, two = (tensors_of(last_checkpoint(tmp_path / world)) for world in "12")
     for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)  # sums in another order
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)  # sums in another order
 
 
 @pytest.mark.slow

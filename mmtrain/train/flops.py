@@ -56,7 +56,10 @@ def _count(config: RunConfig, image_size: tuple[int, int], variates: int) -> flo
     try:
         # the kernel's own rule for the FLOPs, whatever backend the environment asks for
         rules = {torch.ops.aten.convolution_backward: _convolution_backward}
-        with FlopCounterMode(display=False, custom_mapping=rules) as counter, scan_backend("auto"), torch.enable_grad():
+        counter = FlopCounterMode(display=False, custom_mapping=rules)
+        # nothing to detect, and no values to look at, when a debug run looks for anomalies
+        calm = torch.autograd.set_detect_anomaly(False)
+        with counter, calm, scan_backend("auto"), torch.enable_grad():
             outputs.append(model(*inputs))
             torch.stack([output.sum() for output in outputs]).sum().backward()
     except ValueError as error:

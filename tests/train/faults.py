@@ -20,6 +20,7 @@ from mmtrain.models.tsm2 import TSM2
 from mmtrain.tasks import Batch, StepKey
 from mmtrain.tasks.forecasting import Forecasting
 from mmtrain.train.checkpoint import CheckpointStore
+from mmtrain.train.staging import Stage
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,7 @@ class SmallFiles:
 
         def save(store: CheckpointStore, step: int, *args: Any, **kwargs: Any) -> None:
             if step >= self.step:
+                store.wait()  # the checkpoint before this one is to stand
                 resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
             sound(store, step, *args, **kwargs)
 
@@ -191,10 +193,10 @@ class NoStaging:
     def __call__(self, rank: int) -> None:
         if rank == self.on:
 
-            def stage(stager: object, parts: object) -> None:
+            def copy(stage: object, parts: object) -> None:
                 raise MemoryError("no room for a copy")
 
-            checkpoint.DefaultStager.stage = stage  # type: ignore[method-assign,assignment]
+            Stage.copy = copy  # type: ignore[method-assign,assignment]
 
 
 @dataclass(frozen=True)

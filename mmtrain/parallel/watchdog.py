@@ -73,6 +73,7 @@ class Watchdog:
         # of each rank that was read: its packed status, and the clock when that last changed
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._read_all = ranks.main
+        self._described = False
         self._verdict = ""
         self._ending, self._leaving, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._judge = threading.Thread(target=self._judging, name="watchdog-judge", daemon=True)
@@ -88,7 +89,7 @@ class Watchdog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self.ranks.world == 1:
             return
-        if error is not None and from_collective(error):
+        if error is not None and from_collective(error) and not self._described:
             # it may be the echo of a verdict by which another rank has just ended: let that be said instead
             self._closed.wait(_LINGER * self._tick)
         self._left = "has finished" if error is None else f"left after {type(error).__name__}: {str(error)[:400]}"
@@ -97,7 +98,10 @@ class Watchdog:
         if self.ranks.main:
             # the host of the store goes last, or torch complains in the couriers of the others
             end = time.monotonic() + _LINGER * self._tick
-            while time.monotonic() < end and not all(s and s.left for s in self._statuses().values()):
+            gone = self._silent()  # a rank that was killed will never say that it leaves
+            while time.monotonic() < end and not all(
+                rank in gone or (s and s.left) for rank, s in self._statuses().items()
+            ):
                 time.sleep(0.02)
         self._closed.set()
         self._courier.join(_LINGER * self._tick)
@@ -118,7 +122,7 @@ class Watchdog:
         """
         if self.ranks.world == 1:
             return "there is no other rank"
-        self._read_all = True
+        self._read_all = self._described = True
         for _ in range(_SILENT + 3):
             self._closed.wait(self._tick)
             if self._silent():

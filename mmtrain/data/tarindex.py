@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import tarfile
+import threading
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,9 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _FORMAT = 1
 _META_NAME = re.compile(r"__[^/]*__($|/)")  # WebDataset's own members
 _CURE_SHARD = "copy or prepare the shard again (mmtrain data prepare images --force)"
+#: numpy parses the header of an array as Python source, which Python 3.11 may not do in two threads at once: now and
+#: then it ends in "SystemError: AST constructor recursion depth mismatch" (python/cpython#106905).
+_parsing = threading.Lock()
 _log = logging.getLogger("mmtrain")
 
 
@@ -104,9 +108,12 @@ def _load_or_build(shard: Path, rebuild: bool) -> tuple[ShardIndex, str, str]:
 def _read(shard: Path, stamp: NDArray[np.int64]) -> ShardIndex | None:
     try:
         with np.load(index_path(shard), allow_pickle=False) as archive:
-            if not np.array_equal(archive["stamp"], stamp):
+            with _parsing:
+                known = archive["stamp"]
+            if not np.array_equal(known, stamp):
                 return None
-            return ShardIndex(shard, archive["keys"], archive["offsets"], archive["sizes"], archive["labels"])
+            with _parsing:
+                return ShardIndex(shard, archive["keys"], archive["offsets"], archive["sizes"], archive["labels"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # a damaged index is as good as a stale one
 

@@ -26,14 +26,18 @@ def parts(given: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Ite
     smoke = given.smoke
     model = "vim2_nano" if smoke else "vim2_base"
     small = ["data.image_size=32"] + (["model.name=vim2_nano", "train.precision=fp32"] if smoke else [])
-    size, batch = (32, 2) if smoke else (given.fsdp_image_size, given.fsdp_batch)
+    size, batches = (32, [2]) if smoke else (given.fsdp_image_size, given.fsdp_batch)
     return {
         "overhead": lambda: overhead.measure(folder / "overhead", pairs=2 if smoke else given.pairs, tiny=smoke),
         "async": lambda: saving.measure(
             folder / "async", model=model, repeats=2 if smoke else given.saves, image_size=32 if smoke else 64
         ),
         "fsdp": lambda: sharding.measure(
-            model=model, image_size=size, batch=batch, pairs=2 if smoke else given.fsdp_pairs, steps=2 if smoke else 4
+            model=model,
+            image_size=size,
+            batches=batches,
+            pairs=2 if smoke else given.fsdp_pairs,
+            steps=2 if smoke else 4,
         ),
         "restart": lambda: restart.measure(
             folder / "restart",
@@ -56,7 +60,7 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=5, help="async: pairs of saves")
     parser.add_argument("--fsdp-pairs", type=int, default=6, help="fsdp: pairs of steps")
     parser.add_argument("--fsdp-image-size", type=int, default=224)
-    parser.add_argument("--fsdp-batch", type=int, default=4, help="global, over two ranks")
+    parser.add_argument("--fsdp-batch", type=int, nargs="+", default=[8, 4], help="global ones, over two ranks")
     parser.add_argument("--restarts", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="for runs and checkpoints (default: a temporary one)")
     given = parser.parse_args()
@@ -74,7 +78,10 @@ def main() -> None:
             for figure in known[name]():
                 found.append(figure)
                 print(_line(figure), flush=True)
-    Console().print(_table(found))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    console.print(_table(found))
     if given.json:
         given.json.write_text(json.dumps({"machine": here, "figures": [f.to_json() for f in found]}, indent=1) + "\n")
 

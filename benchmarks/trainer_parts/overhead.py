@@ -24,6 +24,7 @@ from mmtrain.data.loader import train_batches
 from mmtrain.log import log_to_file
 from mmtrain.models import build_model
 from mmtrain.parallel.ranks import Ranks
+from mmtrain.parallel.watchdog import Watchdog
 from mmtrain.tasks import Batch, build_task
 from mmtrain.train.loop import Trainer
 from mmtrain.train.optim import learning_rate
@@ -117,8 +118,23 @@ class _Between:
         self._begun = _now()
 
 
-def compare(config: RunConfig, folder: Path, block: int, pairs: int) -> tuple[Blocks, Blocks]:
-    """Of the trainer and of the bare loop; block i of both stand side by side."""
+def compare(config: RunConfig, folder: Path, block: int, pairs: int, models: int) -> tuple[Blocks, Blocks]:
+    """Of the trainer and of the bare loop; block i of both stand side by side.
+
+    The pairs are spread over ``models`` pairs of models made anew, since where in memory a model comes to lie alone
+    makes it faster or slower by a few hundredths.
+    """
+    trainer, bare = Blocks(), Blocks()
+    for number in range(models):
+        for all_blocks, blocks in zip(
+            (trainer, bare), _compare_two(config, folder / str(number), block, pairs // models), strict=True
+        ):
+            all_blocks.wall += blocks.wall
+            all_blocks.cpu += blocks.cpu
+    return trainer, bare
+
+
+def _compare_two(config: RunConfig, folder: Path, block: int, pairs: int) -> tuple[Blocks, Blocks]:
     ranks, run = Ranks(0, 1, torch.device("cpu")), RunFolder(folder)
     task = build_task(config)
     run.prepare(config, task.assets())
@@ -128,9 +144,14 @@ def compare(config: RunConfig, folder: Path, block: int, pairs: int) -> tuple[Bl
     stream = train_batches(
         task.train, seed=config.seed, batch_size=batch_size, start=0, steps=10**6, workers=0, window=window
     )
-    between = _Between(BareLoop(config, stream, loss), block, pairs, warm_up=max(block, 3))
+    between = _Between(BareLoop(config, stream, loss), block, pairs, warm_up=5)
     tracker = Tracker(config, run, ranks, task.plotted)
-    with closing(stream), closing(tracker), closing(Trainer(config, task, run, ranks, tracker)) as trainer:  # type: ignore[type-var]
+    with (
+        Watchdog(ranks, config.parallel.start_timeout, config.parallel.step_timeout, run.hangs) as watch,
+        closing(stream),  # type: ignore[type-var]
+        closing(tracker),
+        closing(Trainer(config, task, run, ranks, tracker, watch)) as trainer,
+    ):
         trainer.profiler = between  # type: ignore[assignment]
         with suppress(_Enough):
             trainer.fit()
@@ -177,10 +198,11 @@ def measure(folder: Path, *, pairs: int, tiny: bool) -> Iterator[Figure]:
             here.mkdir(parents=True)
             block = 2 if tiny else 20 if log_every == 20 else 5
             config = configuration(kind, here, log_every, tiny)
-            trainer, bare = compare(config, here / "run", block, pairs if log_every == 20 else 2 * pairs)
+            models = 1 if tiny else 5
+            trainer, bare = compare(config, here / "run", block, pairs if log_every == 20 else 2 * pairs, models)
             step = median_of(bare.wall)["value"]
             name = f"{config.model.name}, a line of metrics every {log_every} steps: trainer / bare loop"
-            count = f"median of {len(bare.wall)} pairs of blocks of {block} steps"
+            count = f"median of {len(bare.wall)} pairs of blocks of {block} steps, {models} pairs of models"
             yield Figure(
                 "overhead",
                 name,

@@ -134,26 +134,35 @@ def _reset_peak() -> bool:
     return True
 
 
-def measure(*, model: str, image_size: int, batch: int, pairs: int, steps: int) -> Iterator[Figure]:
+def measure(*, model: str, image_size: int, batches: list[int], pairs: int, steps: int) -> Iterator[Figure]:
+    for batch in batches:
+        yield _time(model, image_size, batch, pairs)
+    yield _peak(model, steps)
+
+
+def _time(model: str, image_size: int, batch: int, pairs: int) -> Figure:
     shared = {"model": model, "image_size": image_size, "batch": batch}
     seconds = in_ranks(_times, {**shared, "pairs": pairs, "warm_up": 1})[0]
     ratios = [a / b for a, b in zip(seconds["fsdp"], seconds["ddp"], strict=True)]
     ddp, fsdp = (statistics.median(seconds[name]) for name in ("ddp", "fsdp"))
-    yield Figure(
+    return Figure(
         "fsdp",
-        "FSDP2 / DDP, seconds of a step",
+        f"FSDP2 / DDP, seconds of a step, global batch {batch}",
         **median_of(ratios),
         unit="x",
         target=1.15,
-        how=f"{model}, 2 gloo processes of 1 thread, global batch {batch} of {image_size}²; {fsdp:.2f} s of"
+        how=f"{model}, 2 gloo processes of 1 thread, images of {image_size}²; {fsdp:.2f} s of"
         f" {ddp:.2f} s, median of {len(ratios)} pairs",
         detail=seconds,
     )
+
+
+def _peak(model: str, steps: int) -> Figure:
     tiny = {"model": model, "image_size": 32, "batch": WORLD, "steps": steps}
     found = {name: in_ranks(_memory, {**tiny, "strategy": name}) for name in ("ddp", "fsdp")}
     peak = {name: max(rank["peak"] for rank in ranks) for name, ranks in found.items()}
     state = {name: max(rank["state"] for rank in ranks) for name, ranks in found.items()}
-    yield Figure(
+    return Figure(
         "fsdp",
         "FSDP2 under DDP, peak memory of a rank",
         100 * (1 - peak["fsdp"] / peak["ddp"]),

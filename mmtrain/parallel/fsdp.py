@@ -12,9 +12,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from mmtrain.config import ParallelConfig
 
 
-def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, config: ParallelConfig) -> None:
+def shard(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    config: ParallelConfig,
+    apart: int | None = None,
+) -> None:
     """Make the parameters of ``model`` DTensors over ``mesh``, block by block; works on the meta device.
 
+    Linear layers within blocks whose matrix has more than ``apart`` elements are gathered on their own.
     With ``parallel.gather=bf16`` the blocks' matrices travel as bf16. What must stay float32 (modules marked
     ``keep_float32``, which hold A_log, D and the bias of Δ, and all norms) travels on its own, and gradients are always
     reduced in float32.
@@ -27,6 +34,8 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, confi
             for island in _islands(block):
                 fully_shard(island, mesh=mesh, reshard_after_forward=after, mp_policy=whole)
         policy = narrow if config.gather == "bf16" else whole
+        for part in _large(block, apart) if apart is not None else ():
+            fully_shard(part, mesh=mesh, reshard_after_forward=after, mp_policy=policy)
         fully_shard(block, mesh=mesh, reshard_after_forward=after, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=whole)
 
@@ -40,3 +49,9 @@ def _islands(block: nn.Module) -> list[nn.Module]:
         else:
             found += _islands(child)
     return found
+
+
+def _large(block: nn.Module, elements: int) -> list[nn.Linear]:
+    """The linear layers inside ``block`` whose matrix has more ``elements``."""
+    inside = (m for m in block.modules() if isinstance(m, nn.Linear) and m is not block)
+    return [linear for linear in inside if linear.weight.numel() > elements]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmtrain.errors import SharedError, UserError
 from mmtrain.parallel.collective import enable_flight_recorder
+from mmtrain.parallel.heap import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -96,6 +97,8 @@ def joined(device: str = "auto", timeout: float = 1800.0, group: bool = False) -
     if cuda:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     where = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    if not cuda:
+        keep_freed_memory()
     if world == 1 and not group:
         yield Ranks(0, 1, where)
         return

@@ -30,7 +30,8 @@ MODEL, MOMENTS = "model", ("exp_avg", "exp_avg_sq")
 class Plan:
     """What a strategy is made for. ``blocks``: the modules that are gathered one at a time, each with its dtype.
 
-    ``make_optimizer`` is called on the parameters as the strategy has split them.
+    ``make_optimizer`` is called on the parameters as the strategy has split them. ``plain``: each block runs once in a
+    step, as it is written: neither compiled nor computed again in the backward pass.
     """
 
     ranks: Ranks
@@ -40,6 +41,7 @@ class Plan:
     autocast: torch.dtype | None = None
     micro_batches: int = 1
     micro_batch_size: int = 1
+    plain: bool = False
 
 
 class Strategy(ABC):

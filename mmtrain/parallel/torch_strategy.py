@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mmtrain.parallel.fsdp import shard
+from mmtrain.parallel.fsdp_cpu import shard_over_processors
 from mmtrain.parallel.mesh import mesh_of
 from mmtrain.parallel.strategy import MODEL, MOMENTS, Fill, Parts, Plan, Strategy, norm_of
 
@@ -116,7 +117,10 @@ class FullyShardedDataParallel(TorchStrategy):
     def _split(self) -> None:
         plan = self.plan
         self.mesh = mesh_of(plan.ranks, plan.config)
-        shard(self.model, plan.blocks, self.mesh, plan.config)
+        if plan.ranks.device.type == "cpu":
+            shard_over_processors(self.model, plan, self.mesh)
+        else:
+            shard(self.model, plan.blocks, self.mesh, plan.config)
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         root = cast(FSDPModule, self.model)
@@ -125,8 +129,11 @@ class FullyShardedDataParallel(TorchStrategy):
         return nullcontext()
 
     def held(self) -> dict[str, Tensor]:
-        # an evaluation leaves the root's parameters gathered: what is written to the parts would not be seen there
-        cast(FSDPModule, self.model).reshard()
+        # an evaluation leaves some modules whole (the root, and those that stay whole until their backward pass):
+        # what is written to the parts would not be seen there
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         return super().held()
 
     def gradient_norm(self) -> Tensor:

@@ -34,6 +34,7 @@ def spread_model(config: RunConfig, task: Task, ranks: Ranks) -> Strategy:
         autocast=autocast_dtype(config.train),
         micro_batches=parts,
         micro_batch_size=config.train.batch_size // (ranks.world * parts),
+        plain=not config.train.compile and config.train.checkpointing == "none",
     )
     return build_strategy(model, plan)
 

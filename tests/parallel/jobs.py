@@ -111,7 +111,7 @@ def _note(name: str, found: dict[str, torch.dtype]) -> Callable[[nn.Module, Any]
 
 
 def collectives(config: RunConfig, folder: Path) -> dict[str, int]:
-    """Train; returns how often each collective operation of gloo was run by this rank."""
+    """Train; returns how often this rank ran each collective operation of gloo or of our own."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         trained(config, folder)
-    return dict(Counter(e.name for e in profile.events() if e.name.startswith("gloo:")))
+    return dict(Counter(e.name for e in profile.events() if e.name.startswith(("gloo:", "direct::"))))

@@ -11,7 +11,7 @@ from tests.parallel.runs import Runs
 pytestmark = pytest.mark.slow
 
 #: The operations that add gradients up. Gathers of split parameters do come once a micro-batch.
-_REDUCTIONS = ("gloo:all_reduce", "gloo:reduce", "gloo:reduce_scatter")
+_REDUCTIONS = ("gloo:all_reduce", "gloo:reduce", "gloo:reduce_scatter", "direct::reduce_scatter")
 
 
 @pytest.mark.parametrize(

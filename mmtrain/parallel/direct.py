@@ -1,0 +1,141 @@
+"""The two collectives of FSDP2 between processes without a GPU, over gloo's sends and receives.
+
+gloo's own are wasteful here: torch makes its reduce-scatter an all-reduce, which sends every byte twice, and its
+all-gather copies all it receives once more. Each rank sends its part straight to each other rank instead, which for n
+ranks moves the least there is to move, (n-1)/n of the tensor. FSDP2 takes collectives and their memory from outside
+(``FSDPModule.set_custom_all_gather``, ``set_custom_reduce_scatter``); the buffers are kept from one to the next, since
+fresh pages cost as much as what is written to them.
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections.abc import Sequence
+from datetime import timedelta
+from math import prod
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# not exported by torch.distributed.fsdp, though its setters ask for them
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.profiler import record_function
+
+
+class Buffers:
+    """Memory that is lent as tensors and comes back by itself when the last tensor on it is gone."""
+
+    def __init__(self) -> None:
+        self._free: list[mmap.mmap] = []
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor, on the smallest free block that holds it."""
+        size = max(prod(shape), 1) * dtype.itemsize
+        fitting = [block for block in self._free if len(block) >= size]
+        if fitting:
+            block = min(fitting, key=len)
+            self._free.remove(block)
+        else:
+            # the largest of those that are too small is given up for it: what is held stays near what is used at once
+            if self._free:
+                self._free.remove(max(self._free, key=len))
+            block = _block(size)
+        lent = np.frombuffer(block, dtype=np.uint8, count=size)
+        weakref.finalize(lent, self._free.append, block).atexit = False
+        return torch.from_numpy(lent).view(dtype)[: prod(shape)].view(*shape)
+
+
+def _block(size: int) -> mmap.mmap:
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+class DirectAllGather(AllGather):
+    """Every rank's part, in the order of the ranks."""
+
+    def __init__(self, transient: Buffers) -> None:
+        self.transient = transient
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return self.transient.tensor([int(n) for n in size], dtype)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work:
+        parts, rank = output_tensor.chunk(group.size()), group.rank()
+        if parts[rank].data_ptr() != input_tensor.data_ptr():
+            parts[rank].copy_(input_tensor)
+        return _exchange(dict.fromkeys(_others(group), input_tensor), dict(enumerate(parts)), group)
+
+
+class DirectReduceScatter(ReduceScatter):
+    """The sum or the mean over the ranks of this rank's part, added in the order of the ranks.
+
+    What comes out is the gradient of the parts, which lives until the step: it does not sit on the buffers that the
+    next module needs.
+    """
+
+    def __init__(self, transient: Buffers, world: int) -> None:
+        self.transient, self.world = transient, world
+        self._last = 0
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        # FSDP2 asks for the input, then for the output
+        count = prod(int(n) for n in size)
+        is_output = count * self.world == self._last
+        self._last = 0 if is_output else count
+        return torch.empty(count, dtype=dtype) if is_output else self.transient.tensor([count], dtype)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp.RedOpType,
+        async_op: bool = False,
+    ) -> None:
+        if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
+            dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group)
+            return
+        with record_function("direct::reduce_scatter"):
+            self._reduce(output_tensor, input_tensor, group, op)
+
+    def _reduce(self, output: Tensor, whole: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType) -> None:
+        parts, others = whole.chunk(group.size()), _others(group)
+        received = self.transient.tensor((len(others), output.numel()), output.dtype)
+        arrived = dict(zip(others, received.unbind(), strict=True))
+        _exchange(dict(enumerate(parts)), arrived, group).wait()
+        terms = [arrived.get(n, parts[n]) for n in range(group.size())]
+        torch.add(terms[0], terms[1], out=output)
+        for term in terms[2:]:
+            output.add_(term)
+        if op == dist.ReduceOp.AVG:
+            output.div_(group.size())
+
+
+def _others(group: dist.ProcessGroup) -> list[int]:
+    return [n for n in range(group.size()) if n != group.rank()]
+
+
+class _All(dist.Work):
+    """Several works as one."""
+
+    def __init__(self, works: list[dist.Work]) -> None:
+        super().__init__()
+        self._works = works
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        for work in self._works:
+            work.wait()
+        return True
+
+
+def _exchange(outgoing: dict[int, Tensor], incoming: dict[int, Tensor], group: dist.ProcessGroup) -> dist.Work:
+    """Begin to send to and to receive from every other rank of ``group`` (numbers within it)."""
+    works = []
+    for n in _others(group):
+        works.append(dist.irecv(incoming[n], group=group, group_src=n))
+        works.append(dist.isend(outgoing[n], group=group, group_dst=n))
+    return _All([work for work in works if work is not None])

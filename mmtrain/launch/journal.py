@@ -1,0 +1,56 @@
+"""``jobs.jsonl`` of a run folder: every job that was submitted, started or ended for the run, a line each.
+
+Kinds of lines, all with ``time`` (Unix seconds):
+
+- ``submitted``: ``job`` (Slurm's id), ``nodes`` (number or range, as text), ``tasks`` (a node).
+- ``started``: written by rank 0. ``job`` (None without Slurm), ``restart`` (Slurm's count, from 0), ``hosts``, ``world``;
+  without Slurm also ``pid`` (of rank 0) and ``host``.
+- ``ended``: ``job``, ``restart``, ``reason`` (one of :data:`REASONS`), ``requeued``, ``step`` (of the newest checkpoint).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+#: Why a job ended: the run was finished; a signal announced a preemption, a time limit; somebody asked it to stop; a
+#: rank raised an error; a rank or a node was lost without a word.
+REASONS = ("finished", "preempted", "timeout", "stopped", "failed", "lost")
+
+NAME = "jobs.jsonl"
+
+
+def note(run: Path, kind: str, **values: Any) -> None:
+    """Append a line to the journal of the run folder ``run``."""
+    line = json.dumps({"kind": kind, **values, "time": time.time()}) + "\n"
+    # one write of one line in append mode: lines of several processes do not mix
+    descriptor = os.open(run / NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    """The lines of the journal of ``run``, oldest first; none where there is no journal."""
+    lines = []
+    try:
+        text = (run / NAME).read_text()
+    except FileNotFoundError:
+        return []
+    for line in text.splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # cut off by a kill
+            continue
+    return lines
+
+
+def last_job(run: Path) -> str | None:
+    """The id of the Slurm job that was last submitted for ``run``."""
+    jobs = [line["job"] for line in read(run) if line["kind"] in ("submitted", "started") and line.get("job")]
+    return jobs[-1] if jobs else None

@@ -1,0 +1,85 @@
+"""The few questions and orders that go to Slurm's own programs."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+from collections.abc import Sequence
+
+from mmtrain.errors import UserError
+
+#: States of a job that may still run, or run again.
+LIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "STOPPED")
+
+
+def has_slurm() -> bool:
+    return shutil.which("sbatch") is not None
+
+
+def states(jobs: Sequence[str]) -> dict[str, str]:
+    """The state of each of ``jobs`` that Slurm still knows, such as RUNNING, in one question. Empty without Slurm."""
+    if not jobs or shutil.which("squeue") is None:
+        return {}
+    known = {}
+    # an unknown id makes squeue refuse the whole list, so that it is asked for all jobs of everyone's that it knows
+    asked = subprocess.run(["squeue", "-h", "-t", "all", "-o", "%i|%T"], capture_output=True, text=True, timeout=30)
+    for line in asked.stdout.splitlines():
+        job, _, state = line.partition("|")
+        if job in jobs:
+            known[job] = state
+    return known
+
+
+def is_live(job: str) -> bool:
+    """True where ``job`` waits, runs, or is about to run again."""
+    return states([job]).get(job) in LIVE
+
+
+def seconds_left(job: str) -> float | None:
+    """Seconds until the time limit of the running ``job``; None where there is no limit or Slurm does not tell."""
+    asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%L"], capture_output=True, text=True, timeout=30)
+    return parse_duration(asked.stdout.strip())
+
+
+def parse_duration(text: str) -> float | None:
+    """Seconds of Slurm's ``[days-]hours:minutes:seconds``, ``minutes:seconds`` or ``minutes``; None for another text."""
+    days, dash, rest = text.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdigit() for part in [*parts, *([days] if dash else [])]) or len(parts) > 3:
+        return None
+    numbers = [int(part) for part in parts]
+    if dash:  # days-hours[:minutes[:seconds]]
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+    elif len(numbers) == 3:
+        hours, minutes, seconds = numbers
+    else:  # minutes[:seconds]
+        hours, (minutes, seconds) = 0, [*numbers, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60.0 + seconds
+
+
+def hostnames(nodes: str) -> list[str]:
+    """The names in Slurm's short form ``node[1-4]``."""
+    return order("show", "hostnames", nodes).split()
+
+
+def order(*words: str) -> str:
+    """Run ``scontrol`` with ``words``; returns what it says.
+
+    The signals that announce the end of the job are kept from it: a requeue sends them, and must not die of them.
+
+    Raises:
+        UserError: with Slurm's own words, where it refuses.
+    """
+    quiet = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+    done = subprocess.run(
+        ["scontrol", *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=True,
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in quiet],  # type: ignore[arg-type, return-value]
+    )
+    if done.returncode:
+        raise UserError(f"scontrol {' '.join(words)}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout

@@ -23,6 +23,7 @@ def train_command(
     config: Config,
     overrides: Overrides = None,
     run_dir: RunDir = None,
+    slurm: bool = typer.Option(False, help="As one task of a Slurm job (srun): see slurm/train.sbatch."),
     debug: bool = typer.Option(False, help="Two steps of a shrunken model, with anomaly detection."),
     print_config: bool = typer.Option(False, help="Print the resolved configuration and stop."),
 ) -> None:
@@ -33,7 +34,13 @@ def train_command(
     if print_config:
         print(to_yaml(resolved), end="")
         return
-    run_training(resolved, run_dir, debug=debug)
+    if slurm:
+        from mmtrain.launch.slurm_task import SlurmTask
+        from mmtrain.train.run_folder import run_path
+
+        SlurmTask(resolved, str(run_path(resolved, run_dir).resolve()))()
+    else:
+        run_training(resolved, run_dir, debug=debug)
 
 
 def run_training(config: RunConfig, run_dir: str | Path | None = None, debug: bool = False) -> None:

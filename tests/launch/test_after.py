@@ -1,0 +1,113 @@
+"""Whether a Slurm job comes back, decided from what its tasks left in the run folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmtrain.launch import after, journal
+from mmtrain.launch.outcome import Place, newest_step
+from mmtrain.launch.slurm import parse_duration
+
+HERE = Place("7", 1)
+
+
+def _fail(run: Path, rank: int, follows: bool, error: str = "ValueError: no") -> None:
+    folder = HERE.failures(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    report = {"rank": rank, "node": f"node{rank}", "error": error, "text": "Traceback", "follows": follows}
+    (folder / f"rank_{rank:05d}.json").write_text(json.dumps(report))
+
+
+def test_the_reason_is_what_the_tasks_left(tmp_path: Path) -> None:
+    assert after.reason_of(tmp_path, HERE, 1000, 120) == "lost"
+    HERE.leave_note(tmp_path, "SIGUSR2")
+    assert after.reason_of(tmp_path, HERE, 1000, 120) == "preempted"
+    assert after.reason_of(tmp_path, HERE, 1000, 120) == "lost"  # a note counts once
+    HERE.leave_note(tmp_path, "SIGUSR2")
+    assert after.reason_of(tmp_path, HERE, 130, 120) == "timeout"
+    HERE.leave_note(tmp_path, "SIGUSR2")
+    assert after.reason_of(tmp_path, HERE, None, 120) == "preempted"  # no time limit
+    _fail(tmp_path, 3, follows=True)
+    assert after.reason_of(tmp_path, HERE, 1000, 120) == "lost"  # a rank that lost its connection is not the cause
+    _fail(tmp_path, 2, follows=False)
+    assert after.reason_of(tmp_path, HERE, 1000, 120) == "failed"
+    assert after.reason_of(tmp_path, Place("7", 2), 1000, 120) == "lost"  # that was another start
+    (tmp_path / after.STOP).touch()
+    assert after.reason_of(tmp_path, HERE, 1000, 120) == "stopped"
+    (tmp_path / "result.json").write_text("{}")
+    assert after.reason_of(tmp_path, HERE, 1000, 120) == "finished"
+
+
+def test_causes_come_before_those_that_only_lost_their_connection(tmp_path: Path) -> None:
+    _fail(tmp_path, 0, follows=True, error="RuntimeError: connection closed")
+    _fail(tmp_path, 5, follows=False)
+    (HERE.failures(tmp_path) / "rank_00009.json").write_text("{")  # cut off by a kill
+    assert [report["rank"] for report in HERE.reports(tmp_path)] == [5, 0]
+
+
+@pytest.mark.parametrize("reason", ["finished", "stopped", "failed"])
+def test_what_is_over_does_not_come_back(tmp_path: Path, reason: str) -> None:
+    assert not after.comes_back(tmp_path, reason, None, 3)
+
+
+def test_a_preemption_always_comes_back(tmp_path: Path) -> None:
+    for _ in range(50):
+        journal.note(tmp_path, "ended", job="7", restart=0, reason="preempted", step=0, requeued=True)
+    assert after.comes_back(tmp_path, "preempted", 0, 0)
+
+
+def test_time_limits_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert after.comes_back(tmp_path, "timeout", 1, 3)
+    journal.note(tmp_path, "ended", job="7", restart=0, reason="timeout", step=9, requeued=True)
+    assert after.comes_back(tmp_path, "timeout", None, 3)
+    assert not after.comes_back(tmp_path, "timeout", 1, 3)
+    assert "cluster.max_timeouts" in capsys.readouterr().out
+
+
+def test_losses_are_counted_while_there_is_no_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def lose(step: int) -> None:
+        (tmp_path / f"checkpoints/step_{step:08d}").mkdir(parents=True, exist_ok=True)
+        journal.note(tmp_path, "ended", job="7", restart=0, reason="lost", step=step, requeued=True)
+
+    lose(10)
+    lose(10)
+    assert newest_step(tmp_path) == 10
+    assert after.comes_back(tmp_path, "lost", None, 3)
+    lose(10)
+    assert not after.comes_back(tmp_path, "lost", None, 3)
+    assert "cluster.max_losses" in capsys.readouterr().out
+    (tmp_path / "checkpoints/step_00000020").mkdir()
+    assert after.comes_back(tmp_path, "lost", None, 3)  # it got further
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("30", 1800),
+        ("2:00", 120),
+        ("1:02:03", 3723),
+        ("2-12", 216000),
+        ("1-00:00:01", 86401),
+        ("1-1:30", 91800),
+        ("UNLIMITED", None),
+        ("INVALID", None),
+        ("", None),
+        ("-5", None),
+        ("1:2:3:4", None),
+    ],
+)
+def test_durations_are_read_as_slurm_writes_them(text: str, seconds: float | None) -> None:
+    assert parse_duration(text) == seconds
+
+
+def test_a_torn_last_line_of_the_journal_is_left_out(tmp_path: Path) -> None:
+    assert journal.read(tmp_path) == []
+    assert journal.last_job(tmp_path) is None
+    journal.note(tmp_path, "submitted", job="7", nodes="4", tasks=8)
+    with (tmp_path / journal.NAME).open("a") as file:
+        file.write('{"kind": "started", "jo')
+    assert [line["kind"] for line in journal.read(tmp_path)] == ["submitted"]
+    assert journal.last_job(tmp_path) == "7"

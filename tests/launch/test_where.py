@@ -1,0 +1,81 @@
+"""From the command line to a configuration and a place: the site's file, --resume, flags that contradict."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mmtrain.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def where() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "launch/where.py")))
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "cluster.yaml"
+    monkeypatch.setenv("MMTRAIN_CLUSTER", str(path))
+    return path
+
+
+def test_flags_beat_the_sites_file_and_overrides_beat_both(where: SimpleNamespace, site: Path) -> None:
+    site.write_text("partition: gpu\naccount: ours\nmin_nodes: 1\nmax_nodes: 4\n")
+    given = where.job_settings({"partition": "debug", "nodes": 2, "qos": None})
+    assert given == ["cluster.partition=debug", "cluster.account=ours", "cluster.nodes=2"]
+    config, *_ = where.settings_of("vim2_digits", None, ["cluster.account=theirs"], given, None)
+    assert (config.cluster.partition, config.cluster.account, config.cluster.nodes) == ("debug", "theirs", 2)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "partition: {a: 1}\n"])
+def test_a_bad_site_file_is_named(where: SimpleNamespace, site: Path, text: str) -> None:
+    site.write_text(text)
+    with pytest.raises(UserError, match=r"cluster\.yaml"):
+        where.job_settings({})
+
+
+def test_no_site_file_is_no_setting(where: SimpleNamespace, site: Path) -> None:
+    assert where.job_settings({"nodes": None}) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("auto", 2, True, None), "leave out --local"),
+        (("auto", 2, False, 2), "--nodes is for Slurm"),
+        (("slurm", 2, False, None), "contradict"),
+        (("local", None, True, None), "contradict"),
+        (("grid", None, False, None), "choose auto"),
+    ],
+)
+def test_flags_that_contradict_are_refused(where: SimpleNamespace, arguments: tuple[object, ...], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        where.choose(*arguments)
+
+
+def test_the_place_follows_from_the_flags(where: SimpleNamespace) -> None:
+    assert where.choose("auto", None, False, None) == "slurm"
+    assert where.choose("auto", 2, False, None) == "local"
+    assert where.choose("local", None, False, None) == "local"
+    assert where.choose("auto", None, True, None) == "debug"
+
+
+def test_either_a_configuration_or_a_run(where: SimpleNamespace, tmp_path: Path) -> None:
+    for config, resume in ((None, None), ("vim2_digits", tmp_path)):
+        with pytest.raises(UserError, match="not both"):
+            where.settings_of(config, resume, [], [], None)
+    with pytest.raises(UserError, match="there is no run to go on with"):
+        where.settings_of(None, tmp_path, [], [], None)
+
+
+def test_seeds(where: SimpleNamespace) -> None:
+    assert where.seeds_of("0,1,5") == [0, 1, 5]
+    for bad in ("a", "1,,2", "1,1"):
+        with pytest.raises(UserError, match="--array-seeds"):
+            where.seeds_of(bad)

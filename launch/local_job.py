@@ -104,7 +104,7 @@ def _together(command: Sequence[str], processes: int) -> tuple[int, bool]:
             _end(ranks)
             if failed is None:
                 return 0, False
-            killed = statuses[failed] is not None and statuses[failed] < 0 and not asked
+            killed = (statuses[failed] or 0) < 0 and not asked
             return _status(failed, [process.returncode for process in ranks]), killed
         time.sleep(0.05)
 

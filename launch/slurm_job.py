@@ -181,6 +181,10 @@ def _check(config: RunConfig, path: Path) -> None:
             f"--time {cluster.time} leaves no time to train: the run saves cluster.margin = {cluster.margin} s before"
             f" the limit and needs {_LEAST} s to start. Raise --time, or lower cluster.margin"
         )
+    wanted = cluster.min_nodes or cluster.nodes
+    if wanted > (there := _nodes_of(cluster.partition)):
+        where = f"partition {cluster.partition}" if cluster.partition else "the cluster"
+        raise UserError(f"--nodes is {wanted}, more than {where} has ({there}): the job would wait for ever")
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".writable"
@@ -196,6 +200,12 @@ def _check(config: RunConfig, path: Path) -> None:
             f"{path} lies in the memory of this machine ({kind}), which other nodes do not see: choose a folder on"
             " shared storage with --run-dir or run_root=…"
         )
+
+
+def _nodes_of(partition: str | None) -> int:
+    """How many nodes the partition has, or the cluster; a partition that is not there is for sbatch to refuse."""
+    lines = _ask("sinfo", "-h", "-N", "-o", "%N", *(["-p", partition] if partition else []))
+    return len(set(lines.split(", "))) if lines else 10**9
 
 
 def _file_system(path: Path) -> str:
@@ -217,7 +227,7 @@ def _refusal(words: str) -> str:
         ("account", "--account must be one of yours (sacctmgr show associations user=$USER)"),
         ("qos", "--qos must be one that your account may use (sacctmgr show qos)"),
         ("reservation", "see scontrol show reservation"),
-        ("node count", "--nodes is more than the partition has: " + _ask("sinfo", "-h", "-o", "%R %D nodes")),
+        ("cpu count", "no node has so many CPUs for its tasks; nodes have: " + _ask("sinfo", "-h", "-o", "%c CPUs")),
         ("configuration", "no node has what is asked for; nodes have: " + _ask("sinfo", "-h", "-o", "%G and %c CPUs")),
         ("gres", "no node has these GPUs; nodes have: " + _ask("sinfo", "-h", "-o", "%G")),
         ("time limit", "--time is above the partition's limit: " + _ask("sinfo", "-h", "-o", "%R %l")),

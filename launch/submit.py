@@ -56,7 +56,12 @@ def submit(
     """Train a configuration. Starting a run in a folder that has checkpoints resumes it."""
     from where import choose, job_settings, seeds_of, settings_of
 
-    asked = {"nodes": nodes, "min_nodes": min_nodes, "max_nodes": max_nodes, "gpus_per_node": gpus_per_node}
+    asked: dict[str, object] = {
+        "nodes": nodes,
+        "min_nodes": min_nodes,
+        "max_nodes": max_nodes,
+        "gpus_per_node": gpus_per_node,
+    }
     asked |= {"tasks_per_node": tasks_per_node, "gpu": gpu, "cpus_per_task": cpus_per_task, "mem": mem}
     asked |= {"partition": partition, "account": account, "qos": qos, "time": time, "constraint": constraint}
     asked |= {"exclude": exclude, "reservation": reservation}

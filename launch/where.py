@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.config import RunConfig, load_config
+from mmtrain.config.load import refuse_bare_time
 from mmtrain.errors import UserError
 
 #: What all runs of a user ask of the site's cluster: the keys of the section ``cluster``, in YAML.
@@ -37,6 +38,7 @@ def _site() -> dict[str, Any]:
         raise UserError(f"{path} cannot be read as YAML: {error}") from None
     if not isinstance(found, dict) or any(isinstance(value, dict | list) for value in found.values()):
         raise UserError(f"{path} must hold lines such as `partition: gpu`: the keys of the section cluster")
+    refuse_bare_time(found, str(path))
     return {str(key): value for key, value in found.items()}
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import typer
 
@@ -24,8 +25,13 @@ _OPTIONAL = {
 
 def doctor_command(
     scan: bool = typer.Option(True, help="Load the scan kernel and say which backend runs."),
+    ranks: bool = typer.Option(False, help="As each task of srun or torchrun: see that they can work together."),
+    run_dir: str = typer.Option("runs", help="With --ranks: a folder that all nodes must share."),
 ) -> None:
     """Say what this machine and installation offer, and what would make them faster."""
+    if ranks:
+        _check_ranks(Path(run_dir))
+        return
     import torch
 
     import mmtrain
@@ -49,6 +55,21 @@ def doctor_command(
     _line("g++", shutil.which(os.environ.get("CXX", "g++")) or "missing: apt install g++ (builds the CPU scan kernel)")
     if importlib.util.find_spec("wandb") and not os.environ.get("WANDB_API_KEY"):
         _line("W&B key", "WANDB_API_KEY is not set: tracking.wandb=offline works without")
+
+
+def _check_ranks(folder: Path) -> None:
+    """``srun mmtrain doctor --ranks``: the checks that a job makes before its first step, on their own."""
+    if "SLURM_PROCID" in os.environ and "RANK" not in os.environ:
+        from mmtrain.launch.slurm_task import torch_variables
+
+        os.environ.update(torch_variables(os.environ))
+    from mmtrain.parallel.preflight import check_ranks
+    from mmtrain.parallel.ranks import joined
+
+    with joined(timeout=120.0) as here:
+        seen = check_ranks(here, folder, "auto")
+        if here.main:
+            print(f"{seen}: each sees its device, {folder} is shared, clocks agree, a reduction adds up")
 
 
 def _line(name: str, text: str) -> None:

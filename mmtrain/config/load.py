@@ -8,6 +8,7 @@ new kind does not have are dropped.
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -108,9 +109,16 @@ def _file_layers(path: Path, seen: tuple[Path, ...]) -> Iterator[_Layer]:
         if not child.is_file():
             raise UserError(f"{path}: include: there is no file {child}")
         yield from _file_layers(child, (*seen, path))
+    refuse_bare_time(values.get("cluster"), str(path))
     if seen:  # a name is that of one configuration, not of those that build on it
         values.pop("name", None)
     yield _Layer(str(path), cast(dict[str, Any], values))
+
+
+def refuse_bare_time(cluster: object, source: str) -> None:
+    """Refuse a ``time`` that YAML has read as a number: it takes 24:00:00 for 86400, and Slurm that for minutes."""
+    if isinstance(cluster, Mapping) and isinstance(cluster.get("time"), int | float):
+        raise UserError(f'{source}: cluster.time: write it in quotes, such as time: "24:00:00"')
 
 
 def _override_layer(overrides: Iterable[str]) -> _Layer:
@@ -125,9 +133,15 @@ def _override_layer(overrides: Iterable[str]) -> _Layer:
     return _Layer(_COMMAND_LINE, cast(dict[str, Any], values))
 
 
+#: What YAML takes for a number in base 60.
+_TIME = re.compile(r"[0-9]+(:[0-9]{1,2})+")
+
+
 def _spelt_out(item: str) -> str:
-    """``data=synthetic`` as ``data.kind=synthetic``, so that ``data.length=10`` can stand beside it."""
+    """``data=synthetic`` as ``data.kind=synthetic``, so that ``data.length=10`` can stand beside it; times as text."""
     section, _, kind = item.partition("=")
+    if _TIME.fullmatch(kind):
+        return f'{section}="{kind}"'
     return f"{section}.{_KINDS[section][0]}={kind}" if section in _KINDS and kind.isidentifier() else item
 
 

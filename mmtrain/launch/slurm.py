@@ -78,7 +78,7 @@ def order(*words: str) -> str:
         text=True,
         timeout=60,
         start_new_session=True,
-        preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in quiet],  # type: ignore[arg-type, return-value]
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in quiet],
     )
     if done.returncode:
         raise UserError(f"scontrol {' '.join(words)}: {done.stderr.strip() or done.stdout.strip()}")

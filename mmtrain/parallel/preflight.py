@@ -28,7 +28,7 @@ def check_ranks(ranks: Ranks, folder: Path, device: str) -> str:
     """
     host = socket.gethostname()
     seen = ranks.gather({"host": host, "cuda": device != "cpu" and torch.cuda.is_available()})
-    hosts = [one["host"] for one in seen]
+    hosts = [str(one["host"]) for one in seen]
     faults: dict[str, set[str]] = {}
 
     def blame(ranks_at_fault: list[int], what: str) -> None:

@@ -33,7 +33,7 @@ def test_flags_beat_the_sites_file_and_overrides_beat_both(where: SimpleNamespac
     assert (config.cluster.partition, config.cluster.account, config.cluster.nodes) == ("debug", "theirs", 2)
 
 
-@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "partition: {a: 1}\n"])
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "partition: {a: 1}\n", "time: 24:00:00\n"])
 def test_a_bad_site_file_is_named(where: SimpleNamespace, site: Path, text: str) -> None:
     site.write_text(text)
     with pytest.raises(UserError, match=r"cluster\.yaml"):

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 SAMPLES, STEPS = 480, 10
 
 #: Steps of the runs that are disturbed: more than their disturbances leave time for in between.
-LONG = "train.max_steps=900"
+LONG = "train.max_steps=600"
 
 
 def assert_every_sample_once(run: Run, steps: int) -> None:
@@ -30,7 +30,7 @@ def assert_every_sample_once(run: Run, steps: int) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of 900 steps on 4 nodes that nothing happens to."""
+    """A run of 600 steps on 4 nodes that nothing happens to."""
     run = cluster.submit(tmp_path_factory.mktemp("undisturbed") / "run", "--nodes", "4", LONG)
     run.wait_for_end(180)
     return run
@@ -74,9 +74,9 @@ def test_a_run_comes_back_from_whatever_ends_its_job(cluster: Cluster, undisturb
     assert run.reasons()[0] == "preempted"
     assert "lost" in run.reasons()
     assert run.reasons()[-1] == "finished"
-    assert [line["step"] for line in run.metrics("train")] == list(range(1, 901))
+    assert [line["step"] for line in run.metrics("train")] == list(range(1, 601))
     assert same_end(run.path, undisturbed.path)
-    assert_every_sample_once(run, 900)
+    assert_every_sample_once(run, 600)
 
 
 def test_the_time_limit_is_no_end(cluster: Cluster, undisturbed: Run, tmp_path: Path) -> None:

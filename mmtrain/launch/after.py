@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from mmtrain.errors import UserError
 from mmtrain.launch import journal, slurm
@@ -80,18 +81,21 @@ def main() -> int:
         return 1
     state = slurm.states([place.job]).get(place.job, "UNKNOWN")
     reason = reason_of(run, place, slurm.seconds_left(place.job), given.margin)
+    if slurm.restarts(place.job) > place.restart:  # a lost node, or scontrol requeue
+        reason = "preempted" if reason == "lost" else reason
+        journal.note(run, "ended", **_where(place, run), reason=reason, requeued=True)
+        return given.status
     if state in ("CANCELLED", "COMPLETING") and reason in ("preempted", "lost"):
         reason = "stopped"  # by scancel
     back = comes_back(run, reason, given.max_timeouts, given.max_losses)
-    values = {"job": place.job, "restart": place.restart, "reason": reason, "step": newest_step(run)}
-    journal.note(run, "ended", **values, requeued=back)
+    journal.note(run, "ended", **_where(place, run), reason=reason, requeued=back)
     if reason == "stopped":
         (run / STOP).unlink(missing_ok=True)
     if reason == "failed":
         _say(place, run)
     if not back:
         return 0 if reason in ("finished", "stopped") else max(given.status, 1)
-    print(f"{run}: {reason} at step {values['step']}: back into the queue", flush=True)
+    print(f"{run}: {reason} at step {newest_step(run)}: back into the queue", flush=True)
     try:
         slurm.order("requeue", os.environ["SLURM_JOB_ID"])
     except UserError as error:
@@ -100,6 +104,10 @@ def main() -> int:
         return given.status
     time.sleep(60)  # until Slurm ends this script: an end of our own might count as the job's
     return 0
+
+
+def _where(place: Place, run: Path) -> dict[str, Any]:
+    return {"job": place.job, "restart": place.restart, "step": newest_step(run)}
 
 
 def _say(place: Place, run: Path) -> None:

@@ -42,6 +42,12 @@ def seconds_left(job: str) -> float | None:
     return parse_duration(asked.stdout.strip())
 
 
+def restarts(job: str) -> int:
+    """How often Slurm has put ``job`` back into the queue."""
+    shown = order("show", "job", job)
+    return int(shown.split("Restarts=")[1].split()[0]) if "Restarts=" in shown else 0
+
+
 def parse_duration(text: str) -> float | None:
     """Seconds of Slurm's ``[days-]hours:minutes:seconds``, ``minutes:seconds`` or ``minutes``; None for others."""
     days, dash, rest = text.rpartition("-")

@@ -22,8 +22,8 @@ _REDUCTIONS = ("gloo:all_reduce", "gloo:reduce", "gloo:reduce_scatter", "direct:
 def test_accumulation_adds_no_reduction(case: Case, runs: Runs) -> None:
     counts = []
     for parts in (1, 4):
-        changes = (("train.max_steps", 3), ("train.accumulation", parts))
+        changes = (("train.max_steps", 1), ("train.accumulation", parts))
         by_rank, _ = runs.do(collectives, Case(case.model, case.strategy, case.world, changes), "counted")
         counts.append({name: n for name, n in by_rank[0].items() if name.startswith(_REDUCTIONS)})
-    assert sum(counts[0].values()) > 3
+    assert sum(counts[0].values()) > 0
     assert counts[0] == counts[1]

@@ -59,6 +59,11 @@ class Cluster:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
+    def wait_until_free(self) -> None:
+        end = time.monotonic() + 30
+        while self.ask("squeue", "-h").strip() and time.monotonic() < end:
+            time.sleep(0.2)
+
     def try_to_submit(self, *words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "launch/submit.py"), *words]
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
@@ -131,6 +136,11 @@ class Run:
         """How often Slurm has put the job back into the queue."""
         shown = self.cluster.ask("scontrol", "show", "job", self.job)
         return int(shown.split("Restarts=")[1].split()[0])
+
+    def tasks(self) -> list[int]:
+        """The processes of the job's tasks, of all nodes."""
+        found = self.cluster.ask("pgrep", "-f", f"submitit.core._submit {self.path}/slurm")
+        return [int(pid) for pid in found.split()]
 
     def losses(self) -> dict[int, float]:
         return {line["step"]: line["loss"] for line in self.metrics("train")}

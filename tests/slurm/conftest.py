@@ -26,3 +26,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     made.up()
     yield made
     made.down()
+
+
+@pytest.fixture(autouse=True)
+def _free_nodes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a test leaves behind does not keep the next one from its nodes."""
+    yield
+    if "cluster" in request.fixturenames:
+        made: Cluster = request.getfixturevalue("cluster")
+        made.ask("scancel", "--user", "root")
+        made.wait_until_free()

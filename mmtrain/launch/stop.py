@@ -6,7 +6,8 @@ import os
 import signal
 import socket
 import subprocess
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from mmtrain.errors import UserError
 from mmtrain.launch import slurm
@@ -41,16 +42,26 @@ def _stop_job(facts: Facts, job: str) -> str:
     state = slurm.states([job]).get(job)
     if state not in slurm.LIVE:
         raise UserError(f"{facts.path}: its last job, {job}, has ended ({state or 'unknown to Slurm'}): nothing runs")
-    # before the signal: the launcher looks for it when the signal has come
-    (facts.path / STOP_REQUEST).touch()
+    with _requested(facts):
+        _scancel(*([] if state in WAITING else ["--signal=USR2"]), job)
     if state in WAITING:
-        _scancel(job)
         return f"job {job} was waiting ({state.lower()}), and is cancelled"
-    _scancel("--signal=USR2", job)
     return (
         f"job {job} is asked to save and end (SIGUSR2 to all its steps), and will not be queued again\n"
         f"watch it with `mmtrain runs logs {facts.path} --follow`; `scancel {job}` ends it at once"
     )
+
+
+@contextmanager
+def _requested(facts: Facts) -> Iterator[None]:
+    """The request is in the folder before the signal, for the launcher to see; it goes again if the signal fails."""
+    request = facts.path / STOP_REQUEST
+    request.touch()
+    try:
+        yield
+    except (UserError, OSError):
+        request.unlink(missing_ok=True)
+        raise
 
 
 def _scancel(*words: str) -> None:
@@ -65,9 +76,9 @@ def _stop_process(facts: Facts, begin: dict[str, object]) -> str:
         raise UserError(f"{facts.path} runs on {host}, not here: run `mmtrain runs stop` there")
     if not isinstance(pid, int) or not runs_training(pid):
         raise UserError(f"{facts.path}: its process ({pid}) is gone: nothing runs there")
-    (facts.path / STOP_REQUEST).touch()
     try:
-        os.kill(pid, signal.SIGTERM)
+        with _requested(facts):
+            os.kill(pid, signal.SIGTERM)
     except PermissionError:
         raise UserError(f"{facts.path}: process {pid} is another user's: ask them to stop it") from None
     except ProcessLookupError:

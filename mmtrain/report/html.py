@@ -22,7 +22,6 @@ table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabula
 th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid #edf0f2; vertical-align: top; }
 th { color: #66727d; font-weight: 600; white-space: nowrap; }
 td { overflow-wrap: break-word; max-width: 420px; }
-td.number { white-space: nowrap; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(360px, 1fr)); gap: 14px; }
 .grid svg { width: 100%; height: auto; display: block; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 0 0 12px; font-size: 13px; }
@@ -35,6 +34,9 @@ details { margin: 12px 0 0; } summary { cursor: pointer; }
 pre { background: #f6f8fa; border-radius: 6px; padding: 12px; overflow-x: auto; font-size: 12px; }
 .note { color: #66727d; font-size: 13px; margin: 8px 0 0; }
 """
+
+#: Elements that have no content, and no end.
+_EMPTY = ("img", "br")
 
 
 class Markup(str):
@@ -51,6 +53,8 @@ def escaped(value: object) -> str:
 def element(name: str, *children: object, **attributes: str) -> Markup:
     """``<name attribute="…">children</name>``; an attribute ``class_`` is ``class``."""
     given = "".join(f' {key.rstrip("_")}="{html.escape(value)}"' for key, value in attributes.items())
+    if name in _EMPTY:
+        return Markup(f"<{name}{given}>")
     return Markup(f"<{name}{given}>{''.join(escaped(child) for child in children)}</{name}>")
 
 

@@ -8,8 +8,8 @@ from collections import deque
 from pathlib import Path
 
 from mmtrain.errors import UserError
-from mmtrain.launch import journal
-from mmtrain.launch.folder import existing
+from mmtrain.launch.folder import existing, read
+from mmtrain.launch.status import last_begin
 
 _LINES, _EVERY = 200, 0.5
 # submitit's names; what is no rank, such as JOB_log.out of the batch script itself, is left out
@@ -39,9 +39,9 @@ def log_files(folder: Path, rank: int) -> list[Path]:
     """
     own = folder / "log.txt"
     jobs = {path: found for path in folder.glob("slurm/*_log.*") if (found := _NAME.fullmatch(path.name))}
-    begins = [line for line in journal.read(folder) if line.get("kind") in ("submitted", "started")]
+    begin = last_begin(read(folder, recent=1))
     # rank 0 of a Slurm job writes log.txt too, so that its age does not tell where the run was last
-    here = not begins[-1].get("job") if begins else not jobs
+    here = not begin.get("job") if begin else not jobs
     if here and own.is_file():
         if rank:
             raise UserError(f"{own} is that of rank 0, and of rank {rank} there is none: leave out --rank")

@@ -56,7 +56,9 @@ def table(found: Sequence[Status], width: int) -> Table:
     for name in shown:
         made.add_column(name, no_wrap=name != "run", overflow="fold")
     for i, status in enumerate(found):
-        made.add_row(*(_text(cells[name][i], _COLORS.get(status.state, "") if name == "state" else "") for name in shown))
+        made.add_row(
+            *(_text(cells[name][i], _COLORS.get(status.state, "") if name == "state" else "") for name in shown)
+        )
     return made
 
 

@@ -44,7 +44,7 @@ def faults(runs: Sequence[Shown]) -> Markup:
     """What is in the files ``*faults*.jsonl`` of the run folders, where there are any."""
     parts = []
     for run in runs:
-        for file in sorted(run.facts.path.rglob("*faults*.jsonl")):
+        for file in sorted([*run.facts.path.glob("*faults*.jsonl"), *run.facts.path.glob("*/*faults*.jsonl")]):
             texts = _lines(file)
             if texts:
                 title = joined([dot(run.color), f"{run.name}: {file.relative_to(run.facts.path)}, {len(texts)} lines"])

@@ -17,7 +17,7 @@ import pytest
 from mmtrain.cli import logs
 from mmtrain.cli.runs_table import COLUMNS, span, table
 from mmtrain.launch.status import survey
-from tests.conftest import Cli, Done
+from tests.conftest import ROOT, Cli, Done
 from tests.launch.made import BEGIN, HERE, make_run, noted
 
 
@@ -107,7 +107,9 @@ def test_the_table_comes_quickly(tmp_path: Path) -> None:
     for i in range(20):
         make_run(tmp_path / "runs" / str(i), 50)
     begin = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "mmtrain", "runs", tmp_path / "runs"], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "mmtrain", "runs", tmp_path / "runs"], check=True, capture_output=True, cwd=ROOT
+    )
     assert time.perf_counter() - begin < 3
 
 
@@ -126,7 +128,8 @@ def test_a_run_here_is_stopped_by_a_signal(cli: Cli, tmp_path: Path, process: su
     refused(cli("runs", "stop", run), "gone")
 
 
-def test_what_does_not_run_cannot_be_stopped(cli: Cli, tmp_path: Path) -> None:
+def test_what_does_not_run_cannot_be_stopped(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmtrain.launch.slurm.has_slurm", lambda: False)
     refused(cli("runs", "stop", tmp_path), "no run folder")
     run = make_run(tmp_path / "run")
     refused(cli("runs", "stop", run), "jobs.jsonl", "Ctrl-C")
@@ -224,7 +227,7 @@ def test_follow_goes_on_with_what_is_written(
 def test_watch_ends_with_ctrl_c(tmp_path: Path) -> None:
     make_run(tmp_path / "runs" / "digits")
     command = [sys.executable, "-m", "mmtrain", "runs", "watch", str(tmp_path / "runs"), "--every", "0.2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watch:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as watch:
         threading.Timer(4, watch.send_signal, [signal.SIGINT]).start()
         out, err = watch.communicate(timeout=30)
     assert (watch.returncode, err) == (0, "")

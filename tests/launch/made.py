@@ -15,7 +15,9 @@ BEGIN = 1_790_000_000.0
 HERE = socket.gethostname()
 
 
-def make_run(path: Path, lines: int = 5, *overrides: str, config: str = "vim2_digits", step_seconds: float = 2.0) -> Path:
+def make_run(
+    path: Path, lines: int = 5, *overrides: str, config: str = "vim2_digits", step_seconds: float = 2.0
+) -> Path:
     """A run of batches of 10 out of 100 samples for 3 epochs, so 30 steps: a line every second step, from BEGIN on.
 
     The loss falls from 2; an evaluation follows every fifth line, top-1 10, 20, ….

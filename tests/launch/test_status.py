@@ -14,6 +14,7 @@ from mmtrain.launch import status as told
 from mmtrain.launch.folder import find_runs, read
 from mmtrain.launch.processes import runs_training
 from mmtrain.launch.status import World, state_of, status
+from tests.conftest import ROOT
 from tests.launch.made import BEGIN, HERE, make_run, noted, write
 
 LAST = BEGIN + 21  # of the run that make_run makes: its evaluation at step 10
@@ -236,5 +237,7 @@ def test_a_slurm_that_does_not_answer_makes_no_run_lost(run: Path, monkeypatch: 
 
 
 def test_no_torch_is_needed() -> None:
-    code = "import sys, mmtrain.cli.runs, mmtrain.cli.runs_table, mmtrain.launch.stop, mmtrain.report, mmtrain.cli.logs;"
-    subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True)
+    code = (
+        "import sys, mmtrain.cli.runs, mmtrain.cli.runs_table, mmtrain.launch.stop, mmtrain.report, mmtrain.cli.logs\n"
+    )
+    subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True, cwd=ROOT)

@@ -38,15 +38,19 @@ def run_local(
     run_dir: str | None,
     *,
     dry_run: bool,
+    restarts: int = 0,
 ) -> None:
-    """Train in ``processes`` processes on this machine; one is this process itself.
+    """Train in ``processes`` processes on this machine; one is this process itself, if it need not be started again.
+
+    Args:
+        restarts: start all ranks again so often after one of them was ended by a signal that was not ours.
 
     Raises:
         UserError: for a number of processes that makes no sense.
     """
     if processes < 1:
         raise UserError(f"--local {processes}: give the number of processes, at least 1")
-    if processes == 1:
+    if processes == 1 and not restarts:
         run_here(config, run_dir, debug=False, dry_run=dry_run)
         return
     command = [sys.executable, "-m", "mmtrain", "train", "--config", config_name, *overrides]
@@ -54,11 +58,20 @@ def run_local(
     if dry_run:
         _say(config, run_dir, f"in {processes} processes, each: {' '.join(command)}")
         return
-    sys.exit(_together(command, processes))
+    for left in range(restarts, -1, -1):
+        status, killed = _together(command, processes)
+        if not (killed and left):
+            sys.exit(status)
+        print(f"the ranks are started again from the newest checkpoint ({left - 1} restarts left)", file=sys.stderr)
 
 
-def _together(command: Sequence[str], processes: int) -> int:
-    """Run ``command`` once a rank; returns an exit status. After the first failure the others are ended."""
+def _together(command: Sequence[str], processes: int) -> tuple[int, bool]:
+    """Run ``command`` once a rank. After the first failure the others are ended.
+
+    Returns:
+        An exit status, and whether a signal that did not come through us ended a rank.
+    """
+    asked: list[int] = []
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     shared = {
         **os.environ,
@@ -74,6 +87,7 @@ def _together(command: Sequence[str], processes: int) -> int:
     ]
 
     def forward(number: int, frame: object) -> None:
+        asked.append(number)
         for process in ranks:
             if process.poll() is None:
                 process.send_signal(number)
@@ -88,7 +102,10 @@ def _together(command: Sequence[str], processes: int) -> int:
         # when rank 0 has finished, all is written: a rank that hangs in taking the group down must not hold us
         if failed is not None or statuses[0] == 0:
             _end(ranks)
-            return _status(failed, [process.returncode for process in ranks]) if failed is not None else 0
+            if failed is None:
+                return 0, False
+            killed = statuses[failed] is not None and statuses[failed] < 0 and not asked
+            return _status(failed, [process.returncode for process in ranks]), killed
         time.sleep(0.05)
 
 
@@ -125,6 +142,6 @@ def _free_port() -> int:
 
 
 def _say(config: RunConfig, run_dir: str | None, how: str) -> None:
-    from mmtrain.train.session import run_path  # brings torch, for which the ranks should not have to wait
+    from mmtrain.train.run_folder import run_path
 
     print(f"run folder: {run_path(config, run_dir)}\nwould train {how}\n\n{to_yaml(config)}", end="")

@@ -3,11 +3,11 @@
 python launch/submit.py --config vim2_base_in1k --nodes 4 --dry-run
 python launch/submit.py --config tsm2_etth1 --local 2 optim.lr=2e-4
 python launch/submit.py --config vim2_base_in1k --debug data=synthetic
+python launch/submit.py --resume runs/vim2_base_in1k --nodes 2
 """
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from mmtrain.cli import run_app
-from mmtrain.cli.options import Config, Overrides, RunDir
+from mmtrain.cli.options import Overrides, RunDir
 from mmtrain.errors import UserError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -23,56 +23,73 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command()
 def submit(
-    config: Config,
     overrides: Overrides = None,
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", help="A shipped configuration's name, or a YAML file.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder, on other nodes too.")] = None,
     nodes: Annotated[int | None, typer.Option(help="Slurm: number of nodes.")] = None,
+    min_nodes: Annotated[int | None, typer.Option(help="Slurm may choose: this many nodes at least.")] = None,
+    max_nodes: Annotated[int | None, typer.Option(help="Slurm may choose: this many nodes at most.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(help="Slurm: GPUs and tasks a node; 0 for CPU nodes.")] = None,
+    tasks_per_node: Annotated[int | None, typer.Option(help="Slurm: tasks on a node without GPUs.")] = None,
     gpu: Annotated[str | None, typer.Option(help="Slurm: which GPU the plan reckons with, such as h100.")] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(help="Slurm: CPUs for each task.")] = None,
+    mem: Annotated[str | None, typer.Option(help="Slurm: memory of a node, such as 200G.")] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm: partition.")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm: account.")] = None,
     qos: Annotated[str | None, typer.Option(help="Slurm: quality of service.")] = None,
-    time: Annotated[str | None, typer.Option(help="Slurm: time limit, such as 24:00:00.")] = None,
+    time: Annotated[str | None, typer.Option(help="Slurm: time limit of a job, such as 24:00:00.")] = None,
+    constraint: Annotated[str | None, typer.Option(help="Slurm: features that nodes must have.")] = None,
+    exclude: Annotated[str | None, typer.Option(help="Slurm: nodes to leave out, such as node3,node7.")] = None,
+    reservation: Annotated[str | None, typer.Option(help="Slurm: reservation.")] = None,
+    array_seeds: Annotated[str | None, typer.Option(help="One run for each seed, such as 0,1,2.")] = None,
     name: Annotated[str | None, typer.Option(help="The run's name (default: the configuration's).")] = None,
     run_dir: RunDir = None,
+    cluster: Annotated[str, typer.Option(help="auto (Slurm where it is), slurm, local or debug.")] = "auto",
     local: Annotated[int | None, typer.Option(help="Run so many processes on this machine.")] = None,
+    restarts: Annotated[int, typer.Option(help="With --local: start again so often after a rank was killed.")] = 0,
     debug: Annotated[bool, typer.Option("--debug", help="One process, 2 steps, shrunken model, in front.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Slurm: show the log until the job ends.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run; touch nothing.")] = False,
 ) -> None:
     """Train a configuration. Starting a run in a folder that has checkpoints resumes it."""
-    from mmtrain.config import load_config
+    from where import choose, job_settings, seeds_of, settings_of
 
-    given = list(overrides or [])
-    asked = {"nodes": nodes, "gpus_per_node": gpus_per_node, "partition": partition, "account": account}
-    asked |= {"qos": qos, "time": time, "gpu": gpu}
-    given += [f"cluster.{key}={value}" for key, value in asked.items() if value is not None]
-    if name is not None:
-        given.append(f"name={name}")
-    resolved = load_config(config, given)
-    if debug and local is not None:
-        raise UserError("--debug runs one process in the foreground: leave out --local")
-    if local is not None and nodes is not None:
-        raise UserError("--nodes is for Slurm: leave it out with --local")
-    if debug:
+    asked = {"nodes": nodes, "min_nodes": min_nodes, "max_nodes": max_nodes, "gpus_per_node": gpus_per_node}
+    asked |= {"tasks_per_node": tasks_per_node, "gpu": gpu, "cpus_per_task": cpus_per_task, "mem": mem}
+    asked |= {"partition": partition, "account": account, "qos": qos, "time": time, "constraint": constraint}
+    asked |= {"exclude": exclude, "reservation": reservation}
+    given = list(overrides or []) + ([f"name={name}"] if name is not None else [])
+    resolved, source, given, run_dir = settings_of(config, resume, given, job_settings(asked), run_dir)
+    where = choose(cluster, local, debug, nodes)
+    if where == "debug":
         from local_job import run_here
 
         run_here(resolved, run_dir, debug=True, dry_run=dry_run)
-    elif local is not None:
+    elif where == "local":
         from local_job import run_local
 
-        run_local(resolved, local, config, given, run_dir, dry_run=dry_run)
+        run_local(resolved, local or 1, source, given, run_dir, dry_run=dry_run, restarts=restarts)
     elif dry_run:
         from slurm_job import describe
 
         print(describe(resolved, run_dir))
-    elif shutil.which("sbatch") is None:
-        raise UserError(
-            "there is no sbatch on this machine, so nothing was submitted: run on a Slurm login node, or use"
-            " --local N (processes here), --debug (two steps in front) or --dry-run (what would run)"
-        )
     else:
+        from mmtrain.launch.slurm import has_slurm
+
+        if not has_slurm():
+            raise UserError(
+                "there is no sbatch on this machine, so nothing was submitted: run on a Slurm login node, or use"
+                " --local N (processes here), --debug (two steps in front) or --dry-run (what would run)"
+            )
         from slurm_job import submit as submit_slurm
 
-        print(submit_slurm(resolved, run_dir))
+        print(submit_slurm(resolved, run_dir, seeds_of(array_seeds)))
+        if follow:
+            from where import follow_run
+
+            follow_run(resolved, run_dir)
 
 
 if __name__ == "__main__":

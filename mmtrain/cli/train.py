@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ def train_command(
     config: Config,
     overrides: Overrides = None,
     run_dir: RunDir = None,
+    slurm: bool = typer.Option(False, help="As one task of a Slurm job (srun): see slurm/train.sbatch."),
     debug: bool = typer.Option(False, help="Two steps of a shrunken model, with anomaly detection."),
     print_config: bool = typer.Option(False, help="Print the resolved configuration and stop."),
 ) -> None:
@@ -32,25 +34,46 @@ def train_command(
     if print_config:
         print(to_yaml(resolved), end="")
         return
-    run_training(resolved, run_dir, debug=debug)
+    if slurm:
+        from mmtrain.launch.slurm_task import SlurmTask
+        from mmtrain.train.run_folder import run_path
+
+        SlurmTask(resolved, str(run_path(resolved, run_dir).resolve()))()
+    else:
+        run_training(resolved, run_dir, debug=debug)
 
 
 def run_training(config: RunConfig, run_dir: str | Path | None = None, debug: bool = False) -> None:
     """Train, say how it ended and what to do next. Exits with 128 + signal after a signal stopped it."""
-    from mmtrain.train.session import run_path, train
+    from mmtrain.train.run_folder import run_path
+    from mmtrain.train.session import train
 
     if debug:
         config, run_dir = shrink(config), Path(config.run_root) / "debug" / config.name
         shutil.rmtree(run_dir, ignore_errors=True)
         logger.info("debug: a shrunken model, 2 steps, 64 samples of each split: no figure here means anything")
-    outcome = train(config, run_dir, debug=debug)
     path = run_path(config, run_dir)
+    try:
+        outcome = train(config, run_dir, debug=debug)
+    except BaseException:
+        _note_end(path, "failed")
+        raise
+    _note_end(path, "finished" if outcome.finished else "stopped")
     if outcome.stopped_by is not None:
         logger.info("stopped at step %d with a checkpoint in %s: the same command goes on", outcome.step, path)
         sys.exit(128 + outcome.stopped_by)
     shown = ", ".join(f"{k} {v:.4g}" for k, v in (outcome.test or {}).items())
     logger.info("done: %s at step %d%s", path, outcome.step, f", test: {shown}" if shown else "")
     logger.info("curves: %s   use it: mmtrain predict %s FILE", path / "curves.png", path)
+
+
+def _note_end(run: Path, reason: str) -> None:
+    """Note how a run without Slurm ended; what a Slurm job comes to is noted when all its tasks have ended."""
+    from mmtrain.launch import journal
+    from mmtrain.launch.outcome import newest_step
+
+    if os.environ.get("RANK", "0") == "0" and "SLURM_JOB_ID" not in os.environ and (run / journal.NAME).exists():
+        journal.note(run, "ended", job=None, restart=0, reason=reason, step=newest_step(run), requeued=False)
 
 
 def shrink(config: RunConfig) -> RunConfig:

@@ -201,10 +201,20 @@ class TrackingConfig:
 
 @dataclass
 class ClusterConfig:
-    """The Slurm job. Empty values are left to the site's defaults. ``gpu``: what the plan of the job reckons with."""
+    """The Slurm job. Empty values are left to the site's defaults. ``gpu``: what the plan of the job reckons with.
+
+    ``min_nodes``, ``max_nodes``: let Slurm choose, in place of ``nodes``. ``tasks_per_node``: one a GPU, or one a node
+    without GPUs. ``margin``: so many seconds before the time limit the run saves and asks for another job; the signal
+    that announces it, and a preemption, is ``signal``. ``max_timeouts``: so often it may come back from a time limit
+    (null: without end; a preemption does not count). ``max_losses``: so often in a row it may come back after a lost
+    node or rank without a new checkpoint. ``check_ranks``: see before the first step that the nodes can work together.
+    """
 
     nodes: int = 1
+    min_nodes: int | None = None
+    max_nodes: int | None = None
     gpus_per_node: int = 8
+    tasks_per_node: int | None = None
     gpu: str = "h100"
     cpus_per_task: int = 8
     time: str = "24:00:00"
@@ -215,10 +225,38 @@ class ClusterConfig:
     constraint: str | None = None
     exclude: str | None = None
     reservation: str | None = None
+    signal: str = "USR2"
+    margin: int = 120
+    max_timeouts: int | None = None
+    max_losses: int = 3
+    check_ranks: bool = True
 
     def __post_init__(self) -> None:
+        require(self.signal in ("USR2", "TERM"), "cluster.signal", self.signal, "USR2 or TERM")
+        require(self.margin >= 0, "cluster.margin", self.margin, "seconds before the time limit, 0 or more")
+        require(self.max_losses >= 0, "cluster.max_losses", self.max_losses, "0 or more")
+        pair = (self.min_nodes, self.max_nodes)
+        require(
+            pair == (None, None) or (None not in pair and 1 <= self.min_nodes <= self.max_nodes),  # type: ignore[operator]
+            "cluster.min_nodes",
+            self.min_nodes,
+            "give min_nodes and max_nodes together, the first not above the second",
+        )
+        tasks = self.tasks_per_node
+        fits = tasks is None or (tasks == self.gpus_per_node if self.gpus_per_node else tasks >= 1)
+        require(fits, "cluster.tasks_per_node", tasks, "one task a GPU; with gpus_per_node=0 any number")
         require(self.nodes >= 1, "cluster.nodes", self.nodes, "it must be at least 1")
         require(self.gpus_per_node >= 0, "cluster.gpus_per_node", self.gpus_per_node, "0 (CPU only) or more")
+
+    @property
+    def tasks(self) -> int:
+        """Ranks on a node."""
+        return self.tasks_per_node or max(self.gpus_per_node, 1)
+
+    @property
+    def node_range(self) -> str:
+        """The number of nodes as sbatch takes it, such as 4 or 2-4."""
+        return str(self.nodes) if self.min_nodes is None else f"{self.min_nodes}-{self.max_nodes}"
 
 
 @dataclass

@@ -3,9 +3,10 @@
 Kinds of lines, all with ``time`` (Unix seconds):
 
 - ``submitted``: ``job`` (Slurm's id), ``nodes`` (number or range, as text), ``tasks`` (a node).
-- ``started``: written by rank 0. ``job`` (None without Slurm), ``restart`` (Slurm's count, from 0), ``hosts``, ``world``;
-  without Slurm also ``pid`` (of rank 0) and ``host``.
-- ``ended``: ``job``, ``restart``, ``reason`` (one of :data:`REASONS`), ``requeued``, ``step`` (of the newest checkpoint).
+- ``started``: written by rank 0. ``job`` (None without Slurm), ``restart`` (Slurm's count, from 0), ``hosts``,
+  ``world``; without Slurm also ``pid`` (of rank 0) and ``host``.
+- ``ended``: ``job``, ``restart``, ``reason`` (one of :data:`REASONS`), ``requeued``, ``step`` (of the newest
+  checkpoint).
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import json
 import os
 import time
 from pathlib import Path
+from socket import gethostname
 from typing import Any
+
+from mmtrain.launch import slurm
 
 #: Why a job ended: the run was finished; a signal announced a preemption, a time limit; somebody asked it to stop; a
 #: rank raised an error; a rank or a node was lost without a word.
@@ -33,6 +37,16 @@ def note(run: Path, kind: str, **values: Any) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def note_start(run: Path, world: int) -> None:
+    """Note that this process, rank 0 of ``world``, begins to train."""
+    job, restart, host = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0")), gethostname()
+    if job is None:
+        note(run, "started", job=None, restart=0, hosts=[host], world=world, pid=os.getpid(), host=host)
+    else:
+        hosts = slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
+        note(run, "started", job=job, restart=restart, hosts=hosts, world=world)
 
 
 def read(run: Path) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ def seconds_left(job: str) -> float | None:
 
 
 def parse_duration(text: str) -> float | None:
-    """Seconds of Slurm's ``[days-]hours:minutes:seconds``, ``minutes:seconds`` or ``minutes``; None for another text."""
+    """Seconds of Slurm's ``[days-]hours:minutes:seconds``, ``minutes:seconds`` or ``minutes``; None for others."""
     days, dash, rest = text.rpartition("-")
     parts = rest.split(":")
     if not all(part.isdigit() for part in [*parts, *([days] if dash else [])]) or len(parts) > 3:

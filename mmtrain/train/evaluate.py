@@ -15,6 +15,9 @@ from mmtrain.data.source import Source
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.tasks import Batch, Task
 
+#: So many batches lie between two looks at whether a rank was asked to leave.
+_LOOK_EVERY = 8
+
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cpu":
@@ -32,20 +35,26 @@ def evaluate(
     *,
     together: bool = False,
     beat: Callable[[str], None] = lambda phase: None,
-) -> dict[str, float]:
-    """The task's metrics over the whole of ``source``; the same on every rank.
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """The task's metrics over the whole of ``source``, the same on every rank; None where it was given up.
 
     Args:
         model: what is called on a batch.
         together: a forward pass is a collective, so all ranks make as many as the one with the most batches; what a
             rank makes beyond its own counts nowhere.
         beat: told at each batch, and before the ranks add up.
+        stop: whether this rank was asked to leave; all ranks look at it together every few batches.
     """
     model.eval()
     names: list[str] = []
     totals = torch.zeros(0, dtype=torch.float64)
-    for batch, counts in _batches(source, config, ranks, together):
+    for number, (batch, counts) in enumerate(_batches(source, config, ranks, together)):
         beat("evaluate")
+        if number % _LOOK_EVERY == 0 and ranks.any(stop()):
+            return None
+        if batch is None:
+            continue
         sums = task.measure(model, to_device(batch, ranks.device))
         if not counts:
             continue
@@ -58,16 +67,16 @@ def evaluate(
     return task.metrics(dict(zip(names, totals.tolist(), strict=True)))
 
 
-def _batches(source: Source, config: RunConfig, ranks: Ranks, together: bool) -> Iterator[tuple[Batch, bool]]:
-    """This rank's batches, and whether each counts."""
+def _batches(source: Source, config: RunConfig, ranks: Ranks, together: bool) -> Iterator[tuple[Batch | None, bool]]:
+    """This rank's batches, and whether each counts; as many as the rank with the most has, with None for none."""
     size, made = config.eval.batch_size, 0
     batches = eval_batches(source, batch_size=size, rank=ranks.rank, world=ranks.world, workers=config.data.workers)
     for batch in batches:
         made += 1
         yield batch, True
     most = math.ceil(math.ceil(len(source) / ranks.world) / size)  # of rank 0
-    if together and made < most:
-        stand_in = source.fetch(np.zeros(1, dtype=np.int64), None)
+    if made < most:
+        stand_in = source.fetch(np.zeros(1, dtype=np.int64), None) if together else None
         for _ in range(most - made):
             yield stand_in, False
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -72,7 +73,7 @@ class Trainer:
         self.snapshots = Snapshots(config, run, self.strategy, ranks)
         self.schedule = Schedule.of(config, len(task.train))
         self.state = TrainState(dataset_length=len(task.train), loss_scale=initial_loss_scale(config.train))
-        self.stop = StopRequest()
+        self.stop = StopRequest.current()
         self.meter = Meter(config, task, self.strategy, ranks)
         self.timer = self.meter.timer
         self.profiler = StepProfiler(config.train.profiled(), run.path, ranks)
@@ -84,23 +85,36 @@ class Trainer:
         self.state = self.snapshots.begin(self.state, blueprint(self.task))
         self.tracker.start(self.state, self.schedule)
         with self.stop, self.profiler, _collected_by_hand():
-            for batches in self._steps():
-                self.profiler.step(self.state.step + 1)
-                agreed = self._train_step(batches)
-                self._settle()
-                if self._evaluation_is_due():
-                    self._evaluate()
-                    self._save()
-                elif agreed.save:
-                    self._save()
-                if agreed.stop:
-                    self._save()
-                    self.snapshots.store.wait()
-                    return Outcome(self.state.step, finished=False, stopped_by=self.stop.received or 15)
-                if self._out_of_patience():
-                    break
-                self._collect_garbage()
-        return self._finish()
+            if self.ranks.any(self._asked_to_leave()):
+                return self._stopped()  # there is nothing to save yet
+            if (self.state.evaluation_due and not self._evaluate()) or not self._train():
+                return self._stopped()
+            return self._finish()
+
+    def _train(self) -> bool:
+        """Take the remaining steps; False when a rank was asked to leave, and all is saved."""
+        if self._out_of_patience():
+            return True
+        for batches in self._steps():
+            self.profiler.step(self.state.step + 1)
+            agreed = self._train_step(batches)
+            self._settle()
+            evaluated = self._evaluate() if self._evaluation_is_due() else None
+            if agreed.save or agreed.stop or evaluated is not None:
+                self._save()
+            if agreed.stop or evaluated is False:
+                self.snapshots.store.wait()
+                return False
+            if self._out_of_patience():
+                break
+            self._collect_garbage()
+        return True
+
+    def _asked_to_leave(self) -> bool:
+        return self.stop.received is not None
+
+    def _stopped(self) -> Outcome:
+        return Outcome(self.state.step, finished=False, stopped_by=self.stop.received or signal.SIGTERM)
 
     def close(self) -> None:
         self.snapshots.store.close()
@@ -189,7 +203,7 @@ class Trainer:
         agreed = agree(
             self.ranks,
             value if math.isfinite(norm) else math.nan,
-            stop=self.stop.received is not None,
+            stop=self._asked_to_leave(),
             save=self._save_is_due(),
             save_failed=self.snapshots.store.failed,
         )
@@ -255,17 +269,23 @@ class Trainer:
             self.state.step % self.schedule.eval_every == 0 or self.state.step == self.schedule.steps
         )
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> bool:
+        """Evaluate; False where a rank was asked to leave meanwhile, and the next job has to do it."""
         results = self._measure("val")
-        state, value = self.state, results[self.task.metric]
+        state = self.state
+        state.evaluation_due = results is None
+        if results is None:
+            return False
+        value = results[self.task.metric]
         better = state.best is None or (value > state.best if self.task.higher_is_better else value < state.best)
         if better:
             state.best, state.best_step, state.evals_since_best = value, state.step, 0
         else:
             state.evals_since_best += 1
         self.tracker.after_evaluation(state, "val", results, best=better)
+        return True
 
-    def _measure(self, split: str) -> dict[str, float]:
+    def _measure(self, split: str) -> dict[str, float] | None:
         source = {"val": self.task.val, "test": self.task.test}[split]
         assert source is not None
         with self.timer.paused(), self.snapshots.averaged(), self._autocast():
@@ -277,6 +297,7 @@ class Trainer:
                 self.ranks,
                 together=self.strategy.collective_forward,
                 beat=self._beat,
+                stop=self._asked_to_leave,
             )
 
     def _out_of_patience(self) -> bool:
@@ -328,6 +349,8 @@ class Trainer:
         if chosen != state.step:
             self.snapshots.load(store.at(chosen))
         results = self._measure("test") if self.task.test is not None else None
+        if results is None and self.task.test is not None:
+            return self._stopped()  # the weights are safe; the next job comes straight here
         if self.ranks.main:
             self.run.write_result(
                 {

@@ -21,6 +21,11 @@ from mmtrain.config.schema import FREE_ON_RESUME
 from mmtrain.errors import UserError
 
 
+def run_path(config: RunConfig, run_dir: str | Path | None = None) -> Path:
+    """The run folder: ``run_dir`` if given, else ``run_root``/``name``."""
+    return Path(run_dir) if run_dir is not None else Path(config.run_root) / config.name
+
+
 class RunFolder:
     """The paths of a run, and its small files."""
 

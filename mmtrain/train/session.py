@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 
 from mmtrain.config import RunConfig
+from mmtrain.launch import journal
 from mmtrain.log import log_to_file
 from mmtrain.parallel.build import check as check_strategy
 from mmtrain.parallel.build import needs_group, resolve
 from mmtrain.parallel.collective import collective_timeout, from_collective
+from mmtrain.parallel.preflight import check_ranks
 from mmtrain.parallel.ranks import Ranks, joined
 from mmtrain.parallel.watchdog import Watchdog
 from mmtrain.tasks import Task, build_task
@@ -21,7 +23,7 @@ from mmtrain.train.build import blueprint
 from mmtrain.train.loop import Outcome, Trainer
 from mmtrain.train.micro_batches import micro_batches
 from mmtrain.train.precision import set_up_arithmetic
-from mmtrain.train.run_folder import RunFolder
+from mmtrain.train.run_folder import RunFolder, run_path
 from mmtrain.train.tracking import Tracker
 
 logger = logging.getLogger("mmtrain")
@@ -31,17 +33,13 @@ logger = logging.getLogger("mmtrain")
 _DEBUG_SAMPLES = 64
 
 
-def run_path(config: RunConfig, run_dir: str | Path | None = None) -> Path:
-    """The run folder: ``run_dir`` if given, else ``run_root``/``name``."""
-    return Path(run_dir) if run_dir is not None else Path(config.run_root) / config.name
-
-
-def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool = False) -> Outcome:
+def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool = False, check: bool = False) -> Outcome:
     """Train ``config`` in its run folder, or go on there; a finished run is left alone.
 
     Args:
         run_dir: the run folder, where it is not ``run_root``/``name``.
         debug: only the first samples of each split, and autograd's anomaly detection.
+        check: see first that the nodes can work together in the run folder.
 
     Raises:
         UserError: for bad data, a folder of another configuration, a batch that does not divide, a full disk.
@@ -58,6 +56,10 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
         joined(config.device, collective_timeout(spread.start_timeout), needs_group(spread, world)) as ranks,
         debugging,
     ):
+        if check:
+            seen = check_ranks(ranks, run.path, config.device)
+            if ranks.main:
+                logger.info("%s", seen)
         run.check(config)
         done = run.result()
         if done is not None:
@@ -67,7 +69,7 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
         task.check_batch(config.train.batch_size // (world * parts))
         if debug:
             task.shorten(_DEBUG_SAMPLES)
-        ranks.on_main(lambda: _prepare(run, config, task))
+        ranks.on_main(lambda: _prepare(run, config, task, world))
         with Watchdog(ranks, spread.start_timeout, spread.step_timeout, run.hangs) as watch:
             try:
                 return _train(config, task, run, ranks, watch)
@@ -85,8 +87,9 @@ def _train(config: RunConfig, task: Task, run: RunFolder, ranks: Ranks, watch: W
         return trainer.fit()
 
 
-def _prepare(run: RunFolder, config: RunConfig, task: Task) -> None:
+def _prepare(run: RunFolder, config: RunConfig, task: Task, world: int) -> None:
     run.prepare(config, task.assets())
+    journal.note_start(run.path, world)
     log_to_file(run.log_file)
 
 

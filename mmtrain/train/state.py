@@ -17,6 +17,7 @@ class TrainState:
     """``step`` and ``samples`` are what was *consumed*; the data clock needs nothing else.
 
     ``updates``: steps that changed the weights. ``left_out``: samples that a rollback passed over.
+    ``evaluation_due``: the run left in the middle of the evaluation that belongs to this step.
     ``recent_losses``: what the next loss is compared with, where ``train.spike_factor`` asks for it.
     """
 
@@ -30,6 +31,7 @@ class TrainState:
     bad_in_a_row: int = 0
     rollbacks: int = 0
     left_out: int = 0
+    evaluation_due: bool = False
     recent_losses: list[float] = field(default_factory=list)
     loss_scale: float = 1.0
     good_in_a_row: int = 0

@@ -1,0 +1,241 @@
+"""Runs on a real cluster of four nodes: they start, and come back from what ends their jobs, but only from that."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, Run
+from tests.train.compare import same_end
+
+pytestmark = pytest.mark.slow
+
+#: Samples and steps of an epoch of the tiny configuration.
+SAMPLES, STEPS = 480, 10
+
+#: Steps of the runs that are disturbed: more than their disturbances leave time for in between.
+LONG = "train.max_steps=900"
+
+
+def assert_every_sample_once(run: Run, steps: int) -> None:
+    consumed = run.consumed()
+    assert list(consumed) == list(range(steps))
+    for first in range(0, steps - STEPS + 1, STEPS):
+        epoch = [sample for step in range(first, first + STEPS) for sample in consumed[step]]
+        assert sorted(epoch) == list(range(SAMPLES))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of 900 steps on 4 nodes that nothing happens to."""
+    run = cluster.submit(tmp_path_factory.mktemp("undisturbed") / "run", "--nodes", "4", LONG)
+    run.wait_for_end(180)
+    return run
+
+
+def test_eight_tasks_on_four_nodes_train_what_one_process_trains(cluster: Cluster, tmp_path: Path) -> None:
+    run = cluster.submit(tmp_path / "slurm", "--nodes", "4", "--tasks-per-node", "2")
+    alone = cluster.try_to_submit(
+        "--config", str(cluster.configuration), "--run-dir", f"{tmp_path}/one", "--local", "1"
+    )
+    assert alone.returncode == 0, alone.stderr
+    run.wait_for_end(120)
+    started = run.journal("started")[-1]
+    assert started["world"] == 8
+    assert started["hosts"] == ["node1", "node2", "node3", "node4"]
+    assert run.reasons() == ["finished"]
+    together, one = run.losses(), Run(cluster, tmp_path / "one").losses()
+    assert len(together) == 20
+    for step, loss in one.items():
+        assert math.isclose(together[step], loss, rel_tol=1e-4), step  # float32, another order of addition
+    assert_every_sample_once(run, 20)
+
+
+def test_a_run_comes_back_from_whatever_ends_its_job(cluster: Cluster, undisturbed: Run, tmp_path: Path) -> None:
+    """A preemption, a requeue, a lost node, a killed rank: the same weights, bit for bit, and each sample once."""
+    run = cluster.submit(tmp_path / "run", "--nodes", "4", LONG)
+    run.wait_for_start(1)
+    cluster.preempt()
+    run.wait_for_start(2)
+    cluster.ask("scontrol", "requeue", run.job)
+    run.wait_for_start(3)
+    cluster.ask("scontrol", "update", "nodename=node4", "state=down", "reason=test")
+    run.wait(lambda: run.restarts() == 3, what="the requeue for a lost node")
+    cluster.ask("scontrol", "update", "nodename=node4", "state=resume")
+    run.wait_for_start(4)
+    cluster.ask("bash", "-c", f"kill -9 $(pgrep -f 'submitit.core._submit {run.path}/slurm' | tail -1)")
+    run.wait_for_start(5)
+    run.wait_for_end(180)
+    assert run.restarts() == 4
+    assert len(run.journal("submitted")) == 1
+    assert run.reasons()[0] == "preempted"
+    assert "lost" in run.reasons()
+    assert run.reasons()[-1] == "finished"
+    assert [line["step"] for line in run.metrics("train")] == list(range(1, 901))
+    assert same_end(run.path, undisturbed.path)
+    assert_every_sample_once(run, 900)
+
+
+def test_the_time_limit_is_no_end(cluster: Cluster, undisturbed: Run, tmp_path: Path) -> None:
+    """Of 2 minutes the run leaves the last 95 s alone: it does not wait until it is killed."""
+    run = cluster.submit(tmp_path / "run", "--nodes", "4", "--time", "2:00", "cluster.margin=90", LONG)
+    run.wait_for_end(240)
+    assert set(run.reasons()) == {"timeout", "finished"}
+    assert run.restarts() == run.reasons().count("timeout") >= 1
+    assert same_end(run.path, undisturbed.path)
+
+
+def test_too_many_time_limits_are_an_end(cluster: Cluster, tmp_path: Path) -> None:
+    words = ("--nodes", "1", "--time", "2:00", "cluster.margin=90", "cluster.max_timeouts=0", "train.max_steps=100000")
+    run = cluster.submit(tmp_path / "run", *words)
+    run.wait(lambda: run.reasons() == ["timeout"], 100, "the time limit")
+    run.wait(lambda: run.state == "FAILED", 20, "the end of the job")
+    assert not run.journal("ended")[0]["requeued"]
+    assert "cluster.max_timeouts" in (tmp_path / f"run/slurm/{run.job}_0_log.out").read_text()
+
+
+def test_preempted_in_the_middle_of_an_evaluation(cluster: Cluster, tmp_path: Path) -> None:
+    """It is given up, and made by the next job: once, with the result it would have had."""
+    words = ("--nodes", "2", "eval.every_steps=10", "data.val_length=30000", "train.max_steps=12")
+    run = cluster.submit(tmp_path / "run", *words)
+    run.wait(lambda: len(run.metrics("train")) == 10, what="step 10")
+    time.sleep(1)
+    assert not run.metrics("eval")
+    asked = time.time()
+    cluster.preempt()
+    run.wait(lambda: run.reasons() == ["preempted"], 30, "the end of the job")
+    assert run.journal("ended")[0]["time"] - asked < 10
+    assert run.journal("ended")[0]["step"] == 10
+    run.wait_for_end(180)
+    assert run.reasons() == ["preempted", "finished"]
+    assert [line["step"] for line in run.metrics("eval") if line["split"] == "val"] == [10, 12]
+    assert all(line["samples"] == 30000 for line in run.metrics("eval") if line["split"] == "val")
+
+
+def test_a_signal_before_the_first_step(cluster: Cluster, tmp_path: Path) -> None:
+    run = cluster.submit(tmp_path / "run", "--nodes", "2")
+    run.wait(lambda: (run.path / f"slurm/{run.job}_0_log.out").exists(), what="the start of the tasks")
+    run.wait(lambda: "Loading pickle" in (run.path / f"slurm/{run.job}_0_log.out").read_text(), what="the task")
+    time.sleep(1)
+    assert not run.metrics("train")
+    cluster.ask("scancel", "--signal=USR2", run.job)
+    run.wait_for_end(120)
+    assert run.restarts() == 1
+    assert run.reasons()[-1] == "finished"
+    assert_every_sample_once(run, 20)
+
+
+def test_too_short_a_grace_falls_back_on_the_last_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
+    words = ("--nodes", "2", "eval.every_steps=28", "data.val_length=30000", "eval.batch_size=15000")
+    cluster.ask("scontrol", "update", "partitionname=low", "GraceTime=1")
+    try:
+        run = cluster.submit(tmp_path / "run", *words, "train.max_steps=30")
+        run.wait(lambda: len(run.metrics("train")) == 28, what="step 28")
+        time.sleep(0.5)
+        cluster.preempt()
+        run.wait(lambda: run.restarts() == 1, what="the requeue")
+    finally:
+        cluster.ask("scontrol", "update", "partitionname=low", "GraceTime=10")
+    run.wait_for_end(180)
+    assert run.restarts() == 1
+    assert run.metrics("resume")[0]["step"] == 25
+    assert_every_sample_once(run, 30)
+
+
+def test_a_run_moves_to_other_numbers_of_nodes(cluster: Cluster, undisturbed: Run, tmp_path: Path) -> None:
+    run = cluster.submit(tmp_path / "run", "--nodes", "4", "train.max_steps=300")
+    for nodes in (2, 3):
+        run.wait_for_start(len(run.journal("submitted")))
+        (run.path / "stop.request").touch()
+        cluster.ask("scancel", "--signal=USR2", run.job)
+        run.wait(lambda: run.state == "COMPLETED", what="the job to leave")
+        assert run.reasons()[-1] == "stopped"
+        cluster.submit(run.path, "--nodes", str(nodes))
+    run.wait_for_end(120)
+    assert [line["world"] for line in run.journal("started")] == [4, 2, 3]
+    assert run.reasons() == ["stopped", "stopped", "finished"]
+    assert_every_sample_once(run, 300)
+    expected, losses = undisturbed.losses(), run.losses()
+    # the schedule follows from the length of the run: the losses agree in the warm-up that both have
+    assert list(losses) == list(range(1, 301))
+    assert all(math.isfinite(loss) for loss in losses.values())
+    assert math.isclose(losses[1], expected[1], rel_tol=1e-4)
+
+
+_RAISES = """
+import os
+if os.environ.get("SLURM_PROCID") == "2":
+    import importlib.abc, sys
+    class Finder(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path, target=None):
+            if name == "mmtrain.train.loop":
+                raise ArithmeticError("the third rank fails")
+    sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_a_rank_that_raises_ends_the_job_for_good(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(_RAISES)
+    run = cluster.submit(tmp_path / "run", "--nodes", "4", environment={"PYTHONPATH": str(tmp_path)})
+    failures = tmp_path / "run/failures" / f"{run.job}_0"
+    run.wait(lambda: failures.exists(), what="the error")
+    began = time.monotonic()
+    run.wait(lambda: run.state == "FAILED", 20, "the end of the job")
+    assert time.monotonic() - began < 20
+    assert run.restarts() == 0
+    assert run.reasons() == ["failed"]
+    told = (tmp_path / "run/failure.txt").read_text()
+    assert told.startswith("rank 2 on node3 failed: ArithmeticError: the third rank fails")
+    assert "Traceback" in told
+
+
+def test_a_cancelled_run_does_not_come_back(cluster: Cluster, tmp_path: Path) -> None:
+    run = cluster.submit(tmp_path / "run", "--nodes", "2", "train.max_steps=100000")
+    run.wait_for_start(1)
+    cluster.ask("scancel", run.job)
+    run.wait(lambda: run.state == "CANCELLED", what="the end of the job")
+    time.sleep(2)
+    assert run.restarts() == 0
+    assert max((tmp_path / "run/checkpoints").glob("step_*")).is_dir()
+
+
+def test_a_running_run_is_not_submitted_twice(cluster: Cluster, tmp_path: Path) -> None:
+    run = cluster.submit(tmp_path / "run", "--nodes", "1", "train.max_steps=100000")
+    run.wait_for_start(1)
+    again = cluster.try_to_submit("--resume", str(run.path))
+    assert again.returncode == 2
+    assert f"job {run.job} of this run is still in the queue" in again.stderr
+    changed = cluster.try_to_submit("--resume", str(run.path), "model.dims=[8,32]")
+    assert changed.returncode == 2
+    assert "model.dims" in changed.stderr
+    cluster.ask("scancel", run.job)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--partition", "nowhere"), "--partition must be one of: low, high"),
+        (("--nodes", "9"), "--nodes is more"),
+        (("--gpus-per-node", "9"), "no node has what is asked for"),
+        (("--time", "1:00"), "leaves no time to train"),
+        (("--time", "soon"), "write it as Slurm does"),
+        (("--run-dir", "/dev/shm/a_run"), "on shared storage"),
+        (("--run-dir", "/proc/a_run"), "cannot be written"),
+    ],
+)
+def test_what_could_not_run_is_refused(cluster: Cluster, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
+    where = () if "--run-dir" in words else ("--run-dir", str(tmp_path / "run"))
+    nodes = () if "--nodes" in words else ("--nodes", "2")
+    refused = cluster.try_to_submit("--config", str(cluster.configuration), *where, *nodes, *words)
+    assert refused.returncode == 2, refused.stderr
+    assert said in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_there_is_nothing_to_resume(cluster: Cluster, tmp_path: Path) -> None:
+    refused = cluster.try_to_submit("--resume", str(tmp_path))
+    assert refused.returncode == 2
+    assert "there is no run to go on with" in refused.stderr

@@ -10,6 +10,7 @@ from mmtrain.launch.status import Status
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 #: The columns in order, each with what it shows of a run.
 COLUMNS: dict[str, Callable[[Status], str]] = {
@@ -75,7 +76,7 @@ def span(seconds: float) -> str:
     return f"{seconds / 86400:.0f} d"
 
 
-def _text(text: str, style: str) -> object:
+def _text(text: str, style: str) -> Text:
     """As it stands: square brackets in a name are no markup."""
     from rich.text import Text
 

@@ -17,9 +17,6 @@ Line = dict[str, Any]
 #: So many of the newest training lines are read for a table; a run may have written millions.
 RECENT = 200
 
-#: Written by ``mmtrain runs stop``: the launcher then lets the run end for good.
-STOP_REQUEST = "stop.request"
-
 # libyaml's parser where PyYAML was built with it: ten times as fast
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 

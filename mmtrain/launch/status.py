@@ -75,10 +75,10 @@ def look(facts: Sequence[Facts]) -> World:
 
 def _ask(jobs: Sequence[str]) -> Mapping[str, str] | None:
     """Slurm's states of ``jobs``; None where it cannot tell, so that a silent controller makes no run lost."""
-    if not slurm.has_slurm():
+    if not jobs:
         return None
     try:
-        return slurm.states(jobs)
+        return slurm.answered_states(jobs)
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -149,8 +149,10 @@ def _slurm_state(facts: Facts, begin: Line, world: World) -> str:
     now = world.slurm.get(job)
     if now in WAITING:
         return "requeued" if started else "queued"
-    if now in slurm.LIVE and not (ended and not ended.get("requeued")):
+    if now in slurm.LIVE and ended is None:
         return _live_state(facts, begin, world)
+    if now in slurm.LIVE and ended and ended.get("requeued"):  # it is about to be
+        return "requeued"
     if ended:
         return _ended_state(ended)
     if now == "CANCELLED":

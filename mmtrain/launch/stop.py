@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 from mmtrain.errors import UserError
 from mmtrain.launch import slurm
-from mmtrain.launch.folder import STOP_REQUEST, Facts, existing, read
+from mmtrain.launch.after import STOP
+from mmtrain.launch.folder import Facts, existing, read
 from mmtrain.launch.processes import runs_training
 from mmtrain.launch.status import WAITING, last_begin
 
@@ -39,13 +40,17 @@ def stop_run(run: str) -> str:
 def _stop_job(facts: Facts, job: str) -> str:
     if not slurm.has_slurm():
         raise UserError(f"{facts.path} runs as Slurm job {job}, and there is no Slurm here: stop it on a login node")
-    state = slurm.states([job]).get(job)
+    known = slurm.answered_states([job])
+    if known is None:
+        raise UserError(f"{facts.path} runs as Slurm job {job}, and Slurm does not answer here: see what squeue says")
+    state = known.get(job)
     if state not in slurm.LIVE:
         raise UserError(f"{facts.path}: its last job, {job}, has ended ({state or 'unknown to Slurm'}): nothing runs")
-    with _requested(facts):
-        _scancel(*([] if state in WAITING else ["--signal=USR2"]), job)
     if state in WAITING:
+        _scancel(job)
         return f"job {job} was waiting ({state.lower()}), and is cancelled"
+    with _requested(facts):
+        _scancel("--signal=USR2", job)
     return (
         f"job {job} is asked to save and end (SIGUSR2 to all its steps), and will not be queued again\n"
         f"watch it with `mmtrain runs logs {facts.path} --follow`; `scancel {job}` ends it at once"
@@ -54,12 +59,12 @@ def _stop_job(facts: Facts, job: str) -> str:
 
 @contextmanager
 def _requested(facts: Facts) -> Iterator[None]:
-    """The request is in the folder before the signal, for the launcher to see; it goes again if the signal fails."""
-    request = facts.path / STOP_REQUEST
+    """The request is in the folder before the signal, for the end of the job to see; it goes if the signal fails."""
+    request = facts.path / STOP
     request.touch()
     try:
         yield
-    except (UserError, OSError):
+    except (UserError, OSError, subprocess.SubprocessError):
         request.unlink(missing_ok=True)
         raise
 
@@ -77,8 +82,7 @@ def _stop_process(facts: Facts, begin: dict[str, object]) -> str:
     if not isinstance(pid, int) or not runs_training(pid):
         raise UserError(f"{facts.path}: its process ({pid}) is gone: nothing runs there")
     try:
-        with _requested(facts):
-            os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGTERM)
     except PermissionError:
         raise UserError(f"{facts.path}: process {pid} is another user's: ask them to stop it") from None
     except ProcessLookupError:

@@ -11,6 +11,8 @@ from mmtrain.launch.status import number
 from mmtrain.report.html import Markup, dot, folded, joined, table
 from mmtrain.report.model import Shown
 
+#: Written when a rank of a Slurm job has raised an error.
+_FAILURE = "failure.txt"
 #: So many lines of a file of faults are shown.
 _MOST = 200
 
@@ -22,7 +24,12 @@ def section(runs: Sequence[Shown]) -> Markup:
         for line in run.facts.journal:
             job = line.get("job") or (f"process {line['pid']}" if line.get("pid") else "-")
             rows.append([joined([dot(run.color), run.name]), _when(line), line["kind"], job, _details(line)])
-    return table(["run", "time", "event", "job", ""], rows) if rows else Markup("")
+    parts = [table(["run", "time", "event", "job", ""], rows)] if rows else []
+    for run in runs:
+        lines = _lines(run.facts.path / _FAILURE)
+        if lines:
+            parts.append(folded(joined([dot(run.color), f"{run.name}: {_FAILURE}"]), "\n".join(lines)))
+    return joined(parts)
 
 
 def _when(line: Line) -> str:

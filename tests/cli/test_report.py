@@ -68,6 +68,7 @@ def rich_run(path: Path, *overrides: str) -> Path:
     counts = np.array([[9, 1, 0], [2, 7, 1], [0, 0, 10]])
     draw_confusion(run / "confusion.png", ["cat", "d$g", "a name that is much too long"], counts, "30 samples")
     (run / "data_faults.jsonl").write_text('{"shard": "a.tar", "sample": "<b>9</b>"}\n')
+    (run / "failure.txt").write_text("rank 3 on n2 failed: no space <left>\n")
     return run
 
 
@@ -84,6 +85,7 @@ def test_one_run_beside_itself(cli: Cli, tmp_path: Path) -> None:
         assert text in page.text
     assert "started again" in page.text
     assert "the loss jumped" in page.text
+    assert "no space <left>" in page.text
     tags = [tag for tag, _ in page.seen]
     assert tags.count("svg") == 10
     assert tags.count("img") == 1

@@ -124,7 +124,7 @@ def test_a_run_here_is_stopped_by_a_signal(cli: Cli, tmp_path: Path, process: su
     assert f"process {process.pid}" in done.stdout
     assert "same command" in done.stdout
     assert process.wait(10) == -signal.SIGTERM
-    assert (run / "stop.request").read_text() == ""
+    assert not (run / "stop.request").exists()  # nothing would queue it again
     refused(cli("runs", "stop", run), "gone")
 
 
@@ -152,7 +152,9 @@ def test_a_slurm_job_is_signalled_or_cancelled(cli: Cli, slurm: Path) -> None:
     assert "SIGUSR2" in done.stdout
     assert (run / "stop.request").exists()
     (slurm / "queue").write_text("7|PENDING\n")
+    (run / "stop.request").unlink()
     assert "is cancelled" in cli("runs", "stop", run).stdout
+    assert not (run / "stop.request").exists()
     assert (slurm / "cancelled").read_text().splitlines() == ["--signal=USR2 7", "7"]
 
 
@@ -163,6 +165,8 @@ def test_a_refusal_of_slurms_is_told_and_leaves_no_request(cli: Cli, slurm: Path
     (slurm / "bin" / "scancel").write_text("#!/bin/sh\necho 'Access denied' >&2\nexit 1\n")
     refused(cli("runs", "stop", run), "Access denied")
     assert not (run / "stop.request").exists()
+    (slurm / "bin" / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    refused(cli("runs", "stop", run), "does not answer")
 
 
 # ---------------------------------------------------------------- logs

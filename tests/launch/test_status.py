@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,7 @@ def test_a_job_that_waits_again_is_requeued(run: Path) -> None:
     noted(run, "ended", LAST, job="7", restart=0, reason="preempted", requeued=True, step=10)
     assert state_of(read(run), world(slurm={"7": "REQUEUED"})) == "requeued"
     assert state_of(read(run), world(slurm=None)) == "requeued"
+    assert state_of(read(run), world(slurm={"7": "RUNNING"})) == "requeued"  # the batch script is about to end
     assert state_of(read(run), world(slurm={})) == "preempted"  # it should have come back, and did not
 
 
@@ -217,8 +219,7 @@ def test_one_question_for_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         asked.append(jobs)
         return {"1": "RUNNING", "2": "PENDING"}
 
-    monkeypatch.setattr(told.slurm, "has_slurm", lambda: True)
-    monkeypatch.setattr(told.slurm, "states", states)
+    monkeypatch.setattr(told.slurm, "answered_states", states)
     for job in "123":
         noted(make_run(tmp_path / f"run{job}"), "submitted", job=job, nodes="1", tasks=1)
     found = {shown.path.name: shown.state for shown in told.survey(find_runs(tmp_path))}
@@ -226,12 +227,15 @@ def test_one_question_for_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found == {"run1": "stalled", "run2": "queued", "run3": "lost"}
 
 
-def test_a_slurm_that_does_not_answer_makes_no_run_lost(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def silent(jobs: list[str]) -> dict[str, str]:
-        raise subprocess.TimeoutExpired("squeue", 30)
-
-    monkeypatch.setattr(told.slurm, "has_slurm", lambda: True)
-    monkeypatch.setattr(told.slurm, "states", silent)
+@pytest.mark.parametrize("squeue", ["exit 1", "sleep 5"])
+def test_a_slurm_that_does_not_answer_makes_no_run_lost(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, squeue: str
+) -> None:
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\n{squeue}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    run_command = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *words, **given: run_command(*words, **{**given, "timeout": 1}))
     submitted(run)
     assert [shown.state for shown in told.survey([run])] == ["queued"]
 

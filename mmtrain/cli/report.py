@@ -9,7 +9,7 @@ import typer
 
 
 def report_command(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, such as runs/vim2_digits.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run folders, such as runs/vim2_digits.")],
     out: Annotated[
         Path | None, typer.Option(help="The file to write (default: RUN/report.html; ./report.html for several runs).")
     ] = None,

@@ -14,7 +14,7 @@ Points = Sequence[tuple[float, float]]
 
 #: A series of more points is thinned: a page of a long run stays small.
 _MOST = 800
-_WIDTH, _HEIGHT = 4.8, 2.7
+_WIDTH, _HEIGHT = 4.2, 2.5
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ def draw(chart: Chart) -> Markup:
     """The chart as an ``<svg>`` element. Its text stays text; nothing in it points outside of the page."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     # the salt makes the identifiers within the page differ from chart to chart, but not from one report to the next
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.title, "font.family": "sans-serif"}):
@@ -48,18 +49,21 @@ def draw(chart: Chart) -> Markup:
         axis = figure.subplots()
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-        for series in chart.series:
+        for i, series in enumerate(chart.series):
             points = thinned(series.points)
+            # an earlier one is broader, so that it shows below a later one that is the same
+            width = 1.3 + min(0.9 * (len(chart.series) - 1 - i), 2.7)
             marker = {"marker": "o", "ms": 3.5} if chart.marked or len(points) == 1 else {}
-            axis.plot([x for x, _ in points], [y for _, y in points], color=series.color, lw=1.3, **marker)  # type: ignore[arg-type]
+            axis.plot([x for x, _ in points], [y for _, y in points], color=series.color, lw=width, **marker)  # type: ignore[arg-type]
             for step in series.restarts:
-                axis.axvline(step, ls=":", lw=1, color=series.color, alpha=0.7)
+                axis.axvline(step, ls=":", lw=1.5, color=series.color, alpha=0.7)
             for step in series.rollbacks:
                 axis.axvline(step, ls="--", lw=1, color=series.color, alpha=0.7)
         if chart.log and _far_apart(chart):
             axis.set_yscale("log")
         axis.set_title(chart.title, fontsize=10, loc="left")
         axis.set_xlabel("step", fontsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axis.tick_params(labelsize=8)
         made = io.StringIO()
         figure.savefig(made, format="svg", transparent=True)

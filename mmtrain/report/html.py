@@ -20,7 +20,8 @@ section { background: #fff; border: 1px solid #e1e6ea; border-radius: 8px; paddi
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid #edf0f2; vertical-align: top; }
-th { color: #66727d; font-weight: 600; white-space: nowrap; }
+th { color: #66727d; font-weight: 600; }
+th, td:first-child { white-space: nowrap; }
 td { overflow-wrap: break-word; max-width: 420px; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 14px; }
 .grid svg { width: 100%; height: auto; display: block; }

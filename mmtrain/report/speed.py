@@ -31,10 +31,10 @@ def section(runs: Sequence[Shown]) -> Markup:
     if not rows:
         return Markup("")
     names = [name for name in (*_columns(), *_STARTS.values()) if any(name in found for _, found in rows)]
-    cells = [[joined([dot(run.color), run.name]), *(found.get(name, "-") for name in names)] for run, found in rows]
+    cells = [[name, *(found.get(name, "-") for _, found in rows)] for name in names]
     return joined(
         [
-            table(["run", *names], cells),
+            table(["", *(joined([dot(run.color), run.name]) for run, _ in rows)], cells),
             note("Medians over the lines of metrics; phases as shares of a step; the start is that of the last job."),
         ]
     )

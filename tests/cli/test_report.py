@@ -184,10 +184,10 @@ def test_a_browser_shows_it(cli: Cli, tmp_path: Path) -> None:
     assert cli("report", *runs, "--out", "report.html").returncode == 0
     picture, address = tmp_path / "page.png", f"file://{tmp_path}/report.html"
     common = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
-    shot = [*common, f"--screenshot={picture}", "--window-size=1200,2000", address]
+    shot = [*common, f"--screenshot={picture}", "--window-size=1200,3600", address]
     subprocess.run(shot, check=True, capture_output=True, timeout=120)
     seen = np.asarray(Image.open(picture).convert("RGB"))
-    assert seen.shape == (2000, 1200, 3)
+    assert seen.shape == (3600, 1200, 3)
     assert len(np.unique(seen.reshape(-1, 3), axis=0)) > 100
     # the curves: a good part of the picture has neither of the two backgrounds
     assert ((seen < 200).any(2)).mean() > 0.01

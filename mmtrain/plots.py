@@ -93,3 +93,29 @@ def draw_forecast(
     if shown < len(columns):
         figure.suptitle(f"the first {shown} of {len(columns)} variates")
     figure.savefig(path, dpi=110)
+
+
+def draw_confusion(path: Path, classes: Sequence[str], counts: NDArray[np.integer], note: str) -> None:
+    """How many samples of each class (row) were taken for each class (column); shares of the row as colours.
+
+    Args:
+        counts: (C, C) for the C ``classes``.
+        note: the title: what was counted.
+    """
+    size = len(classes)
+    side = min(max(4.5, 0.45 * size + 2.2), 14)
+    figure, (axis,) = _figure(1, 1, side, side)
+    axis.grid(False)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    names = [name if len(name) <= 16 else f"{name[:15]}…" for name in classes]
+    # a name may hold the dollar that matplotlib takes for the start of a formula
+    axis.set_xticks(range(size), names, fontsize=8, rotation=90 if size > 10 else 30, parse_math=False)
+    axis.set_yticks(range(size), names, fontsize=8, parse_math=False)
+    axis.set_xlabel("taken for")
+    axis.set_ylabel("class")
+    axis.set_title(note, fontsize=10)
+    for row, column in zip(*np.nonzero(counts), strict=True):
+        color = "white" if shares[row, column] > 0.5 else "black"
+        axis.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=color)
+    figure.savefig(path, dpi=110)

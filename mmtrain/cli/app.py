@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from mmtrain.cli import data
+from mmtrain.cli import data, runs
 from mmtrain.cli.doctor import doctor_command
 from mmtrain.cli.model import model_command
 from mmtrain.cli.options import Checkpoint, Overrides, Run
 from mmtrain.cli.plan import plan_command
 from mmtrain.cli.predict import predict_command
+from mmtrain.cli.report import report_command
 from mmtrain.cli.train import train_command
 
 app = typer.Typer(
@@ -28,7 +29,9 @@ app.command("predict")(predict_command)
 app.command("model")(model_command)
 app.command("plan")(plan_command)
 app.command("doctor")(doctor_command)
+app.command("report")(report_command)
 app.add_typer(data.app, name="data")
+app.add_typer(runs.app, name="runs")
 
 
 @app.command("eval")
@@ -61,13 +64,3 @@ def export_command(
 
     path = export_trained(load_trained(run, checkpoint), out, format)
     print(f"{path}: {', '.join(sorted(p.name for p in path.iterdir()))}")
-
-
-@app.command("runs")
-def runs_command(
-    root: Annotated[Path, typer.Argument(help="The folder that holds the run folders.")] = Path("runs"),
-) -> None:
-    """List the runs with their state and results."""
-    from mmtrain.cli.runs import show_runs
-
-    show_runs(root)

@@ -1,44 +1,101 @@
-"""What ``mmtrain runs`` shows."""
+"""``mmtrain runs``: what runs there are, how they fare, and how to stop them. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from mmtrain.errors import UserError
+import typer
+from typer.core import TyperGroup
+
+from mmtrain.cli.options import Run
+from mmtrain.errors import UserError, nearest
 
 
-def show_runs(root: Path) -> None:
-    """A table of the run folders under ``root``, oldest first."""
+class _ListedByDefault(TyperGroup):
+    """``mmtrain runs`` and ``mmtrain runs FOLDER`` are ``mmtrain runs list``. A folder named as a command: ./watch."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] != "--help"):
+            args = ["list", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    name="runs",
+    cls=_ListedByDefault,
+    help="List the runs with their state and results (`mmtrain runs [ROOT]`), watch, stop and read them.",
+)
+# `runs sync` is made in mmtrain/cli/sync.py, and is added here
+
+Root = Annotated[Path, typer.Argument(help="The folder that holds the run folders.")]
+
+
+@app.command("list")
+def list_command(root: Root = Path("runs")) -> None:
+    """List the runs with their state and results; also `mmtrain runs [ROOT]`."""
+    _console().print(_table(root))
+
+
+@app.command("watch")
+def watch_command(
+    root: Root = Path("runs"),
+    every: Annotated[float, typer.Option(help="Seconds between two looks.")] = 5.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once, and end.")] = False,
+) -> None:
+    """List the runs, again and again; Ctrl-C ends it, and leaves the runs alone."""
+    from rich.live import Live
+
+    if every <= 0:
+        raise UserError(f"--every {every:g}: give the seconds between two looks, more than 0")
+    console = _console()
+    if once:
+        console.print(_table(root))
+        return
+    try:
+        with Live(_table(root, console.width), console=console, auto_refresh=False) as live:
+            while True:
+                time.sleep(every)
+                live.update(_table(root, console.width), refresh=True)
+    except KeyboardInterrupt:
+        return
+
+
+@app.command("stop")
+def stop_command(run: Run) -> None:
+    """Let a run save and end, without being queued again. The command that started it goes on with it."""
+    from mmtrain.launch.stop import stop_run
+
+    print(stop_run(run))
+
+
+@app.command("logs")
+def logs_command(
+    run: Run,
+    rank: Annotated[int, typer.Option(help="Whose log.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is written; Ctrl-C ends it.")] = False,
+) -> None:
+    """Print where the log of a rank is, and its last 200 lines."""
+    from mmtrain.cli.logs import show_logs
+
+    show_logs(run, rank, follow=follow)
+
+
+def _console() -> Any:
     from rich.console import Console
-    from rich.table import Table
 
-    from mmtrain.train.run_folder import RunFolder
-
-    if not root.is_dir():
-        raise UserError(f"{root}: there is no such folder; runs go to run_root (default: runs)")
-    found = [RunFolder(path.parent) for path in root.glob("**/config.yaml") if "checkpoints" not in path.parts]
-    if not found:
-        raise UserError(f"{root} holds no runs yet: start one with `mmtrain train --config NAME`")
-    table = Table("run", "model", "state", "step", "best val", "test", "last written", box=None)
-    for run in sorted(found, key=lambda r: r.config_file.stat().st_mtime):
-        table.add_row(*_row(run))
     console = Console()
     # away from a terminal there is no width to keep to, and a shortened path is of no use
-    (console if console.is_terminal else Console(width=200)).print(table)
+    return console if console.is_terminal else Console(width=300)
 
 
-def _row(run: Any) -> tuple[str, ...]:
-    from mmtrain.train.tracking import read_metrics
+def _table(root: Path, width: int | None = None) -> Any:
+    from mmtrain.cli.runs_table import table
+    from mmtrain.launch.folder import find_runs
+    from mmtrain.launch.status import survey
 
-    config, lines, result = run.config(), read_metrics(run), run.result()
-    step = max((line.get("step", 0) for line in lines), default=0)
-    val = [line for line in lines if line["kind"] == "eval" and line["split"] == "val"]
-    metric = {"classification": ("top1", max), "forecasting": ("mse", min)}[config.task.kind]
-    best = f"{metric[0]} {metric[1](line[metric[0]] for line in val):.4g}" if val else "-"
-    test = f"{metric[0]} {result['test'][metric[0]]:.4g}" if result and result["test"] else "-"
-    written = run.metrics_file.stat().st_mtime if run.metrics_file.exists() else run.config_file.stat().st_mtime
-    ago = time.time() - written
-    shown = f"{ago:.0f} s ago" if ago < 120 else f"{ago / 60:.0f} min ago" if ago < 7200 else f"{ago / 3600:.0f} h ago"
-    return str(run.path), config.model.name, "finished" if result else "unfinished", str(step), best, test, shown
+    if not root.is_dir():
+        hint = nearest(str(root), ("list", "watch", "stop", "logs", "sync"), label="or did you mean the command")
+        raise UserError(f"{root}: there is no such folder; runs go to run_root (default: runs){hint}")
+    return table(survey(find_runs(root)), width or _console().width)

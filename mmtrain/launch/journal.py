@@ -53,7 +53,7 @@ def read(run: Path) -> list[dict[str, Any]]:
     """The lines of the journal of ``run``, oldest first; none where there is no journal."""
     lines = []
     try:
-        text = (run / NAME).read_text()
+        text = (run / NAME).read_text(errors="replace")
     except FileNotFoundError:
         return []
     for line in text.splitlines():

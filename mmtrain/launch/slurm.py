@@ -19,11 +19,18 @@ def has_slurm() -> bool:
 
 def states(jobs: Sequence[str]) -> dict[str, str]:
     """The state of each of ``jobs`` that Slurm still knows, such as RUNNING, in one question. Empty without Slurm."""
-    if not jobs or shutil.which("squeue") is None:
-        return {}
+    return answered_states(jobs) or {} if jobs else {}
+
+
+def answered_states(jobs: Sequence[str]) -> dict[str, str] | None:
+    """As :func:`states`, but None where there is no Slurm, or it gives no answer: then nothing is known of any job."""
+    if shutil.which("squeue") is None:
+        return None
     known = {}
     # an unknown id makes squeue refuse the whole list, so that it is asked for all jobs of everyone's that it knows
     asked = subprocess.run(["squeue", "-h", "-t", "all", "-o", "%i|%T"], capture_output=True, text=True, timeout=30)
+    if asked.returncode:
+        return None
     for line in asked.stdout.splitlines():
         job, _, state = line.partition("|")
         if job in jobs:

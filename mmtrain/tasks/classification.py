@@ -20,6 +20,9 @@ from mmtrain.data.synthetic import SyntheticImages
 from mmtrain.errors import UserError
 from mmtrain.tasks.base import Batch, StepKey, Task
 
+#: A confusion matrix is drawn of at most so many classes and samples: one rank makes it while the others wait.
+_DRAWN_CLASSES, _DRAWN_SAMPLES = 50, 1000
+
 
 class Classification(Task):
     """Top-1 accuracy chooses the best checkpoint."""
@@ -137,6 +140,27 @@ class Classification(Task):
             "top5": 100 * sums["top5"] / count,
             "samples": count,
         }
+
+    @torch.no_grad()
+    def illustrate(self, model: nn.Module, folder: Path) -> list[Path]:
+        """The confusion matrix of (at most some thousand) samples of the test split, where the classes are few."""
+        from mmtrain.plots import draw_confusion
+
+        if self.test is None or self.num_classes > _DRAWN_CLASSES:
+            return []
+        # spread over the split, since samples of a class may stand together
+        count = min(len(self.test), _DRAWN_SAMPLES)
+        index = np.arange(count) * len(self.test) // count
+        device, size = next(model.parameters()).device, self.config.eval.batch_size
+        counts = np.zeros((self.num_classes, self.num_classes), np.int64)
+        for begin in range(0, count, size):
+            batch = self.test.fetch(index[begin : begin + size], None)
+            taken = model(batch["image"].to(device)).float().argmax(1).cpu()
+            np.add.at(counts, (batch["label"].numpy(), taken.numpy()), 1)
+        path = folder / "confusion.png"
+        of = "" if count == len(self.test) else f" of {len(self.test)}"
+        draw_confusion(path, self.assets()["classes"], counts, f"{count}{of} samples of the test split")
+        return [path]
 
     def assets(self) -> dict[str, Any]:
         data = cast(ShardsDataConfig | SyntheticDataConfig, self.config.data)

@@ -156,6 +156,12 @@ def test_predict_names_the_digit(cli: Cli, vision_run: Path, tmp_path: Path) -> 
     assert hits >= 10  # chance is 2
 
 
+def test_a_classifier_draws_what_it_takes_for_what(vision_run: Path) -> None:
+    assert json.loads((vision_run / "result.json").read_text())["pictures"] == ["confusion.png"]
+    with Image.open(vision_run / "confusion.png") as picture:
+        assert min(picture.size) > 500
+
+
 def test_predict_refuses_what_is_no_image(cli: Cli, vision_run: Path, waves: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\n" + b"no image" * 20)

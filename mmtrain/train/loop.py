@@ -328,6 +328,7 @@ class Trainer:
         if chosen != state.step:
             self.snapshots.load(store.at(chosen))
         results = self._measure("test") if self.task.test is not None else None
+        pictures = self._illustrate(store.at(chosen)) if self.ranks.main else []
         if self.ranks.main:
             self.run.write_result(
                 {
@@ -336,10 +337,10 @@ class Trainer:
                     "val": {self.task.metric: state.best},
                     "test": results,
                     "skipped_steps": state.skipped,
-                    "pictures": [p.name for p in self._illustrate(store.at(chosen))],
+                    "pictures": [p.name for p in pictures],
                 }
             )
-        self.tracker.finish(state, results, chosen)
+        self.tracker.finish(state, results, chosen, pictures)
         self.ranks.barrier()
         return Outcome(state.step, finished=True, test=results)
 

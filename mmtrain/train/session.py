@@ -22,8 +22,8 @@ from mmtrain.train.loop import Outcome, Trainer
 from mmtrain.train.micro_batches import micro_batches
 from mmtrain.train.precision import set_up_arithmetic
 from mmtrain.train.run_folder import RunFolder
-from mmtrain.train.tracking import Tracker
 from mmtrain.train.trackers import check_installed
+from mmtrain.train.tracking import Tracker
 
 logger = logging.getLogger("mmtrain")
 

@@ -13,7 +13,7 @@ import pytest
 from mmtrain.cli.sync import sync_command
 from mmtrain.errors import UserError
 
-pytest.importorskip("wandb")
+wandb = pytest.importorskip("wandb")
 
 
 @pytest.fixture
@@ -96,6 +96,7 @@ def test_what_is_no_run_and_a_missing_key_are_refused(
 ) -> None:
     with pytest.raises(UserError, match="no run folder"):
         sync_command([tmp_path])
+    wandb.teardown()  # it keeps the key that it found first
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     with pytest.raises(UserError, match="WANDB_API_KEY"):

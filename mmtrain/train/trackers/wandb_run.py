@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import netrc
 import os
 import secrets
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from mmtrain.config import RunConfig
 from mmtrain.train.run_folder import RunFolder
@@ -97,17 +95,10 @@ class WandbRun(Dispensable):
 def has_key() -> bool:
     """Whether W&B finds a key by itself: in the environment, the netrc file, or its settings. It would ask, else."""
     import wandb
+    from wandb.sdk.lib import wbauth
 
-    settings = wandb.setup().settings
-    given = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
-    if any(os.environ.get(name) for name in given) or settings.api_key or settings.identity_token_file:
-        return True
-    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
-    try:
-        found = netrc.netrc(path).authenticators(urlsplit(settings.base_url).netloc)
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return bool(found and found[2])
+    host = wandb.setup().settings.base_url
+    return wbauth.authenticate_session(host=host, source="mmtrain", prompt=False, update_session=False) is not None
 
 
 def _lasting_id(file: Path, known: str | None) -> str:

@@ -16,6 +16,9 @@ from mmtrain.errors import UserError
 #: An offline record of an unfinished run that was written so few seconds ago is taken to be still growing.
 _STILL_WRITTEN = 60.0
 
+#: W&B by itself tries for hours, without a word, to reach a server that is not there.
+_IMPATIENT = {"WANDB_X_GRAPHQL_RETRY_MAX": "3", "WANDB_X_GRAPHQL_RETRY_WAIT_MAX_SECONDS": "5"}
+
 
 def sync_command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, such as runs/vim2_digits.")],
@@ -52,8 +55,9 @@ def sync_runs(runs: list[Path], *, dry_run: bool = False) -> None:
             print(f"would upload {part} to the W&B run {part.name.rsplit('-', 1)[1]}")
         return
     if parts:
+        print(f"uploading {len(parts)} offline record{'s' if len(parts) > 1 else ''}")
         _upload(parts)
-        print(f"uploaded {len(parts)} offline record{'s' if len(parts) > 1 else ''}")
+        print("uploaded")
 
 
 def offline_parts(run: Path) -> list[Path]:
@@ -82,13 +86,14 @@ def _upload(parts: list[Path]) -> None:
     # one call: wandb uploads the parts of a run (those of one id) one after the other, oldest first, and goes on from
     # the last row of the one before
     command = [sys.executable, "-m", "wandb", "sync", *(str(part.resolve()) for part in parts)]
-    environment = {**os.environ, "WANDB_MODE": "online"}
+    environment = {**_IMPATIENT, **os.environ, "WANDB_MODE": "online"}
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
     left = [part for part in parts if not synced(part)]  # wandb's exit status is 0 when the server refuses a run
     if left:
         said = [line.removeprefix("wandb: ") for line in done.stdout.splitlines() if line.strip()]
+        said = [line for line in said if line.startswith("ERROR")] or said
         raise UserError(
             f"{len(left)} of {len(parts)} offline records could not be uploaded:\n  "
             + "\n  ".join(str(part) for part in left)

@@ -60,7 +60,7 @@ def test_all_parts_go_in_one_call_oldest_first(
         "offline-run-20260101_000000-abcd1234",
         "offline-run-20260102_000000-abcd1234",
     ]
-    assert "uploaded 2 offline records" in capsys.readouterr().out
+    assert "uploading 2 offline records" in capsys.readouterr().out
     sync_command([recorded])
     assert len(calls) == 1
     assert "uploaded already" in capsys.readouterr().out

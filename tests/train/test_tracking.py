@@ -67,10 +67,12 @@ class Recorded:
         self.started: list[dict[str, Any]] = []
         self.rows: list[dict[str, Any]] = []
         self.saved: list[str] = []
+        self.dir = ""
 
     def init(self, **options: Any) -> Recorded:
         self.started.append(options)
-        (Path(options["dir"]) / "wandb").mkdir(exist_ok=True)
+        self.dir = str(Path(options["dir"]) / "wandb")
+        Path(self.dir).mkdir(exist_ok=True)
         return self
 
     def define_metric(self, *_: object, **__: object) -> None: ...

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,9 @@ class WandbRun(Dispensable):
         # fall on the same place of this axis, with the same loss
         self._run.define_metric("*", step_metric="step")
         for path in (self.folder / "code.json", self.folder / "code.diff"):
-            if path.is_file():
-                self._run.save(str(path), base_path=str(self.folder), policy="now", glob=False)
+            if path.is_file():  # a copy: of a file elsewhere W&B makes a link, with a warning
+                copy = shutil.copy(path, self._run.dir)
+                self._run.save(copy, base_path=self._run.dir, policy="now", glob=False)
 
     def _log(self, line: dict[str, Any]) -> None:
         self._run.log({"step": line["step"], **values(line)})

@@ -87,6 +87,7 @@ def _upload(parts: list[Path]) -> None:
     # the last row of the one before
     command = [sys.executable, "-m", "wandb", "sync", *(str(part.resolve()) for part in parts)]
     environment = {**_IMPATIENT, **os.environ, "WANDB_MODE": "online"}
+    environment["WANDB_DIR"] = str(parts[0].parent.parent.resolve())  # its logs, else in the current folder
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from mmtrain.cli.options import Run
+from mmtrain.cli.sync import sync_command
 from mmtrain.errors import UserError, nearest
 
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     cls=_ListedByDefault,
     help="List the runs with their state and results (`mmtrain runs [ROOT]`), watch, stop and read them.",
 )
-# `runs sync` is made in mmtrain/cli/sync.py, and is added here
+app.command("sync")(sync_command)
 
 Root = Annotated[Path, typer.Argument(help="The folder that holds the run folders.")]
 

@@ -186,11 +186,15 @@ class CheckpointConfig:
 class TrackingConfig:
     """JSON lines and curves always; ``wandb``: disabled, offline or online (the key comes from the environment).
 
+    ``group``: of the runs in W&B (default: the name of the run). ``tensorboard``: event files in the run folder.
+
     ``samples`` writes the index of every sample consumed, a line a step and rank, to ``samples/`` in the run folder.
     """
 
     wandb: str = "disabled"
     project: str = "mmtrain"
+    group: str | None = None
+    tensorboard: bool = False
     plots: bool = True
     samples: bool = False
 

@@ -351,6 +351,7 @@ class Trainer:
         results = self._measure("test") if self.task.test is not None else None
         if results is None and self.task.test is not None:
             return self._stopped()  # the weights are safe; the next job comes straight here
+        pictures = self._illustrate(store.at(chosen)) if self.ranks.main else []
         if self.ranks.main:
             self.run.write_result(
                 {
@@ -359,10 +360,10 @@ class Trainer:
                     "val": {self.task.metric: state.best},
                     "test": results,
                     "skipped_steps": state.skipped,
-                    "pictures": [p.name for p in self._illustrate(store.at(chosen))],
+                    "pictures": [p.name for p in pictures],
                 }
             )
-        self.tracker.finish(state, results, chosen)
+        self.tracker.finish(state, results, chosen, pictures)
         self.ranks.barrier()
         return Outcome(state.step, finished=True, test=results)
 

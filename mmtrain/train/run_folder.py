@@ -19,6 +19,10 @@ from mmtrain.config import RunConfig, from_yaml, to_yaml
 from mmtrain.config.load import differences
 from mmtrain.config.schema import FREE_ON_RESUME
 from mmtrain.errors import UserError
+from mmtrain.train.code_diff import code_diff
+
+#: Where the source checkout is, if mmtrain runs from one.
+_ROOT = Path(mmtrain.__file__).resolve().parents[1]
 
 
 def run_path(config: RunConfig, run_dir: str | Path | None = None) -> Path:
@@ -40,6 +44,7 @@ class RunFolder:
         self.samples = path / "samples"
         self.log_file = path / "log.txt"
         self.curves_file = path / "curves.png"
+        self.wandb_id_file = path / "wandb_id.txt"
 
     @classmethod
     def existing(cls, path: str | Path) -> RunFolder:
@@ -85,6 +90,8 @@ class RunFolder:
             probe.unlink()
             if not self.config_file.is_file():
                 self._write(self.path / "code.json", json.dumps(code_version(), indent=1))
+                if diff := code_diff(_ROOT):
+                    self._write(self.path / "code.diff", diff)
                 self._write(self.assets_file, json.dumps(assets, indent=1))
                 self._write(self.config_file, to_yaml(config))
         except OSError as error:
@@ -143,7 +150,7 @@ def code_version() -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The git commit of the source checkout, with ``+`` when it has local changes; None outside a checkout."""
-    root = Path(mmtrain.__file__).resolve().parents[1]
+    root = _ROOT
     if not (root / ".git").exists():
         return None
     try:

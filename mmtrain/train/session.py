@@ -24,6 +24,7 @@ from mmtrain.train.loop import Outcome, Trainer
 from mmtrain.train.micro_batches import micro_batches
 from mmtrain.train.precision import set_up_arithmetic
 from mmtrain.train.run_folder import RunFolder, run_path
+from mmtrain.train.trackers import check_installed
 from mmtrain.train.tracking import Tracker
 
 logger = logging.getLogger("mmtrain")
@@ -64,6 +65,7 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
         done = run.result()
         if done is not None:
             return Outcome(done["step"], finished=True, test=done["test"])
+        check_installed(config)
         # the data is opened before the folder is made: a run whose data is missing leaves nothing behind
         task = build_task(config)
         task.check_batch(config.train.batch_size // (world * parts))

@@ -1,12 +1,13 @@
-"""What a run tells: live progress, ``metrics.jsonl``, curves, and W&B when asked. Rank 0 only."""
+"""What a run tells: live progress, ``metrics.jsonl``, curves, and W&B and TensorBoard when asked. Rank 0 only."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from mmtrain.train.process_age import process_age
 from mmtrain.train.progress import Progress
 from mmtrain.train.run_folder import RunFolder
 from mmtrain.train.state import Schedule, TrainState
-from mmtrain.train.wandb_run import WandbRun
+from mmtrain.train.trackers import JsonLines, Outlet, WandbRun, open_outlets, read_metrics
 
 logger = logging.getLogger("mmtrain")
 
@@ -33,7 +34,8 @@ class Tracker:
     def __init__(self, config: RunConfig, run: RunFolder, ranks: Ranks, plotted: tuple[str, ...]) -> None:
         self.config, self.run, self.ranks, self.plotted = config, run, ranks, plotted
         self.progress: Progress | None = None
-        self.wandb: WandbRun | None = None
+        self.outlets: list[Outlet] = []
+        self._lines = JsonLines(run)
         self._losses: list[float] = []
         self._curves_at = 0.0
         self._ready: float | None = None
@@ -42,18 +44,18 @@ class Tracker:
     @property
     def run_id(self) -> str | None:
         """The W&B run id, which is saved with every checkpoint so that a resumed run stays one curve."""
-        return self.wandb.run_id if self.wandb else None
+        return next((outlet.run_id for outlet in self.outlets if isinstance(outlet, WandbRun)), None)
 
     def start(self, state: TrainState, schedule: Schedule) -> None:
         self._schedule = schedule
         if not self.ranks.main:
             return
-        if self.config.tracking.wandb != "disabled":
-            self.wandb = WandbRun(self.config, self.run.path, state.tracker_id)
+        if self.run.metrics_file.is_file():  # also of a start that was killed before its first checkpoint
+            self._lines.drop_after(state.step)
         if state.step:
             logger.info("resuming at step %d of %d", state.step, schedule.steps)
-            _drop_after(self.run, state.step)
-            self._write({"kind": "resume", "step": state.step})
+            self._lines.log({"kind": "resume", "step": state.step})
+        self.outlets = open_outlets(self.config, self.run, self._lines, state.step, state.tracker_id)
         self.progress = Progress(schedule.steps, state.step)
 
     def before_step(self) -> None:
@@ -112,7 +114,7 @@ class Tracker:
             f" with other samples ({after.left_out} left out so far)"
         )
         if self.progress:
-            _drop_after(self.run, after.step)
+            self._lines.drop_after(after.step)
             self._write({"kind": "rollback", "step": after.step, "from_step": before.step, "loss": loss})
 
     def after_evaluation(self, state: TrainState, split: str, results: dict[str, float], best: bool = False) -> None:
@@ -129,19 +131,26 @@ class Tracker:
             self.progress.say(f"warning: {message}")
             logger.debug(message)
 
-    def finish(self, state: TrainState, test: dict[str, float] | None, tested_step: int) -> None:
+    def finish(
+        self, state: TrainState, test: dict[str, float] | None, tested_step: int, pictures: Sequence[Path] = ()
+    ) -> None:
+        """Note the result of the tested checkpoint, and what the task drew with it."""
         if not self.progress:
             return
         if test is not None:
             self._write({"kind": "eval", "split": "test", "step": tested_step, **test})
         self._draw()
+        drawn = [(picture, tested_step) for picture in pictures] + [(self.run.curves_file, state.step)]
+        for picture, step in drawn:
+            if picture.suffix == ".png" and picture.is_file():
+                self._show(picture, step)
 
     def close(self) -> None:
-        """End the display and the W&B run; also after an error."""
+        """End the display and the trackers; also after an error."""
         if self.progress:
             self.progress.close()
-        if self.wandb:
-            self.wandb.finish()
+        for outlet in self.outlets:
+            outlet.finish()
 
     def _draw(self) -> None:
         if self.config.tracking.plots:
@@ -150,28 +159,10 @@ class Tracker:
             draw_curves(self.run.curves_file, read_metrics(self.run), self.plotted)
             self._curves_at = time.monotonic()
 
+    def _show(self, picture: Path, step: int) -> None:
+        for outlet in self.outlets:
+            outlet.image(picture.stem, picture, step)
+
     def _write(self, line: dict[str, Any]) -> None:
-        with self.run.metrics_file.open("a") as file:
-            file.write(json.dumps({**line, "time": time.time()}) + "\n")
-        if self.wandb:
-            self.wandb.log(line)
-
-
-def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``; a last line that was cut off by a kill is left out."""
-    lines = []
-    if run.metrics_file.is_file():
-        for text in run.metrics_file.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                continue
-    return lines
-
-
-def _drop_after(run: RunFolder, step: int) -> None:
-    """Leave out what was noted after ``step``: those steps are taken again, and come out the same."""
-    kept = [line for line in read_metrics(run) if line.get("step", 0) <= step]
-    partial = run.metrics_file.with_name(f".{run.metrics_file.name}.partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(partial, run.metrics_file)
+        for outlet in self.outlets:
+            outlet.log(line)

@@ -174,30 +174,3 @@ def test_patience_ends_a_run_early(series: Path, tmp_path: Path) -> None:
     outcome = run(series, tmp_path / "run", "eval.every_steps=1", "eval.patience=2", "optim.lr=10", "train.epochs=10")
     assert outcome.finished
     assert outcome.step < 100
-
-
-def test_wandb_offline_keeps_one_run_over_restarts(series: Path, tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
-    folder = tmp_path / "run"
-    run(series, folder, "train.max_steps=6", "eval.every_steps=2", "tracking.wandb=offline")
-    (folder / "result.json").unlink()
-    for path in (folder / "checkpoints").iterdir():
-        if path.name != "step_00000004":
-            shutil.rmtree(path)
-    run(series, folder, "train.max_steps=6", "eval.every_steps=2", "tracking.wandb=offline")
-    names = [p.name for p in (folder / "wandb").glob("offline-run-*")]
-    assert len(names) == 2
-    assert len({name.rsplit("-", 1)[1] for name in names}) == 1
-
-
-def test_a_tracker_that_fails_is_said_and_the_run_goes_on(
-    series: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    wandb = pytest.importorskip("wandb")
-
-    def fail(**_: object) -> None:
-        raise RuntimeError("no network")
-
-    monkeypatch.setattr(wandb, "init", fail)
-    assert run(series, tmp_path / "run", "train.max_steps=2", "tracking.wandb=online").finished
-    assert sum("no network" in record.message for record in caplog.records) == 1

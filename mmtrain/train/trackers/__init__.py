@@ -1,0 +1,45 @@
+"""Where the lines and pictures of a run go: JSON lines always, W&B and TensorBoard when asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from mmtrain.config import RunConfig
+from mmtrain.errors import SharedError
+from mmtrain.train.run_folder import RunFolder
+from mmtrain.train.trackers.base import Outlet
+from mmtrain.train.trackers.json_lines import JsonLines, read_metrics
+from mmtrain.train.trackers.tensorboard import TensorBoard
+from mmtrain.train.trackers.wandb_run import WandbRun
+
+__all__ = ["JsonLines", "Outlet", "TensorBoard", "WandbRun", "check_installed", "open_outlets", "read_metrics"]
+
+
+def check_installed(config: RunConfig) -> None:
+    """See that the packages that ``config.tracking`` wants are there, before anything is made or loaded.
+
+    Raises:
+        SharedError: with the command that installs what is missing; on every rank alike.
+    """
+    wanted = {"wandb": config.tracking.wandb != "disabled", "tensorboard": config.tracking.tensorboard}
+    for name, on in wanted.items():
+        if on and importlib.util.find_spec(name) is None:
+            off = f"tracking.{name}={'disabled' if name == 'wandb' else 'false'}"
+            raise SharedError(
+                f"tracking.{name} is on, but {name} is not installed: pip install 'mmtrain[{name}]', or {off}"
+            )
+
+
+def open_outlets(config: RunConfig, run: RunFolder, lines: JsonLines, step: int, known_id: str | None) -> list[Outlet]:
+    """All that ``config.tracking`` asks for, ``lines`` first; rank 0 calls it.
+
+    Args:
+        step: the last step that counts: what was written of later ones is taken again.
+        known_id: the W&B run id in the checkpoint that the run goes on from.
+    """
+    outlets: list[Outlet] = [lines]
+    if config.tracking.wandb != "disabled":
+        outlets.append(WandbRun(config, run, known_id, restart=lines.restarts()))
+    if config.tracking.tensorboard:
+        outlets.append(TensorBoard(run.path / "tensorboard", step))
+    return outlets

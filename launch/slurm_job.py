@@ -69,6 +69,7 @@ def _around(config: RunConfig, run: Path) -> list[str]:
     words = [sys.executable, "-m", "mmtrain.launch.after", str(run), "$?", "--margin", str(cluster.margin)]
     words += ["--max-losses", str(cluster.max_losses)]
     words += ["--max-timeouts", str(cluster.max_timeouts)] if cluster.max_timeouts is not None else []
+    words += ["--replace-nodes"] if cluster.replace_nodes else []
     command = " ".join(word if word == "$?" else shlex.quote(word) for word in words)
     root = Path(__file__).resolve().parents[1]
     return [

@@ -211,7 +211,8 @@ class ClusterConfig:
     without GPUs. ``margin``: so many seconds before the time limit the run saves and asks for another job; the signal
     that announces it, and a preemption, is ``signal``. ``max_timeouts``: so often it may come back from a time limit
     (null: without end; a preemption does not count). ``max_losses``: so often in a row it may come back after a lost
-    node or rank without a new checkpoint. ``check_ranks``: see before the first step that the nodes can work together.
+    node or rank without a new checkpoint. ``check_ranks``: see before the first step that the nodes can work together;
+    ``replace_nodes``: where some cannot, come back without them.
     """
 
     nodes: int = 1
@@ -234,6 +235,7 @@ class ClusterConfig:
     max_timeouts: int | None = None
     max_losses: int = 3
     check_ranks: bool = True
+    replace_nodes: bool = False
 
     def __post_init__(self) -> None:
         require(self.signal in ("USR2", "TERM"), "cluster.signal", self.signal, "USR2 or TERM")

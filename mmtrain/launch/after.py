@@ -3,7 +3,8 @@
     python -m mmtrain.launch.after RUN STATUS --max-timeouts N --max-losses N
 
 A job that was preempted or came near its time limit is put back into the queue once; so is one that lost a node or a
-rank without a word, unless that happens again and again without a new checkpoint. A finished one is not, nor one in
+rank without a word (with --replace-nodes also one whose nodes cannot work together, which are left out), unless that
+happens again and again without a new checkpoint. A finished one is not, nor one in
 which a rank raised an error, nor one that somebody stopped or cancelled. The decision is taken here, after the tasks,
 since a requeue from within a task kills the very process that asks for it.
 """
@@ -11,7 +12,6 @@ since a requeue from within a task kills the very process that asks for it.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -35,6 +35,8 @@ def reason_of(run: Path, place: Place, seconds_left: float | None, margin: float
         return "finished"
     if (run / STOP).exists():
         return "stopped"
+    if bad_nodes(run, place):
+        return "bad_nodes"
     if any(not report["follows"] for report in place.reports(run)):
         return "failed"
     if seconds_left is not None and seconds_left <= margin + _SLACK:
@@ -42,20 +44,27 @@ def reason_of(run: Path, place: Place, seconds_left: float | None, margin: float
     return "preempted" if note is not None else "lost"
 
 
-def comes_back(run: Path, reason: str, max_timeouts: int | None, max_losses: int) -> bool:
+def bad_nodes(run: Path, place: Place) -> list[str]:
+    """The nodes that the check before the first step found at fault."""
+    return sorted({node for report in place.reports(run) for node in report.get("bad_nodes", [])})
+
+
+def comes_back(run: Path, reason: str, max_timeouts: int | None, max_losses: int, replace_nodes: bool = False) -> bool:
     """Whether a job that ended for ``reason`` is put back into the queue. Prints why not."""
     if reason in ("finished", "stopped", "failed"):
         return False
     ended = [line for line in journal.read(run) if line["kind"] == "ended"]
+    if reason == "bad_nodes" and not replace_nodes:
+        return False
     if reason == "timeout":
         timeouts = sum(line["reason"] == "timeout" for line in ended)
         if max_timeouts is not None and timeouts >= max_timeouts:
             print(f"{run}: {timeouts} time limits before this one (cluster.max_timeouts): the job does not come back")
             return False
-    if reason == "lost":
+    if reason in ("lost", "bad_nodes"):
         losses, step = 0, newest_step(run)
         for line in reversed(ended):
-            if line["reason"] != "lost" or line["step"] != step:
+            if line["reason"] not in ("lost", "bad_nodes") or line["step"] != step:
                 break
             losses += 1
         if losses >= max_losses:
@@ -74,6 +83,7 @@ def main() -> int:
     parser.add_argument("--margin", type=float, default=0.0)
     parser.add_argument("--max-timeouts", type=int)
     parser.add_argument("--max-losses", type=int, default=3)
+    parser.add_argument("--replace-nodes", action="store_true")
     given = parser.parse_args()
     run, place = given.run, Place.here()
     if not run.is_dir():
@@ -87,23 +97,31 @@ def main() -> int:
         return given.status
     if state in ("CANCELLED", "COMPLETING") and reason in ("preempted", "lost"):
         reason = "stopped"  # by scancel
-    back = comes_back(run, reason, given.max_timeouts, given.max_losses)
+    back = comes_back(run, reason, given.max_timeouts, given.max_losses, given.replace_nodes)
     journal.note(run, "ended", **_where(place, run), reason=reason, requeued=back)
     if reason == "stopped":
         (run / STOP).unlink(missing_ok=True)
-    if reason == "failed":
+    if reason in ("failed", "bad_nodes"):
         _say(place, run)
     if not back:
         return 0 if reason in ("finished", "stopped") else max(given.status, 1)
     print(f"{run}: {reason} at step {newest_step(run)}: back into the queue", flush=True)
     try:
-        slurm.order("requeue", os.environ["SLURM_JOB_ID"])
+        slurm.order("requeue", place.job)
+        if reason == "bad_nodes":
+            _leave_out(bad_nodes(run, place), place.job)
     except UserError as error:
         # Slurm has put it back itself, or takes it away
         print(error, file=sys.stderr)
         return given.status
     time.sleep(60)  # until Slurm ends this script: an end of our own might count as the job's
     return 0
+
+
+def _leave_out(nodes: list[str], job: str) -> None:
+    """Let Slurm start ``job``, which waits, on other nodes, beside those that were left out before."""
+    before = slurm.excluded(job)
+    slurm.order("update", f"jobid={job}", "excnodelist=" + ",".join([*before, *nodes]))
 
 
 def _where(place: Place, run: Path) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from typing import Any
 from mmtrain.launch import slurm
 
 #: Why a job ended: the run was finished; a signal announced a preemption, a time limit; somebody asked it to stop; a
-#: rank raised an error; a rank or a node was lost without a word.
-REASONS = ("finished", "preempted", "timeout", "stopped", "failed", "lost")
+#: rank raised an error; a rank or a node was lost without a word; nodes could not work together.
+REASONS = ("finished", "preempted", "timeout", "stopped", "failed", "lost", "bad_nodes")
 
 NAME = "jobs.jsonl"
 

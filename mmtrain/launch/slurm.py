@@ -49,6 +49,13 @@ def seconds_left(job: str) -> float | None:
     return parse_duration(asked.stdout.strip())
 
 
+def excluded(job: str) -> list[str]:
+    """The nodes that ``job`` must not run on."""
+    shown = order("show", "job", job)
+    words = [word.partition("=")[2] for word in shown.split() if word.startswith("ExcNodeList=")]
+    return hostnames(words[0]) if words and words[0] not in ("", "(null)") else []
+
+
 def restarts(job: str) -> int:
     """How often Slurm has put ``job`` back into the queue."""
     shown = order("show", "job", job)

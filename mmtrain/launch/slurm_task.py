@@ -58,6 +58,7 @@ class SlurmTask:
 def _report(place: Place, run: Path, rank: int, error: BaseException) -> None:
     """Leave for the user, and for what decides about another job, what ended this rank."""
     from mmtrain.parallel.collective import from_collective
+    from mmtrain.parallel.preflight import NodesAtFault
 
     text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
     report = {
@@ -65,6 +66,7 @@ def _report(place: Place, run: Path, rank: int, error: BaseException) -> None:
         "node": socket.gethostname(),
         "error": f"{type(error).__name__}: {error}",
         "text": text,
+        "bad_nodes": error.nodes if isinstance(error, NodesAtFault) else [],
         # it lost its connection to a rank that ended before
         "follows": isinstance(error, RuntimeError) and from_collective(error),
     }

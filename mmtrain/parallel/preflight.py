@@ -17,6 +17,14 @@ from mmtrain.parallel.ranks import Ranks
 _MOST_SKEW = 5.0
 
 
+class NodesAtFault(SharedError):
+    """Nodes that keep the ranks from working together. ``nodes``: those that a job could do without."""
+
+    def __init__(self, message: str, nodes: list[str]) -> None:
+        super().__init__(message)
+        self.nodes = nodes
+
+
 def check_ranks(ranks: Ranks, folder: Path, device: str) -> str:
     """See that all ranks can work together in ``folder``; returns a line that says what was seen.
 
@@ -24,7 +32,7 @@ def check_ranks(ranks: Ranks, folder: Path, device: str) -> str:
         device: as configured: auto, cpu or cuda.
 
     Raises:
-        SharedError: on every rank, naming the nodes that are at fault and the cure.
+        NodesAtFault: on every rank, with the cure.
     """
     host = socket.gethostname()
     seen = ranks.gather({"host": host, "cuda": device != "cpu" and torch.cuda.is_available()})
@@ -54,9 +62,11 @@ def check_ranks(ranks: Ranks, folder: Path, device: str) -> str:
     total = ranks.sum(torch.ones((), device=ranks.device)).item()
     blame([0] if total != ranks.world else [], f"added {ranks.world} ones up to {total:g}")
     if faults:
-        raise SharedError(
+        raise NodesAtFault(
             "; ".join(f"{', '.join(sorted(names))} {what}" for what, names in faults.items())
-            + ". To leave a node out: --exclude NODE"
+            + ". To leave a node out: --exclude NODE",
+            # without the node of rank 0 the others would be judged by another one
+            sorted(set().union(*faults.values()) - {hosts[0]}),
         )
     kinds = "GPU" if not blind else "CPU"
     return f"{ranks.world} ranks ({kinds}) on {len(set(hosts))} nodes: {', '.join(sorted(set(hosts)))}"

@@ -111,3 +111,16 @@ def test_a_torn_last_line_of_the_journal_is_left_out(tmp_path: Path) -> None:
         file.write('{"kind": "started", "jo')
     assert [line["kind"] for line in journal.read(tmp_path)] == ["submitted"]
     assert journal.last_job(tmp_path) == "7"
+
+
+def test_nodes_at_fault_are_left_out_where_that_is_wanted(tmp_path: Path) -> None:
+    _fail(tmp_path, 2, follows=False)
+    report = HERE.failures(tmp_path) / "rank_00002.json"
+    report.write_text(json.dumps({**json.loads(report.read_text()), "bad_nodes": ["node3"]}))
+    assert after.bad_nodes(tmp_path, HERE) == ["node3"]
+    assert after.reason_of(tmp_path, HERE, 1000, 120) == "bad_nodes"
+    assert not after.comes_back(tmp_path, "bad_nodes", None, 3)
+    assert after.comes_back(tmp_path, "bad_nodes", None, 3, replace_nodes=True)
+    for _ in range(3):
+        journal.note(tmp_path, "ended", job="7", restart=0, reason="bad_nodes", step=0, requeued=True)
+    assert not after.comes_back(tmp_path, "bad_nodes", None, 3, replace_nodes=True)

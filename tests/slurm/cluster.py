@@ -80,6 +80,14 @@ class Cluster:
         assert done.returncode == 0, done.stderr
         return Run(self, path)
 
+    def send_user_signal(self, on: bool) -> None:
+        """Whether a preemption sends a job's own signal in place of SIGTERM, as sites differ in."""
+        file = self.folder / "slurm.conf"
+        lines = [line for line in file.read_text().splitlines() if not line.startswith("SlurmctldParameters")]
+        lines[1:1] = ["SlurmctldParameters=preempt_send_user_signal"] if on else []
+        file.write_text("\n".join(lines) + "\n")
+        self.ask("scontrol", "reconfigure")
+
     def preempt(self) -> None:
         """A job of a higher priority that takes all nodes for two seconds."""
         self.ask("sbatch", "-p", "high", "-N4", "-c8", "--ntasks-per-node=1", "-o", "/dev/null", "--wrap", "sleep 2")
@@ -98,11 +106,16 @@ class Run:
 
     @property
     def job(self) -> str:
-        return str(self.journal("submitted")[-1]["job"])
+        return str([*self.journal("submitted"), *self.journal("started")][-1]["job"])
 
     @property
     def state(self) -> str:
         return self.cluster.ask("squeue", "-h", "-t", "all", "-j", self.job, "-o", "%T").strip()
+
+    def newest_save(self) -> float:
+        """When the newest checkpoint was complete, in Unix seconds; 0 without one."""
+        times = [path.stat().st_mtime for path in self.path.glob("checkpoints/step_*/manifest.json")]
+        return max(times, default=0.0)
 
     @property
     def finished(self) -> bool:

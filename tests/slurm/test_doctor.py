@@ -38,17 +38,20 @@ class _Two(Ranks):
         return tensor * 2
 
 
-def other(value: object) -> object:
+def plain(value: object) -> object:
     return {**value, "host": "far"} if isinstance(value, dict) else value
+
+
+other = plain
 
 
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        (lambda value: value + 60 if isinstance(value, float) else other(value), "far, .* has a clock|has a clock"),
-        (lambda value: False if isinstance(value, bool) else other(value), "far does not see what rank 0"),
+        (lambda value: value + 60 if isinstance(value, float) else plain(value), "far, .* has a clock|has a clock"),
+        (lambda value: False if isinstance(value, bool) else plain(value), "far does not see what rank 0"),
         (lambda value: {"host": "far", "cuda": True} if isinstance(value, dict) else value, "sees no GPU"),
-        (other, None),
+        (plain, None),
     ],
 )
 def test_the_node_at_fault_is_named(tmp_path: Path, fault, said: str | None) -> None:  # type: ignore[no-untyped-def]

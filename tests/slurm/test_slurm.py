@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.slurm.cluster import Cluster, Run
-from tests.train.compare import same_end
+from tests.slurm.cluster import ROOT, Cluster, Run
+from tests.train.compare import last_checkpoint, same_end, tensors_of
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +36,12 @@ def assert_every_sample_once(run: Run, steps: int) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of 600 steps on 4 nodes that nothing happens to."""
+    began = time.monotonic()
     run = cluster.submit(tmp_path_factory.mktemp("undisturbed") / "run", "--nodes", "4", LONG)
+    assert time.monotonic() - began < 2  # the launcher
+    submitted = run.journal("submitted")[0]["time"]
+    run.wait_for_start(1)
+    assert run.metrics("train")[0]["time"] - submitted < 15
     run.wait_for_end(180)
     return run
 
@@ -57,27 +65,35 @@ def test_eight_tasks_on_four_nodes_train_what_one_process_trains(cluster: Cluste
 
 
 def test_a_run_comes_back_from_whatever_ends_its_job(cluster: Cluster, undisturbed: Run, tmp_path: Path) -> None:
-    """A preemption, a requeue, a lost node, a killed rank: the same weights, bit for bit, and each sample once."""
-    run = cluster.submit(tmp_path / "run", "--nodes", "4", LONG)
+    """Preemptions, a requeue, a lost node, a killed rank: the same weights, bit for bit, and each sample once."""
+    run = cluster.submit(tmp_path / "run", "--nodes", "4", LONG, "tracking.wandb=offline")
     run.wait_for_start(1)
     cluster.preempt()
     run.wait_for_start(2)
-    cluster.ask("scontrol", "requeue", run.job)
+    cluster.send_user_signal(False)
+    cluster.preempt()
     run.wait_for_start(3)
-    cluster.ask("scontrol", "update", "nodename=node4", "state=down", "reason=test")
-    run.wait(lambda: run.restarts() == 3, what="the requeue for a lost node")
-    cluster.ask("scontrol", "update", "nodename=node4", "state=resume")
+    cluster.send_user_signal(True)
+    cluster.ask("scontrol", "requeue", run.job)
     run.wait_for_start(4)
-    os.kill(run.tasks()[-1], signal.SIGKILL)
+    cluster.ask("scontrol", "update", "nodename=node4", "state=down", "reason=test")
+    run.wait(lambda: run.restarts() == 4, what="the requeue for a lost node")
+    cluster.ask("scontrol", "update", "nodename=node4", "state=resume")
     run.wait_for_start(5)
+    os.kill(run.tasks()[-1], signal.SIGKILL)
+    run.wait_for_start(6)
     run.wait_for_end(180)
-    assert run.restarts() == 4
+    assert run.restarts() == 5
     assert len(run.journal("submitted")) == 1
     assert set(run.reasons()) == {"preempted", "lost", "finished"}
     assert run.reasons()[-1] == "finished"
     assert [line["step"] for line in run.metrics("train")] == list(range(1, 601))
-    assert same_end(run.path, undisturbed.path)
+    one, two = (tensors_of(last_checkpoint(path)) for path in (run.path, undisturbed.path))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
     assert_every_sample_once(run, 600)
+    parts = {path.name.rpartition("-")[2] for path in run.path.glob("wandb/offline-run-*")}
+    assert parts == {(run.path / "wandb_id.txt").read_text().strip()}
 
 
 def test_the_time_limit_is_no_end(cluster: Cluster, undisturbed: Run, tmp_path: Path) -> None:
@@ -116,6 +132,35 @@ def test_preempted_in_the_middle_of_an_evaluation(cluster: Cluster, tmp_path: Pa
     assert all(line["samples"] == 8000 for line in run.metrics("eval") if line["split"] == "val")
 
 
+def test_preempted_while_a_checkpoint_is_written(cluster: Cluster, tmp_path: Path) -> None:
+    words = ("--nodes", "2", "train.max_steps=60")
+    plain = cluster.submit(tmp_path / "plain", *words)
+    plain.wait_for_end()
+    run = cluster.submit(tmp_path / "run", *words, "checkpoint.every_steps=1")
+    run.wait_for_start(1)
+    run.wait(lambda: any(run.path.glob("checkpoints/*.partial")), what="a save")
+    cluster.ask("scancel", "--signal=USR2", run.job)
+    run.wait_for_end()
+    assert run.reasons() == ["preempted", "finished"]
+    assert same_end(run.path, plain.path)
+
+
+def test_the_script_without_submitit_comes_back_too(cluster: Cluster, tmp_path: Path) -> None:
+    binaries = Path(sys.executable).parent
+    environment = {**cluster.environment, "PATH": f"{binaries}:{cluster.environment['PATH']}"}
+    flags = ["--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=30:00"]
+    command = ["sbatch", "--parsable", *flags, "-o", str(tmp_path / "log.txt"), str(ROOT / "slurm/train.sbatch")]
+    command += [str(tmp_path / "run"), "--config", str(cluster.configuration), "train.max_steps=200"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run = Run(cluster, tmp_path / "run")
+    run.wait_for_start(1)
+    cluster.preempt()
+    run.wait_for_start(2)
+    run.wait(lambda: run.reasons() == ["preempted", "finished"], what="the end")
+    assert_every_sample_once(run, 200)
+
+
 def test_a_signal_before_the_first_step(cluster: Cluster, tmp_path: Path) -> None:
     run = cluster.submit(tmp_path / "run", "--nodes", "2")
     run.wait(lambda: (run.path / f"slurm/{run.job}_0_log.out").exists(), what="the start of the tasks")
@@ -150,10 +195,13 @@ def test_a_run_moves_to_other_numbers_of_nodes(cluster: Cluster, undisturbed: Ru
     run = cluster.submit(tmp_path / "run", "--nodes", "4", "train.max_steps=300")
     for nodes in (2, 3):
         run.wait_for_start(len(run.journal("submitted")))
-        (run.path / "stop.request").touch()
-        cluster.ask("scancel", "--signal=USR2", run.job)
+        asked = time.time()
+        cluster.ask(sys.executable, "-m", "mmtrain", "runs", "stop", str(run.path))
         run.wait(lambda: run.state == "COMPLETED", what="the job to leave")
         assert run.reasons()[-1] == "stopped"
+        # from the signal to the durable checkpoint: 2 s and the time of writing, which is tenths of a second here; the
+        # command that sends the signal takes half of one
+        assert run.newest_save() - asked < 3
         cluster.submit(run.path, "--nodes", str(nodes))
     run.wait_for_end(120)
     assert [line["world"] for line in run.journal("started")] == [4, 2, 3]
@@ -203,9 +251,17 @@ def test_a_cancelled_run_does_not_come_back(cluster: Cluster, tmp_path: Path) ->
     assert max((tmp_path / "run/checkpoints").glob("step_*")).is_dir()
 
 
-def test_a_running_run_is_not_submitted_twice(cluster: Cluster, tmp_path: Path) -> None:
-    run = cluster.submit(tmp_path / "run", "--nodes", "1", "train.max_steps=100000")
+def test_a_running_run_outlives_its_launcher_and_is_not_submitted_twice(cluster: Cluster, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "launch/submit.py"), "--config", str(cluster.configuration), "--follow"]
+    command += ["--run-dir", str(tmp_path / "run"), "--nodes", "1", "train.max_steps=100000"]
+    launcher = subprocess.Popen(command, env=cluster.environment, stdout=subprocess.DEVNULL)
+    run = Run(cluster, tmp_path / "run")
     run.wait_for_start(1)
+    launcher.kill()
+    launcher.wait()
+    table = cluster.ask(sys.executable, "-m", "mmtrain", "runs", str(tmp_path))
+    assert "running" in table
+    assert run.state == "RUNNING"
     again = cluster.try_to_submit("--resume", str(run.path))
     assert again.returncode == 2
     assert f"job {run.job} of this run is still in the queue" in again.stderr

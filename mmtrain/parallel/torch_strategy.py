@@ -88,9 +88,20 @@ class DataParallel(TorchStrategy):
     def _wrap(self) -> nn.Module:
         # a depthwise convolution of channels-last images gives its gradient in that layout; DDP rightly copies it
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        devices = [self.ranks.device.index] if self.ranks.device.type == "cuda" else None
+        cuda = self.ranks.device.type == "cuda"
+        # DDP arranges its buckets anew after the first step, and where in a bucket a gradient lies decides in which
+        # order the ranks' terms are added: a run that was started again would differ in its first step from one that
+        # was not. It does not when it looks for unused parameters, which costs milliseconds: on a GPU only if asked for
+        fixed = not cuda or torch.are_deterministic_algorithms_enabled()
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         # the weights are not broadcast: every rank computes or loads the same ones
-        return DistributedDataParallel(self.model, device_ids=devices, gradient_as_bucket_view=True, init_sync=False)
+        return DistributedDataParallel(
+            self.model,
+            device_ids=[self.ranks.device.index] if cuda else None,
+            gradient_as_bucket_view=True,
+            init_sync=False,
+            find_unused_parameters=fixed,
+        )
 
     @property
     def evaluator(self) -> nn.Module:

@@ -26,14 +26,15 @@ def _wait_for_step(job: Launched, step: int) -> None:
 
 
 def test_a_killed_rank_is_started_again(tmp_path: Path) -> None:
+    """Four ranks: with two, any order of addition gives the same."""
     config = tmp_path / "tiny.yaml"
     config.write_text(TINY)
-    job = Launched(config, tmp_path / "killed", 2, "train.max_steps=120", "--restarts", "1")
+    job = Launched(config, tmp_path / "killed", 4, "train.max_steps=120", "--restarts", "1")
     _wait_for_step(job, 30)
     os.kill(job.ranks()[1], signal.SIGKILL)
     assert job.process.wait(120) == 0, job.said
     assert "started again from the newest checkpoint (0 restarts left)" in job.said
-    whole = Launched(config, tmp_path / "whole", 2, "train.max_steps=120")
+    whole = Launched(config, tmp_path / "whole", 4, "train.max_steps=120")
     assert whole.process.wait(120) == 0, whole.said
     assert same_end(tmp_path / "killed", tmp_path / "whole")
 

@@ -75,7 +75,7 @@ def submit(
     elif where == "local":
         from local_job import run_local
 
-        run_local(resolved, local or 1, source, given, run_dir, dry_run=dry_run, restarts=restarts)
+        run_local(resolved, 1 if local is None else local, source, given, run_dir, dry_run=dry_run, restarts=restarts)
     elif dry_run:
         from slurm_job import describe
 

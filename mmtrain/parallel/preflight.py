@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mmtrain.errors import SharedError
+from mmtrain.errors import SharedError, UserError
 from mmtrain.parallel.ranks import Ranks
 
 #: Clocks may differ by so many seconds: the journal and the ages of files are compared between nodes.
@@ -75,10 +75,17 @@ def check_ranks(ranks: Ranks, folder: Path, device: str) -> str:
 def _reads_what_rank_0_wrote(ranks: Ranks, folder: Path) -> bool:
     nonce = ranks.gather(secrets.token_hex(8))[0]
     path = folder / f".shared_{nonce}"
-    if ranks.main:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(nonce)
-    ranks.barrier()
+
+    def write() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(nonce)
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be written on {socket.gethostname()} ({error.strerror}): choose another run folder"
+            ) from None
+
+    ranks.on_main(write)
     try:
         good = path.read_text() == nonce
     except OSError:

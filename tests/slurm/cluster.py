@@ -121,7 +121,7 @@ class Run:
     def finished(self) -> bool:
         return (self.path / "result.json").exists()
 
-    def wait(self, until: Callable[[], bool], seconds: float = 90, what: str = "") -> None:
+    def wait(self, until: Callable[[], bool], seconds: float = 180, what: str = "") -> None:
         end = time.monotonic() + seconds
         while not until():
             assert time.monotonic() < end, f"not within {seconds} s: {what}\n{self.told()}"
@@ -138,7 +138,7 @@ class Run:
 
         self.wait(trains, what=f"start {number}")
 
-    def wait_for_end(self, seconds: float = 90) -> None:
+    def wait_for_end(self, seconds: float = 300) -> None:
         """Until the run is finished and its job gone."""
         self.wait(lambda: self.finished and self.state == "COMPLETED", seconds, "the end of the run")
 

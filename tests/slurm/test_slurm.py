@@ -42,7 +42,7 @@ def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> R
     submitted = run.journal("submitted")[0]["time"]
     run.wait_for_start(1)
     assert run.metrics("train")[0]["time"] - submitted < 15
-    run.wait_for_end(180)
+    run.wait_for_end()
     return run
 
 
@@ -52,7 +52,7 @@ def test_eight_tasks_on_four_nodes_train_what_one_process_trains(cluster: Cluste
         "--config", str(cluster.configuration), "--run-dir", f"{tmp_path}/one", "--local", "1"
     )
     assert alone.returncode == 0, alone.stderr
-    run.wait_for_end(120)
+    run.wait_for_end()
     started = run.journal("started")[-1]
     assert started["world"] == 8
     assert started["hosts"] == ["node1", "node2", "node3", "node4"]
@@ -82,7 +82,7 @@ def test_a_run_comes_back_from_whatever_ends_its_job(cluster: Cluster, undisturb
     run.wait_for_start(5)
     os.kill(run.tasks()[-1], signal.SIGKILL)
     run.wait_for_start(6)
-    run.wait_for_end(180)
+    run.wait_for_end()
     assert run.restarts() == 5
     assert len(run.journal("submitted")) == 1
     assert set(run.reasons()) == {"preempted", "lost", "finished"}
@@ -126,7 +126,7 @@ def test_preempted_in_the_middle_of_an_evaluation(cluster: Cluster, tmp_path: Pa
     run.wait(lambda: run.reasons() == ["preempted"], 30, "the end of the job")
     assert run.journal("ended")[0]["time"] - asked < 10
     assert run.journal("ended")[0]["step"] == 10
-    run.wait_for_end(180)
+    run.wait_for_end()
     assert run.reasons() == ["preempted", "finished"]
     assert [line["step"] for line in run.metrics("eval") if line["split"] == "val"] == [10, 12]
     assert all(line["samples"] == 8000 for line in run.metrics("eval") if line["split"] == "val")
@@ -150,7 +150,7 @@ def test_the_script_without_submitit_comes_back_too(cluster: Cluster, tmp_path: 
     environment = {**cluster.environment, "PATH": f"{binaries}:{cluster.environment['PATH']}"}
     flags = ["--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=30:00"]
     command = ["sbatch", "--parsable", *flags, "-o", str(tmp_path / "log.txt"), str(ROOT / "slurm/train.sbatch")]
-    command += [str(tmp_path / "run"), "--config", str(cluster.configuration), "train.max_steps=200"]
+    command += [str(tmp_path / "run"), "--config", str(cluster.configuration), "train.max_steps=100"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     run = Run(cluster, tmp_path / "run")
@@ -158,7 +158,7 @@ def test_the_script_without_submitit_comes_back_too(cluster: Cluster, tmp_path: 
     cluster.preempt()
     run.wait_for_start(2)
     run.wait(lambda: run.reasons() == ["preempted", "finished"], what="the end")
-    assert_every_sample_once(run, 200)
+    assert_every_sample_once(run, 100)
 
 
 def test_a_signal_before_the_first_step(cluster: Cluster, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_signal_before_the_first_step(cluster: Cluster, tmp_path: Path) -> Non
     time.sleep(1)
     assert not run.metrics("train")
     cluster.ask("scancel", "--signal=USR2", run.job)
-    run.wait_for_end(120)
+    run.wait_for_end()
     assert run.restarts() == 1
     assert run.reasons()[-1] == "finished"
     assert_every_sample_once(run, 20)
@@ -185,7 +185,7 @@ def test_too_short_a_grace_falls_back_on_the_last_checkpoint(cluster: Cluster, t
         run.wait(lambda: run.restarts() == 1, what="the requeue")
     finally:
         cluster.ask("scontrol", "update", "partitionname=low", "GraceTime=10")
-    run.wait_for_end(180)
+    run.wait_for_end()
     assert run.restarts() == 1
     assert run.metrics("resume")[0]["step"] == 25
     assert_every_sample_once(run, 30)
@@ -203,7 +203,7 @@ def test_a_run_moves_to_other_numbers_of_nodes(cluster: Cluster, undisturbed: Ru
         # command that sends the signal takes half of one
         assert run.newest_save() - asked < 3
         cluster.submit(run.path, "--nodes", str(nodes))
-    run.wait_for_end(120)
+    run.wait_for_end()
     assert [line["world"] for line in run.journal("started")] == [4, 2, 3]
     assert run.reasons() == ["stopped", "stopped", "finished"]
     assert_every_sample_once(run, 300)

@@ -36,14 +36,21 @@ def assert_every_sample_once(run: Run, steps: int) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of 600 steps on 4 nodes that nothing happens to."""
-    began = time.monotonic()
     run = cluster.submit(tmp_path_factory.mktemp("undisturbed") / "run", "--nodes", "4", LONG)
-    assert time.monotonic() - began < 2  # the launcher
-    submitted = run.journal("submitted")[0]["time"]
-    run.wait_for_start(1)
-    assert run.metrics("train")[0]["time"] - submitted < 15
     run.wait_for_end()
     return run
+
+
+def test_the_first_step_comes_soon(cluster: Cluster, tmp_path: Path) -> None:
+    """On 4 nodes 15 s after sbatch, which is dominated by the imports of four processes on two cores."""
+    began = time.monotonic()
+    run = cluster.submit(tmp_path / "run", "--nodes", "4")
+    launcher = time.monotonic() - began
+    run.wait_for_end()
+    took = run.metrics("train")[0]["time"] - run.journal("submitted")[0]["time"]
+    print(f"launcher {launcher:.2f} s, from the submission to the first step {took:.1f} s")
+    assert launcher < 2
+    assert took < 15
 
 
 def test_eight_tasks_on_four_nodes_train_what_one_process_trains(cluster: Cluster, tmp_path: Path) -> None:

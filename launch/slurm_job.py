@@ -186,15 +186,7 @@ def _check(config: RunConfig, path: Path) -> None:
     if wanted > (there := _nodes_of(cluster.partition)):
         where = f"partition {cluster.partition}" if cluster.partition else "the cluster"
         raise UserError(f"--nodes is {wanted}, more than {where} has ({there}): the job would wait for ever")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"{path}: the run folder cannot be written ({error.strerror}): choose another with --run-dir"
-        ) from None
+    run.make()
     kind = _file_system(path)
     if kind in _FILE_SYSTEMS_OF_ONE_NODE and (cluster.max_nodes or cluster.nodes) > 1:
         raise UserError(
@@ -224,17 +216,19 @@ def _refusal(words: str) -> str:
     said = next((line for line in words.splitlines() if "error:" in line), words.strip().splitlines()[-1])
     said = re.sub(r"^.*?error: *", "", said).strip()
     cures = (
-        ("partition", "--partition must be one of: " + _ask("sinfo", "-h", "-o", "%R")),
-        ("account", "--account must be one of yours (sacctmgr show associations user=$USER)"),
-        ("qos", "--qos must be one that your account may use (sacctmgr show qos)"),
-        ("reservation", "see scontrol show reservation"),
-        ("cpu count", "no node has so many CPUs for its tasks; nodes have: " + _ask("sinfo", "-h", "-o", "%c CPUs")),
-        ("configuration", "no node has what is asked for; nodes have: " + _ask("sinfo", "-h", "-o", "%G and %c CPUs")),
-        ("gres", "no node has these GPUs; nodes have: " + _ask("sinfo", "-h", "-o", "%G")),
-        ("time limit", "--time is above the partition's limit: " + _ask("sinfo", "-h", "-o", "%R %l")),
+        # what is in the refusal, the cure, and what sinfo is to add to it
+        ("partition", "--partition must be one of: ", "%R"),
+        ("account", "--account must be one of yours (sacctmgr show associations user=$USER)", ""),
+        ("qos", "--qos must be one that your account may use (sacctmgr show qos)", ""),
+        ("reservation", "see scontrol show reservation", ""),
+        ("cpu count", "no node has so many CPUs for its tasks; nodes have: ", "%c CPUs"),
+        ("configuration", "no node has what is asked for; nodes have: ", "%G and %c CPUs"),
+        ("gres", "no node has these GPUs; nodes have: ", "%G"),
+        ("time limit", "--time is above the partition's limit: ", "%R %l"),
     )
-    cure = next((text for key, text in cures if key in said.lower()), "see sbatch's manual")
-    return f"Slurm refused the job: {said}. {cure}"
+    found = ((cure, asked) for key, cure, asked in cures if key in said.lower())
+    cure, asked = next(found, ("see sbatch's manual", ""))
+    return f"Slurm refused the job: {said}. {cure}{_ask('sinfo', '-h', '-o', asked) if asked else ''}"
 
 
 def _ask(*command: str) -> str:

@@ -103,6 +103,7 @@ def follow_run(config: RunConfig, run_dir: str | None) -> None:
     """Print the log of rank 0 until the run's job is gone from the queue; Ctrl-C leaves the job alone."""
     import time
 
+    from mmtrain.cli.logs import go_on
     from mmtrain.launch import journal, slurm
     from mmtrain.train.run_folder import run_path
 
@@ -113,10 +114,7 @@ def follow_run(config: RunConfig, run_dir: str | None) -> None:
         while True:
             live = job is not None and slurm.is_live(job)
             if log.is_file():
-                with log.open(errors="replace") as file:
-                    file.seek(shown)
-                    print(file.read(), end="", flush=True)
-                    shown = file.tell()
+                shown = go_on(log, shown)
             if not live:
                 return
             time.sleep(2)

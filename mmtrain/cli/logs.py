@@ -26,7 +26,7 @@ def show_logs(run: str, rank: int, *, follow: bool = False) -> None:
         while follow:
             time.sleep(_EVERY)
             for path in log_files(folder, rank):  # asked anew, since another job may have begun
-                reached[path] = _go_on(path, reached[path]) if path in reached else _show(path)
+                reached[path] = go_on(path, reached[path]) if path in reached else _show(path)
     except KeyboardInterrupt:
         return
 
@@ -69,7 +69,8 @@ def _show(path: Path) -> int:
         return file.tell()
 
 
-def _go_on(path: Path, reached: int) -> int:
+def go_on(path: Path, reached: int) -> int:
+    """Print what was written to ``path`` after byte ``reached``; returns how far it was read."""
     if path.stat().st_size < reached:  # begun anew
         return _show(path)
     with path.open("rb") as file:

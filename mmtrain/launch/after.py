@@ -4,9 +4,9 @@
 
 A job that was preempted or came near its time limit is put back into the queue once; so is one that lost a node or a
 rank without a word (with --replace-nodes also one whose nodes cannot work together, which are left out), unless that
-happens again and again without a new checkpoint. A finished one is not, nor one in
-which a rank raised an error, nor one that somebody stopped or cancelled. The decision is taken here, after the tasks,
-since a requeue from within a task kills the very process that asks for it.
+happens again and again without a new checkpoint. A finished one is not, nor one in which a rank raised an error, nor
+one that somebody stopped or cancelled. The decision is taken here, after the tasks, since a requeue from within a task
+kills the very process that asks for it.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import yaml
 
 from mmtrain.errors import UserError
 from mmtrain.launch import journal
+from mmtrain.lines import parse_line
 
 Line = dict[str, Any]
 
@@ -82,21 +83,12 @@ def read(path: Path, recent: int | None = RECENT) -> Facts:
     return Facts(
         path=path,
         settings=_settings(path / "config.yaml"),
-        journal=[line for line in journal.read(path) if isinstance(line, dict) and "kind" in line],
+        journal=[line for line in journal.read(path) if "kind" in line],
         metrics=metrics,
         result=_result(path / "result.json"),
         written=max(_modified(path / name) for name in ("metrics.jsonl", "config.yaml", journal.NAME)),
         waits=waits,
     )
-
-
-def parse_line(text: str) -> Line | None:
-    """A line of metrics, or None where it is torn."""
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) and "kind" in line else None
 
 
 def _metrics(file: Path, recent: int | None) -> tuple[list[Line], list[float]]:
@@ -114,7 +106,7 @@ def _metrics(file: Path, recent: int | None) -> tuple[list[Line], list[float]]:
         if not wanted and train[i + 1]:
             continue
         line = parse_line(text)
-        if line is None:
+        if line is None or "kind" not in line:
             continue
         if line["kind"] == "eval" and before is not None:
             waits.append(float(line.get("time", 0)) - float(before.get("time", 0)))

@@ -19,6 +19,8 @@ from socket import gethostname
 from typing import Any
 
 from mmtrain.launch import slurm
+from mmtrain.launch.outcome import Place
+from mmtrain.lines import read_lines
 
 #: Why a job ended: the run was finished; a signal announced a preemption, a time limit; somebody asked it to stop; a
 #: rank raised an error; a rank or a node was lost without a word; nodes could not work together.
@@ -41,27 +43,17 @@ def note(run: Path, kind: str, **values: Any) -> None:
 
 def note_start(run: Path, world: int) -> None:
     """Note that this process, rank 0 of ``world``, begins to train."""
-    job, restart, host = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0")), gethostname()
-    if job is None:
+    if "SLURM_JOB_ID" not in os.environ:
+        host = gethostname()
         note(run, "started", job=None, restart=0, hosts=[host], world=world, pid=os.getpid(), host=host)
     else:
-        hosts = slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
-        note(run, "started", job=job, restart=restart, hosts=hosts, world=world)
+        place, hosts = Place.here(), slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
+        note(run, "started", job=place.job, restart=place.restart, hosts=hosts, world=world)
 
 
 def read(run: Path) -> list[dict[str, Any]]:
     """The lines of the journal of ``run``, oldest first; none where there is no journal."""
-    lines = []
-    try:
-        text = (run / NAME).read_text(errors="replace")
-    except FileNotFoundError:
-        return []
-    for line in text.splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:  # cut off by a kill
-            continue
-    return lines
+    return read_lines(run / NAME)
 
 
 def last_job(run: Path) -> str | None:

@@ -51,15 +51,19 @@ def seconds_left(job: str) -> float | None:
 
 def excluded(job: str) -> list[str]:
     """The nodes that ``job`` must not run on."""
-    shown = order("show", "job", job)
-    words = [word.partition("=")[2] for word in shown.split() if word.startswith("ExcNodeList=")]
-    return hostnames(words[0]) if words and words[0] not in ("", "(null)") else []
+    nodes = _shown(job, "ExcNodeList")
+    return hostnames(nodes) if nodes not in ("", "(null)") else []
 
 
 def restarts(job: str) -> int:
     """How often Slurm has put ``job`` back into the queue."""
-    shown = order("show", "job", job)
-    return int(shown.split("Restarts=")[1].split()[0]) if "Restarts=" in shown else 0
+    return int(_shown(job, "Restarts") or 0)
+
+
+def _shown(job: str, key: str) -> str:
+    """The value of ``key`` in what scontrol shows of ``job``; empty where it is not shown."""
+    pairs = (word.partition("=") for word in order("show", "job", job).split())
+    return next((value for name, _, value in pairs if name == key), "")
 
 
 def parse_duration(text: str) -> float | None:

@@ -1,8 +1,9 @@
 """FSDP2 between processes without a GPU, where gathering takes the very processors that compute.
 
-Three things differ from a GPU. Collectives go straight from rank to rank (``direct.py``). Large matrices are gathered
-on their own, so that less is whole at once. And the last half of the model stays whole between the forward and the
-backward pass: there is room for it, since the gradients, which are as large, come into being while it is let go.
+Four things differ from a GPU. Collectives go straight from rank to rank (``direct.py``). Large matrices are gathered
+on their own, so that less is whole at once. Each unit asks for the next one before it runs. And the last half of the
+model stays whole between the forward and the backward pass: there is room for it, since the gradients, which are as
+large, come into being while it is let go.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from mmtrain.config import RunConfig, from_yaml, to_yaml
 from mmtrain.config.load import differences
 from mmtrain.config.schema import FREE_ON_RESUME
 from mmtrain.errors import UserError
+from mmtrain.launch.folder import existing
 from mmtrain.train.code_diff import code_diff
 
 #: Where the source checkout is, if mmtrain runs from one.
@@ -53,10 +54,7 @@ class RunFolder:
         Raises:
             UserError: when there is none.
         """
-        run = cls(Path(path))
-        if not run.config_file.is_file():
-            raise UserError(f"{path} is no run folder: it has no config.yaml (list runs with `mmtrain runs`)")
-        return run
+        return cls(existing(path))
 
     def config(self) -> RunConfig:
         return from_yaml(self.config_file)
@@ -83,17 +81,31 @@ class RunFolder:
         Raises:
             UserError: when it cannot.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.touch()
-            probe.unlink()
+        self.make()
+        with self._preparing():
             if not self.config_file.is_file():
                 self._write(self.path / "code.json", json.dumps(code_version(), indent=1))
                 if diff := code_diff(_ROOT):
                     self._write(self.path / "code.diff", diff)
                 self._write(self.assets_file, json.dumps(assets, indent=1))
                 self._write(self.config_file, to_yaml(config))
+
+    def make(self) -> None:
+        """Make the folder, or see that the one there can be written.
+
+        Raises:
+            UserError: when it cannot.
+        """
+        with self._preparing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+
+    @contextmanager
+    def _preparing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError(
                 f"{self.path}: the run folder cannot be written ({error.strerror}): choose another with --run-dir"

@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import signal
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ class All:
 
 
 @dataclass(frozen=True)
-class InLoss:
+class InLoss(ABC):
     """The base of what happens in the loss of a step: :meth:`change` gets it, on rank ``on`` (None: on every rank)."""
 
     on: int | None = None
@@ -50,8 +51,8 @@ class InLoss:
 
         Forecasting.loss = loss  # type: ignore[method-assign]
 
-    def change(self, loss: Tensor, model: nn.Module, batch: Batch, step: int) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def change(self, loss: Tensor, model: nn.Module, batch: Batch, step: int) -> Tensor: ...
 
 
 @dataclass(frozen=True)

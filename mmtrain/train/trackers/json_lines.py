@@ -7,6 +7,7 @@ import os
 import time
 from typing import Any
 
+from mmtrain.lines import read_lines
 from mmtrain.train.run_folder import RunFolder
 from mmtrain.train.trackers.base import Outlet
 
@@ -39,11 +40,4 @@ class JsonLines(Outlet):
 
 def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``; a last line that was cut off by a kill is left out."""
-    lines = []
-    if run.metrics_file.is_file():
-        for text in run.metrics_file.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                continue
-    return lines
+    return read_lines(run.metrics_file)

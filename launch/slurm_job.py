@@ -44,7 +44,7 @@ def parameters(config: RunConfig, run: Path) -> dict[str, Any]:
         "constraint": cluster.constraint,
         "exclude": cluster.exclude,
     }
-    extra = {"requeue": True, "open-mode": "append"}
+    extra = {"requeue": True, "open-mode": "append", "signal": f"{cluster.signal}@{cluster.margin}"}
     extra |= {"reservation": cluster.reservation} if cluster.reservation else {}
     extra |= {"nodes": cluster.node_range} if cluster.max_nodes else {}
     gpus = {"gpus_per_node": cluster.gpus_per_node} if cluster.gpus_per_node else {}
@@ -56,7 +56,6 @@ def parameters(config: RunConfig, run: Path) -> dict[str, Any]:
         "cpus_per_task": cluster.cpus_per_task,
         **gpus,
         **{key: value for key, value in site.items() if value is not None},
-        "signal_delay_s": cluster.margin,
         "srun_args": ["--kill-on-bad-exit=1"],
         "additional_parameters": extra,
         "setup": _around(config, run),

@@ -93,7 +93,7 @@ class DirectReduceScatter(ReduceScatter):
         output_tensor: Tensor,
         input_tensor: Tensor,
         group: dist.ProcessGroup,
-        op: dist.ReduceOp.RedOpType,
+        op: dist.ReduceOp | dist.ReduceOp.RedOpType,
         async_op: bool = False,
     ) -> None:
         if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
@@ -102,7 +102,9 @@ class DirectReduceScatter(ReduceScatter):
         with record_function("direct::reduce_scatter"):
             self._reduce(output_tensor, input_tensor, group, op)
 
-    def _reduce(self, output: Tensor, whole: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType) -> None:
+    def _reduce(
+        self, output: Tensor, whole: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp | dist.ReduceOp.RedOpType
+    ) -> None:
         parts, others = whole.chunk(group.size()), _others(group)
         received = self.transient.tensor((len(others), output.numel()), output.dtype)
         arrived = dict(zip(others, received.unbind(), strict=True))

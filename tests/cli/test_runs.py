@@ -231,8 +231,17 @@ def test_follow_goes_on_with_what_is_written(
 def test_watch_ends_with_ctrl_c(tmp_path: Path) -> None:
     make_run(tmp_path / "runs" / "digits")
     command = [sys.executable, "-m", "mmtrain", "runs", "watch", str(tmp_path / "runs"), "--every", "0.2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as watch:
+
+    def take_interrupts() -> None:  # a shell's background jobs ignore them, and so would what they start
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=take_interrupts
+    ) as watch:
         threading.Timer(4, watch.send_signal, [signal.SIGINT]).start()
-        out, err = watch.communicate(timeout=30)
+        try:
+            out, err = watch.communicate(timeout=30)
+        finally:
+            watch.kill()
     assert (watch.returncode, err) == (0, "")
     assert "vim2_nano" in out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import contextlib
 import os
 import shutil
 import sys
@@ -73,7 +74,8 @@ def _note_end(run: Path, reason: str) -> None:
     from mmtrain.launch.outcome import newest_step
 
     if os.environ.get("RANK", "0") == "0" and "SLURM_JOB_ID" not in os.environ and (run / journal.NAME).exists():
-        journal.note(run, "ended", job=None, restart=0, reason=reason, step=newest_step(run), requeued=False)
+        with contextlib.suppress(OSError):  # a folder that cannot be written was why the run ended, and was told
+            journal.note(run, "ended", job=None, restart=0, reason=reason, step=newest_step(run), requeued=False)
 
 
 def shrink(config: RunConfig) -> RunConfig:

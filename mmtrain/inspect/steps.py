@@ -6,7 +6,7 @@ state passes by the position unchanged; with a large Δ it forgets what was befo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,6 +21,7 @@ from mmtrain.inspect.kinds import mixer_labels
 from mmtrain.models.mixers import ImageTokenMixer
 from mmtrain.models.s6 import S6
 from mmtrain.models.tsm2 import TimeMixer, VariateMixer
+from mmtrain.ops.mix import Direction, convolved, observed
 
 _MAPPED = (TimeMixer, VariateMixer, ImageTokenMixer)
 
@@ -79,18 +80,28 @@ def _recorded(mixers: list[Any]) -> Iterator[tuple[dict[nn.Module, torch.Size], 
     """The shape of each mixer's input, and the mean steps of each S6 within, of the last forward pass."""
     shapes: dict[nn.Module, torch.Size] = {}
     steps: dict[nn.Module, Tensor] = {}
+    owners: dict[int, tuple[Tensor, S6]] = {}
+
+    def own(ssm: nn.Module, args: tuple[Any, ...], direction: Direction) -> None:
+        assert isinstance(ssm, S6)
+        owners[id(direction.A)] = direction.A, ssm  # held, so that its identity is nobody else's
 
     def keep_shape(mixer: nn.Module, args: tuple[Any, ...]) -> None:
         shapes[mixer] = args[0].shape
 
-    def keep_steps(ssm: nn.Module, args: tuple[Any, ...]) -> None:
-        assert isinstance(ssm, S6)
-        steps[ssm] = mean_steps(ssm, args[0]).cpu()
+    def keep_steps(x: Tensor, directions: Sequence[Direction], height: int) -> None:
+        for direction in directions:
+            if id(direction.A) in owners:
+                _, ssm = owners[id(direction.A)]
+                with torch.no_grad():
+                    u = convolved(x.flatten(0, -3), direction, direction.order.endswith("reversed"))
+                steps[ssm] = mean_steps(ssm, u).cpu()
 
     hooks = [mixer.register_forward_pre_hook(keep_shape) for mixer in mixers]
-    hooks += [ssm.register_forward_pre_hook(keep_steps) for mixer in mixers for ssm in _scans(mixer)]
+    hooks += [ssm.register_forward_hook(own) for mixer in mixers for ssm in _scans(mixer)]
     try:
-        yield shapes, steps
+        with observed(keep_steps):
+            yield shapes, steps
     finally:
         for hook in hooks:
             hook.remove()
@@ -101,14 +112,10 @@ def _scans(mixer: nn.Module) -> list[S6]:
 
 
 def _map(mixer: nn.Module, shape: torch.Size, steps: dict[nn.Module, Tensor]) -> NDArray[np.float32]:
-    """The mean over the directions. A reversed scan has its steps at the same places: only the order differs."""
+    """The mean over the directions: the steps of all of them are by place, in whatever order they were taken."""
     found = [steps[ssm] for ssm in _scans(mixer)]
     if isinstance(mixer, ImageTokenMixer):
         _, h, w, _ = shape
-        grids = [
-            step[0].view(w, h).T if axis == "columns" else step[0].view(h, w)
-            for (axis, _), step in zip(mixer.directions, found, strict=True)
-        ]
-        return torch.stack(grids).mean(0).numpy()
+        return torch.stack([step[0].view(h, w) for step in found]).mean(0).numpy()
     # of the first sample: (variates, patches) or (patches, variates), as the mixer lays its sequences out
     return torch.stack([step.view(shape[0], -1, step.shape[-1])[0] for step in found]).mean(0).numpy()

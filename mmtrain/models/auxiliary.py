@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtrain.config import TSM2Config
+from mmtrain.models.linear import Linear
 from mmtrain.models.mixers import SequenceMixer
 
 
@@ -22,13 +23,13 @@ class AuxiliaryInputs(nn.Module):
         c = config
         self.config = config
         self.known_length = c.future_length or c.lookback + c.horizon
-        self.static = nn.Linear(c.static_features, c.lookback) if c.static_features else None
-        self.known_embed = nn.Linear(c.future_features, c.dim) if c.future_features else None
+        self.static = Linear(c.static_features, c.lookback) if c.static_features else None
+        self.known_embed = Linear(c.future_features, c.dim) if c.future_features else None
         if self.known_embed is not None:
             self.known_mixer = SequenceMixer(c.dim, expand=c.expand, state=c.state, conv=c.conv, bidirectional=True)
             self.known_norm = nn.LayerNorm(c.dim)
-            self.known_out = nn.Linear(c.dim, 1)
-            self.known_time = nn.Linear(self.known_length, c.lookback)
+            self.known_out = Linear(c.dim, 1)
+            self.known_time = Linear(self.known_length, c.lookback)
 
     @property
     def parts(self) -> int:

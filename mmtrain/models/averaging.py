@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from mmtrain.models.s6 import no_weight_decay
 from mmtrain.models.stochastic import with_current_keys
+from mmtrain.ops import weighted_sum
 
 
 class WeightedAverage(nn.Module):
@@ -35,10 +36,7 @@ class WeightedAverage(nn.Module):
     def forward(self, outputs: list[Tensor]) -> Tensor:
         """``outputs``: the stage's input, then each earlier mixer's output, all of one shape."""
         weight = torch.cat([self.weight[:1] + self.input_copy, self.weight[1:]])
-        total = outputs[0] * weight[0]
-        for w, y in zip(weight[1:], outputs[1:], strict=True):
-            total = torch.addcmul(total, y, w)
-        return total
+        return weighted_sum(outputs, weight)
 
 
 class MixerStack(nn.Module):

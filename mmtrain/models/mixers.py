@@ -6,38 +6,46 @@ Every mixer maps x to Linear_out(scan(SiLU(Conv(Linear(x)))) ⊗ SiLU(Linear(x))
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmtrain.models.linear import Linear
 from mmtrain.models.s6 import S6, DirectionalScan
+from mmtrain.ops import selective_mix
 
 
 class SequenceMixer(nn.Module):
-    """Mixes along the sequence x (B, L, dim): the time mixer (one direction: a Mamba block) and, given the variates
-    as the sequence, the variate mixer (two directions) of TSM2."""
+    """Mixes along the sequence x (B, L, dim) or (B, ..., L, ..., dim), the ``axis`` of a tensor of four dimensions.
+
+    The time mixer (one direction: a Mamba block) and, with the variates as the sequence, the variate mixer (two
+    directions) of TSM2.
+    """
+
+    axis = -2
 
     def __init__(
         self, dim: int, *, expand: int = 2, state: int = 16, conv: int = 4, bidirectional: bool = False
     ) -> None:
         super().__init__()
         width = expand * dim
-        self.in_proj = nn.Linear(dim, 2 * width, bias=False)
+        self.in_proj = Linear(dim, 2 * width, bias=False)
         self.scan = DirectionalScan(
             width, state=state, rank=math.ceil(dim / 16), bidirectional=bidirectional, conv=conv
         )
-        self.out_proj = nn.Linear(width, dim, bias=False)
+        self.out_proj = Linear(width, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        u, gate = self.in_proj(x).chunk(2, dim=-1)
-        return self.out_proj(self.scan(u) * F.silu(gate))
+        u, gate = (half.transpose(self.axis, -2) for half in self.in_proj(x).chunk(2, dim=-1))
+        return self.out_proj(self.scan(u, gate).transpose(self.axis, -2))
 
 
-#: The directions of a scan over an image: which axis runs fastest, and whether from the end.
-IMAGE_SCANS: dict[str, tuple[tuple[str, bool], ...]] = {
-    "forward": (("rows", False),),
-    "bidirectional": (("rows", False), ("rows", True)),
-    "cross": (("rows", False), ("rows", True), ("columns", False), ("columns", True)),
+#: The directions of a scan over an image, as :mod:`mmtrain.ops.orders` names them.
+IMAGE_SCANS: dict[str, tuple[str, ...]] = {
+    "forward": ("rows",),
+    "bidirectional": ("rows", "rows_reversed"),
+    "cross": ("rows", "rows_reversed", "columns", "columns_reversed"),
 }
 
 
@@ -55,13 +63,13 @@ class ImageTokenMixer(nn.Module):
         super().__init__()
         width, rank = expand * dim, math.ceil(dim / 16)
         self.directions = IMAGE_SCANS[scans]
-        self.in_proj = nn.Linear(dim, 2 * width, bias=False)
+        self.in_proj = Linear(dim, 2 * width, bias=False)
         self.conv = nn.ModuleList(
             nn.Conv2d(width, width, 3, padding=1, groups=width) for _ in self.directions[: 1 if shared_conv else None]
         )
         self.ssm = nn.ModuleList(S6(width, state, rank) for _ in self.directions)
         self.norm = nn.LayerNorm(width)
-        self.out_proj = nn.Linear(width, dim, bias=False)
+        self.out_proj = Linear(width, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         u, gate = self.in_proj(x).chunk(2, dim=-1)
@@ -72,22 +80,17 @@ class ImageTokenMixer(nn.Module):
 
     def _scan(self, grids: list[Tensor]) -> Tensor:
         """The average of all directions, on one convolved grid (B, H, W, width) for all, or one for each."""
-        b, h, w, _ = grids[0].shape
-        by_axis: dict[str, Tensor] = {}
-        columns: Tensor | None = None
-        for i, (axis, reverse) in enumerate(self.directions):
-            grid = grids[i % len(grids)]
-            if axis == "columns":
-                if columns is None or len(grids) > 1:
-                    columns = grid.transpose(1, 2).reshape(b, w * h, -1)
-                y = self.ssm[i](columns, reverse)
-            else:
-                y = self.ssm[i](grid.reshape(b, h * w, -1), reverse)
-            by_axis[axis] = by_axis[axis] + y if axis in by_axis else y
-        total = by_axis["rows"].view(b, h, w, -1)
-        if "columns" in by_axis:
-            total = total + by_axis["columns"].view(b, w, h, -1).transpose(1, 2)
-        return total / len(self.directions)
+        height = grids[0].shape[1]
+        if len(grids) == 1:
+            x = grids[0].flatten(1, 2)
+            directions = [ssm(order) for ssm, order in zip(self.ssm, self.directions, strict=True)]
+            return selective_mix(x, directions, height=height).view(grids[0].shape)
+        total: Tensor | None = None
+        for grid, ssm, order in zip(grids, self.ssm, self.directions, strict=True):
+            y = cast(S6, ssm).scan(grid.flatten(1, 2), order, height)
+            total = y if total is None else total + y
+        assert total is not None
+        return (total / len(grids)).view(grids[0].shape)
 
 
 class ImageChannelMixer(nn.Module):
@@ -105,12 +108,12 @@ class ImageChannelMixer(nn.Module):
         super().__init__()
         width, features = expand * dim, window * window
         self.window = window
-        self.in_proj = nn.Linear(dim, 2 * width, bias=False)
+        self.in_proj = Linear(dim, 2 * width, bias=False)
         self.scans = nn.ModuleList(
             DirectionalScan(features, state=state, rank=math.ceil(features / 21), conv=conv) for _ in range(scans // 2)
         )
         self.norm = nn.LayerNorm(width)
-        self.out_proj = nn.Linear(width, dim, bias=False)
+        self.out_proj = Linear(width, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[1:3]
@@ -152,8 +155,8 @@ class FeatureMLP(nn.Module):
 
     def __init__(self, dim: int, ratio: int = 2) -> None:
         super().__init__()
-        self.up = nn.Linear(dim, ratio * dim)
-        self.down = nn.Linear(ratio * dim, dim)
+        self.up = Linear(dim, ratio * dim)
+        self.down = Linear(ratio * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x)))

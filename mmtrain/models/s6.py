@@ -6,10 +6,9 @@ import math
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmtrain.ops import causal_conv1d, selective_scan
+from mmtrain.ops import Direction, selective_mix
 
 #: Steps are initialised log-uniform in this range (Mamba).
 _STEP_RANGE = (1e-3, 1e-1)
@@ -25,7 +24,8 @@ class S6(nn.Module):
     """One selective scan over sequences of ``features`` channels, with its own B, C and Δ.
 
     B_t = Linear_B(x_t), C_t = Linear_C(x_t), Δ_t = softplus(Linear_Δ(x_t)) of rank ``rank``;
-    h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t, y_t = C_t h_t + D x_t. The parameters carry Mamba's names.
+    h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t, y_t = C_t h_t + D x_t. The parameters carry Mamba's names. Calling the
+    module gives them as one direction of :func:`mmtrain.ops.selective_mix`, which runs all of a mixer's at once.
     ``A_log``, ``D`` and the bias of Δ stay in float32 and take no weight decay.
     """
 
@@ -56,22 +56,23 @@ class S6(nn.Module):
         self.A_log.copy_(torch.log(torch.arange(1, self.state + 1, dtype=torch.float32)).expand_as(self.A_log))
         self.D.fill_(1.0)
 
-    def forward(self, x: Tensor, reverse: bool = False) -> Tensor:
-        """Scan x (B, L, features) along L, from the end if ``reverse``; returns y (B, L, features)."""
-        low_rank, b, c = self.x_proj(x).split([self.rank, self.state, self.state], dim=-1)
-        step = F.linear(low_rank, self.dt_proj.weight)
-        y = selective_scan(
-            x.transpose(1, 2),
-            step.transpose(1, 2),
+    def forward(self, order: str = "rows") -> Direction:
+        """What :func:`mmtrain.ops.selective_mix` takes for this scan in an order.
+
+        Copies, which outlive this call: what gathers the parameters of a module for its forward lets go of them after.
+        """
+        return Direction(
+            self.x_proj.weight.clone(),
+            self.dt_proj.weight.clone(),
+            self.dt_proj.bias.float().clone(),
             -torch.exp(self.A_log.float()),
-            b.transpose(1, 2),
-            c.transpose(1, 2),
-            self.D.float(),
-            delta_bias=self.dt_proj.bias.float(),
-            delta_softplus=True,
-            reverse=reverse,
+            self.D.float().clone(),
+            order,
         )
-        return y.transpose(1, 2)
+
+    def scan(self, x: Tensor, order: str = "rows", height: int = 1) -> Tensor:
+        """Scan x (B, L, features) in an order of :mod:`mmtrain.ops.orders`; returns y (B, L, features)."""
+        return selective_mix(x, [self(order)], height=height)
 
 
 class DirectionalScan(nn.Module):
@@ -92,17 +93,11 @@ class DirectionalScan(nn.Module):
             nn.Conv1d(features, features, conv, groups=features) for _ in self.reverse if conv > 0
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, features) → (B, L, features)."""
-        total: Tensor | None = None
-        for i, reverse in enumerate(self.reverse):
-            u = x
-            if self.conv:
-                conv = cast(nn.Conv1d, self.conv[i])
-                u = causal_conv1d(
-                    x.transpose(1, 2), conv.weight.squeeze(1), conv.bias, activation="silu", reverse=reverse
-                ).transpose(1, 2)
-            y = self.ssm[i](u, reverse)
-            total = y if total is None else total + y
-        assert total is not None
-        return total / len(self.reverse) if len(self.reverse) > 1 else total
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """x (B, L, features) → (B, L, features), times SiLU(gate) if there is one."""
+        orders = ("rows_reversed" if reverse else "rows" for reverse in self.reverse)
+        directions = [ssm(order) for ssm, order in zip(self.ssm, orders, strict=True)]
+        for i, conv in enumerate(self.conv):
+            taps = cast(nn.Conv1d, conv)
+            directions[i] = directions[i]._replace(conv=taps.weight.squeeze(1), conv_bias=taps.bias)
+        return selective_mix(x, directions, gate)

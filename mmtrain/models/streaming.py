@@ -142,7 +142,7 @@ def prefill(mixer: SequenceMixer, x: Tensor) -> tuple[Tensor, SequenceState]:
         window = torch.cat([empty.conv, u[:, max(0, u.shape[1] - taps + 1) :].mT.to(empty.conv.dtype)], -1)
         window = window[..., window.shape[-1] - taps + 1 :]
         u = causal_conv1d(u.mT, conv.weight.squeeze(1), conv.bias, activation="silu").mT
-    y = mixer.out_proj(s6(u) * F.silu(gate))
+    y = mixer.out_proj(s6.scan(u) * F.silu(gate))
     return y, SequenceState(window, _last_state(s6, u, empty.ssm))
 
 

@@ -20,6 +20,7 @@ from torch.distributions import StudentT
 from mmtrain.config import TSM2Config
 from mmtrain.models.auxiliary import AuxiliaryInputs
 from mmtrain.models.averaging import MixerStack
+from mmtrain.models.linear import Linear
 from mmtrain.models.mixers import FeatureMLP, SequenceMixer
 from mmtrain.models.stochastic import SampleDropout, name_streams
 
@@ -27,16 +28,13 @@ from mmtrain.models.stochastic import SampleDropout, name_streams
 class TimeMixer(SequenceMixer):
     """The mixer along the patches of x (B, M, P, dim), each variate on its own; causal unless bidirectional."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(0, 1)).view(x.shape)
-
 
 class LinearTimeMixer(nn.Module):
     """One linear map along the patches of x (B, M, P, dim): the time half of the ablation "Mamba + linear time"."""
 
     def __init__(self, patches: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(patches, patches)
+        self.linear = Linear(patches, patches)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x.transpose(-1, -2)).transpose(-1, -2)
@@ -45,10 +43,7 @@ class LinearTimeMixer(nn.Module):
 class VariateMixer(SequenceMixer):
     """The bidirectional mixer along the variates of x (B, M, P, dim), each patch position on its own."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        b, m, p, d = x.shape
-        y = super().forward(x.transpose(1, 2).reshape(b * p, m, d))
-        return y.view(b, p, m, d).transpose(1, 2)
+    axis = 1
 
 
 class TimeFeatureNorm(nn.Module):
@@ -65,10 +60,11 @@ class TimeFeatureNorm(nn.Module):
         self.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-2:]) * self.weight + self.bias
+        shape = x.shape[-2:]
+        return F.layer_norm(x, shape, self.weight.expand(shape), self.bias.expand(shape))
 
 
-class LinearPath(nn.Linear):
+class LinearPath(Linear):
     """From the look-back to the horizon. It starts at 0: as the mean of the look-back, which the window norm takes."""
 
     def reset_parameters(self) -> None:
@@ -102,17 +98,17 @@ class TSM2(nn.Module):
         self.auxiliary = AuxiliaryInputs(c) if c.static_features or c.future_features else None
         length = c.lookback * (1 + (self.auxiliary.parts if self.auxiliary else 0))
         patches = (length - c.patch_size) // c.patch_stride + 1
-        self.embed = nn.Linear(c.patch_size, c.dim)
-        self.embed_missing = nn.Linear(c.patch_size, c.dim, bias=False) if c.mask_input else None
+        self.embed = Linear(c.patch_size, c.dim)
+        self.embed_missing = Linear(c.patch_size, c.dim, bias=False) if c.mask_input else None
         mixers = [mixer for _ in range(c.depth) for mixer in _mixers(c, patches)]
         norms: list[nn.Module] = [TimeFeatureNorm(c.dim) for _ in mixers]
         drops: list[nn.Module] = [SampleDropout(c.dropout) for _ in mixers]
         self.blocks = MixerStack(mixers, norms, drops, c.averaging)
         self.norm = TimeFeatureNorm(c.dim)
         self.head_drop = SampleDropout(c.dropout)
-        self.head = nn.Linear(patches * c.dim, c.horizon)
+        self.head = Linear(patches * c.dim, c.horizon)
         extra = {"point": 0, "quantiles": len(c.quantiles), "student_t": 2}[c.output]
-        self.spread = nn.Linear(patches * c.dim, c.horizon * extra) if extra else None
+        self.spread = Linear(patches * c.dim, c.horizon * extra) if extra else None
         self.linear = LinearPath(c.lookback, c.horizon) if c.linear_path else None
         name_streams(self)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mmtrain.config import ViM2Config
 from mmtrain.models.averaging import MixerStack
 from mmtrain.models.initialise import initialise, reset_module
+from mmtrain.models.linear import Linear
 from mmtrain.models.mixers import FeatureMLP, ImageChannelMixer, ImageTokenMixer
 from mmtrain.models.stochastic import DropPath, name_streams
 
@@ -41,7 +42,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int, out: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
-        self.proj = nn.Linear(4 * dim, out, bias=False)
+        self.proj = Linear(4 * dim, out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         b, h, w, c = x.shape
@@ -73,7 +74,7 @@ class ViM2(nn.Module):
             for dim, tokens, expand in zip(dims, config.token_mixers, config.channel_expand, strict=True)
         )
         self.norm = nn.LayerNorm(dims[-1])
-        self.head = nn.Linear(dims[-1], config.num_classes)
+        self.head = Linear(dims[-1], config.num_classes)
         initialise(self, _LINEAR_STD)
         name_streams(self)
 
@@ -136,7 +137,7 @@ class ViM2(nn.Module):
         """A fresh head for ``num_classes`` classes; 0 leaves the pooled features."""
         old = self.head
         self.config.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()  # type: ignore[assignment]
+        self.head = Linear(self.num_features, num_classes) if num_classes else nn.Identity()  # type: ignore[assignment]
         if isinstance(self.head, nn.Linear):
             self.reset_module(self.head)
             self.head.to(next(self.norm.parameters()).device)

@@ -7,6 +7,18 @@ choice, and ``backend_report()`` tells it. See :mod:`mmtrain.ops.backend`.
 
 from mmtrain.ops.backend import backend_report, scan_backend
 from mmtrain.ops.conv import causal_conv1d
+from mmtrain.ops.linear import linear
+from mmtrain.ops.mix import Direction, selective_mix
 from mmtrain.ops.scan import selective_scan
+from mmtrain.ops.weighted import weighted_sum
 
-__all__ = ["backend_report", "causal_conv1d", "scan_backend", "selective_scan"]
+__all__ = [
+    "Direction",
+    "backend_report",
+    "causal_conv1d",
+    "linear",
+    "scan_backend",
+    "selective_mix",
+    "selective_scan",
+    "weighted_sum",
+]

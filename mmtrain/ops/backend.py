@@ -8,7 +8,7 @@
 
 Environment: ``MMTRAIN_SCAN=auto|reference|parallel|cpu`` overrides the choice (``scan_backend`` overrides that);
 ``MMTRAIN_SCAN_ISA=auto|avx512|avx2|baseline`` narrows the instruction set; ``MMTRAIN_CACHE`` names the folder for a
-library built on first use.
+library built on first use. ``MMTRAIN_FUSE=0`` composes mixers of several operators instead of one.
 """
 
 from __future__ import annotations
@@ -64,6 +64,31 @@ def scan_backend(name: str) -> Iterator[None]:
 def requested() -> str:
     """The backend asked for: by ``scan_backend``, else by ``MMTRAIN_SCAN``, else "auto"."""
     return _override.get() or _checked(os.environ.get("MMTRAIN_SCAN", "").strip() or "auto", "MMTRAIN_SCAN")
+
+
+_fusing: contextvars.ContextVar[bool | None] = contextvars.ContextVar("mmtrain_fusing", default=None)
+
+
+@contextlib.contextmanager
+def fusion(enabled: bool) -> Iterator[None]:
+    """Whether mixers run as one operator in the ``with`` block, where there is one, or composed of several."""
+    token = _fusing.set(enabled)
+    try:
+        yield
+    finally:
+        _fusing.reset(token)
+
+
+@torch.compiler.assume_constant_result
+def fusing() -> bool:
+    """What ``fusion`` says, else ``MMTRAIN_FUSE`` (1 or 0), else True."""
+    chosen = _fusing.get()
+    if chosen is not None:
+        return chosen
+    asked = os.environ.get("MMTRAIN_FUSE", "").strip() or "1"
+    if asked not in {"0", "1"}:
+        raise UserError(f"MMTRAIN_FUSE={asked!r} is neither 1 (mixers as one operator) nor 0 (composed of several)")
+    return asked == "1"
 
 
 # Under torch.compile this runs while tracing and its answer is a constant of the compiled code.

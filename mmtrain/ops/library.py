@@ -42,6 +42,16 @@ class View4(ctypes.Structure):
         return cls(tensor.data_ptr(), (ctypes.c_int64 * 4)(*tensor.stride()))
 
 
+class MixView(ctypes.Structure):
+    """A float32 tensor (outer batch, inner batch, channel, position): address and strides in elements."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 4)]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> MixView:
+        return cls(tensor.data_ptr(), (ctypes.c_int64 * 4)(*tensor.stride()))
+
+
 def _integers(*names: str) -> list[tuple[str, type]]:
     return [(name, ctypes.c_int64) for name in names]
 
@@ -77,11 +87,35 @@ class ConvArgs(ctypes.Structure):
     ]
 
 
+class MixArgs(ctypes.Structure):
+    _fields_ = [
+        *_integers("batch", "inner", "directions", "dim", "length", "state", "rank", "taps", "threads"),
+        ("scale", ctypes.c_double),
+        *[(name, MixView) for name in ("x", "z")],
+        *_pointers("order", "conv", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A", "D"),
+        ("out", MixView),
+        *_pointers("states"),
+        *[(name, MixView) for name in ("dout", "dx", "dz")],
+        *_pointers("dconv", "dconv_bias", "dx_proj", "ddt_proj", "ddt_bias", "dA", "dD"),
+    ]
+
+
+class WeightedSumArgs(ctypes.Structure):
+    _fields_ = [
+        *_integers("count", "size", "threads"),
+        *_pointers("inputs", "weight", "out", "dout", "dinputs", "dweight"),
+    ]
+
+
 ENTRY_POINTS: dict[str, type[ctypes.Structure]] = {
     "scan_forward": ScanArgs,
     "scan_backward": ScanArgs,
     "conv_forward": ConvArgs,
     "conv_backward": ConvArgs,
+    "mix_forward": MixArgs,
+    "mix_backward": MixArgs,
+    "weighted_sum_forward": WeightedSumArgs,
+    "weighted_sum_backward": WeightedSumArgs,
 }
 
 

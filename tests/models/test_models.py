@@ -151,7 +151,7 @@ def test_the_cross_scan_is_four_scans_of_the_grid() -> None:
         grid = u.transpose(1, 2) if columns else u
         sequence = grid.flatten(1, 2)
         sequence = sequence.flip(1) if flip else sequence
-        y = s6(sequence)
+        y = s6.scan(sequence)
         y = (y.flip(1) if flip else y).reshape(grid.shape)
         total = total + (y.transpose(1, 2) if columns else y) / 4
     expected = mixer.out_proj(mixer.norm(total) * nn.functional.silu(gate))

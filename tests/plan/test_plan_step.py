@@ -13,6 +13,7 @@ from mmtrain.config import ModelConfig, TrainConfig
 from mmtrain.config.models import preset
 from mmtrain.inspect.stages import stage_table, total
 from mmtrain.models import build_model
+from mmtrain.ops.backend import fusion
 from mmtrain.plan import autocast as plan_autocast
 from mmtrain.plan.step import Shape, StepCosts, trace_step
 
@@ -39,7 +40,8 @@ def really_saved(config: ModelConfig, samples: int, dtype: torch.dtype | None) -
         return tensor
 
     narrow = torch.autocast("cpu", dtype) if dtype is not None else contextlib.nullcontext()
-    with saved_tensors_hooks(pack, lambda tensor: tensor), narrow:
+    # what is planned is a GPU's step, where mixers are composed of several operators
+    with saved_tensors_hooks(pack, lambda tensor: tensor), fusion(False), narrow:
         if config.name == "tsm2":
             loss = nn.functional.mse_loss(model(torch.randn(samples, 96, 5)).float(), torch.zeros(samples, 24, 5))
         else:

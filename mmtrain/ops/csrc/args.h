@@ -13,6 +13,11 @@ struct View4 {  // a float tensor indexed (batch, group, state, position)
     int64_t batch, group, state, position;  // strides
 };
 
+struct MixView {  // a float tensor indexed (outer batch, inner batch, channel, position)
+    float *data;
+    int64_t outer, inner, channel, position;  // strides
+};
+
 struct ScanArgs {
     int64_t batch, dim, length, state, groups;
     int64_t softplus, reverse, threads;
@@ -42,8 +47,44 @@ struct ConvArgs {
     float *dbias;    // (dim), or null
 };
 
+// The interior of a mixer: for each of the directions k, u_k = silu(conv_k(x)) (or x itself, without conv),
+// (Δ low rank, B, C) = x_proj_k u_k, Δ = softplus(dt_proj_k low + dt_bias_k), y_k the scan of u_k; the result is
+// scale · Σ_k y_k, times silu(z) with a gate. Parameters are contiguous, with the directions first.
+struct MixArgs {
+    int64_t batch, inner;  // sequences: outer times inner ones; inner ones
+    int64_t directions, dim, length, state, rank;
+    int64_t taps;  // of the convolution, or 0
+    int64_t threads;
+    double scale;
+    MixView x, z;          // z.data null: no gate
+    const int64_t *order;  // (directions, length): the position of every step
+    const float *conv, *conv_bias;  // (directions, dim, taps), (directions, dim) or null
+    const float *x_proj;            // (directions, rank + 2 state, dim)
+    const float *dt_proj;           // (directions, dim, rank)
+    const float *dt_bias, *A, *D;   // (directions, dim), (directions, dim, state), (directions, dim)
+    MixView out;                    // forward only
+    float *states;  // (batch, directions, chunks - 1, state, padded dim); null in forward: do not keep them
+    // Backward only. Every gradient is written whole.
+    MixView dout, dx, dz;
+    float *dconv, *dconv_bias, *dx_proj, *ddt_proj, *ddt_bias, *dA, *dD;
+};
+
+struct WeightedSumArgs {
+    int64_t count, size, threads;
+    const float *const *inputs;  // `count` arrays of `size`
+    const float *weight;         // (count)
+    float *out;                  // forward only
+    // Backward only.
+    const float *dout;
+    float *const *dinputs;
+    float *dweight;
+};
+
 // Each returns 0, or 1 when scratch memory could not be had.
-#define MMT_KERNELS(X) X(scan_forward, ScanArgs) X(scan_backward, ScanArgs) X(conv_forward, ConvArgs) X(conv_backward, ConvArgs)
+#define MMT_KERNELS(X)                                                                                     \
+    X(scan_forward, ScanArgs) X(scan_backward, ScanArgs) X(conv_forward, ConvArgs) X(conv_backward, ConvArgs) \
+    X(mix_forward, MixArgs) X(mix_backward, MixArgs)                                                       \
+    X(weighted_sum_forward, WeightedSumArgs) X(weighted_sum_backward, WeightedSumArgs)
 
 // Positions per chunk: the kernel keeps the state at every multiple of it, and recomputes in between.
 // Longer chunks mean fewer saved states and longer runs of memory; the tiles and recomputed states of one chunk (70 KiB

@@ -1,8 +1,11 @@
 // All kernels for one instruction set. Compiled once per set, with -DMMT_ISA=<name> -DMMT_LANES=<floats a vector>;
 // dispatch.cpp picks one at run time.
 #include "conv.h"
+#include "mix_backward.h"
+#include "mix_forward.h"
 #include "scan_backward.h"
 #include "scan_forward.h"
+#include "weighted_sum.h"
 
 #define MMT_CONCAT_(a, b) a##_##b
 #define MMT_CONCAT(a, b) MMT_CONCAT_(a, b)

@@ -13,13 +13,15 @@ namespace MMT_ISA {
 typedef float v4 __attribute__((vector_size(16), may_alias));
 
 struct BackwardTiles {
-    vf u[T], dt[T], dtu[T], slope[T], dy[T];
-    vf gB[T], gA[T];     // Σ_n g B and Σ_n g a h A log2(e)
-    vf dB[T], dC[T];     // partial sums over lanes: lane i belongs to state n + i % 4
-    vf h[T][4], a[T][4];  // h_{t-1} and a_t of the four states at hand
+    // A row more than is used: arrays of exactly 4 KiB would compete for the same lines of the first-level cache.
+    vf u[T + 1], dt[T + 1], dtu[T + 1], slope[T + 1], dy[T + 1];
+    vf y[T + 1];             // Σ_n C h, where it is asked for
+    vf gB[T + 1], gA[T + 1]; // Σ_n g B and Σ_n g a h A log2(e)
+    vf dB[T + 1], dC[T + 1]; // partial sums over lanes: lane i belongs to state n + i % 4
+    vf ah[T + 1][4], a[T + 1][4];  // a_t h_{t-1} and a_t of the four states at hand
 };
 
-template <int K>
+template <int K, bool WithY = false>
 static void backward_states(int rows, BackwardTiles &w, const vf *A, const float *h0, int64_t h0_n, vf *carry, vf *dA,
                             const float *B, int64_t B_t, int64_t B_n, const float *C, int64_t C_t, int64_t C_n) {
     vf A_k[K], h[K], g[K], sum[K];
@@ -31,16 +33,18 @@ static void backward_states(int rows, BackwardTiles &w, const vf *A, const float
     }
     for (int t = 0; t < rows; ++t, B += B_t, C += C_t) {
         const vf dt = w.dt[t], dtu = w.dtu[t], dy = w.dy[t];
-        vf part[4] = {};
+        vf part[4] = {}, sum_y{};
 #pragma GCC unroll 4
         for (int k = 0; k < K; ++k) {
             const vf a = exp2(dt * A_k[k]);
-            w.h[t][k] = h[k];
+            w.ah[t][k] = h[k] = a * h[k];
             w.a[t][k] = a;
-            h[k] = a * h[k] + dtu * B[k * B_n];
+            h[k] += dtu * B[k * B_n];
             part[k] = h[k] * dy;
+            if (WithY) sum_y += h[k] * C[k * C_n];
         }
         w.dC[t] = partial_sums(part[0], part[1], part[2], part[3]);
+        if (WithY) w.y[t] += sum_y;
     }
     for (int t = rows - 1; t >= 0; --t) {
         B -= B_t, C -= C_t;
@@ -49,7 +53,7 @@ static void backward_states(int rows, BackwardTiles &w, const vf *A, const float
 #pragma GCC unroll 4
         for (int k = 0; k < K; ++k) {
             g[k] = dy * C[k * C_n] + g[k];
-            const vf a = w.a[t][k], q = g[k] * (a * w.h[t][k]);
+            const vf a = w.a[t][k], q = g[k] * w.ah[t][k];
             sum[k] += q * dt;
             gA += q * A_k[k];
             gB += g[k] * B[k * B_n];
@@ -140,8 +144,8 @@ static void backward_chunk(const ScanArgs &s, const Plan &plan, const Packed &pa
     load_tile(w.dy, lane(s.dout, s, plan, at), t0, rows);
     for (int t = 0; t < rows; ++t) {
         const vf x = w.dt[t] + bias;
-        w.dt[t] = s.softplus ? softplus(x) : x;
-        w.slope[t] = s.softplus ? sigmoid(x) : splat(1.0f);
+        w.slope[t] = splat(1.0f);
+        w.dt[t] = s.softplus ? softplus_and_slope(x, w.slope[t]) : x;
         w.dtu[t] = w.dt[t] * w.u[t];
         w.gB[t] = w.gA[t] = vf{};
     }

@@ -24,7 +24,7 @@ static void forward_states(int rows, const vf *dt, const vf *dtu, vf *y, const v
 }
 
 struct ForwardTiles {
-    vf u[T], dt[T], dtu[T], y[T];
+    vf u[T + 1], dt[T + 1], dtu[T + 1], y[T + 1];  // a row more than is used, as in BackwardTiles
 };
 
 // One block over one chunk; h is its state.

@@ -12,6 +12,9 @@ struct Lane {  // one batch element and one block of channels of a View3
     int64_t length;
     int lanes;  // channels really there, at most W
     bool reverse;
+    const int64_t *order = nullptr;  // if given, position t of the recurrence is position order[t] in memory
+
+    const float *at(int64_t t) const { return data + (order ? order[t] : reverse ? length - 1 - t : t) * position; }
 
     Lane(const View3 &v, int64_t b, int64_t first_channel, int lanes_, int64_t length_, bool reverse_)
         : data(v.data + b * v.batch + first_channel * v.channel),
@@ -23,6 +26,19 @@ struct Lane {  // one batch element and one block of channels of a View3
 };
 
 static void load_tile(vf *tile, const Lane &s, int64_t start, int rows) {
+    if (s.order) {
+        for (int r = 0; r < rows; ++r) {
+            const float *p = s.data + s.order[start + r] * s.position;
+            if (s.channel == 1) {
+                tile[r] = s.lanes == W ? load(p) : load_first(p, s.lanes);
+            } else {
+                vf v{};
+                for (int i = 0; i < s.lanes; ++i) v[i] = p[i * s.channel];
+                tile[r] = v;
+            }
+        }
+        return;
+    }
     const int64_t first = s.reverse ? s.length - start - rows : start;  // lowest address of the tile
     const int64_t step = s.reverse ? -1 : 1;
     vf *row = s.reverse ? tile + rows - 1 : tile;
@@ -51,6 +67,18 @@ static void load_tile(vf *tile, const Lane &s, int64_t start, int rows) {
 }
 
 static void store_tile(const vf *tile, const Lane &s, int64_t start, int rows) {
+    if (s.order) {
+        for (int r = 0; r < rows; ++r) {
+            float *p = s.data + s.order[start + r] * s.position;
+            if (s.channel == 1 && s.lanes == W)
+                store(p, tile[r]);
+            else if (s.channel == 1)
+                store_first(p, tile[r], s.lanes);
+            else
+                for (int i = 0; i < s.lanes; ++i) p[i * s.channel] = tile[r][i];
+        }
+        return;
+    }
     const int64_t first = s.reverse ? s.length - start - rows : start;
     const int64_t step = s.reverse ? -1 : 1;
     const vf *row = s.reverse ? tile + rows - 1 : tile;
@@ -79,6 +107,39 @@ static void store_tile(const vf *tile, const Lane &s, int64_t start, int rows) {
     } else {
         for (int r = 0; r < rows; ++r, p += s.position, row += step)
             for (int i = 0; i < s.lanes; ++i) p[i * s.channel] = (*row)[i];
+    }
+}
+
+// All channels at once: row r of `to` (blocks vectors) is position start + r. `first` is the lane of the first block.
+static void load_rows(vf *to, const Lane &first, int64_t channels, int64_t start, int rows) {
+    const int64_t blocks = (channels + W - 1) / W;
+    const int rest = (int)(channels - (blocks - 1) * W);
+    if (first.channel == 1) {
+        for (int r = 0; r < rows; ++r, to += blocks) {
+            const float *p = first.at(start + r);
+            for (int64_t block = 0; block < blocks - 1; ++block) to[block] = load(p + block * W);
+            to[blocks - 1] = rest == W ? load(p + (blocks - 1) * W) : load_first(p + (blocks - 1) * W, rest);
+        }
+        return;
+    }
+    Lane lane = first;
+    vf tile[kChunk];
+    for (int64_t block = 0; block < blocks; ++block, lane.data += W * lane.channel) {
+        lane.lanes = block < blocks - 1 ? W : rest;
+        for (int done = 0; done < rows; done += kChunk) {
+            const int n = rows - done < kChunk ? rows - done : (int)kChunk;
+            load_tile(tile, lane, start + done, n);
+            for (int r = 0; r < n; ++r) to[(done + r) * blocks + block] = tile[r];
+        }
+    }
+}
+
+// Ask for rows that will be read block by block: those reads are too far apart for the processor to foresee.
+static void prefetch_rows(const Lane &first, int64_t channels, int64_t start, int rows) {
+    if (first.channel != 1) return;
+    for (int r = 0; r < rows; ++r) {
+        const float *p = first.at(start + r);
+        for (int64_t i = 0; i < channels; i += 16) __builtin_prefetch(p + i);
     }
 }
 

@@ -88,13 +88,28 @@ struct Cross {
 };
 
 // One round of a transposed reduction: lanes that differ in bit `Distance` are added; where that bit is 0 the sums of a
-// come to lie, where it is 1 those of b. Rounds 1 and 2 leave in lane i a partial sum of vector i % 4.
+// come to lie, where it is 1 those of b.
 template <int Distance>
 MMT_INLINE vf pair_sum(vf a, vf b) {
     return permute<Keep<Distance>>(a, b) + permute<Cross<Distance>>(a, b);
 }
 
-MMT_INLINE vf partial_sums(vf a, vf b, vf c, vf d) { return pair_sum<2>(pair_sum<1>(a, b), pair_sum<1>(c, d)); }
+// Within each 128 bits: the elements of a and b in turn (Low: the first two, High: the last two), or their pairs.
+template <int First>
+struct UnpackOne {
+    static constexpr int at(int i) { return (i & 1 ? W : 0) + i / 4 * 4 + First + (i & 3) / 2; }
+};
+template <int First>
+struct UnpackTwo {
+    static constexpr int at(int i) { return (i & 2 ? W : 0) + i / 4 * 4 + First + (i & 1); }
+};
+
+// Lane i of the result is a partial sum of vector i % 4. Shuffles within 128 bits, which cost the least.
+MMT_INLINE vf partial_sums(vf a, vf b, vf c, vf d) {
+    const vf ab = permute<UnpackOne<0>>(a, b) + permute<UnpackOne<2>>(a, b);
+    const vf cd = permute<UnpackOne<0>>(c, d) + permute<UnpackOne<2>>(c, d);
+    return permute<UnpackTwo<0>>(ab, cd) + permute<UnpackTwo<2>>(ab, cd);
+}
 
 // 2^x within 1 ulp for results in the normal range; 0 below, inf above; NaN stays NaN. The polynomial (relative minimax
 // on [-1/2, 1/2], error 2e-9) has constant term exactly 1, so that decays close to 1 carry no systematic error.
@@ -156,8 +171,7 @@ MMT_INLINE vf sigmoid(vf x) {
 }
 
 // log(1 + e^x) = max(x, 0) + log1p(e^-|x|), with log1p(e) = 2 atanh(e / (2 + e)): no cancellation for tiny e.
-MMT_INLINE vf softplus(vf x) {
-    vf e = exp_nonpositive(-vabs(x));
+MMT_INLINE vf softplus_of(vf x, vf e) {  // e = e^-|x|
     vf s = e / (2.0f + e);
     vf z = s * s;
     vf q = splat(0.121447794139f);
@@ -166,6 +180,15 @@ MMT_INLINE vf softplus(vf x) {
     q = q * z + splat(0.199994444847f);
     q = q * z + splat(0.333333373070f);
     return vmax(x, 0.0f) + 2.0f * (s + s * z * q);
+}
+
+MMT_INLINE vf softplus(vf x) { return softplus_of(x, exp_nonpositive(-vabs(x))); }
+
+// softplus and its derivative, the sigmoid, from one exponential.
+MMT_INLINE vf softplus_and_slope(vf x, vf &slope) {
+    vf e = exp_nonpositive(-vabs(x));
+    slope = (x < 0.0f ? e : splat(1.0f)) / (1.0f + e);
+    return softplus_of(x, e);
 }
 
 // Flush subnormals to zero while a kernel runs: decaying states pass through them, at 100 times the cost of a normal.

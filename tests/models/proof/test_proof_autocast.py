@@ -94,23 +94,25 @@ def test_the_recurrence_stays_in_float32(name: str, dtype: torch.dtype) -> None:
         with torch.autocast("cpu", dtype):
             loss = model(x).float().square().mean()
         loss.backward()
-    forward = [(args, out) for op, args, out in seen.calls if op == "selective_scan_fwd"]
-    backward = [(args, out) for op, args, out in seen.calls if op == "selective_scan_bwd"]
-    ssms = [module for module in model.modules() if isinstance(module, S6)]
-    assert len(forward) == len(backward) == len(ssms)
+    forward = [(args, out) for op, args, out in seen.calls if op == "selective_mix_fwd"]
+    backward = [(args, out) for op, args, out in seen.calls if op == "selective_mix_bwd"]
+    ssms = iter([module for module in model.modules() if isinstance(module, S6)])
+    assert len(forward) == len(backward)
     for _, args, out in seen.calls:
         assert {t.dtype for t in [*args, *out] if isinstance(t, Tensor)} == {torch.float32}
-    # modules run in the order in which they are registered
-    for module, (args, (_, states)) in zip(ssms, forward, strict=True):
-        A, D, bias = args[2], args[5], args[6]
-        assert torch.equal(A, -torch.exp(module.A_log))
-        assert torch.equal(D, module.D)
-        assert torch.equal(bias, module.dt_proj.bias)
+    # modules run in the order in which they are registered, those of one mixer together
+    for args, (_, states) in forward:
+        for bias, A, D in zip(*args[6:9], strict=True):
+            module = next(ssms)
+            assert torch.equal(A, -torch.exp(module.A_log))
+            assert torch.equal(D, module.D)
+            assert torch.equal(bias, module.dt_proj.bias)
         if states.numel():
             # numbers that bfloat16 could hold would show a state kept in it
             assert not torch.equal(states, states.to(dtype).float())
+    assert not list(ssms)
     assert any(states.numel() for _, (_, states) in forward)
-    for module in ssms:
+    for module in [module for module in model.modules() if isinstance(module, S6)]:
         for parameter in (module.A_log, module.D, module.dt_proj.bias):
             assert parameter.dtype == torch.float32
             assert parameter.grad is not None

@@ -95,7 +95,47 @@ def conv_samples(backward: bool) -> Iterator[tuple[object, ...]]:
             yield x.requires_grad_(), weight.requires_grad_(), offset, silu, reverse
 
 
+def mix_samples(backward: bool) -> Iterator[tuple[object, ...]]:
+    """Both directions of a sequence with a convolution and a gate; four over a grid without."""
+    for orders, height, taps in (([0, 1], 1, 4), ([0, 1, 2, 3], 5, 0)):
+        k, d, n, r = len(orders), 6, 3, 2
+        x, z = torch.randn(2, 2, 70, 2 * d).split(d, -1)
+        conv = (torch.randn(k, d, taps), torch.randn(k, d)) if taps else (None, None)
+        tensors = [x, z if taps else None, *conv, torch.randn(k, r + 2 * n, d), torch.randn(k, d, r)]
+        tensors += [torch.randn(k, d), -torch.rand(k, d, n) - 0.1, torch.randn(k, d)]
+        if backward:
+            out, states = torch.ops.mmtrain.selective_mix_fwd(*tensors, orders, height, 0.5, True)
+            yield (torch.randn_like(out), *tensors, states, orders, height, 0.5)
+        else:
+            leaves = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
+            yield (*leaves, orders, height, 0.5, True)
+
+
+def linear_samples(backward: bool) -> Iterator[tuple[object, ...]]:
+    for bias in (True, False):
+        x, weight, dy = torch.randn(30, 8), torch.randn(5, 8), torch.randn(30, 5)
+        if backward:
+            yield dy, x, weight, bias, not bias
+        else:
+            yield x.requires_grad_(), weight.requires_grad_(), torch.randn(5) if bias else None
+
+
+def sum_samples(backward: bool) -> Iterator[tuple[object, ...]]:
+    for count in (1, 3):
+        tensors, weight = [torch.randn(2, 7, 5) for _ in range(count)], torch.randn(count)
+        if backward:
+            yield torch.randn(2, 7, 5), tensors, weight
+        else:
+            yield [t.requires_grad_() for t in tensors], weight.requires_grad_()
+
+
 SAMPLES = {
+    "selective_mix_fwd": lambda: mix_samples(backward=False),
+    "selective_mix_bwd": lambda: mix_samples(backward=True),
+    "linear_fwd": lambda: linear_samples(backward=False),
+    "linear_bwd": lambda: linear_samples(backward=True),
+    "weighted_sum_fwd": lambda: sum_samples(backward=False),
+    "weighted_sum_bwd": lambda: sum_samples(backward=True),
     "selective_scan_fwd": lambda: scan_samples(backward=False),
     "selective_scan_bwd": lambda: scan_samples(backward=True),
     "causal_conv1d_fwd": lambda: conv_samples(backward=False),

@@ -1,0 +1,192 @@
+"""``selective_mix``: the interior of a mixer, from its convolution to its gate, for all directions at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmtrain.errors import UserError
+from mmtrain.ops import backend
+from mmtrain.ops.checks import check_floats, check_shape
+from mmtrain.ops.conv import causal_conv1d
+from mmtrain.ops.mix_cpu import selective_mix_fwd
+from mmtrain.ops.orders import NAMES, ORDERS, codes
+from mmtrain.ops.scan import selective_scan
+
+OP = "selective_mix"
+
+
+class Direction(NamedTuple):
+    """One selective scan: its parameters and the order in which it walks. R is the rank of Δ, N the states.
+
+    ``x_proj`` (R + 2N, D) makes the low rank of Δ, B and C; ``dt_proj`` (D, R) and ``dt_bias`` (D,) make
+    Δ = softplus(dt_proj low + dt_bias); ``A`` (D, N), ``D`` (D,); ``order`` one of :data:`mmtrain.ops.orders.NAMES`;
+    ``conv`` (D, K) and ``conv_bias`` (D,): causal taps along that order, with SiLU, before all of it, or None.
+    """
+
+    x_proj: Tensor
+    dt_proj: Tensor
+    dt_bias: Tensor
+    A: Tensor
+    D: Tensor
+    order: str = "rows"
+    conv: Tensor | None = None
+    conv_bias: Tensor | None = None
+
+
+#: Called with (x, directions, height) by every :func:`selective_mix`.
+Observer = Callable[[Tensor, Sequence[Direction], int], None]
+_observers: list[Observer] = []
+
+
+@contextmanager
+def observed(callback: Observer) -> Iterator[None]:
+    """Let ``callback`` see the arguments of every :func:`selective_mix` in the ``with`` block, of all threads."""
+    _observers.append(callback)
+    try:
+        yield
+    finally:
+        _observers.remove(callback)
+
+
+def _check(x: Tensor, directions: Sequence[Direction], z: Tensor | None, height: int) -> None:
+    if x.dim() not in (3, 4) or 0 in x.shape[-2:]:
+        raise UserError(f"{OP}: x has shape {tuple(x.shape)}, expected (batch, [inner batch,] positions, channels)")
+    length, channels = x.shape[-2:]
+    if height < 1 or length % height:
+        raise UserError(f"{OP}: {length} positions make no grid of {height} rows")
+    codes(OP, [direction.order for direction in directions])
+    for i, d in enumerate(directions):
+        named = d._asdict() | {"z": z}
+        del named["order"]
+        where = f"directions[{i}]."
+        check_floats(OP, "x", {"x": x} | {name if name == "z" else where + name: t for name, t in named.items()})
+        if d.A.dim() != 2 or d.A.shape[0] != channels or d.A.shape[1] == 0:
+            raise UserError(f"{OP}: {where}A has shape {tuple(d.A.shape)}, expected (D, N) with D = {channels}")
+        if d.dt_proj.dim() != 2 or d.dt_proj.shape[0] != channels or d.dt_proj.shape[1] == 0:
+            raise UserError(f"{OP}: {where}dt_proj has shape {tuple(d.dt_proj.shape)}, expected (D, R), D = {channels}")
+        check_shape(OP, where + "x_proj", d.x_proj, (d.dt_proj.shape[1] + 2 * d.A.shape[1], channels), "(R + 2N, D)")
+        for name in ("dt_bias", "D", "conv_bias"):
+            if named[name] is not None:
+                check_shape(OP, where + name, named[name], (channels,), "(D,)")
+        if d.conv is not None and (d.conv.dim() != 2 or d.conv.shape[0] != channels or d.conv.shape[1] == 0):
+            raise UserError(f"{OP}: {where}conv has shape {tuple(d.conv.shape)}, expected (D, K) with D = {channels}")
+    if z is not None:
+        check_shape(OP, "z", z, x.shape, "the shape of x")
+
+
+def selective_mix(x: Tensor, directions: Sequence[Direction], z: Tensor | None = None, height: int = 1) -> Tensor:
+    """The mean over the directions of S6_k(SiLU(Conv_k(x))), times SiLU(z) (paper, "The MambaMixer block").
+
+    On the CPU one C++ operator does it all and keeps nothing but x, z and the scans' states at every 64th position:
+    convolutions, projections and gates are computed again in the backward pass. Elsewhere it is composed of
+    ``causal_conv1d``, matrix products and ``selective_scan``.
+
+    Args:
+        x: (Bt, L, D) or (Bt, Inner, L, D), any strides; the positions are those of a grid of ``height`` rows, row by
+            row. So sequences along any axis of a tensor are a transposed view of it, and none of it is copied.
+        directions: at least one; all of them with the same sizes, and either all or none with ``conv``.
+        z: of the shape of x, the gate before its SiLU.
+        height: rows of the grid; 1 for a sequence.
+
+    Returns:
+        Of the shape, dtype and memory layout of x.
+
+    Raises:
+        UserError: shapes, dtypes or devices that do not fit, naming the argument; a backend that cannot run.
+    """
+    _check(x, directions, z, height)
+    for callback in _observers:
+        callback(x, directions, height)
+    if fits_one_operator(x, directions):
+        return _fused(x, directions, z, height)
+    return compose(x, directions, z, height)
+
+
+def fits_one_operator(x: Tensor, directions: Sequence[Direction]) -> bool:
+    """Whether the C++ operator runs: on the CPU, with the cpu backend in force, for directions of equal sizes."""
+    first = directions[0]
+    same = all(
+        d.A.shape == first.A.shape
+        and d.dt_proj.shape == first.dt_proj.shape
+        and (None if d.conv is None else d.conv.shape) == (None if first.conv is None else first.conv.shape)
+        and (d.conv_bias is None) == (first.conv_bias is None)
+        for d in directions
+    )
+    return (
+        same
+        and x.device.type == "cpu"
+        and backend.fusing()
+        and backend.choose("cpu", x.dtype == torch.float64) == "cpu"
+    )
+
+
+def _fused(x: Tensor, directions: Sequence[Direction], z: Tensor | None, height: int) -> Tensor:
+    def stacked(name: str) -> Tensor | None:
+        tensors = [getattr(d, name) for d in directions]
+        if tensors[0] is None:
+            return None
+        return (tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)).float()
+
+    x4, gate = (None if t is None else (t if t.dim() == 4 else t[:, None]).float() for t in (x, z))
+    assert x4 is not None
+    parameters = [stacked(name) for name in ("conv", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A", "D")]
+    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x4, gate, *parameters))
+    orders = [NAMES.index(d.order) for d in directions]
+    with torch.autocast("cpu", enabled=False):
+        out, _ = selective_mix_fwd(x4, gate, *parameters, orders, height, 1 / len(directions), wants_grad)
+    return (out if x.dim() == 4 else out[:, 0]).to(x.dtype)
+
+
+def compose(x: Tensor, directions: Sequence[Direction], z: Tensor | None, height: int) -> Tensor:
+    """:func:`selective_mix` from operators that every backend has. Columns are walked on a transposed copy."""
+    if x.dim() == 4:
+        flat = compose(x.flatten(0, 1), directions, None if z is None else z.flatten(0, 1), height)
+        return flat.view(x.shape)
+    batch, length, channels = x.shape
+    width = length // height
+    by_axis: dict[str, Tensor] = {}
+    for d in directions:
+        order = ORDERS[NAMES.index(d.order)]
+        u = x
+        if order.axis == "columns":
+            u = x.reshape(batch, height, width, channels).transpose(1, 2).reshape(batch, length, channels)
+        y = _scan(convolved(u, d, order.reverse), d, order.reverse)
+        by_axis[order.axis] = by_axis[order.axis] + y if order.axis in by_axis else y
+    total = by_axis.get("rows")
+    if "columns" in by_axis:
+        turned = by_axis["columns"].view(batch, width, height, channels).transpose(1, 2).reshape(x.shape)
+        total = turned if total is None else total + turned
+    assert total is not None
+    mean = total / len(directions) if len(directions) > 1 else total
+    return mean if z is None else mean * F.silu(z)
+
+
+def convolved(u: Tensor, d: Direction, reverse: bool) -> Tensor:
+    """What one direction scans: SiLU(Conv(u)), or u (Bt, L, D) itself without a convolution."""
+    if d.conv is None:
+        return u
+    return causal_conv1d(u.transpose(1, 2), d.conv, d.conv_bias, activation="silu", reverse=reverse).transpose(1, 2)
+
+
+def _scan(u: Tensor, d: Direction, reverse: bool) -> Tensor:
+    """One direction over u (Bt, L, D), whose positions are in its order or the reverse of it."""
+    rank, state = d.dt_proj.shape[1], d.A.shape[1]
+    low_rank, b, c = F.linear(u, d.x_proj).split([rank, state, state], dim=-1)
+    y = selective_scan(
+        u.transpose(1, 2),
+        F.linear(low_rank, d.dt_proj).transpose(1, 2),
+        d.A,
+        b.transpose(1, 2),
+        c.transpose(1, 2),
+        d.D,
+        delta_bias=d.dt_bias,
+        delta_softplus=True,
+        reverse=reverse,
+    )
+    return y.transpose(1, 2)

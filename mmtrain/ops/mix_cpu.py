@@ -1,0 +1,238 @@
+"""The C++ mixer interior as torch custom operators ``mmtrain::selective_mix_fwd`` and ``_bwd`` (float32).
+
+x (Bt, Inner, L, D) and everything of its shape in any strides; parameters with the K directions first. The forward
+keeps the states at every 64th position, (Bt·Inner, K, ceil(L/64) - 1, N, pad16(D)); the backward computes all the rest
+again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from mmtrain.ops import library
+from mmtrain.ops.library import CHANNEL_PAD, CHUNK, MixArgs, MixView
+from mmtrain.ops.orders import positions
+
+
+def _view(tensor: Tensor) -> MixView:
+    """(Bt, Inner, L, D) as the kernels index it: batch, inner batch, channel, position."""
+    return MixView.of(tensor.transpose(2, 3))
+
+
+def _states_shape(x: Tensor, A: Tensor, save_states: bool) -> tuple[int, ...]:
+    padded = (x.shape[3] + CHANNEL_PAD - 1) // CHANNEL_PAD * CHANNEL_PAD
+    boundaries = (x.shape[2] - 1) // CHUNK if save_states else 0
+    return x.shape[0] * x.shape[1], A.shape[0], boundaries, A.shape[2], padded
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return tensor.data_ptr() if tensor is not None and tensor.numel() else None
+
+
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _args(x: Tensor, z: Tensor | None, parameters: list[Tensor | None], order: Tensor, scale: float) -> MixArgs:
+    """Of dense parameters; the caller keeps them alive."""
+    conv, conv_bias, x_proj, dt_proj, dt_bias, A, D = parameters
+    assert A is not None
+    assert dt_proj is not None
+    return MixArgs(
+        batch=x.shape[0] * x.shape[1],
+        inner=x.shape[1],
+        directions=A.shape[0],
+        dim=x.shape[3],
+        length=x.shape[2],
+        state=A.shape[2],
+        rank=dt_proj.shape[2],
+        taps=0 if conv is None else conv.shape[2],
+        scale=scale,
+        x=_view(x),
+        z=MixView() if z is None else _view(z),
+        order=order.data_ptr(),
+        conv=_address(conv),
+        conv_bias=_address(conv_bias),
+        x_proj=_address(x_proj),
+        dt_proj=_address(dt_proj),
+        dt_bias=_address(dt_bias),
+        A=_address(A),
+        D=_address(D),
+    )
+
+
+@torch.library.custom_op("mmtrain::selective_mix_fwd", mutates_args=(), device_types="cpu")
+def selective_mix_fwd(
+    x: Tensor,
+    z: Tensor | None,
+    conv: Tensor | None,
+    conv_bias: Tensor | None,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    orders: list[int],
+    height: int,
+    scale: float,
+    save_states: bool,
+) -> tuple[Tensor, Tensor]:
+    """(out in the layout of x, states); see the module's head."""
+    out = torch.empty_like(x)
+    states = x.new_empty(_states_shape(x, A, save_states))
+    if x.numel():
+        order = positions(tuple(orders), height, x.shape[2] // height)
+        parameters = _dense(conv, conv_bias, x_proj, dt_proj, dt_bias, A, D)
+        args = _args(x, z, parameters, order, scale)
+        args.out, args.states = _view(out), _address(states)
+        library.loaded().call("mix_forward", args)
+    return out, states
+
+
+@selective_mix_fwd.register_fake
+def _(
+    x: Tensor,
+    z: Tensor | None,
+    conv: Tensor | None,
+    conv_bias: Tensor | None,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    orders: list[int],
+    height: int,
+    scale: float,
+    save_states: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(_states_shape(x, A, save_states))
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _empty_gradients(x: Tensor, z: Tensor | None, *parameters: Tensor | None) -> Gradients:
+    """In the layout of x and z, the parameters dense; those of what is absent have no elements."""
+    made = [x.new_empty(0) if p is None else p.new_empty(p.shape) for p in parameters]
+    return torch.empty_like(x), x.new_empty(0) if z is None else torch.empty_like(z), *made  # type: ignore[return-value]
+
+
+@torch.library.custom_op("mmtrain::selective_mix_bwd", mutates_args=(), device_types="cpu")
+def selective_mix_bwd(
+    dout: Tensor,
+    x: Tensor,
+    z: Tensor | None,
+    conv: Tensor | None,
+    conv_bias: Tensor | None,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    states: Tensor,
+    orders: list[int],
+    height: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (x, z, conv, conv_bias, x_proj, dt_proj, dt_bias, A, D); of what is None, without elements."""
+    grads = _empty_gradients(x, z, conv, conv_bias, x_proj, dt_proj, dt_bias, A, D)
+    if not x.numel():
+        for grad in grads:
+            grad.zero_()
+        return grads
+    wanted = _states_shape(x, A, True)
+    if states.shape != wanted:  # a forward without gradients kept none: run it again
+        _, states = selective_mix_fwd(
+            x, z, conv, conv_bias, x_proj, dt_proj, dt_bias, A, D, orders, height, scale, True
+        )
+    order = positions(tuple(orders), height, x.shape[2] // height)
+    parameters = _dense(conv, conv_bias, x_proj, dt_proj, dt_bias, A, D)
+    args = _args(x, z, parameters, order, scale)
+    args.states = _address(states)
+    dx, dz, *rest = grads
+    args.dout, args.dx, args.dz = _view(dout), _view(dx), MixView() if z is None else _view(dz)
+    for name, grad in zip(("conv", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A", "D"), rest, strict=True):
+        setattr(args, f"d{name}", _address(grad))
+    library.loaded().call("mix_backward", args)
+    return grads
+
+
+@selective_mix_bwd.register_fake
+def _(
+    dout: Tensor,
+    x: Tensor,
+    z: Tensor | None,
+    conv: Tensor | None,
+    conv_bias: Tensor | None,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    states: Tensor,
+    orders: list[int],
+    height: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty_gradients(x, z, conv, conv_bias, x_proj, dt_proj, dt_bias, A, D)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.orders, ctx.height, ctx.scale, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, states = ctx.saved_tensors
+    grads = selective_mix_bwd(dout, *tensors, states, ctx.orders, ctx.height, ctx.scale)
+    given = (None if t is None else grad for t, grad in zip(tensors, grads, strict=True))
+    return *given, None, None, None, None
+
+
+selective_mix_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def mix_flops(x: torch.Size, conv: torch.Size | None, x_proj: torch.Size, dt_proj: torch.Size, A: torch.Size) -> int:
+    """Operations of one forward: convolution 2·taps, projections 2 a weight, scan 9·N + 1, for each position, channel
+    and direction."""
+    directions, _, state = A
+    each = 2 * (conv[2] if conv is not None else 0) + 2 * x_proj[1] + 2 * dt_proj[2] + 9 * state + 1
+    return x.numel() * directions * each
+
+
+@register_flop_formula(torch.ops.mmtrain.selective_mix_fwd)
+def _forward_flops(
+    x: torch.Size,
+    z: Any,
+    conv: torch.Size | None,
+    conv_bias: Any,
+    x_proj: torch.Size,
+    dt_proj: torch.Size,
+    dt_bias: Any,
+    A: torch.Size,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return mix_flops(x, conv, x_proj, dt_proj, A)
+
+
+@register_flop_formula(torch.ops.mmtrain.selective_mix_bwd)
+def _backward_flops(
+    dout: Any,
+    x: torch.Size,
+    z: Any,
+    conv: torch.Size | None,
+    conv_bias: Any,
+    x_proj: torch.Size,
+    dt_proj: torch.Size,
+    dt_bias: Any,
+    A: torch.Size,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return 2 * mix_flops(x, conv, x_proj, dt_proj, A)

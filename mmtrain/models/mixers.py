@@ -37,8 +37,8 @@ class SequenceMixer(nn.Module):
         self.out_proj = Linear(width, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        u, gate = (half.transpose(self.axis, -2) for half in self.in_proj(x).chunk(2, dim=-1))
-        return self.out_proj(self.scan(u, gate).transpose(self.axis, -2))
+        mixed = self.scan(self.in_proj(x).transpose(self.axis, -2), gated=True)
+        return self.out_proj(mixed.transpose(self.axis, -2))
 
 
 #: The directions of a scan over an image, as :mod:`mmtrain.ops.orders` names them.

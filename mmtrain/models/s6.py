@@ -93,11 +93,11 @@ class DirectionalScan(nn.Module):
             nn.Conv1d(features, features, conv, groups=features) for _ in self.reverse if conv > 0
         )
 
-    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        """x (B, L, features) → (B, L, features), times SiLU(gate) if there is one."""
+    def forward(self, x: Tensor, gated: bool = False) -> Tensor:
+        """x (B, L, features) → the same; ``gated``: (B, L, 2·features), the second half the gate before its SiLU."""
         orders = ("rows_reversed" if reverse else "rows" for reverse in self.reverse)
         directions = [ssm(order) for ssm, order in zip(self.ssm, orders, strict=True)]
         for i, conv in enumerate(self.conv):
             taps = cast(nn.Conv1d, conv)
             directions[i] = directions[i]._replace(conv=taps.weight.squeeze(1), conv_bias=taps.bias)
-        return selective_mix(x, directions, gate)
+        return selective_mix(x, directions, gated)

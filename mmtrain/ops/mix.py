@@ -54,18 +54,20 @@ def observed(callback: Observer) -> Iterator[None]:
         _observers.remove(callback)
 
 
-def _check(x: Tensor, directions: Sequence[Direction], z: Tensor | None, height: int) -> None:
+def _check(x: Tensor, directions: Sequence[Direction], gated: bool, height: int) -> None:
     if x.dim() not in (3, 4) or 0 in x.shape[-2:]:
         raise UserError(f"{OP}: x has shape {tuple(x.shape)}, expected (batch, [inner batch,] positions, channels)")
     length, channels = x.shape[-2:]
+    if gated and channels % 2:
+        raise UserError(f"{OP}: x has {channels} channels, which are not two halves, the gate the second one")
+    channels //= 2 if gated else 1
     if height < 1 or length % height:
         raise UserError(f"{OP}: {length} positions make no grid of {height} rows")
     codes(OP, [direction.order for direction in directions])
     for i, d in enumerate(directions):
-        named = d._asdict() | {"z": z}
-        del named["order"]
+        named = {name: value for name, value in d._asdict().items() if name != "order"}
         where = f"directions[{i}]."
-        check_floats(OP, "x", {"x": x} | {name if name == "z" else where + name: t for name, t in named.items()})
+        check_floats(OP, "x", {"x": x} | {where + name: t for name, t in named.items()})
         if d.A.dim() != 2 or d.A.shape[0] != channels or d.A.shape[1] == 0:
             raise UserError(f"{OP}: {where}A has shape {tuple(d.A.shape)}, expected (D, N) with D = {channels}")
         if d.dt_proj.dim() != 2 or d.dt_proj.shape[0] != channels or d.dt_proj.shape[1] == 0:
@@ -76,11 +78,9 @@ def _check(x: Tensor, directions: Sequence[Direction], z: Tensor | None, height:
                 check_shape(OP, where + name, named[name], (channels,), "(D,)")
         if d.conv is not None and (d.conv.dim() != 2 or d.conv.shape[0] != channels or d.conv.shape[1] == 0):
             raise UserError(f"{OP}: {where}conv has shape {tuple(d.conv.shape)}, expected (D, K) with D = {channels}")
-    if z is not None:
-        check_shape(OP, "z", z, x.shape, "the shape of x")
 
 
-def selective_mix(x: Tensor, directions: Sequence[Direction], z: Tensor | None = None, height: int = 1) -> Tensor:
+def selective_mix(x: Tensor, directions: Sequence[Direction], gated: bool = False, height: int = 1) -> Tensor:
     """The mean over the directions of S6_k(SiLU(Conv_k(x))), times SiLU(z) (paper, "The MambaMixer block").
 
     On the CPU one C++ operator does it all and keeps nothing but x, z and the scans' states at every 64th position:
@@ -91,21 +91,21 @@ def selective_mix(x: Tensor, directions: Sequence[Direction], z: Tensor | None =
         x: (Bt, L, D) or (Bt, Inner, L, D), any strides; the positions are those of a grid of ``height`` rows, row by
             row. So sequences along any axis of a tensor are a transposed view of it, and none of it is copied.
         directions: at least one; all of them with the same sizes, and either all or none with ``conv``.
-        z: of the shape of x, the gate before its SiLU.
+        gated: the channels of x are twice as many, and the second half of them is the gate z before its SiLU.
         height: rows of the grid; 1 for a sequence.
 
     Returns:
-        Of the shape, dtype and memory layout of x.
+        (..., L, D), dtype and memory layout of x.
 
     Raises:
         UserError: shapes, dtypes or devices that do not fit, naming the argument; a backend that cannot run.
     """
-    _check(x, directions, z, height)
+    _check(x, directions, gated, height)
     for callback in _observers:
-        callback(x, directions, height)
+        callback(x.chunk(2, -1)[0] if gated else x, directions, height)
     if fits_one_operator(x, directions):
-        return _fused(x, directions, z, height)
-    return compose(x, directions, z, height)
+        return _fused(x, directions, gated, height)
+    return compose(x, directions, gated, height)
 
 
 def fits_one_operator(x: Tensor, directions: Sequence[Direction]) -> bool:
@@ -126,28 +126,28 @@ def fits_one_operator(x: Tensor, directions: Sequence[Direction]) -> bool:
     )
 
 
-def _fused(x: Tensor, directions: Sequence[Direction], z: Tensor | None, height: int) -> Tensor:
+def _fused(x: Tensor, directions: Sequence[Direction], gated: bool, height: int) -> Tensor:
     def stacked(name: str) -> Tensor | None:
         tensors = [getattr(d, name) for d in directions]
         if tensors[0] is None:
             return None
         return (tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)).float()
 
-    x4, gate = (None if t is None else (t if t.dim() == 4 else t[:, None]).float() for t in (x, z))
-    assert x4 is not None
+    x4 = (x if x.dim() == 4 else x[:, None]).float()
     parameters = [stacked(name) for name in ("conv", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A", "D")]
-    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x4, gate, *parameters))
+    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x4, *parameters))
     orders = [NAMES.index(d.order) for d in directions]
     with torch.autocast("cpu", enabled=False):
-        out, _ = selective_mix_fwd(x4, gate, *parameters, orders, height, 1 / len(directions), wants_grad)
+        out, _ = selective_mix_fwd(x4, *parameters, orders, height, 1 / len(directions), gated, wants_grad)
     return (out if x.dim() == 4 else out[:, 0]).to(x.dtype)
 
 
-def compose(x: Tensor, directions: Sequence[Direction], z: Tensor | None, height: int) -> Tensor:
+def compose(x: Tensor, directions: Sequence[Direction], gated: bool, height: int) -> Tensor:
     """:func:`selective_mix` from operators that every backend has. Columns are walked on a transposed copy."""
     if x.dim() == 4:
-        flat = compose(x.flatten(0, 1), directions, None if z is None else z.flatten(0, 1), height)
-        return flat.view(x.shape)
+        return compose(x.flatten(0, 1), directions, gated, height).unflatten(0, x.shape[:2])
+    if gated:
+        x, z = x.chunk(2, -1)
     batch, length, channels = x.shape
     width = length // height
     by_axis: dict[str, Tensor] = {}
@@ -164,7 +164,7 @@ def compose(x: Tensor, directions: Sequence[Direction], z: Tensor | None, height
         total = turned if total is None else total + turned
     assert total is not None
     mean = total / len(directions) if len(directions) > 1 else total
-    return mean if z is None else mean * F.silu(z)
+    return mean * F.silu(z) if gated else mean
 
 
 def convolved(u: Tensor, d: Direction, reverse: bool) -> Tensor:

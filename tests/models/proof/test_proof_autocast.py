@@ -102,7 +102,7 @@ def test_the_recurrence_stays_in_float32(name: str, dtype: torch.dtype) -> None:
         assert {t.dtype for t in [*args, *out] if isinstance(t, Tensor)} == {torch.float32}
     # modules run in the order in which they are registered, those of one mixer together
     for args, (_, states) in forward:
-        for bias, A, D in zip(*args[6:9], strict=True):
+        for bias, A, D in zip(*args[5:8], strict=True):
             module = next(ssms)
             assert torch.equal(A, -torch.exp(module.A_log))
             assert torch.equal(D, module.D)

@@ -99,16 +99,17 @@ def mix_samples(backward: bool) -> Iterator[tuple[object, ...]]:
     """Both directions of a sequence with a convolution and a gate; four over a grid without."""
     for orders, height, taps in (([0, 1], 1, 4), ([0, 1, 2, 3], 5, 0)):
         k, d, n, r = len(orders), 6, 3, 2
-        x, z = torch.randn(2, 2, 70, 2 * d).split(d, -1)
+        x = torch.randn(2, 2, 70, 2 * d if taps else d)
         conv = (torch.randn(k, d, taps), torch.randn(k, d)) if taps else (None, None)
-        tensors = [x, z if taps else None, *conv, torch.randn(k, r + 2 * n, d), torch.randn(k, d, r)]
+        tensors = [x, *conv, torch.randn(k, r + 2 * n, d), torch.randn(k, d, r)]
         tensors += [torch.randn(k, d), -torch.rand(k, d, n) - 0.1, torch.randn(k, d)]
+        settings = (orders, height, 0.5, taps > 0)
         if backward:
-            out, states = torch.ops.mmtrain.selective_mix_fwd(*tensors, orders, height, 0.5, True)
-            yield (torch.randn_like(out), *tensors, states, orders, height, 0.5)
+            out, states = torch.ops.mmtrain.selective_mix_fwd(*tensors, *settings, True)
+            yield (torch.randn_like(out), *tensors, states, *settings)
         else:
-            leaves = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
-            yield (*leaves, orders, height, 0.5, True)
+            leaves = [None if t is None else t.requires_grad_() for t in tensors]
+            yield (*leaves, *settings, True)
 
 
 def linear_samples(backward: bool) -> Iterator[tuple[object, ...]]:

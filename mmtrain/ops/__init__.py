@@ -7,7 +7,7 @@ choice, and ``backend_report()`` tells it. See :mod:`mmtrain.ops.backend`.
 
 from mmtrain.ops.backend import backend_report, scan_backend
 from mmtrain.ops.conv import causal_conv1d
-from mmtrain.ops.linear import linear
+from mmtrain.ops.dense import linear
 from mmtrain.ops.mix import Direction, selective_mix
 from mmtrain.ops.scan import selective_scan
 from mmtrain.ops.weighted import weighted_sum

@@ -68,11 +68,11 @@ class ScanArgs(ctypes.Structure):
         *[(name, View4) for name in ("B", "C")],
         *_pointers("D", "bias"),
         ("out", View3),
-        *_pointers("states"),
+        *_pointers("states", "initial", "last"),
         *[(name, View3) for name in ("dout", "du", "ddelta")],
         *_pointers("dA"),
         *[(name, View4) for name in ("dB", "dC")],
-        *_pointers("dD", "dbias"),
+        *_pointers("dD", "dbias", "dlast", "dinitial"),
     ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,8 +27,10 @@ def _check(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    initial_state: Tensor | None,
 ) -> None:
-    check_floats(OP, "u", {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias})
+    named = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
+    check_floats(OP, "u", named | {"initial_state": initial_state})
     if u.dim() != 3 or u.shape[1] == 0 or u.shape[2] == 0:
         raise UserError(f"{OP}: u has shape {tuple(u.shape)}, expected (batch, channels, positions)")
     batch, channels, length = u.shape
@@ -51,6 +55,43 @@ def _check(
             check_shape(OP, name, optional, (channels,), "(D,)")
     if z is not None:
         check_shape(OP, "z", z, (batch, channels, length), "the shape of u")
+    if initial_state is not None:
+        check_shape(OP, "initial_state", initial_state, (batch, channels, state), "(batch, D, N)")
+
+
+@overload
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+    initial_state: Tensor | None = None,
+    return_last_state: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+    initial_state: Tensor | None = None,
+    *,
+    return_last_state: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def selective_scan(
@@ -64,12 +105,14 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     reverse: bool = False,
-) -> Tensor:
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Selective state space recurrence (S6; MambaMixer, arXiv 2403.19888, section 2; Mamba, arXiv 2312.00752).
 
     Δ = delta + delta_bias, through softplus if ``delta_softplus``; then for every channel, with N states,
     h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t and y_t = C_t·h_t + D u_t, times silu(z_t) if z is given.
-    The meaning of the arguments is that of ``selective_scan_fn`` in mamba_ssm, plus ``reverse``.
+    The meaning of the arguments is that of ``selective_scan_fn`` in mamba_ssm, plus ``reverse`` and ``initial_state``.
 
     Args:
         u: (Bt, D, L) input: float32, bfloat16, float16 or float64. A contiguous tensor and the transposed view of a
@@ -82,27 +125,32 @@ def selective_scan(
         delta_bias: (D,).
         delta_softplus: whether Δ passes through softplus.
         reverse: run from the last position to the first; equals flip, scan, flip along L.
+        initial_state: (Bt, D, N), h before the first position (of the recurrence); zeros if not given.
+        return_last_state: return also h after the last position, (Bt, D, N) in float32 (float64 if the input is).
 
     Returns:
-        (Bt, D, L), dtype and memory layout of u. State and sums are float32 (float64 if the input is). The kernel's
-        gradients have the layout of their inputs, and like the output do not depend on the number of threads.
+        (Bt, D, L), dtype and memory layout of u; with ``return_last_state`` a pair of it and the state. State and sums
+        are float32 (float64 if the input is). The kernel's gradients have the layout of their inputs, and like the
+        output do not depend on the number of threads.
 
     Raises:
         UserError: shapes, dtypes or devices that do not fit, naming the argument; a backend that cannot run.
     """
-    _check(u, delta, A, B, C, D, z, delta_bias)
+    _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
     float64 = u.dtype == torch.float64
     compute = torch.float64 if float64 else torch.float32
     B4, C4 = ((t if t.dim() == 4 else t[:, None]).to(compute) for t in (B, C))
-    skip, bias = (None if t is None else t.to(compute) for t in (D, delta_bias))
-    scan_inputs = (u.to(compute), delta.to(compute), A.to(compute), B4, C4, skip, bias)
+    skip, bias, initial = (None if t is None else t.to(compute) for t in (D, delta_bias, initial_state))
+    scan_inputs = (u.to(compute), delta.to(compute), A.to(compute), B4, C4, skip, bias, initial)
     chosen = backend.choose(u.device.type, float64)
     if chosen == "cpu":
         wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in scan_inputs)
-        out, _ = selective_scan_fwd(*scan_inputs, delta_softplus, reverse, wants_grad)
+        out, last, _ = selective_scan_fwd(*scan_inputs, delta_softplus, reverse, wants_grad, return_last_state)
     else:
         plain = selective_scan_parallel if chosen == "parallel" else selective_scan_reference
-        out = layout_like(plain(*scan_inputs, delta_softplus, reverse), u)
+        out, last = plain(*scan_inputs, delta_softplus, reverse)
+        out = layout_like(out, u)
     if z is not None:
         out = out * F.silu(z.to(compute))
-    return out.to(u.dtype)
+    out = out.to(u.dtype)
+    return (out, last) if return_last_state else out

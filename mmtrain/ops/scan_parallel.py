@@ -64,9 +64,10 @@ def selective_scan_parallel(
     C: Tensor,
     D: Tensor | None,
     delta_bias: Tensor | None,
+    initial_state: Tensor | None,
     delta_softplus: bool,
     reverse: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The recurrence of :func:`mmtrain.ops.scan_reference.selective_scan_reference`, with its arguments.
 
     Args:
@@ -74,11 +75,12 @@ def selective_scan_parallel(
         A: (D, N).
         B, C: (Bt, G, N, L); group g serves channels g·D/G to (g+1)·D/G - 1.
         D, delta_bias: (D,) or None.
+        initial_state: (Bt, D, N) or None for zeros.
         delta_softplus: Δ = softplus(delta + delta_bias) instead of delta + delta_bias.
         reverse: run from the last position to the first.
 
     Returns:
-        (Bt, D, L).
+        y (Bt, D, L) and the last state (Bt, D, N).
     """
     if delta_bias is not None:
         delta = delta + delta_bias[:, None]
@@ -91,12 +93,12 @@ def selective_scan_parallel(
     sequences = [*per_channel, *(t.permute(0, 3, 1, 2) for t in (B, C))]
     if reverse:
         sequences = [t.flip(1) for t in sequences]
-    h: Tensor | None = None
+    h = None if initial_state is None else initial_state.reshape(u.shape[0], 1, *A.shape)
     keep_inputs_only = (
         length > CHUNK
         and torch.is_grad_enabled()
         and not torch.compiler.is_exporting()
-        and any(t.requires_grad for t in (A, *sequences))
+        and any(t.requires_grad for t in (A, *sequences, *(() if h is None else (h,))))
     )
     parts = []
     # split, not slices: the gradient of each slice would be a whole sequence of zeros
@@ -111,4 +113,5 @@ def selective_scan_parallel(
     if reverse:
         out = out.flip(1)
     out = out.flatten(2).transpose(1, 2)
-    return out if D is None else out + D[:, None] * u
+    assert h is not None
+    return out if D is None else out + D[:, None] * u, h.reshape(u.shape[0], u.shape[1], -1)

@@ -23,6 +23,7 @@ class Case:
     reverse: bool = False
     softplus: bool = True
     full: bool = True  # with D, z, delta_bias
+    states: bool = False  # with an initial state, and the last one returned
     seed: int = 0
 
 
@@ -49,17 +50,27 @@ def inputs(case: Case) -> dict[str, Tensor]:
     if case.full:
         bias = normal(case.channels) * (1.0 if case.softplus else 0.0)
         tensors |= {"D": normal(case.channels), "z": sequence(), "delta_bias": bias}
+    if case.states:
+        tensors["initial_state"] = normal(case.batch, case.channels, case.state)
     return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
 
 
 def run(case: Case, tensors: dict[str, Tensor], grad: Tensor | None = None) -> dict[str, Tensor]:
-    """{"out": ..., name: gradient} of ``selective_scan``."""
-    out = selective_scan(**tensors, delta_softplus=case.softplus, reverse=case.reverse)
-    if grad is None:
-        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    return {"out": out} | dict(
-        zip(tensors, torch.autograd.grad(out, list(tensors.values()), grad.to(out.dtype)), strict=True)
-    )
+    """{"out": ..., "last": ..., name: gradient} of ``selective_scan``; "last" only with states."""
+    found: dict[str, Tensor] = {}
+    if case.states:
+        found["out"], found["last"] = selective_scan(
+            **tensors, delta_softplus=case.softplus, reverse=case.reverse, return_last_state=True
+        )
+    else:
+        found["out"] = selective_scan(**tensors, delta_softplus=case.softplus, reverse=case.reverse)
+    generator = torch.Generator().manual_seed(1)
+    grads = {name: torch.randn(value.shape, generator=generator) for name, value in found.items()}
+    if grad is not None:
+        grads["out"] = grad
+    outputs = list(found.values())
+    weights = [grads[name].to(value.dtype) for name, value in found.items()]
+    return found | dict(zip(tensors, torch.autograd.grad(outputs, list(tensors.values()), weights), strict=True))
 
 
 def in_float64(case: Case, tensors: dict[str, Tensor], grad: Tensor | None = None) -> dict[str, Tensor]:
@@ -72,7 +83,7 @@ def assert_close(case: Case, found: dict[str, Tensor], expected: dict[str, Tenso
     """Output to 1e-5, gradients to 1e-4 of the largest element; sums of many terms may cancel (absolute floor)."""
     floor = 1e-6 * (case.batch * case.length * case.channels) ** 0.5
     for name, value in expected.items():
-        tolerance = (1e-5 if name == "out" else 1e-4) * value.abs().max().item() + floor * 0.1
+        tolerance = (1e-5 if name in {"out", "last"} else 1e-4) * value.abs().max().item() + floor * 0.1
         error = (found[name].double() - value).abs().max().item()
         assert error <= tolerance, f"{name}: error {error:.3g}, allowed {tolerance:.3g}, {case}"
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scan_cases import Case, assert_close, in_float64, inputs, run
+from torch import Tensor
 
 from mmtrain.ops import scan_backend, selective_scan
 
@@ -24,6 +25,8 @@ BOUNDARIES = [
     Case(batch=2, channels=64, groups=2, state=1, length=1, channels_last=True),
     Case(batch=130, channels=17, length=7, state=16, channels_last=True),
     Case(batch=1, channels=1, length=1, state=70, full=False),
+    Case(channels=33, length=130, state=5, states=True, channels_last=True),
+    Case(batch=1, channels=6, groups=2, length=40, states=True, reverse=True),
 ]
 
 
@@ -48,6 +51,7 @@ def cases(draw: st.DrawFn) -> Case:
         reverse=draw(st.booleans()),
         softplus=draw(st.booleans()),
         full=draw(st.booleans()),
+        states=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
     )
 
@@ -106,6 +110,24 @@ def test_reverse_is_flip_scan_flip(backend: str) -> None:
     with scan_backend(backend):
         expected = selective_scan(**flipped, delta_softplus=True).flip(-1)
         torch.testing.assert_close(selective_scan(**tensors, delta_softplus=True, reverse=True), expected)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "parallel"])
+@pytest.mark.parametrize("cut", [1, 64, 100])
+def test_a_scan_goes_on_from_its_last_state(backend: str, cut: int) -> None:
+    case = Case(length=150, channels_last=True)
+    tensors = {name: t.detach() for name, t in inputs(case).items()}
+    parts: list[dict[str, Tensor]] = [{}, {}]
+    for name, tensor in tensors.items():
+        halves = (tensor, tensor) if tensor.dim() < 3 else (tensor[..., :cut], tensor[..., cut:])
+        for part, half in zip(parts, halves, strict=True):
+            part[name] = half
+    with scan_backend(backend):
+        whole, end = selective_scan(**tensors, delta_softplus=True, return_last_state=True)
+        first, state = selective_scan(**parts[0], delta_softplus=True, return_last_state=True)
+        second, last = selective_scan(**parts[1], delta_softplus=True, initial_state=state, return_last_state=True)
+    torch.testing.assert_close(torch.cat([first, second], -1), whole)
+    torch.testing.assert_close(last, end)
 
 
 def test_odd_strides_are_taken_correctly() -> None:
@@ -251,11 +273,11 @@ def test_empty_batch() -> None:
 def test_backward_without_saved_states_recomputes_them() -> None:
     case = Case(length=150, full=False)
     t = {name: tensor.detach() for name, tensor in inputs(case).items()}
-    args = (t["u"], t["delta"], t["A"], t["B"][:, None], t["C"][:, None], None, None)
-    grad = torch.ones_like(t["u"])
-    states = [torch.ops.mmtrain.selective_scan_fwd(*args, True, False, save)[1] for save in (True, False)]
+    args = (t["u"], t["delta"], t["A"], t["B"][:, None], t["C"][:, None], None, None, None)
+    grad, no_grad = torch.ones_like(t["u"]), torch.empty(0)
+    states = [torch.ops.mmtrain.selective_scan_fwd(*args, True, False, save, False)[2] for save in (True, False)]
     assert states[0].numel() > 0 == states[1].numel()
-    kept, recomputed = (torch.ops.mmtrain.selective_scan_bwd(grad, *args, s, True, False) for s in states)
+    kept, recomputed = (torch.ops.mmtrain.selective_scan_bwd(grad, no_grad, *args, s, True, False) for s in states)
     assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
 
 

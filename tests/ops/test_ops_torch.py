@@ -15,8 +15,10 @@ from mmtrain.ops import causal_conv1d, selective_scan
 @pytest.mark.parametrize("save_states", [True, False])
 def test_scan_opcheck(full: bool, save_states: bool) -> None:
     t = inputs(Case(length=70, channels_last=True, full=full))
-    args = (t["u"], t["delta"], t["A"], t["B"][:, None], t["C"][:, None], t.get("D"), t.get("delta_bias"))
-    result = torch.library.opcheck(torch.ops.mmtrain.selective_scan_fwd.default, (*args, True, True, save_states))
+    args = (t["u"], t["delta"], t["A"], t["B"][:, None], t["C"][:, None], t.get("D"), t.get("delta_bias"), None)
+    result = torch.library.opcheck(
+        torch.ops.mmtrain.selective_scan_fwd.default, (*args, True, True, save_states, False)
+    )
     assert set(result.values()) == {"SUCCESS"}
 
 

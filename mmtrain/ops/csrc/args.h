@@ -27,11 +27,15 @@ struct ScanArgs {
     const float *D, *bias;  // (dim), or null
     View3 out;              // forward only
     float *states;          // states at chunk boundaries, see scan_common.h; null in forward: do not keep them
+    const float *initial;   // (batch, dim, state), contiguous, or null: the state before the first position
+    float *last;            // the same of the state after the last one, or null; forward only
     // Backward only.
     View3 dout, du, ddelta;
     float *dA;  // (dim, state), contiguous
     View4 dB, dC;
     float *dD, *dbias;  // (dim), or null
+    const float *dlast;  // (batch, dim, state), contiguous, or null
+    float *dinitial;     // the same, or null
 };
 
 struct ConvArgs {

@@ -129,7 +129,7 @@ struct Sums {
 };
 
 // One block over one chunk; carry is a_{t+1} g_{t+1} at its end.
-static void backward_chunk(const ScanArgs &s, const Plan &plan, const Packed &packed, BackwardTiles &w, vf *carry,
+static void backward_chunk(const ScanArgs &s, const Plan &plan, const Packed &packed, BackwardTiles &w, vf *carry, vf *initial,
                            const Block &at, int64_t chunk, const Sums &sums) {
     const int64_t N = s.state, slot = at.group * plan.blocks + at.index, columns = sums.columns, t0 = chunk * T;
     const int rows = plan.rows(chunk, s.length);
@@ -137,8 +137,13 @@ static void backward_chunk(const ScanArgs &s, const Plan &plan, const Packed &pa
     const vf *A = packed.A.data + slot * N;
     const vf bias = packed.bias.data[slot], D = packed.D.data[slot];
     const float *h0 = chunk > 0 ? saved_state(s, plan, at, chunk) : nullptr;
-    if (chunk == plan.chunks - 1)
-        for (int64_t n = 0; n < N; ++n) carry[n] = vf{};
+    int64_t h0_n = plan.padded;
+    if (chunk == 0 && s.initial) {
+        read_states(s, plan, s.initial, at, initial);
+        h0 = reinterpret_cast<const float *>(initial);
+        h0_n = W;
+    }
+    if (chunk == plan.chunks - 1) read_states(s, plan, s.dlast, at, carry);
     load_tile(w.u, lane(s.u, s, plan, at), t0, rows);
     load_tile(w.dt, lane(s.delta, s, plan, at), t0, rows);
     load_tile(w.dy, lane(s.dout, s, plan, at), t0, rows);
@@ -150,9 +155,9 @@ static void backward_chunk(const ScanArgs &s, const Plan &plan, const Packed &pa
         w.gB[t] = w.gA[t] = vf{};
     }
     for (int64_t n = 0; n < N; n += 4) {
-        const float *Bn = B.at(t0, n), *Cn = C.at(t0, n), *hn = h0 ? h0 + n * plan.padded : nullptr;
+        const float *Bn = B.at(t0, n), *Cn = C.at(t0, n), *hn = h0 ? h0 + n * h0_n : nullptr;
 #define MMT_BACKWARD(K)                                                                                                  \
-    backward_states<K>(rows, w, A + n, hn, plan.padded, carry + n, sums.dA + n, Bn, B.position, B.state, Cn, C.position, \
+    backward_states<K>(rows, w, A + n, hn, h0_n, carry + n, sums.dA + n, Bn, B.position, B.state, Cn, C.position, \
                        C.state)
         switch (min64(4, N - n)) {
             case 4: MMT_BACKWARD(4); break;
@@ -175,6 +180,7 @@ static void backward_chunk(const ScanArgs &s, const Plan &plan, const Packed &pa
     }
     *sums.dD += sum_D;
     *sums.dbias += sum_bias;
+    if (chunk == 0 && s.dinitial) write_states(s, plan, carry, at, s.dinitial);
     store_tile(w.gB, lane(s.du, s, plan, at), t0, rows);
     store_tile(w.gA, lane(s.ddelta, s, plan, at), t0, rows);
 }
@@ -193,7 +199,7 @@ static void write_sums(const ScanArgs &s, const View4 &v, int64_t b, int64_t g, 
 }
 
 static void backward_task(const ScanArgs &s, const Plan &plan, const Packed &packed, const TaskGrid &grid,
-                          BackwardScratch &scratch, BackwardTiles &tiles, vf *carry, float *chunk_sums, int64_t task) {
+                          BackwardScratch &scratch, BackwardTiles &tiles, vf *carry, vf *initial, float *chunk_sums, int64_t task) {
     const int64_t g = task / grid.splits % grid.groups, run = task / grid.splits / grid.groups, N = s.state;
     const Range blocks = part_of(plan.blocks, task % grid.splits, grid.splits), batch = part_of(s.batch, run, grid.batches);
     const int64_t slot = (run * grid.groups + g) * plan.blocks, columns = scratch.columns;
@@ -206,7 +212,7 @@ static void backward_task(const ScanArgs &s, const Plan &plan, const Packed &pac
             const int64_t t0 = chunk * T, rows = plan.rows(chunk, s.length);
             memset(chunk_sums, 0, 2 * T * columns * sizeof(float));
             for (int64_t i = blocks.first; i < blocks.last; ++i)
-                backward_chunk(s, plan, packed, tiles, carry + (i - blocks.first) * N, {b, g, i}, chunk,
+                backward_chunk(s, plan, packed, tiles, carry + (i - blocks.first) * N, initial, {b, g, i}, chunk,
                                {dA + i * N, dD + i, dbias + i, dB, dC, columns});
             if (grid.splits == 1) {
                 write_sums(s, s.dB, b, g, t0, rows, dB, columns, 1, 0);
@@ -248,12 +254,12 @@ static int scan_backward(const ScanArgs &s) {
     {
         const FlushSubnormals flush;
         Buffer<BackwardTiles> tiles(1);
-        Buffer<vf> carry(ceil_div(plan.blocks, grid.splits) * s.state);
+        Buffer<vf> carry(ceil_div(plan.blocks, grid.splits) * s.state), initial(s.state);
         Buffer<float> chunk_sums(2 * T * scratch.columns);
-        failed = !tiles.data || !carry.data || !chunk_sums.data;
+        failed = !tiles.data || !carry.data || !initial.data || !chunk_sums.data;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < grid.count(); ++task)
-            if (!failed) backward_task(s, plan, packed, grid, scratch, *tiles.data, carry.data, chunk_sums.data, task);
+            if (!failed) backward_task(s, plan, packed, grid, scratch, *tiles.data, carry.data, initial.data, chunk_sums.data, task);
         if (grid.splits > 1) {
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < s.batch * grid.groups * plan.chunks; ++i) {

@@ -70,6 +70,19 @@ static inline float *saved_state(const ScanArgs &s, const Plan &plan, const Bloc
     return s.states + (at.batch * (plan.chunks - 1) + chunk - 1) * s.state * plan.padded + channel;
 }
 
+// States (batch, dim, state) in memory and N vectors of one block, zero in the lanes past the last channel.
+static inline void read_states(const ScanArgs &s, const Plan &plan, const float *from, const Block &at, vf *to) {
+    const int64_t first = at.batch * s.dim + plan.first_channel(at.group, at.index);
+    for (int64_t n = 0; n < s.state; ++n) to[n] = vf{};
+    for (int i = 0; from && i < plan.lanes(at.index); ++i)
+        for (int64_t n = 0; n < s.state; ++n) to[n][i] = from[(first + i) * s.state + n];
+}
+static inline void write_states(const ScanArgs &s, const Plan &plan, const vf *from, const Block &at, float *to) {
+    const int64_t first = at.batch * s.dim + plan.first_channel(at.group, at.index);
+    for (int i = 0; i < plan.lanes(at.index); ++i)
+        for (int64_t n = 0; n < s.state; ++n) to[(first + i) * s.state + n] = from[n][i];
+}
+
 // A * log2(e) (so that exp is 2^x), D and the bias of Δ by block and lane, zero in the lanes past the last channel.
 struct Packed {
     Buffer<vf> A, D, bias;

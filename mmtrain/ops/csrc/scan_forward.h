@@ -35,8 +35,7 @@ static void forward_chunk(const ScanArgs &s, const Plan &plan, const Packed &pac
     const Coefficients B(s.B, s, at.batch, at.group), C(s.C, s, at.batch, at.group);
     const vf *A = packed.A.data + slot * N;
     const vf bias = packed.bias.data[slot], D = packed.D.data[slot];
-    if (chunk == 0)
-        for (int64_t n = 0; n < N; ++n) h[n] = vf{};
+    if (chunk == 0) read_states(s, plan, s.initial, at, h);
     if (s.states && chunk > 0) {
         float *p = saved_state(s, plan, at, chunk);
         for (int64_t n = 0; n < N; ++n) store(p + n * plan.padded, h[n]);
@@ -62,6 +61,7 @@ static void forward_chunk(const ScanArgs &s, const Plan &plan, const Packed &pac
 #undef MMT_FORWARD
     }
     if (s.out.data) store_tile(w.y, lane(s.out, s, plan, at), t0, rows);
+    if (s.last && chunk == plan.chunks - 1) write_states(s, plan, h, at, s.last);
 }
 
 static int scan_forward(const ScanArgs &s) {

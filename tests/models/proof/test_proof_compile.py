@@ -76,13 +76,13 @@ def scan_samples(backward: bool) -> Iterator[tuple[object, ...]]:
         tensors += [-torch.rand(6, 3) - 0.1, torch.randn(2, groups, 3, length), torch.randn(2, groups, 3, length)]
         if not backward:
             tensors = [t.requires_grad_() for t in tensors]
-        optional = (torch.randn(6), torch.randn(6)) if extras else (None, None)
+        optional = (torch.randn(6), torch.randn(6), torch.randn(2, 6, 3)) if extras else (None, None, None)
         flags = (True, groups == 2)
         if not backward:
-            yield (*tensors, *optional, *flags, save)
+            yield (*tensors, *optional, *flags, save, extras)
             continue
-        out, states = torch.ops.mmtrain.selective_scan_fwd(*tensors, *optional, *flags, True)
-        yield (torch.randn_like(out), *tensors, *optional, states, *flags)
+        out, last, states = torch.ops.mmtrain.selective_scan_fwd(*tensors, *optional, *flags, True, extras)
+        yield (torch.randn_like(out), torch.randn_like(last), *tensors, *optional, states, *flags)
 
 
 def conv_samples(backward: bool) -> Iterator[tuple[object, ...]]:

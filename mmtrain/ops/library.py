@@ -62,7 +62,8 @@ def _pointers(*names: str) -> list[tuple[str, type]]:
 
 class ScanArgs(ctypes.Structure):
     _fields_ = [
-        *_integers("batch", "dim", "length", "state", "groups", "softplus", "reverse", "threads"),
+        *_integers("batch", "dim", "length", "state", "groups", "softplus", "reverse", "threads", "accumulate"),
+        *_pointers("order"),
         *[(name, View3) for name in ("u", "delta")],
         *_pointers("A"),
         *[(name, View4) for name in ("B", "C")],

@@ -71,6 +71,30 @@ def test_matches_float64_for_any_shape(case: Case) -> None:
         assert found["delta"].stride() == tensors["delta"].stride()
 
 
+@pytest.mark.slow
+@settings(max_examples=15, deadline=None)
+@given(
+    length=st.integers(1, 2000),
+    channels=st.integers(1, 130),
+    state=st.integers(1, 64),
+    step=st.sampled_from([1e-4, 0.1, 1.0, 30.0]),
+    reverse=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_errors_stay_small_at_length(
+    length: int, channels: int, state: int, step: float, reverse: bool, seed: int
+) -> None:
+    """To 2e-6 of the largest output, and every gradient to 2e-5 of its largest element, for tiny and for large Δ."""
+    case = Case(batch=1, channels=channels, length=length, state=state, reverse=reverse, softplus=False, seed=seed)
+    tensors = inputs(case)
+    tensors["delta"] = (tensors["delta"].detach() * step).requires_grad_()
+    with scan_backend("cpu"):
+        found = run(case, tensors)
+    for name, exact in in_float64(case, tensors).items():
+        error = (found[name].double() - exact).abs().max().item()
+        assert error <= (2e-6 if name == "out" else 2e-5) * exact.abs().max().item(), (name, error, case)
+
+
 def test_reference_is_the_definition() -> None:
     case = Case(batch=2, channels=4, groups=2, length=5, state=3)
     t = {name: tensor.double() for name, tensor in inputs(case).items()}

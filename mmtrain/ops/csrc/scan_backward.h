@@ -181,7 +181,7 @@ static void backward_chunk(const ScanArgs &s, const Plan &plan, const Packed &pa
     *sums.dD += sum_D;
     *sums.dbias += sum_bias;
     if (chunk == 0 && s.dinitial) write_states(s, plan, carry, at, s.dinitial);
-    store_tile(w.gB, lane(s.du, s, plan, at), t0, rows);
+    put_tile(w.gB, lane(s.du, s, plan, at), t0, rows, s.accumulate);
     store_tile(w.gA, lane(s.ddelta, s, plan, at), t0, rows);
 }
 

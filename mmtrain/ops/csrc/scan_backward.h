@@ -6,7 +6,7 @@
 // Every sum has one fixed order, whatever the number of threads: the work is cut into tasks by the sizes alone
 // (TaskGrid), a task adds up in sequence, and partial results of tasks are added in the order of the tasks.
 #pragma once
-#include "scan_common.h"
+#include "scan_segments.h"
 
 namespace MMT_ISA {
 
@@ -102,6 +102,7 @@ struct TaskGrid {
         batches = min64(s.batch, wanted);
         groups = s.groups;
         splits = min64(plan.blocks, ceil_div(wanted, s.batch * s.groups));
+        if (segmented(s, plan)) batches = kSegments;  // a task is then a segment of the one sequence
     }
     int64_t count() const { return batches * groups * splits; }
 };
@@ -201,14 +202,17 @@ static void write_sums(const ScanArgs &s, const View4 &v, int64_t b, int64_t g, 
 static void backward_task(const ScanArgs &s, const Plan &plan, const Packed &packed, const TaskGrid &grid,
                           BackwardScratch &scratch, BackwardTiles &tiles, vf *carry, vf *initial, float *chunk_sums, int64_t task) {
     const int64_t g = task / grid.splits % grid.groups, run = task / grid.splits / grid.groups, N = s.state;
-    const Range blocks = part_of(plan.blocks, task % grid.splits, grid.splits), batch = part_of(s.batch, run, grid.batches);
+    const bool segment = segmented(s, plan);
+    const Range blocks = part_of(plan.blocks, task % grid.splits, grid.splits);
+    const Range batch = segment ? Range{0, 1} : part_of(s.batch, run, grid.batches);
+    const Range chunks = segment ? part_of(plan.chunks, run, kSegments) : Range{0, plan.chunks};
     const int64_t slot = (run * grid.groups + g) * plan.blocks, columns = scratch.columns;
     vf *dA = reinterpret_cast<vf *>(scratch.dA.data) + slot * N;
     vf *dD = reinterpret_cast<vf *>(scratch.dD.data) + slot, *dbias = reinterpret_cast<vf *>(scratch.dbias.data) + slot;
     float *dB = chunk_sums, *dC = chunk_sums + T * columns;
     float *split_sums = scratch.split_sums.data + task * 2 * scratch.rows * columns;
     for (int64_t b = batch.first; b < batch.last; ++b)
-        for (int64_t chunk = plan.chunks - 1; chunk >= 0; --chunk) {
+        for (int64_t chunk = chunks.last - 1; chunk >= chunks.first; --chunk) {
             const int64_t t0 = chunk * T, rows = plan.rows(chunk, s.length);
             memset(chunk_sums, 0, 2 * T * columns * sizeof(float));
             for (int64_t i = blocks.first; i < blocks.last; ++i)
@@ -222,6 +226,48 @@ static void backward_task(const ScanArgs &s, const Plan &plan, const Packed &pac
                 memcpy(split_sums + (scratch.rows + t0) * columns, dC, rows * columns * sizeof(float));
             }
         }
+}
+
+// Only the recurrence of g over one chunk of a single block; returns the sum of Δ.
+static vf carry_chunk(const ScanArgs &s, const Plan &plan, const Packed &packed, BackwardTiles &w, vf *carry, int64_t chunk) {
+    const int64_t t0 = chunk * T;
+    const int rows = plan.rows(chunk, s.length);
+    const Block at{0, 0, 0};
+    const Coefficients C(s.C, s, 0, 0);
+    vf sum{};
+    load_tile(w.dt, lane(s.delta, s, plan, at), t0, rows);
+    load_tile(w.dy, lane(s.dout, s, plan, at), t0, rows);
+    for (int t = 0; t < rows; ++t) {
+        const vf x = w.dt[t] + packed.bias.data[0];
+        w.dt[t] = s.softplus ? softplus(x) : x;
+        sum += w.dt[t];
+    }
+    for (int64_t n = 0; n < s.state; ++n) {
+        vf g = carry[n];
+        for (int t = rows - 1; t >= 0; --t) g = (w.dy[t] * *C.at(t0 + t, n) + g) * exp2(w.dt[t] * packed.A.data[n]);
+        carry[n] = g;
+    }
+    return sum;
+}
+
+// What comes into every segment from the one after it. Called by all threads of a team; one that failed does no work.
+static void backward_borders(const ScanArgs &s, const Plan &plan, const Packed &packed, BackwardTiles *w, Segments &segments,
+                             vf *last, bool failed) {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 1; i < kSegments; ++i) {
+        if (failed) continue;
+        const Range chunks = part_of(plan.chunks, i, kSegments);
+        vf *carry = segments.local.data + i * s.state, sum{};
+        for (int64_t n = 0; n < s.state; ++n) carry[n] = vf{};
+        for (int64_t chunk = chunks.last - 1; chunk >= chunks.first; --chunk)
+            sum += carry_chunk(s, plan, packed, *w, carry, chunk);
+        segments.steps.data[i] = sum;
+    }
+#pragma omp single
+    {
+        read_states(s, plan, s.dlast, {0, 0, 0}, last);
+        segments.join(s, packed, last, true);
+    }
 }
 
 // dA, dD and dbias of one block of channels: the sum over the runs of batch elements, in their order.
@@ -247,7 +293,10 @@ static int scan_backward(const ScanArgs &s) {
     const TaskGrid grid(s, plan);
     const Packed packed(s, plan);
     BackwardScratch scratch(s, plan, grid);
-    if (!packed.ok() || !scratch.ok()) return 1;
+    const bool by_segment = segmented(s, plan);
+    Segments segments(s, by_segment);
+    Buffer<vf> last(s.state);
+    if (!packed.ok() || !scratch.ok() || !segments.ok() || !last.data) return 1;
     const int64_t slots = grid.groups * plan.blocks, sums = scratch.rows * scratch.columns;
     int failed = 0;
 #pragma omp parallel num_threads((int)s.threads) reduction(| : failed)
@@ -257,9 +306,12 @@ static int scan_backward(const ScanArgs &s) {
         Buffer<vf> carry(ceil_div(plan.blocks, grid.splits) * s.state), initial(s.state);
         Buffer<float> chunk_sums(2 * T * scratch.columns);
         failed = !tiles.data || !carry.data || !initial.data || !chunk_sums.data;
+        if (by_segment) backward_borders(s, plan, packed, tiles.data, segments, last.data, failed);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < grid.count(); ++task)
-            if (!failed) backward_task(s, plan, packed, grid, scratch, *tiles.data, carry.data, initial.data, chunk_sums.data, task);
+        for (int64_t task = 0; task < grid.count(); ++task) {
+            vf *own = by_segment ? segments.border.data + task * s.state : carry.data;
+            if (!failed) backward_task(s, plan, packed, grid, scratch, *tiles.data, own, initial.data, chunk_sums.data, task);
+        }
         if (grid.splits > 1) {
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < s.batch * grid.groups * plan.chunks; ++i) {

@@ -1,6 +1,6 @@
 // h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t,  y_t = C_t . h_t + D u_t.
 #pragma once
-#include "scan_common.h"
+#include "scan_segments.h"
 
 namespace MMT_ISA {
 
@@ -64,10 +64,52 @@ static void forward_chunk(const ScanArgs &s, const Plan &plan, const Packed &pac
     if (s.last && chunk == plan.chunks - 1) write_states(s, plan, h, at, s.last);
 }
 
+// A single recurrence by segments.
+static int scan_forward_segments(const ScanArgs &s, const Plan &plan, const Packed &packed) {
+    const int64_t N = s.state;
+    ScanArgs probe = s;  // the first pass: nothing but the state is wanted
+    probe.out.data = probe.states = probe.last = nullptr;
+    probe.initial = nullptr;
+    Segments segments(s, true);
+    Buffer<vf> first(N);
+    if (!segments.ok() || !first.data) return 1;
+    read_states(s, plan, s.initial, {0, 0, 0}, first.data);
+    int failed = 0;
+#pragma omp parallel num_threads((int)s.threads) reduction(| : failed)
+    {
+        const FlushSubnormals flush;
+        Buffer<ForwardTiles> tiles(1);
+        failed = !tiles.data;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < kSegments - 1; ++i) {
+            if (failed) continue;
+            const Range chunks = part_of(plan.chunks, i, kSegments);
+            vf *h = segments.local.data + i * N, sum{};
+            for (int64_t n = 0; n < N; ++n) h[n] = vf{};
+            for (int64_t chunk = chunks.first; chunk < chunks.last; ++chunk) {
+                forward_chunk(probe, plan, packed, *tiles.data, h, {0, 0, 0}, chunk);
+                for (int t = 0; t < plan.rows(chunk, s.length); ++t) sum += tiles.data->dt[t];
+            }
+            segments.steps.data[i] = sum;
+        }
+#pragma omp single
+        segments.join(s, packed, first.data, false);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < kSegments; ++i) {
+            if (failed) continue;
+            const Range chunks = part_of(plan.chunks, i, kSegments);
+            for (int64_t chunk = chunks.first; chunk < chunks.last; ++chunk)
+                forward_chunk(s, plan, packed, *tiles.data, segments.border.data + i * N, {0, 0, 0}, chunk);
+        }
+    }
+    return failed;
+}
+
 static int scan_forward(const ScanArgs &s) {
     const Plan plan(s);
     const Packed packed(s, plan);
     if (!packed.ok()) return 1;
+    if (segmented(s, plan)) return scan_forward_segments(s, plan, packed);
     // The result does not depend on the cut, so it may depend on the number of threads.
     const int64_t splits = min64(plan.blocks, ceil_div(4 * s.threads, s.batch * s.groups));
     const int64_t tasks = s.batch * s.groups * splits, most = ceil_div(plan.blocks, splits);

@@ -1,17 +1,23 @@
-"""Time the C++ selective scan against a log-step parallel scan in plain PyTorch, forward and forward + backward.
+"""Time the C++ selective scan against scans in plain PyTorch, forward and forward + backward.
 
-    python benchmarks/scan_cpu.py [--smoke] [--json FILE] [--no-baseline]
+    python benchmarks/scan_cpu.py [--smoke] [--json FILE] [--no-baseline] [--more] [--reference]
 
-The baseline is the Hillis–Steele scan that one writes without a kernel: log2(L) sweeps over Bt·L·D·N numbers. (The
-reference of mmtrain.ops goes position by position, which takes minutes at these lengths.) A state update is one
-(batch, position, channel, state) of the recurrence. Times are the median of several runs.
+The baseline ("plain") is the Hillis–Steele scan that one writes without a kernel: log2(L) sweeps over Bt·L·D·N numbers.
+``--reference`` times the reference of mmtrain.ops too, which goes position by position and takes minutes at the longer
+lengths. A state update is one (batch, position, channel, state) of the recurrence, with one exponential each; "of exp"
+is the share of the rate at which this machine computes exponentials and nothing else. Memory is what the peak of a
+fresh process grows by in a pass, less the output and the gradients, over the size of the inputs: states and scratch.
+Times are the median of several runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmtrain.ops import backend_report, selective_scan
+from mmtrain.ops import backend_report, scan_backend, selective_scan
+from mmtrain.ops.library import run_exponentials
 
 SIZES = [(224, 63, 64), (4, 3136, 192), (8, 196, 768)]  # Bt, L, D
 MORE_SIZES = [(448, 63, 64), (4000, 7, 64), (256, 192, 49)]
@@ -57,6 +64,15 @@ def kernel_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
     return selective_scan(u, delta, A, B, C, D).transpose(1, 2)
 
 
+def reference_scan(*inputs: Tensor) -> Tensor:
+    """``selective_scan`` position by position, on the same tensors."""
+    with scan_backend("reference"):
+        return kernel_scan(*inputs)
+
+
+SCANS: dict[str, Callable[..., Tensor]] = {"kernel": kernel_scan, "plain": log_step_scan, "reference": reference_scan}
+
+
 def seconds(run: Callable[[], object], budget: float = 2.0, most: int = 15) -> float:
     """Median wall-clock seconds of ``run``, after one warm-up."""
     run()
@@ -68,20 +84,49 @@ def seconds(run: Callable[[], object], budget: float = 2.0, most: int = 15) -> f
     return statistics.median(times)
 
 
-def measure(scan: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[float, float]:
-    """Seconds of the forward alone and of forward + backward."""
+def passes(scan: Callable[..., Tensor], inputs: Sequence[Tensor]) -> dict[str, Callable[[], object]]:
+    """The forward alone and forward + backward, to be called."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    grad = torch.randn_like(inputs[0])
 
     def forward() -> None:
         with torch.no_grad():
             scan(*inputs)
 
-    leaves = [t.detach().requires_grad_() for t in inputs]
-    grad = torch.randn_like(inputs[0])
+    return {"forward": forward, "fwd+bwd": lambda: torch.autograd.grad(scan(*leaves), leaves, grad)}
 
-    def both() -> None:
-        torch.autograd.grad(scan(*leaves), leaves, grad)
 
-    return seconds(forward), seconds(both)
+def peak_growth(name: str, which: str, size: Sequence[int]) -> float:
+    """Bytes by which one pass raises the peak of a fresh process beyond its results, over the bytes of its inputs."""
+    command = [sys.executable, __file__, "--peak-of", name, which, *map(str, size)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def peak_bytes() -> int:
+    """The largest resident size of this process so far. (What getrusage tells a child begins with its parent's.)"""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+def print_peak_growth(name: str, which: str, *size: str) -> None:
+    """What :func:`peak_growth` runs in a process of its own."""
+    batch, length, channels = map(int, size)
+    small = passes(SCANS[name], make_inputs(1, 8, 16))[which]
+    small()  # what is loaded and built once is no part of a pass
+    inputs = make_inputs(batch, length, channels)
+    run = passes(SCANS[name], inputs)[which]
+    before = peak_bytes()
+    run()
+    given = sum(t.nbytes for t in inputs)
+    results = inputs[0].nbytes + (given if which == "fwd+bwd" else 0)
+    print(max(0, peak_bytes() - before - results) / given)
+
+
+def exp_rate() -> float:
+    """Exponentials a second of this machine, by the kernels' own code and threads."""
+    count = 2_000_000_000
+    return count / seconds(lambda: run_exponentials(count), budget=1.0)
 
 
 def main() -> None:
@@ -89,29 +134,51 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as JSON")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--no-baseline", action="store_true", help="time the kernel only (the baseline takes minutes)")
+    parser.add_argument("--reference", action="store_true", help="time the position-by-position reference too")
     parser.add_argument("--more", action="store_true", help="further sizes: short sequences, few channels")
+    parser.add_argument("--peak-of", nargs=5, metavar="X", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.peak_of:
+        print_peak_growth(*args.peak_of)
+        return
 
     report = backend_report()
+    rate = exp_rate()
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
     print("  ".join(f"{key}={value}" for key, value in report.items() if value != ""))
-    print(f"{'(Bt, L, D)':>16}  {'pass':>8}  {'kernel ms':>9}  {'G updates/s':>11}  {'plain ms':>9}  {'ratio':>7}")
+    print(f"exponentials alone: {rate / 1e9:.1f} G/s")
+    print(
+        f"{'(Bt, L, D)':>16}  {'pass':>8}  {'kernel ms':>9}  {'G updates/s':>11}  {'of exp':>6}  {'memory':>6}  "
+        f"{'plain ms':>9}  {'ratio':>7}  {'memory':>6}" + (f"  {'reference ms':>12}" if args.reference else "")
+    )
     rows: list[dict[str, object]] = []
     for size in SMOKE_SIZES if args.smoke else SIZES + (MORE_SIZES if args.more else []):
         batch, length, channels = size
         inputs = make_inputs(batch, length, channels)
-        kernel = measure(kernel_scan, inputs)
-        plain = (None, None) if args.no_baseline else measure(log_step_scan, inputs)
-        for name, fast, slow in zip(("forward", "fwd+bwd"), kernel, plain, strict=True):
-            rate = batch * length * channels * STATE / fast
-            ratio = None if slow is None else slow / fast
+        for which in ("forward", "fwd+bwd"):
+            fast = seconds(passes(kernel_scan, inputs)[which])
+            slow = None if args.no_baseline else seconds(passes(log_step_scan, inputs)[which])
+            oracle = seconds(passes(reference_scan, inputs)[which], most=1) if args.reference else None
+            updates = batch * length * channels * STATE / fast
+            memory = peak_growth("kernel", which, size)
+            plain_memory = None if args.no_baseline else peak_growth("plain", which, size)
             rows.append(
-                {"size": size, "state": STATE, "pass": name, "kernel_s": fast, "plain_s": slow}
-                | {"ratio": ratio, "updates_per_s": rate}
+                {"size": size, "state": STATE, "pass": which, "kernel_s": fast, "plain_s": slow, "reference_s": oracle}
+                | {"ratio": None if slow is None else slow / fast, "updates_per_s": updates}
+                | {"memory_over_inputs": memory, "plain_memory_over_inputs": plain_memory}
             )
-            plain_text = f"{'-':>9}  {'-':>7}" if slow is None else f"{slow * 1e3:9.1f}  {slow / fast:6.1f}x"
-            print(f"{size!s:>16}  {name:>8}  {fast * 1e3:9.2f}  {rate / 1e9:11.2f}  {plain_text}", flush=True)
+            plain = f"{'-':>9}  {'-':>7}  {'-':>6}"
+            if slow is not None:
+                plain = f"{slow * 1e3:9.1f}  {slow / fast:6.1f}x  {plain_memory:5.0f}x"
+            last = "" if oracle is None else f"  {oracle * 1e3:12.0f}"
+            print(
+                f"{size!s:>16}  {which:>8}  {fast * 1e3:9.2f}  {updates / 1e9:11.2f}  {updates / rate:6.0%}  "
+                f"{memory:5.2f}x  {plain}{last}",
+                flush=True,
+            )
     if args.json:
-        args.json.write_text(json.dumps({"backend": report, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+        figures = {"backend": report, "torch": torch.__version__, "exp_per_s": rate, "rows": rows}
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -108,6 +108,10 @@ class WeightedSumArgs(ctypes.Structure):
     ]
 
 
+class ExpRateArgs(ctypes.Structure):
+    _fields_ = [*_integers("count", "threads"), *_pointers("sum")]
+
+
 ENTRY_POINTS: dict[str, type[ctypes.Structure]] = {
     "scan_forward": ScanArgs,
     "scan_backward": ScanArgs,
@@ -117,6 +121,7 @@ ENTRY_POINTS: dict[str, type[ctypes.Structure]] = {
     "mix_backward": MixArgs,
     "weighted_sum_forward": WeightedSumArgs,
     "weighted_sum_backward": WeightedSumArgs,
+    "exp_rate": ExpRateArgs,
 }
 
 
@@ -171,6 +176,13 @@ class KernelLibrary:
         args.threads = torch.get_num_threads()
         if getattr(self._library, f"mmtrain_{name}")(ctypes.byref(args)):
             raise MemoryError(f"mmtrain kernel {name}: out of memory for scratch buffers")
+
+
+def run_exponentials(count: int) -> float:
+    """Compute ``count`` exponentials by all of torch's threads, for benchmarks; returns a sum of some of them."""
+    total = ctypes.c_double()
+    loaded().call("exp_rate", ExpRateArgs(count=count, sum=ctypes.addressof(total)))
+    return total.value
 
 
 @dataclass(frozen=True)

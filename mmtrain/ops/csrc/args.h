@@ -86,11 +86,17 @@ struct WeightedSumArgs {
     float *dweight;
 };
 
+struct ExpRateArgs {
+    int64_t count, threads;  // exponentials, of all threads together
+    double *sum;             // of some of them, so that none is left out
+};
+
 // Each returns 0, or 1 when scratch memory could not be had.
 #define MMT_KERNELS(X)                                                                                     \
     X(scan_forward, ScanArgs) X(scan_backward, ScanArgs) X(conv_forward, ConvArgs) X(conv_backward, ConvArgs) \
     X(mix_forward, MixArgs) X(mix_backward, MixArgs)                                                       \
-    X(weighted_sum_forward, WeightedSumArgs) X(weighted_sum_backward, WeightedSumArgs)
+    X(weighted_sum_forward, WeightedSumArgs) X(weighted_sum_backward, WeightedSumArgs)                        \
+    X(exp_rate, ExpRateArgs)
 
 // Positions per chunk: the kernel keeps the state at every multiple of it, and recomputes in between.
 // Longer chunks mean fewer saved states and longer runs of memory; the tiles and recomputed states of one chunk (70 KiB

@@ -1,0 +1,180 @@
+"""Whole training steps on the CPU, side by side in one process: ours, ours without its kernels, and timm's models.
+
+    python benchmarks/model_steps.py [--batch 4] [--rounds 5] [--json FILE] [--smoke] [--only vision|series]
+
+A step is forward, backward and the release of the gradients, in float32. The models take turns, a step each a round,
+and a row is the median of its rounds, so that whatever slows the machine slows all of them. Beside ViM2-T and TSM2 as
+they run here stand
+
+- "unfused": the same model with the C++ scan, but depthwise convolutions, SiLU, projections, flips, gates, matrix
+  products and weighted averages by PyTorch's own operators;
+- "plain": the same model with the scan in plain PyTorch as well (log-step parallel scan).
+
+The images are 224 × 224, the windows (512 → 96, 7 variates, dim 32, 2 blocks) those of the forecasting tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmtrain.config.models import preset
+from mmtrain.models import build_model, create_model
+from mmtrain.ops import Direction, scan_backend, selective_scan
+from mmtrain.parallel.heap import keep_freed_memory
+
+TIMM = ("swin_tiny_patch4_window7_224", "convnext_tiny", "vit_small_patch16_224")
+
+
+def unfused_mix(x: Tensor, directions: Sequence[Direction], gated: bool = False, height: int = 1) -> Tensor:
+    """``selective_mix`` of PyTorch's own operators around ``selective_scan``: what one writes without more kernels."""
+    if x.dim() == 4:
+        return unfused_mix(x.flatten(0, 1), directions, gated, height).unflatten(0, x.shape[:2])
+    x, *gate = x.chunk(2, -1) if gated else (x,)
+    batch, _, channels = x.shape
+    total = torch.zeros((), dtype=x.dtype)
+    for d in directions:
+        by_column, reverse = d.order.startswith("columns"), d.order.endswith("reversed")
+        u = x.reshape(batch, height, -1, channels).transpose(1, 2).reshape(x.shape) if by_column else x
+        u = u.flip(1) if reverse else u
+        if d.conv is not None:
+            padded = F.pad(u.transpose(1, 2), (d.conv.shape[1] - 1, 0))
+            u = F.silu(F.conv1d(padded, d.conv[:, None], d.conv_bias, groups=channels)).transpose(1, 2)
+        low, b, c = F.linear(u, d.x_proj).split([d.dt_proj.shape[1], d.A.shape[1], d.A.shape[1]], -1)
+        rows = [t.transpose(1, 2) for t in (u, F.linear(low, d.dt_proj), b, c)]
+        y = selective_scan(rows[0], rows[1], d.A, rows[2], rows[3], d.D, delta_bias=d.dt_bias, delta_softplus=True)
+        y = y.transpose(1, 2).flip(1) if reverse else y.transpose(1, 2)
+        total = total + (y.reshape(batch, -1, height, channels).transpose(1, 2).reshape(x.shape) if by_column else y)
+    mean = total / len(directions)
+    return mean * F.silu(gate[0]) if gated else mean
+
+
+def chained_sum(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """``weighted_sum`` of PyTorch's own operators."""
+    total = tensors[0] * weight[0]
+    for w, y in zip(weight[1:], tensors[1:], strict=True):
+        total = torch.addcmul(total, y, w)
+    return total
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    with (
+        mock.patch("mmtrain.models.s6.selective_mix", unfused_mix),
+        mock.patch("mmtrain.models.mixers.selective_mix", unfused_mix),
+        mock.patch("mmtrain.models.averaging.weighted_sum", chained_sum),
+        mock.patch("mmtrain.models.linear.linear", F.linear),
+    ):
+        yield
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    with unfused(), scan_backend("parallel"):
+        yield
+
+
+@contextmanager
+def as_it_is() -> Iterator[None]:
+    yield
+
+
+Mode = Callable[[], "contextmanager"]  # type: ignore[type-arg]
+
+
+def step(model: nn.Module, x: Tensor) -> float:
+    """Seconds of one training step."""
+    begin = time.perf_counter()
+    model(x).square().mean().backward()
+    model.zero_grad(set_to_none=True)
+    return time.perf_counter() - begin
+
+
+def compare(
+    rows: Sequence[tuple[str, nn.Module, Mode]], x: Tensor, rounds: int, few: Sequence[str]
+) -> dict[str, float]:
+    """Median seconds a step of every row; the slow ones in ``few`` take three turns at most."""
+    times: dict[str, list[float]] = {name: [] for name, _, _ in rows}
+    for turn in range(-1, rounds):  # the first is not counted
+        for name, model, mode in rows:
+            if name in few and turn >= 3:
+                continue
+            with mode():
+                spent = step(model, x)
+            if turn >= 0:
+                times[name].append(spent)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def vision(batch: int, rounds: int, smoke: bool) -> dict[str, float]:
+    import timm  # after mmtrain, which makes torchvision importable without its compiled operators
+
+    side = 32 if smoke else 224
+    name = "vim2_nano" if smoke else "vim2_tiny"
+    ours = create_model(name).train()
+    others = () if smoke else TIMM
+    rows: list[tuple[str, nn.Module, Mode]] = [(name, ours, as_it_is), (f"{name} unfused", ours, unfused)]
+    rows += [(f"{name} plain", ours, plain)]
+    rows += [(other, timm.create_model(other).train(), as_it_is) for other in others]
+    found = compare(rows, torch.randn(batch, 3, side, side), rounds, [f"{name} plain"])
+    report("images", batch, found, name, {name: parameters(model) for name, model, _ in rows})
+    return found
+
+
+def series(batch: int, rounds: int, smoke: bool) -> dict[str, float]:
+    size = {"lookback": 96, "dim": 8} if smoke else {"lookback": 512, "dim": 32}
+    config = preset("tsm2", horizon=96, depth=2, **size)
+    ours = build_model(config).train()
+    rows: list[tuple[str, nn.Module, Mode]] = [("tsm2", ours, as_it_is), ("tsm2 unfused", ours, unfused)]
+    rows += [("tsm2 plain", ours, plain)]
+    found = compare(rows, torch.randn(batch, size["lookback"], 7), rounds, ["tsm2 plain"])
+    report("windows", batch, found, "tsm2", {name: parameters(model) for name, model, _ in rows})
+    return found
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def report(what: str, batch: int, found: dict[str, float], ours: str, sizes: dict[str, int]) -> None:
+    print(f"\n{'model':<30}  {'parameters':>10}  {'s a step':>8}  {what + '/s':>10}  {'over ' + ours:>15}")
+    for name, spent in found.items():
+        size = f"{sizes[name] / 1e6:.2f} M"
+        print(f"{name:<30}  {size:>10}  {spent:8.3f}  {batch / spent:10.1f}  {spent / found[ours]:14.2f}x", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--batch", type=int, default=4, help="images a step (default: 4)")
+    parser.add_argument("--windows", type=int, default=64, help="windows a step (default: 64)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as JSON")
+    parser.add_argument("--only", choices=["vision", "series"])
+    parser.add_argument("--smoke", action="store_true", help="tiny models, to see that it runs")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    keep_freed_memory()  # as every training process does
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    rounds = 1 if args.smoke else args.rounds
+    figures: dict[str, dict[str, float]] = {}
+    if args.only != "series":
+        figures["vision"] = vision(1 if args.smoke else args.batch, rounds, args.smoke)
+    if args.only != "vision":
+        figures["series"] = series(2 if args.smoke else args.windows, rounds, args.smoke)
+    if args.json:
+        args.json.write_text(json.dumps({"torch": torch.__version__, "seconds": figures}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

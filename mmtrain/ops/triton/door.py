@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from mmtrain.ops.triton.conv import causal_conv1d_triton_fwd
 from mmtrain.ops.triton.scan import directional_scan_fwd, wants_gradients
 
 
@@ -87,3 +88,19 @@ def directional_scan_triton(
     save = wants_gradients(*tensors)
     out, _, _, _ = directional_scan_fwd(*tensors, delta_softplus, height, width, list(orders), save, False)
     return out
+
+
+def causal_conv1d_triton(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
+    """Depthwise causal convolution, the arguments those of ``mmtrain.ops.causal_conv1d``.
+
+    Args:
+        x: (Bt, D, L), float32, bfloat16 or float16, any strides (channels-last is read in place).
+        weight: (D, W), W <= 8; the last tap meets the current position.
+        bias: (D,).
+        silu: whether SiLU follows.
+        reverse: anti-causal.
+
+    Returns:
+        (Bt, D, L), dtype and layout of x.
+    """
+    return causal_conv1d_triton_fwd(x, weight, bias, silu, reverse)

@@ -13,33 +13,22 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mmtrain.ops.triton import tuning
+from mmtrain.ops.triton.layout import minor, returned
 from mmtrain.ops.triton.scan_launch import (
     Problem,
     Sums,
-    _dense,
     batch_slices,
+    dense,
     merge,
-    minor,
     run_backward,
     run_forward,
     ungate,
 )
 
 
-def positions_adjacent(tensor: Tensor) -> bool:
-    """Whether (..., D, L) is laid out along positions; then the result is, too."""
-    return tensor.stride(-1) == 1 and tensor.stride(-2) != 1
-
-
 def _problem(u: Tensor, B: Tensor, softplus: bool, height: int, width: int, orders: list[int]) -> Problem:
     groups, state = B.shape[2], B.shape[3]
     return Problem(len(orders), groups, u.shape[2] // groups, state, height, width, tuple(orders), softplus)
-
-
-def _returned(dense: Tensor, like: Tensor) -> Tensor:
-    """(..., L, D) dense as (..., D, L) in the layout of ``like``."""
-    out = dense.transpose(-1, -2)
-    return out.contiguous() if positions_adjacent(like) else out
 
 
 @torch.library.custom_op("mmtrain::directional_scan_fwd", mutates_args=())
@@ -70,7 +59,7 @@ def directional_scan_fwd(
     if u.numel():
         u_in, delta, B, C, A = minor(u), minor(delta), minor(B), minor(C), A.contiguous()
         z = None if z is None else minor(z)
-        skip, bias = _dense(D), _dense(delta_bias)
+        skip, bias = dense(D), dense(delta_bias)
         initial = None if initial_state is None else initial_state.transpose(-1, -2).float().contiguous()
         direct = directions == 1 and z is None
         # One direction: its result is the sum, in the dtype of u. Several: float32, so that the sum rounds once.
@@ -103,7 +92,7 @@ def directional_scan_fwd(
     elif last is not None:
         last.zero_()
     return (
-        _returned(out, u),
+        returned(out, u),
         u.new_empty(0, dtype=torch.float32) if last is None else last.transpose(-1, -2),
         states,
         total,
@@ -136,7 +125,7 @@ def _(
     batch, directions, dim, length = delta.shape
     last = u.new_empty(batch, directions, problem.state, dim, dtype=torch.float32).transpose(-1, -2)
     return (
-        _returned(u.new_empty(batch, length, dim), u),
+        returned(u.new_empty(batch, length, dim), u),
         last if want_last else u.new_empty(0, dtype=torch.float32),
         u.new_empty(_states_shape(problem, batch, save), dtype=torch.float32),
         u.new_empty(batch if save and z is not None else 0, length, dim),
@@ -187,7 +176,7 @@ def directional_scan_bwd(
         dy, dz = dtotal.transpose(-1, -2), dz.transpose(-1, -2)
     dy = dy[:, None]
     u, delta_in, B_in, C_in, A_in = minor(u), minor(delta), minor(B), minor(C), A.contiguous()
-    skip, bias = _dense(D), _dense(delta_bias)
+    skip, bias = dense(D), dense(delta_bias)
     dlast = None if dlast is None else dlast.transpose(-1, -2).float().contiguous()
     initial, dinitial = None, None
     if initial_state is not None:

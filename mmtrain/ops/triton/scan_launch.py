@@ -24,13 +24,6 @@ BUFFER_BYTES = 512 * 2**20  # per-direction results are kept for so many batch e
 MERGE_BLOCK = 1024
 
 
-def minor(tensor: Tensor) -> Tensor:
-    """``tensor``, or a copy, with its last dimension but one adjacent in memory."""
-    if tensor.stride(-2) == 1 or tensor.shape[-2] == 1:
-        return tensor
-    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
-
-
 @dataclass(frozen=True)
 class Problem:
     """A scan's sizes and what it is to do. channels: of one group."""
@@ -113,7 +106,7 @@ def _row_strides(tensor: Tensor) -> tuple[int, int, int, int]:
     return tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(4)
 
 
-def _dense(tensor: Tensor | None) -> Tensor | None:
+def dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 

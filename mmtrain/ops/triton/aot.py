@@ -53,7 +53,7 @@ class Case:
     dtype: str
     variant: str
     constants: dict[str, Any]
-    warps: int
+    options: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ def cases(arch: str, dtypes: tuple[str, ...] = DTYPES, states: tuple[int, ...] =
                 launch = tuning.lookup(kernel, name, arch)
                 flags = dict.fromkeys(("HAS_SKIP", "HAS_BIAS", "HAS_INITIAL", "SAVE", "SAVE_LAST"), True)
                 constants = _scan_constants(state, launch) | flags | {"CHUNK": tuning.CHUNK}
-                yield Case(kernel, scan_forward, dtype, f"N={state}", constants, launch.warps)
+                yield Case(kernel, scan_forward, dtype, f"N={state}", constants, launch.options())
             launch = tuning.lookup("scan_forward", name, arch)
             for backward in (False, True):
                 constants = _scan_constants(state, launch) | {"HAS_BIAS": True, "BACKWARD": backward}
                 variant = f"N={state} {'backward' if backward else 'forward'}"
-                yield Case("split_local", split_local, dtype, variant, constants, launch.warps)
+                yield Case("split_local", split_local, dtype, variant, constants, launch.options())
             launch = tuning.lookup("scan_backward", name, arch)
             for extra in (False, True):
                 flags = dict.fromkeys(("HAS_SKIP", "HAS_BIAS"), True) | dict.fromkeys(
@@ -98,22 +98,24 @@ def cases(arch: str, dtypes: tuple[str, ...] = DTYPES, states: tuple[int, ...] =
                 constants = _scan_constants(state, launch) | flags
                 constants |= {"CHUNK": tuning.CHUNK, "TILE_T": 8, "FOLD": launch.fold}
                 variant = f"N={state}{' with states' if extra else ''}"
-                yield Case("scan_backward", scan_backward, dtype, variant, constants, launch.warps)
+                yield Case("scan_backward", scan_backward, dtype, variant, constants, launch.options())
         for directions in (1, 4):
             constants = {"DIRECTIONS": directions, "HAS_GATE": True, "SAVE": True, "BLOCK": 1024}
-            yield Case("merge_directions", merge_directions, dtype, f"K={directions}", constants, 4)
-        yield Case("gate_backward", gate_backward, dtype, "", {"BLOCK": 1024}, 4)
+            yield Case("merge_directions", merge_directions, dtype, f"K={directions}", constants, {"num_warps": 4})
+        yield Case("gate_backward", gate_backward, dtype, "", {"BLOCK": 1024}, {"num_warps": 4})
         for width in (4, 8):
             taps: dict[str, Any] = {"WIDTH": width, "HAS_BIAS": True, "SILU": True, "REVERSE": True}
             launch = tuning.lookup("conv_forward", "any", arch)
             constants = taps | {"BLOCK_T": launch.unroll, "BLOCK_D": launch.block_d}
-            yield Case("conv_forward", conv_forward, dtype, f"W={width}", constants, launch.warps)
+            yield Case("conv_forward", conv_forward, dtype, f"W={width}", constants, launch.options())
             launch = tuning.lookup("conv_backward", "any", arch)
             constants = taps | {"UNROLL": launch.unroll, "BLOCK_D": launch.block_d}
-            yield Case("conv_backward", conv_backward, dtype, f"W={width}", constants, launch.warps)
+            yield Case("conv_backward", conv_backward, dtype, f"W={width}", constants, launch.options())
     for backward in (False, True):
         constants = {"STATE": 16, "HAS_INITIAL": True, "BACKWARD": backward, "BLOCK": 128}
-        yield Case("split_carry", split_carry, "fp32", "backward" if backward else "forward", constants, 4)
+        yield Case(
+            "split_carry", split_carry, "fp32", "backward" if backward else "forward", constants, {"num_warps": 4}
+        )
 
 
 def compile_case(case: Case, arch: int) -> Usage:
@@ -137,14 +139,14 @@ def compile_case(case: Case, arch: int) -> Usage:
         if pointer or (DIVISIBLE.fullmatch(name) and not parameter.do_not_specialize):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, case.constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": case.warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options)
     registers, stack = resource_usage(compiled.asm["cubin"])
     return Usage(
         case.kernel,
         case.dtype,
         case.variant,
         f"sm_{arch}",
-        case.warps,
+        case.options["num_warps"],
         registers,
         compiled.metadata.shared,
         stack,

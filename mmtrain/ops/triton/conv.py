@@ -41,7 +41,7 @@ def causal_conv1d_triton_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, sil
             REVERSE=reverse,
             BLOCK_T=launch.unroll,
             BLOCK_D=launch.block_d,
-            num_warps=launch.warps,
+            **launch.options(),
         )
     return returned(out, x)
 
@@ -96,7 +96,7 @@ def causal_conv1d_triton_bwd(
         REVERSE=reverse,
         UNROLL=launch.unroll,
         BLOCK_D=launch.block_d,
-        num_warps=launch.warps,
+        **launch.options(),
     )
     return (
         dx.transpose(1, 2),

@@ -1,6 +1,6 @@
 """The directional scan as torch custom operators: eager, torch.compile, fake tensors, autograd, FLOP counts.
 
-``mmtrain::directional_scan_fwd`` returns (out, last_state, states, total); ``states`` (Bt, K, ceil(L/chunk), N, D) and
+``mmtrain::directional_scan_fwd`` returns (out, last_state, states, total); ``states`` (Bt, K, ceil(L/chunk), D, N) and
 ``total`` (Bt, L, D: the sum over directions before the gate) are for the backward and empty when not asked for.
 """
 
@@ -53,14 +53,14 @@ def directional_scan_fwd(
     problem = _problem(u, B, delta_softplus, height, width, orders)
     batch, directions, dim, length = delta.shape
     out = u.new_empty(batch, length, dim)
-    last = u.new_empty(batch, directions, problem.state, dim, dtype=torch.float32) if want_last else None
+    last = u.new_empty(batch, directions, dim, problem.state, dtype=torch.float32) if want_last else None
     states = u.new_empty(_states_shape(problem, batch, save), dtype=torch.float32)
     total = u.new_empty(batch if save and z is not None else 0, length, dim)
     if u.numel():
         u_in, delta, B, C, A = minor(u), minor(delta), minor(B), minor(C), A.contiguous()
         z = None if z is None else minor(z)
         skip, bias = dense(D), dense(delta_bias)
-        initial = None if initial_state is None else initial_state.transpose(-1, -2).float().contiguous()
+        initial = None if initial_state is None else initial_state.float().contiguous()
         direct = directions == 1 and z is None
         # One direction: its result is the sum, in the dtype of u. Several: float32, so that the sum rounds once.
         part_dtype = u.dtype if directions == 1 else torch.float32
@@ -93,14 +93,14 @@ def directional_scan_fwd(
         last.zero_()
     return (
         returned(out, u),
-        u.new_empty(0, dtype=torch.float32) if last is None else last.transpose(-1, -2),
+        u.new_empty(0, dtype=torch.float32) if last is None else last,
         states,
         total,
     )
 
 
 def _states_shape(problem: Problem, batch: int, save: bool) -> tuple[int, ...]:
-    return batch, problem.directions, problem.chunks() if save else 0, problem.state, problem.dim
+    return batch, problem.directions, problem.chunks() if save else 0, problem.dim, problem.state
 
 
 @directional_scan_fwd.register_fake
@@ -123,7 +123,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     problem = _problem(u, B, delta_softplus, height, width, orders)
     batch, directions, dim, length = delta.shape
-    last = u.new_empty(batch, directions, problem.state, dim, dtype=torch.float32).transpose(-1, -2)
+    last = u.new_empty(batch, directions, dim, problem.state, dtype=torch.float32)
     return (
         returned(u.new_empty(batch, length, dim), u),
         last if want_last else u.new_empty(0, dtype=torch.float32),
@@ -177,10 +177,10 @@ def directional_scan_bwd(
     dy = dy[:, None]
     u, delta_in, B_in, C_in, A_in = minor(u), minor(delta), minor(B), minor(C), A.contiguous()
     skip, bias = dense(D), dense(delta_bias)
-    dlast = None if dlast is None else dlast.transpose(-1, -2).float().contiguous()
+    dlast = None if dlast is None else dlast.float().contiguous()
     initial, dinitial = None, None
     if initial_state is not None:
-        initial = initial_state.transpose(-1, -2).float().contiguous()
+        initial = initial_state.float().contiguous()
         dinitial = torch.empty_like(initial)
     shared = u.shape[1] < directions
     du = u.new_empty(batch, u.shape[1], length, dim)
@@ -224,9 +224,7 @@ def directional_scan_bwd(
         if delta_bias is None
         else _added([s.dbias for s in sums if s.dbias is not None]).to(delta_bias.dtype),
         dz,
-        u.new_empty(0)
-        if dinitial is None or initial_state is None
-        else dinitial.to(initial_state.dtype).transpose(-1, -2),
+        u.new_empty(0) if dinitial is None or initial_state is None else dinitial.to(initial_state.dtype),
     )
 
 
@@ -255,7 +253,8 @@ def _empty_gradients(
 
     dD, dbias = (u.new_empty(0) if p is None else p.new_empty(p.shape) for p in (D, delta_bias))
     dA = A.new_empty(A.shape)
-    return swapped(u), swapped(delta), dA, swapped(B), swapped(C), dD, dbias, swapped(z), swapped(initial_state)
+    dinitial = u.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
+    return swapped(u), swapped(delta), dA, swapped(B), swapped(C), dD, dbias, swapped(z), dinitial
 
 
 @directional_scan_bwd.register_fake

@@ -1,7 +1,7 @@
 """Launching the scan kernels: memory layouts, buffers, how the work is cut. No autograd here.
 
 Inside, sequences are (Bt, K, L, D) with channels adjacent, B and C (Bt, K, G, L, N) with states adjacent, states
-(Bt, K, ..., N, D). Channels-last tensors, which is what models give, are read in place; others are copied once, since
+(Bt, K, ..., D, N). Channels-last tensors, which is what models give, are read in place; others are copied once, since
 a warp reads 32 channels of one position, and 32 separate cache lines would cost more than the copy.
 """
 
@@ -122,9 +122,9 @@ def split_starts(
     initial: Tensor | None,
     backward: bool,
 ) -> Tensor:
-    """The state at the start (backwards: at the end) of every split, (Bt, K, splits, N, D) float32."""
+    """The state at the start (backwards: at the end) of every split, (Bt, K, splits, D, N) float32."""
     batch, dim, state = delta.shape[0], problem.dim, problem.state
-    ends = delta.new_empty(batch, problem.directions, split.count, state, dim, dtype=torch.float32)
+    ends = delta.new_empty(batch, problem.directions, split.count, dim, state, dtype=torch.float32)
     steps = delta.new_empty(batch, problem.directions, split.count, dim, dtype=torch.float32)
     split_local[(problem.programs(launch, batch) * split.count,)](
         value,
@@ -141,7 +141,6 @@ def split_starts(
         *problem.sizes(),
         split.count,
         split.length,
-        1,
         STATE=state,
         SOFTPLUS=problem.softplus,
         HAS_BIAS=bias is not None,
@@ -149,7 +148,7 @@ def split_starts(
         UNROLL=launch.unroll,
         BLOCK_D=launch.block_d,
         BLOCK_N=triton.next_power_of_2(state),
-        num_warps=launch.warps,
+        **launch.options(),
     )
     split_carry[(-(-state * dim // 128) * batch * problem.directions,)](
         ends,
@@ -221,7 +220,7 @@ def run_forward(
         UNROLL=launch.unroll,
         BLOCK_D=launch.block_d,
         BLOCK_N=triton.next_power_of_2(problem.state),
-        num_warps=launch.warps,
+        **launch.options(),
     )
 
 
@@ -253,7 +252,7 @@ def run_backward(
 ) -> tuple[Tensor, Sums]:
     """Fill du, ddelta (Bt, K, L, D) dense and dinitial; return dB and dC, (Bt, K, G, L, 2, N), and the sums.
 
-    dy: (Bt, 1, D, L), channels adjacent. dlast, initial: (Bt, K, N, D) dense.
+    dy: (Bt, 1, D, L), channels adjacent. dlast, initial: (Bt, K, D, N) dense.
     """
     batch, device, state, dim, directions = delta.shape[0], delta.device, problem.state, problem.dim, problem.directions
     arch = tuning.architecture(device)
@@ -313,7 +312,6 @@ def run_backward(
         *problem.sizes(),
         split.count,
         split.length,
-        1,
         STATE=state,
         SOFTPLUS=problem.softplus,
         HAS_SKIP=skip is not None,
@@ -326,7 +324,7 @@ def run_backward(
         TILE_T=min(8, chunk),
         BLOCK_D=launch.block_d,
         BLOCK_N=block_n,
-        num_warps=launch.warps,
+        **launch.options(),
     )
     sums = Sums(dA.sum(0), None if dskip is None else dskip.sum(0), None if dbias is None else dbias.sum(0))
     return dBC[0] if blocks == 1 else dBC.sum(0), sums

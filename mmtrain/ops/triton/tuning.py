@@ -27,13 +27,18 @@ class Launch:
 
     block_d: channels of a program. warps: of 32 threads. unroll: positions whose loads are issued together (in the
     backward kernel: whose states are in registers together; 1, 2, 4 or 8). fold: the backward kernel first adds this
-    many channels within a thread.
+    many channels within a thread. registers: at most so many a thread; 0: as many as the compiler likes.
     """
 
     block_d: int
     warps: int
     unroll: int = 1
     fold: int = 1
+    registers: int = 0
+
+    def options(self) -> dict[str, int]:
+        """As Triton's launch takes them."""
+        return {"num_warps": self.warps} | ({"maxnreg": self.registers} if self.registers else {})
 
 
 _override: dict[str, Launch] = {}

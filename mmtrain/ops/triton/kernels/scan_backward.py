@@ -60,7 +60,7 @@ def fold(tensor, TIMES: tl.constexpr):
         return tl.sum(tl.reshape(tensor, [TIMES, tensor.shape[0] // TIMES, tensor.shape[1]]), axis=0)
 
 
-@triton.jit(do_not_specialize=["one"])
+@triton.jit
 def scan_backward(
     dy,  # (Bt, L, D): strides dy_b, dy_t; the same for every direction; channels adjacent, as everywhere below
     u,  # (Bt, K or 1, L, D): strides u_b, u_k (0 if shared), u_t
@@ -70,9 +70,9 @@ def scan_backward(
     C,  # (Bt, K, G, L, N)
     skip,  # (K, D) dense, if HAS_SKIP
     bias,  # (K, D) dense, if HAS_BIAS
-    initial,  # (Bt, K, N, D) dense float32, if HAS_INITIAL: the state before position 0
-    states,  # (Bt, K, chunks, N, D) dense float32: the state before every chunk (the first is not read)
-    incoming,  # (Bt, K, splits, N, D) dense float32, if HAS_INCOMING: s at the end of every split
+    initial,  # (Bt, K, D, N) dense float32, if HAS_INITIAL: the state before position 0
+    states,  # (Bt, K, chunks, D, N) dense float32: the state before every chunk (the first is not read)
+    incoming,  # (Bt, K, splits, D, N) dense float32, if HAS_INCOMING: s at the end of every split
     scratch,  # (programs, 2 · CHUNK + CHUNK / UNROLL · BLOCK_N, BLOCK_D) float32
     du,  # (Bt, K, L, D) dense: result per direction
     ddelta,  # (Bt, K, L, D) dense: result
@@ -80,7 +80,7 @@ def scan_backward(
     dBC,  # (blocks, Bt, K, G, L, 2, N) dense float32: partial sums of dB and dC
     dskip,  # (parts, K, D) dense float32, if HAS_SKIP: partial sums
     dbias,  # (parts, K, D) dense float32, if HAS_BIAS: partial sums
-    dinitial,  # (Bt, K, N, D) dense float32, if HAS_INITIAL: result
+    dinitial,  # (Bt, K, D, N) dense float32, if HAS_INITIAL: result
     dy_b,
     dy_t,
     u_b,
@@ -107,7 +107,6 @@ def scan_backward(
     orders,  # two bits a direction
     splits,
     split_length,  # a multiple of CHUNK
-    one,
     STATE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_SKIP: tl.constexpr,
@@ -140,8 +139,8 @@ def scan_backward(
     ok = d_ok[:, None] if STATE == BLOCK_N else d_ok[:, None] & n_ok[None, :]
     first_d = group * channels + block * BLOCK_D
     d += group * channels
-    tile = n[None, :] * dim + d[:, None] * one  # in a tensor (N, D)
-    a2 = tl.load(A + (k * dim + d[:, None]) * STATE + n[None, :], mask=ok, other=0.0) * LOG2E
+    tile = d[:, None] * STATE + n[None, :]  # in a tensor (D, N)
+    a2 = tl.load(A + k * dim * STATE + tile, mask=ok, other=0.0) * LOG2E
     if HAS_SKIP:
         skip_d = tl.load(skip + k * dim + d, mask=d_ok, other=0.0).to(tl.float32)
         dskip_d = tl.zeros([BLOCK_D], tl.float32)
@@ -272,16 +271,19 @@ def scan_backward(
                 stored = d_ok[:, None] & (t_r < end)[None, :]
                 tl.store(du_p + to, stack(dus, UNROLL).to(du.dtype.element_ty), mask=stored)
                 tl.store(ddelta_p + to, stack(dsteps, UNROLL).to(ddelta.dtype.element_ty), mask=stored)
-                to = place_r[None, :] * (2 * STATE) + n[:, None]
-                stored = n_ok[:, None] & (t_r < end)[None, :]
-                tl.store(dBC_p + to, tl.sum(stack(sums_B, UNROLL), axis=0), mask=stored)
-                tl.store(dBC_p + STATE + to, tl.sum(stack(sums_C, UNROLL), axis=0), mask=stored)
+                # dB in the first UNROLL columns, dC in the others: one trip through shared memory for all.
+                c = tl.arange(0, 2 * UNROLL)
+                t_c = t + UNROLL - 1 - c % UNROLL
+                place_c = origin + (t_c % extent) * fast + (t_c // extent) * slow
+                to = (place_c * 2 + c // UNROLL)[None, :] * STATE + n[:, None]
+                total = tl.sum(stack(sums_B + sums_C, 2 * UNROLL), axis=0)
+                tl.store(dBC_p + to, total, mask=n_ok[:, None] & (t_c < end)[None, :])
             tl.debug_barrier()  # the next chunk writes over the scratch
         if HAS_INITIAL and split == 0:
             tl.store(dinitial + bk * STATE * dim + tile, s, mask=ok)
 
     out = (batch_part * splits + split).to(tl.int64) * directions + k
-    tl.store(dA + (out * dim + d[:, None]) * STATE + n[None, :], da, mask=ok)
+    tl.store(dA + out * dim * STATE + tile, da, mask=ok)
     if HAS_SKIP:
         tl.store(dskip + out * dim + d, dskip_d, mask=d_ok)
     if HAS_BIAS:

@@ -23,8 +23,9 @@ import triton.language as tl
 from mmtrain.ops.triton.kernels.device import LOG2E, direction, next_position, softplus
 
 
-# `one` is 1. Multiplying by it hides from the compiler that channels are adjacent where [N, BLOCK_D] tiles are loaded
-# and stored: it would give a thread 4 adjacent channels for a wide access, and that layout would then run the loop.
+# `one` is 1 and A's strides are kept from the compiler: not knowing that states are adjacent where A and the initial
+# state are read, it lays the tile [N, BLOCK_D] out with one channel a lane. Else it gives a lane 4 adjacent states, for
+# the sake of these few wide loads outside the loop, and the loop then has shuffles and barriers.
 @triton.jit(do_not_specialize=["a_n", "a_d", "one"])
 def scan_forward(
     u,  # (Bt, K or 1, L, D): strides u_b, u_k (0 if shared), u_t; channels adjacent, as everywhere below
@@ -34,10 +35,10 @@ def scan_forward(
     C,  # (Bt, K, G, L, N)
     skip,  # (K, D) dense, if HAS_SKIP
     bias,  # (K, D) dense, if HAS_BIAS
-    initial,  # (Bt, K, splits, N, D) dense float32, if HAS_INITIAL
+    initial,  # (Bt, K, splits, D, N) dense float32, if HAS_INITIAL
     y,  # (Bt, K, L, D) dense: result
-    states,  # (Bt, K, chunks, N, D) dense float32, if SAVE: result, the state before each chunk
-    last,  # (Bt, K, N, D) dense float32, if SAVE_LAST: result
+    states,  # (Bt, K, chunks, D, N) dense float32, if SAVE: result, the state before each chunk
+    last,  # (Bt, K, D, N) dense float32, if SAVE_LAST: result
     u_b,
     u_k,
     u_t,
@@ -93,11 +94,13 @@ def scan_forward(
     d_ok = d < channels
     ok = n_ok[:, None] & d_ok[None, :]
     d += group * channels
-    tile = n[:, None] * dim + d[None, :] * one
+    tile = d[None, :] * STATE + n[:, None]
     a2 = tl.load(A + k * a_k + n[:, None] * a_n + d[None, :] * a_d, mask=ok, other=0.0) * LOG2E
     h = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if HAS_INITIAL:
-        h += tl.load(initial + (bk * splits + split) * STATE * dim + tile, mask=ok, other=0.0)
+        h += tl.load(
+            initial + (bk * splits + split) * STATE * dim + d[None, :] * STATE + n[:, None] * one, mask=ok, other=0.0
+        )
     if HAS_SKIP:
         skip_d = tl.load(skip + k * dim + d, mask=d_ok, other=0.0).to(tl.float32)
     if HAS_BIAS:

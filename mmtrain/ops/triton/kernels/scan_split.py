@@ -15,14 +15,14 @@ import triton.language as tl
 from mmtrain.ops.triton.kernels.device import LOG2E, direction, softplus
 
 
-@triton.jit(do_not_specialize=["a_n", "a_d", "one"])
+@triton.jit(do_not_specialize=["a_n", "a_d"])
 def split_local(
     value,  # u (Bt, K or 1, L, D), backwards dy (Bt, 1, L, D): strides v_b, v_k (0 if shared), v_t
     delta,  # (Bt, K, L, D)
     A,  # (K, D, N) float32
     row,  # B, backwards C: (Bt, K, G, L, N), states adjacent
     bias,  # (K, D) dense, if HAS_BIAS
-    ends,  # (Bt, K, splits, N, D) dense float32: result
+    ends,  # (Bt, K, splits, D, N) dense float32: result
     steps,  # (Bt, K, splits, D) dense float32: result, ΣΔ
     v_b,
     v_k,
@@ -45,7 +45,6 @@ def split_local(
     orders,
     splits,
     split_length,
-    one,  # 1: see scan_forward
     STATE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -102,16 +101,16 @@ def split_local(
             else:
                 h = decay * h + (step * v)[None, :] * r.to(tl.float32)[:, None]
     at = bk * splits + split
-    tl.store(ends + at * STATE * dim + n[:, None] * dim + d[None, :] * one, h, mask=ok)
+    tl.store(ends + at * STATE * dim + d[None, :] * STATE + n[:, None], h, mask=ok)
     tl.store(steps + at * dim + d, total, mask=d_ok)
 
 
 @triton.jit
 def split_carry(
-    ends,  # (Bt, K, splits, N, D) dense float32: the ends of the splits run from zero; overwritten by their true starts
+    ends,  # (Bt, K, splits, D, N) dense float32: the ends of the splits run from zero; overwritten by their true starts
     steps,  # (Bt, K, splits, D) dense float32
     A,  # (K, D, N) float32: strides a_k, a_n, a_d
-    initial,  # (Bt, K, N, D) dense float32, if HAS_INITIAL: the start of the first split (backwards: of the last)
+    initial,  # (Bt, K, D, N) dense float32, if HAS_INITIAL: the start of the first split (backwards: of the last)
     a_k,
     a_n,
     a_d,
@@ -128,8 +127,8 @@ def split_carry(
     bk = (pid // blocks).to(tl.int64)
     e = pid % blocks * BLOCK + tl.arange(0, BLOCK)
     ok = e < STATE * dim
-    n = e // dim
-    d = e % dim
+    d = e // STATE
+    n = e % STATE
     a2 = tl.load(A + (bk % directions) * a_k + n * a_n + d * a_d, mask=ok, other=0.0) * LOG2E
     running = tl.zeros([BLOCK], tl.float32)
     if HAS_INITIAL:

@@ -26,7 +26,7 @@ class Launch:
     """One launch configuration.
 
     block_d: channels of a program. warps: of 32 threads. unroll: positions whose loads are issued together (in the
-    backward kernel: whose states are in registers together; 1, 2, 4 or 8). fold: the backward kernel first adds this
+    backward kernel: whose states are in registers together; 1, 2 or 4). fold: the backward kernel first adds this
     many channels within a thread. registers: at most so many a thread; 0: as many as the compiler likes.
     """
 

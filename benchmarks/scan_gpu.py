@@ -29,7 +29,7 @@ from scan_gpu_parts import models, tune  # noqa: E402
 from scan_gpu_parts.measure import bandwidth, exponentials, machine, seconds  # noqa: E402
 from scan_gpu_parts.runs import Candidate, candidates, errors  # noqa: E402
 from scan_gpu_parts.shapes import CHECKED, Shape, inputs, shapes  # noqa: E402
-from scan_gpu_parts.shapes import SMOKE as SMOKE_SHAPES
+from scan_gpu_parts.shapes import SMOKE as SMOKE_SHAPES  # noqa: E402
 
 from mmtrain.ops.triton import tuning  # noqa: E402
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
@@ -37,6 +38,18 @@ def test_the_scan_compiles_for_every_architecture_and_dtype(arch: int, dtype: st
     for kernel in ("scan_forward", "scan_backward"):
         for usage in compiled(arch, dtype, kernel, (16,)):
             assert usage.spill == 0, usage
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sequence", [True, False])
+def test_compiles_where_sizes_are_one(sequence: bool) -> None:
+    """Triton takes integer arguments of 1 as compile-time constants, which other code paths must stand."""
+    ones = {"groups", "splits", "batches", "batch", "directions", "height", "u_k", "items"}
+    ones |= set() if sequence else {"width", "length", "channels", "dim", "segment"}
+    for case in aot.cases("sm_90", ("bf16",), (16,)):
+        names = [p.name for p in case.function.params if p.name in ones and not p.do_not_specialize]
+        constants = case.constants | dict.fromkeys(names, 1)
+        assert aot.compile_case(dataclasses.replace(case, constants=constants), 90).registers > 0
 
 
 def test_an_interpreted_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

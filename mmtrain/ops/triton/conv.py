@@ -10,13 +10,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from mmtrain.ops.triton import tuning
 from mmtrain.ops.triton.kernels.conv import conv_backward, conv_forward
-from mmtrain.ops.triton.layout import minor, returned
+from mmtrain.ops.triton.layout import minor, on_its_device, returned
 
 WIDEST = 8  # taps
 SEGMENT = 128  # positions that a backward program walks in one go
 
 
 @torch.library.custom_op("mmtrain::causal_conv1d_triton_fwd", mutates_args=())
+@on_its_device
 def causal_conv1d_triton_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
     """(Bt, D, L), dtype and layout of x; weight (D, W), W <= 8."""
     batch, dim, length = x.shape
@@ -52,6 +53,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool)
 
 
 @torch.library.custom_op("mmtrain::causal_conv1d_triton_bwd", mutates_args=())
+@on_its_device
 def causal_conv1d_triton_bwd(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,29 @@
-"""Memory layouts: the kernels read and write channels-last."""
+"""Memory layouts (the kernels read and write channels-last), and the GPU to launch on."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
+    """With the GPU of its first tensor as the current one: Triton launches there, wherever the tensors are."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        tensor = next(a for a in args if isinstance(a, Tensor))
+        with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+            return function(*args, **kwargs)
+
+    return run
 
 
 def minor(tensor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from mmtrain.ops.triton.kernels.merge import gate_backward, merge_directions
 from mmtrain.ops.triton.kernels.scan_backward import scan_backward
 from mmtrain.ops.triton.kernels.scan_forward import scan_forward
 from mmtrain.ops.triton.kernels.scan_split import split_carry, split_local
+from mmtrain.ops.triton.layout import on_its_device
 from mmtrain.ops.triton.tuning import Launch
 
 BUFFER_BYTES = 512 * 2**20  # per-direction results are kept for so many batch entries at a time
@@ -168,6 +169,7 @@ def split_starts(
     return ends
 
 
+@on_its_device
 def run_forward(
     problem: Problem,
     u: Tensor,
@@ -233,6 +235,7 @@ class Sums:
     dbias: Tensor | None
 
 
+@on_its_device
 def run_backward(
     problem: Problem,
     dy: Tensor,
@@ -330,6 +333,7 @@ def run_backward(
     return dBC[0] if blocks == 1 else dBC.sum(0), sums
 
 
+@on_its_device
 def merge(parts: Tensor, z: Tensor | None, total: Tensor | None, out: Tensor) -> None:
     """out (Bt, L, D) = (Σ_k parts (Bt, K, L, D)) · silu(z (Bt, D, L)); the sum itself to ``total`` if given."""
     batch, directions, length, dim = parts.shape
@@ -349,6 +353,7 @@ def merge(parts: Tensor, z: Tensor | None, total: Tensor | None, out: Tensor) ->
     )
 
 
+@on_its_device
 def ungate(dout: Tensor, total: Tensor, z: Tensor, dtotal: Tensor, dz: Tensor) -> None:
     """Fill dtotal and dz (Bt, L, D) dense from dout and z (Bt, D, L), channels adjacent, and total (Bt, L, D)."""
     batch, length, dim = total.shape

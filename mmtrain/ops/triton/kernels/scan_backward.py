@@ -4,16 +4,23 @@ With g_t = dL/dh_t = dy_t C_t + s_{t+1}, where s_t = exp(Δ_t A) g_t is what flo
 dC_t = Σ_d dy_t h_t, dB_t = Σ_d g_t Δ_t u_t, du_t = Δ_t Σ_n g_t B_t + D dy_t, dA = Σ_t Δ_t s_t h_{t-1},
 dΔ_t = u_t Σ_n g_t B_t + Σ_n A s_t h_{t-1}.
 
-A program walks the chunks from the last to the first. Per chunk, pass 1 runs the recurrence from the saved state and
-leaves the state before every group of UNROLL positions in a scratch buffer of its own (CHUNK/UNROLL · BLOCK_D · N
-floats, small enough for the L2 cache); pass 2 takes the groups from the last to the first, recomputes one group's
-states, keeping them in registers, and goes back through it. Two exponentials per state and position.
+A program walks the chunks from the last to the first. Per chunk, pass 0 computes Δ and its derivative, each element
+once; pass 1 runs the recurrence from the saved state and leaves the state before every group of UNROLL positions in a
+scratch buffer of the program's own, small enough for the L2 cache; pass 2 takes the groups from the last to the first,
+recomputes one group's states, keeping them in registers, and goes back through it. Two exponentials per state and
+position. (Running the recurrence backwards, h_{t-1} = (h_t - Δ_t B_t u_t) / exp(Δ_t A), would spare the recomputation,
+but divides by numbers near 0.)
 
 The tile here is [BLOCK_D, N], a warp 8 channels by 4 lanes of 4 states (the compiler's layout for a dense A): sums over
 states then cost 2 shuffles, sums over channels 3, on values already summed over a thread's own channels. dB and dC are
-sums over all channels of a block, that is across warps: those of a group of positions are reduced together, one trip
-through shared memory and one barrier for all. Sums over blocks, batch entries and splits go to partial buffers, which
-the caller adds up: no atomics, so the same bits in every run.
+sums over all channels of a block, that is across warps: those of a group of positions are reduced together, in one trip
+through shared memory. Sums over blocks, batch entries and splits go to partial buffers, which the caller adds up: no
+atomics, so the same bits in every run.
+
+BLOCK_D < 32·warps matters: then the compiler loads vectors of channels straight into the tile's layout, else through
+shared memory with barriers. That leaves at most 8 states a thread, which at 2 positions a group takes about 250
+registers, so 8 warps an SM: few, but each has 16 independent chains. In the bf16 code for sm_90 a state and position
+takes 51 instructions of a lane (20 of fp32 arithmetic, 4 shuffles), 4 times the forward's 13: issue bounds it, too.
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ multiply-adds and half a shuffle per state and position, which a sequential walk
 
 What bounds it on an H100 (132 SMs; per SM and clock 16 ex2, 128 fp32 operations, 4 warp instructions): per position and
 32 channels with N = 16, 16 exponentials + softplus = 36 clocks of the ex2 unit, 82 fp32 instructions = 20 clocks, and
-about 205 instructions in all (counted in the bf16 code for sm_90) = 51 clocks of issue. Memory: u 2, delta 2, y 2 to 4
-bytes a channel, that is about 17 clocks of an SM's share of 3.35 TB/s. So instruction issue bounds it, at 70 % of what
-the ex2 unit could do, and instructions are what is worth saving: exp is exp2 with log2(e) folded into A, positions are
-advanced by additions, B and C are loaded as vectors. Few warps suffice, as each has N chains; where even they are not
-there, `scan_split` cuts the sequence. (This is arithmetic on the compiled code, not a measurement.)
+about 215 instructions in all (counted in the bf16 code for sm_90) = 54 clocks of issue. Memory: u 2, delta 2, y 2 to 4
+bytes a channel, that is about 17 clocks of an SM's share of 3.35 TB/s. So instruction issue bounds it, at two thirds of
+what the ex2 unit could do, and instructions are what is worth saving: exp is exp2 with log2(e) folded into A, positions
+are advanced by additions, B and C are loaded as vectors. Few warps suffice, as each has N chains; where even they are
+not there, `scan_split` cuts the sequence. (This is arithmetic on the compiled code, not a measurement.)
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ CASES = {
     "64 states": (Case((1,), channels=4, state=64, height=2), {"chunk": 4}),
     "half": (Case(dtype=torch.float16, gate=True), {"chunk": 4}),
     "half, per direction": (Case((2, 1), shared=False, dtype=torch.float16), {"chunk": 4}),
+    "bfloat16, which kernels only load, cast and store": (Case((0, 3), gate=True, dtype=torch.bfloat16), {"chunk": 4}),
     "large steps": (Case((0,), shift=30.0), {"chunk": 4}),
     "huge steps": (Case((0,), shift=3000.0), {"chunk": 4}),
     "tiny steps": (Case((0,), shift=-12.0), {"chunk": 4}),

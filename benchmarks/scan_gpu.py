@@ -106,6 +106,8 @@ def write_tuned(device: torch.device) -> None:
     for kernel, classes in found.items():
         for name, launch in classes.items():
             console.print(f"{arch} {kernel} {name}: {launch}")
+    for chunk, took in tune.compare_chunks(device, SMOKE).items():
+        console.print(f"chunk {chunk} (tuning.CHUNK is {tuning.CHUNK}): backward {took * 1e3:.3f} ms")
     if not SMOKE:
         everything = dict(tuning.table())
         tuning.write_table(everything | {arch: everything.get(arch, {}) | found})

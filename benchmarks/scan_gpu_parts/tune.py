@@ -117,6 +117,18 @@ def tune(device: torch.device, smoke: bool) -> dict[str, dict[str, Launch]]:
     return found
 
 
+def compare_chunks(device: torch.device, smoke: bool) -> dict[int, float]:
+    """Seconds of the backward pass by the chunk, ``tuning.CHUNK``, which is for a person to choose: halving it doubles
+    the memory for saved states, and halves the scratch that should fit in the L2 cache."""
+    shape = Shape("chunks", 1, 4, 2, 4, CROSS, 2) if smoke else Shape("chunks", 64, 192, 56, 56, CROSS)
+    found: dict[int, float] = {}
+    for chunk in (4, 8) if smoke else (16, 32, 64, 128):
+        with tuning.override(chunk=chunk):
+            launch = tuning.lookup("scan_backward", tuning.state_class(shape.state), tuning.architecture(device))
+            found[chunk] = scan_time("scan_backward", launch, shape, device)
+    return found
+
+
 def _try(times: dict[Launch, float], launch: Launch, kernel: str, what: str, time_it: object) -> None:
     assert callable(time_it)
     try:

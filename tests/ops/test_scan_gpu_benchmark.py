@@ -38,4 +38,5 @@ def test_it_tunes_and_leaves_the_table_alone() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for kernel in ("scan_forward", "scan_forward_few", "scan_backward", "conv_forward", "conv_backward"):
         assert f"default {kernel} " in done.stdout
+    assert "chunk 8 " in done.stdout
     assert table.read_text() == before

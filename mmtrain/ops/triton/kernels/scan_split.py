@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mmtrain.ops.triton.kernels.device import LOG2E, direction, softplus
+from mmtrain.ops.triton.kernels.device import LOG2E, direction, next_position, softplus
 
 
 @triton.jit(do_not_specialize=["a_n", "a_d"])
@@ -76,19 +76,25 @@ def split_local(
     value += b * v_b + k * v_k
     delta += b * delta_b + k * delta_k
     row += b * r_b + k * r_k + group * r_g
-    origin, extent, fast, slow = direction((orders >> (2 * k)) & 3, height, width)
+    order = (orders >> (2 * k)) & 3
     start = split * split_length
     end = tl.minimum(start + split_length, length)
+    count = end - start
+    if BACKWARD:  # from the last step to the first: the opposite order, whose step t is this one's length - 1 - t
+        order = order ^ 1
+        start = length - end
+    origin, extent, fast, slow = direction(order, height, width)
+    inner = start % extent
+    place = origin + inner * fast + (start // extent) * slow
     h = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_D], tl.float32)
-    for i in range(0, end - start, UNROLL):
+    for i in range(0, count, UNROLL):
         for j in tl.static_range(UNROLL):
-            there = i + j < end - start
-            t = end - 1 - i - j if BACKWARD else start + i + j
-            place = origin + (t % extent) * fast + (t // extent) * slow
+            there = i + j < count
             v = tl.load(value + place * v_t + d, mask=d_ok & there, other=0.0).to(tl.float32)
             step = tl.load(delta + place * delta_t + d, mask=d_ok & there, other=0.0).to(tl.float32)
             r = tl.load(row + place * r_t + n, mask=there if STATE == BLOCK_N else n_ok & there, other=0.0)
+            place, inner = next_position(place, inner, extent, fast, slow)
             if HAS_BIAS:
                 step += bias_d
             if SOFTPLUS:

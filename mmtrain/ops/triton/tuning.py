@@ -18,7 +18,7 @@ import torch
 
 TABLE = Path(__file__).with_name("launch_table.json")
 STATES = (1, 4, 16, 64, 256)  # classes of state size: the smallest that holds N
-# Positions between two saved states. With N = 16: one byte a channel, position and direction of saved states, and in the
+# Positions between two saved states. With N = 16: one byte of saved states a channel, position and direction; in the
 # backward 160 KB of scratch a program, about 43 MB for all that run at once on an H100, whose L2 cache has 50 MB.
 CHUNK = 64
 

@@ -1,0 +1,1 @@
+"""The parts of ``benchmarks/scan_gpu.py``, one file each."""

@@ -13,7 +13,7 @@ import typer
 
 # what each optional package is for, and how to get it
 _OPTIONAL = {
-    "mamba-ssm": ("CUDA scan kernels", "pip install --no-build-isolation 'mmtrain[cuda]' (needs CUDA and nvcc)"),
+    "mamba-ssm": ("CUDA scan kernels", "docs/install.md has the commands (they need CUDA and nvcc)"),
     "triton": ("GPU kernels of ours", "comes with the CUDA build of torch"),
     "wandb": ("experiment tracking", "pip install 'mmtrain[wandb]'"),
     "scikit-learn": ("the demo's digits", "pip install 'mmtrain[demo]'"),

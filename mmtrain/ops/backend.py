@@ -1,12 +1,14 @@
-"""Which implementation runs: the C++ kernels or one in plain PyTorch. The choice is told once, never silent.
+"""Which implementation runs: kernels for CPUs or GPUs, or plain PyTorch. The choice is told once, never silent.
 
 =============  ==================================================================================
 ``cpu``        C++ kernels (``csrc/``): CPU tensors of float32, bfloat16, float16
+``triton``     Triton kernels (``triton/``): CUDA tensors of the same dtypes
+``mamba_ssm``  mamba-ssm's and causal-conv1d's CUDA kernels, if installed, for what they can do; ``triton`` for the rest
 ``reference``  plain PyTorch: any device and float dtype, slow
 ``parallel``   plain PyTorch as an associative scan: the same, in log2 L steps; what exported models are made of
 =============  ==================================================================================
 
-Environment: ``MMTRAIN_SCAN=auto|reference|parallel|cpu`` overrides the choice (``scan_backend`` overrides that);
+Environment: ``MMTRAIN_SCAN`` is the backend (one of ``BACKENDS``; ``scan_backend`` overrides it);
 ``MMTRAIN_SCAN_ISA=auto|avx512|avx2|baseline`` narrows the instruction set; ``MMTRAIN_CACHE`` names the folder for a
 library built on first use. ``MMTRAIN_FUSE=0`` composes mixers of several operators instead of one.
 """
@@ -15,6 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator
@@ -22,18 +26,19 @@ from collections.abc import Iterator
 import torch
 
 from mmtrain.errors import UserError, nearest
-from mmtrain.ops import build, library
+from mmtrain.ops import build, library, upstream
 
 logger = logging.getLogger("mmtrain")
 
-BACKENDS = ("auto", "reference", "parallel", "cpu")
+BACKENDS = ("auto", "reference", "parallel", "cpu", "triton", "mamba_ssm")
 _PLAIN = {"reference": "plain PyTorch", "parallel": "plain PyTorch, associative scan"}
 
 _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("mmtrain_scan_backend", default=None)
 _told: set[str] = set()
 
 
-def _tell_once(key: str, level: int, message: str) -> None:
+def tell_once(key: str, level: int, message: str) -> None:
+    """Log a message, but only the first one under this key in the process."""
     if key not in _told:
         _told.add(key)
         logger.log(level, message)
@@ -47,7 +52,7 @@ def _checked(name: str, source: str) -> str:
 
 @contextlib.contextmanager
 def scan_backend(name: str) -> Iterator[None]:
-    """Use one backend for every scan and convolution in the ``with`` block: "auto", "reference", "parallel" or "cpu".
+    """Use one backend for every scan and convolution in the ``with`` block, one of ``BACKENDS``.
 
     A function compiled by ``torch.compile`` keeps the backend that was in force when it was traced.
 
@@ -101,27 +106,19 @@ def choose(device: str, float64: bool) -> str:
     """
     name = requested()
     if name in _PLAIN:
-        _tell_once(
+        tell_once(
             name, logging.INFO, f"selective_scan and causal_conv1d: {name} backend ({_PLAIN[name]}), as asked for"
         )
         return name
     if device == "meta":
         return "cpu"  # shapes and FLOPs only: the kernel's rules, no library needed
-    if device != "cpu":
-        obstacle, cure = f"there is no kernel for {device} tensors", "move the model to the CPU"
-    elif float64:
-        obstacle, cure = "the C++ kernels compute in float32, and the tensors are float64", "use float32 tensors"
-    elif library.load().library is None:
-        obstacle, cure = f"the C++ kernels are not available: {library.load().reason}", build.CURE
-    else:
-        if "cpu" not in _told:
-            kernels = library.loaded()
-            settings = f"{kernels.isa}, {torch.get_num_threads()} threads, library {library.load().how}: {kernels.path}"
-            _tell_once("cpu", logging.INFO, f"selective_scan and causal_conv1d: cpu backend ({settings})")
-        return "cpu"
-    if name == "cpu":
-        raise UserError(f"the cpu backend was asked for, but {obstacle}; cure: {cure}, or ask for auto")
-    _tell_once(
+    found, obstacle, cure = _kernels(device, float64, name)
+    if found and name in ("auto", found):
+        return found
+    if name != "auto":
+        obstacle = obstacle or f"it does not take {device} tensors"
+        raise UserError(f"the {name} backend was asked for, but {obstacle}; cure: {cure}, or ask for auto")
+    tell_once(
         obstacle,
         logging.WARNING,
         f"selective_scan and causal_conv1d run the SLOW reference (plain PyTorch, often 100 times slower): {obstacle}. "
@@ -130,15 +127,62 @@ def choose(device: str, float64: bool) -> str:
     return "reference"
 
 
-def backend_report() -> dict[str, str | int]:
-    """What runs for float32 tensors on the CPU, for ``mmtrain doctor``. Builds the library if it was never built.
+def _kernels(device: str, float64: bool, name: str) -> tuple[str, str, str]:
+    """The kernels for tensors on a device, or "" with what is in the way and the cure. ``name``: what is asked for."""
+    if float64:
+        return "", "the kernels compute in float32, and the tensors are float64", "use float32 tensors"
+    if device == "cuda" or (name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return _gpu_kernels(name)
+    if device != "cpu":
+        return "", f"there is no kernel for {device} tensors", "move the model to the CPU or to a CUDA GPU"
+    if name in ("triton", "mamba_ssm"):
+        return "", "the tensors are on the CPU", "move the model to a CUDA GPU"
+    if library.load().library is None:
+        return "", f"the C++ kernels are not available: {library.load().reason}", build.CURE
+    if "cpu" not in _told:
+        kernels = library.loaded()
+        settings = f"{kernels.isa}, {torch.get_num_threads()} threads, library {library.load().how}: {kernels.path}"
+        tell_once("cpu", logging.INFO, f"selective_scan and causal_conv1d: cpu backend ({settings})")
+    return "cpu", "", ""
 
-    Keys: ``backend`` (cpu, reference or parallel), ``requested``, ``library`` (path or ""), ``built`` (installed,
-    built on first use, missing), ``reason`` (why it is not the installed one, or ""), ``cure`` (or ""), ``isa``,
-    ``threads``.
+
+def _gpu_kernels(name: str) -> tuple[str, str, str]:
+    if name in ("auto", "mamba_ssm"):
+        there, reason = upstream.available("scan")
+        if there:
+            tell_once(
+                "mamba_ssm",
+                logging.INFO,
+                "selective_scan: mamba-ssm's kernel, and ours in Triton for what it cannot do",
+            )
+            return "mamba_ssm", "", ""
+        if name == "mamba_ssm":
+            return "", reason, "install it as docs/install.md says"
+    if not has_triton():
+        return "", "Triton is not installed", TRITON_CURE
+    tell_once("triton", logging.INFO, "selective_scan and causal_conv1d: triton backend")
+    return "triton", "", ""
+
+
+TRITON_CURE = "pip install triton (it comes with the CUDA build of torch)"
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def backend_report() -> dict[str, str | int]:
+    """What runs for float32 tensors, for ``mmtrain doctor``. Builds the CPU's library if it was never built.
+
+    Keys: ``backend`` (what runs on the CPU: cpu, reference or parallel), ``requested``, ``library`` (path or ""),
+    ``built`` (installed, built on first use, missing), ``reason`` (why it is not the installed one, or ""), ``cure``
+    (or ""), ``isa``, ``threads``; ``gpu`` (what runs on a CUDA GPU, or why nothing would), ``triton`` and ``mamba_ssm``
+    ("yes", or what is missing and the cure).
     """
     result = library.load()
     available = result.library is not None
+    there, why = upstream.available("scan")
     return {
         "backend": requested() if requested() in _PLAIN else "cpu" if available else "reference",
         "requested": requested(),
@@ -148,4 +192,15 @@ def backend_report() -> dict[str, str | int]:
         "cure": "" if available else build.CURE,
         "isa": result.library.isa if result.library else "",
         "threads": torch.get_num_threads(),
+        "gpu": _gpu_report(),
+        "triton": "yes" if has_triton() else TRITON_CURE,
+        "mamba_ssm": "yes" if there else f"{why} (docs/install.md has the commands)",
     }
+
+
+def _gpu_report() -> str:
+    if not torch.cuda.is_available():
+        return "no CUDA GPU here"
+    name = requested() if requested() in ("triton", "mamba_ssm") else "auto"
+    found, obstacle, cure = _gpu_kernels(name)
+    return found or f"{obstacle}; cure: {cure}"

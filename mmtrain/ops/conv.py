@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtrain.errors import UserError
-from mmtrain.ops import backend
+from mmtrain.ops import backend, gpu
 from mmtrain.ops.checks import check_floats, check_shape, layout_like
 from mmtrain.ops.conv_cpu import causal_conv1d_fwd
 
@@ -57,8 +57,11 @@ def causal_conv1d(
         raise UserError(f"{OP}: activation {activation!r} is neither None nor 'silu'")
     float64 = x.dtype == torch.float64
     compute = torch.float64 if float64 else torch.float32
+    chosen = backend.choose(x.device.type, float64)
+    if chosen in gpu.BACKENDS:
+        return gpu.convolution(chosen, x, weight, bias, activation == "silu", reverse)
     inputs = (x.to(compute), weight.to(compute), None if bias is None else bias.to(compute))
-    if backend.choose(x.device.type, float64) == "cpu":
+    if chosen == "cpu":
         out = causal_conv1d_fwd(*inputs, activation == "silu", reverse)
     else:
         out = layout_like(causal_conv1d_reference(*inputs, activation == "silu", reverse), x)

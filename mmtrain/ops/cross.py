@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmtrain.errors import UserError
-from mmtrain.ops import backend
+from mmtrain.ops import backend, gpu
 from mmtrain.ops.checks import check_floats, check_shape
 from mmtrain.ops.cross_cpu import cross_scan_fwd
 from mmtrain.ops.orders import NAMES, ORDERS, codes
@@ -76,7 +76,17 @@ def cross_selective_scan(
     float64 = u.dtype == torch.float64
     compute = torch.float64 if float64 else torch.float32
     skip, bias = (None if t is None else t.to(compute) for t in (D, delta_bias))
-    if u.device.type == "cpu" and backend.choose("cpu", float64) == "cpu":
+    chosen = backend.choose(u.device.type, float64)
+    if chosen in gpu.BACKENDS and backend.has_triton():
+        from mmtrain.ops.triton.door import directional_scan_triton
+
+        places = [t.flatten(-2) for t in (u[:, None], delta, B, C)]
+        sizes = (u.shape[2], u.shape[3], numbers)
+        out = directional_scan_triton(
+            places[0], places[1], A, places[2], places[3], D, delta_bias, delta_softplus, *sizes
+        )
+        return out.unflatten(-1, u.shape[2:])
+    if chosen == "cpu":
         flat = [t.to(compute).flatten(-2) for t in (u, delta, B, C)]
         tensors = (flat[0], flat[1], A.to(compute), flat[2], flat[3], skip, bias)
         wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

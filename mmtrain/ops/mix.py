@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtrain.errors import UserError
-from mmtrain.ops import backend
+from mmtrain.ops import backend, gpu
 from mmtrain.ops.checks import check_floats, check_shape
 from mmtrain.ops.conv import causal_conv1d
 from mmtrain.ops.mix_cpu import selective_mix_fwd
@@ -110,19 +110,22 @@ def selective_mix(x: Tensor, directions: Sequence[Direction], gated: bool = Fals
 
 def fits_one_operator(x: Tensor, directions: Sequence[Direction]) -> bool:
     """Whether the C++ operator runs: on the CPU, with the cpu backend in force, for directions of equal sizes."""
+    return (
+        _equal(directions)
+        and x.device.type == "cpu"
+        and backend.fusing()
+        and backend.choose("cpu", x.dtype == torch.float64) == "cpu"
+    )
+
+
+def _equal(directions: Sequence[Direction]) -> bool:
     first = directions[0]
-    same = all(
+    return all(
         d.A.shape == first.A.shape
         and d.dt_proj.shape == first.dt_proj.shape
         and (None if d.conv is None else d.conv.shape) == (None if first.conv is None else first.conv.shape)
         and (d.conv_bias is None) == (first.conv_bias is None)
         for d in directions
-    )
-    return (
-        same
-        and x.device.type == "cpu"
-        and backend.fusing()
-        and backend.choose("cpu", x.dtype == torch.float64) == "cpu"
     )
 
 
@@ -143,11 +146,64 @@ def _fused(x: Tensor, directions: Sequence[Direction], gated: bool, height: int)
 
 
 def compose(x: Tensor, directions: Sequence[Direction], gated: bool, height: int) -> Tensor:
-    """:func:`selective_mix` from operators that every backend has. Columns are walked on a transposed copy."""
+    """:func:`selective_mix` of several operators."""
     if x.dim() == 4:
         return compose(x.flatten(0, 1), directions, gated, height).unflatten(0, x.shape[:2])
     if gated:
         x, z = x.chunk(2, -1)
+    mean = _by_grid(x, directions, height) if _one_launch(x, directions) else _by_axis(x, directions, height)
+    return mean * F.silu(z) if gated else mean
+
+
+def _one_launch(x: Tensor, directions: Sequence[Direction]) -> bool:
+    """Whether one kernel walks all directions: in Triton, for directions of equal sizes."""
+    return (
+        x.device.type != "meta"
+        and backend.choose(x.device.type, x.dtype == torch.float64) in gpu.BACKENDS
+        and backend.has_triton()
+        and _equal(directions)
+    )
+
+
+def _by_grid(x: Tensor, directions: Sequence[Direction], height: int) -> Tensor:
+    """The mean of all directions by one launch that walks the grid in every order: nothing is permuted."""
+    from mmtrain.ops.triton.door import directional_scan_triton
+
+    batch, length, channels = x.shape
+    first = directions[0]
+    rank, state = first.dt_proj.shape[1], first.A.shape[1]
+    if first.conv is None:
+        u = x[:, None]
+        weight = torch.cat([d.x_proj for d in directions])
+        rows = F.linear(x, weight).unflatten(-1, (len(directions), -1)).permute(2, 0, 1, 3)
+    else:
+        each = [convolved(x, d, ORDERS[NAMES.index(d.order)].reverse) for d in directions]
+        u = torch.stack(each, 1)
+        rows = torch.stack([F.linear(v, d.x_proj) for v, d in zip(each, directions, strict=True)])
+    low, b, c = rows.split([rank, state, state], -1)  # each (K, Bt, L, ·)
+    projections = torch.stack([d.dt_proj.T for d in directions]).to(low.dtype)
+    delta = torch.bmm(low.reshape(len(directions), -1, rank), projections).view(-1, batch, length, channels)
+    stacked = [torch.stack([getattr(d, name) for d in directions]).float() for name in ("A", "D", "dt_bias")]
+    orders = [NAMES.index(d.order) for d in directions]
+    out = directional_scan_triton(
+        u.transpose(2, 3),
+        delta.permute(1, 0, 3, 2),
+        stacked[0],
+        b.permute(1, 0, 3, 2),
+        c.permute(1, 0, 3, 2),
+        stacked[1],
+        stacked[2],
+        True,
+        height,
+        length // height,
+        orders,
+    )
+    mean = out.transpose(1, 2)
+    return mean / len(directions) if len(directions) > 1 else mean
+
+
+def _by_axis(x: Tensor, directions: Sequence[Direction], height: int) -> Tensor:
+    """The mean of all directions, one scan each; columns on a transposed copy."""
     batch, length, channels = x.shape
     width = length // height
     by_axis: dict[str, Tensor] = {}
@@ -163,8 +219,7 @@ def compose(x: Tensor, directions: Sequence[Direction], gated: bool, height: int
         turned = by_axis["columns"].view(batch, width, height, channels).transpose(1, 2).reshape(x.shape)
         total = turned if total is None else total + turned
     assert total is not None
-    mean = total / len(directions) if len(directions) > 1 else total
-    return mean * F.silu(z) if gated else mean
+    return total / len(directions) if len(directions) > 1 else total
 
 
 def convolved(u: Tensor, d: Direction, reverse: bool) -> Tensor:

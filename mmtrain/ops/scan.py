@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtrain.errors import UserError
-from mmtrain.ops import backend
+from mmtrain.ops import backend, gpu
 from mmtrain.ops.checks import check_floats, check_shape, layout_like
 from mmtrain.ops.scan_cpu import selective_scan_fwd
 from mmtrain.ops.scan_parallel import selective_scan_parallel
@@ -143,6 +143,10 @@ def selective_scan(
     skip, bias, initial = (None if t is None else t.to(compute) for t in (D, delta_bias, initial_state))
     scan_inputs = (u.to(compute), delta.to(compute), A.to(compute), B4, C4, skip, bias, initial)
     chosen = backend.choose(u.device.type, float64)
+    if chosen in gpu.BACKENDS:
+        B, C = (t if t.dim() == 4 else t[:, None] for t in (B, C))
+        out, last = gpu.scan(chosen, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, initial_state)
+        return (out, last) if return_last_state else out
     if chosen == "cpu":
         wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in scan_inputs)
         out, last, _ = selective_scan_fwd(*scan_inputs, delta_softplus, reverse, wants_grad, return_last_state)

@@ -69,6 +69,10 @@ def chained_sum(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
     return total
 
 
+def torch_dropout(x: Tensor, seeds: Tensor, drop: float) -> Tensor:
+    return F.dropout(x, drop)
+
+
 @contextmanager
 def unfused() -> Iterator[None]:
     with (
@@ -76,6 +80,7 @@ def unfused() -> Iterator[None]:
         mock.patch("mmtrain.models.mixers.selective_mix", unfused_mix),
         mock.patch("mmtrain.models.averaging.weighted_sum", chained_sum),
         mock.patch("mmtrain.models.linear.linear", F.linear),
+        mock.patch("mmtrain.models.stochastic.keyed_dropout", torch_dropout),
     ):
         yield
 

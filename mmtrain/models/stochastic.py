@@ -15,6 +15,9 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mmtrain.ops import keyed_dropout
+from mmtrain.ops.dropout import keep_mask, mix32
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -52,26 +55,14 @@ def name_streams(model: nn.Module) -> None:
             module.stream = zlib.crc32(name.encode())
 
 
-def _mix32(x: Tensor) -> Tensor:
-    """A 32-bit integer hash (xor-shift and multiply, in place) of int32 ``x``; its high bits are the good ones."""
-    for shift, factor in ((16, 0x7FEB352D), (15, -0x7B935975)):
-        x ^= (x >> shift) & ((1 << (32 - shift)) - 1)  # the shift must bring in zeros, not the sign
-        x *= factor
-    return x
-
-
-def _keep_mask(x: Tensor, each: int, drop: float, stream: int) -> Tensor:
-    """Boolean (B, each): False with probability ``drop``."""
+def _seeds(x: Tensor, stream: int) -> Tensor:
+    """One int32 for each sample of x (B, ...): of its key and the layer, or of torch's generator without keys."""
     if _keys is None:
-        return torch.rand(x.shape[0], each, device=x.device) >= drop
+        return torch.randint(-(2**31), 2**31, (x.shape[0],), dtype=torch.int32, device=x.device)
     if len(_keys) != x.shape[0]:
         raise ValueError(f"{len(_keys)} sample keys for a batch of {x.shape[0]}: the batch must stay dimension 0")
     low, high = (_keys + stream) & 0xFFFFFFFF, (_keys >> 32) & 0xFFFFFFFF
-    seed = _mix32(_to_int32(low)) ^ _to_int32(high)
-    # Weyl steps of an odd constant, so that neighbouring elements start far apart
-    steps = torch.arange(each, device=x.device, dtype=torch.int32) * -0x61C88647
-    bits = _mix32(_mix32(seed.to(x.device))[:, None] + steps)
-    return bits >= int((drop - 0.5) * 2**32)
+    return mix32(mix32(_to_int32(low)) ^ _to_int32(high)).to(x.device)
 
 
 def _to_int32(x: Tensor) -> Tensor:
@@ -96,8 +87,7 @@ class SampleDropout(_Stochastic):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.drop == 0:
             return x
-        keep = _keep_mask(x, x[0].numel(), self.drop, self.stream).view(x.shape)
-        return x * (keep * (1 / (1 - self.drop))).to(x.dtype)
+        return keyed_dropout(x, _seeds(x, self.stream), self.drop)
 
 
 class DropPath(_Stochastic):
@@ -106,5 +96,5 @@ class DropPath(_Stochastic):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.drop == 0:
             return x
-        keep = _keep_mask(x, 1, self.drop, self.stream).view(-1, *[1] * (x.ndim - 1))
+        keep = keep_mask(_seeds(x, self.stream), 1, self.drop).view(-1, *[1] * (x.ndim - 1))
         return x * (keep * (1 / (1 - self.drop))).to(x.dtype)

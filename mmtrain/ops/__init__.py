@@ -9,6 +9,7 @@ from mmtrain.ops.backend import backend_report, scan_backend
 from mmtrain.ops.conv import causal_conv1d
 from mmtrain.ops.cross import cross_selective_scan
 from mmtrain.ops.dense import linear
+from mmtrain.ops.dropout import keyed_dropout
 from mmtrain.ops.mix import Direction, selective_mix
 from mmtrain.ops.scan import selective_scan
 from mmtrain.ops.weighted import weighted_sum
@@ -18,6 +19,7 @@ __all__ = [
     "backend_report",
     "causal_conv1d",
     "cross_selective_scan",
+    "keyed_dropout",
     "linear",
     "scan_backend",
     "selective_mix",

@@ -108,6 +108,14 @@ class WeightedSumArgs(ctypes.Structure):
     ]
 
 
+class DropoutArgs(ctypes.Structure):
+    _fields_ = [
+        *_integers("batch", "each", "threads", "step", "threshold"),
+        ("scale", ctypes.c_double),
+        *_pointers("seeds", "x", "out"),
+    ]
+
+
 class ExpRateArgs(ctypes.Structure):
     _fields_ = [*_integers("count", "threads"), *_pointers("sum")]
 
@@ -121,6 +129,7 @@ ENTRY_POINTS: dict[str, type[ctypes.Structure]] = {
     "mix_backward": MixArgs,
     "weighted_sum_forward": WeightedSumArgs,
     "weighted_sum_backward": WeightedSumArgs,
+    "dropout": DropoutArgs,
     "exp_rate": ExpRateArgs,
 }
 

@@ -86,6 +86,15 @@ struct WeightedSumArgs {
     float *dweight;
 };
 
+struct DropoutArgs {
+    int64_t batch, each, threads;
+    int64_t step, threshold;  // of the hash: 32 bits each
+    double scale;
+    const int32_t *seeds;  // (batch)
+    const float *x;        // (batch, each), contiguous
+    float *out;
+};
+
 struct ExpRateArgs {
     int64_t count, threads;  // exponentials, of all threads together
     double *sum;             // of some of them, so that none is left out
@@ -96,7 +105,7 @@ struct ExpRateArgs {
     X(scan_forward, ScanArgs) X(scan_backward, ScanArgs) X(conv_forward, ConvArgs) X(conv_backward, ConvArgs) \
     X(mix_forward, MixArgs) X(mix_backward, MixArgs)                                                       \
     X(weighted_sum_forward, WeightedSumArgs) X(weighted_sum_backward, WeightedSumArgs)                        \
-    X(exp_rate, ExpRateArgs)
+    X(dropout, DropoutArgs) X(exp_rate, ExpRateArgs)
 
 // Positions per chunk: the kernel keeps the state at every multiple of it, and recomputes in between.
 // Longer chunks mean fewer saved states and longer runs of memory; the tiles and recomputed states of one chunk (70 KiB

@@ -1,6 +1,7 @@
 // All kernels for one instruction set. Compiled once per set, with -DMMT_ISA=<name> -DMMT_LANES=<floats a vector>;
 // dispatch.cpp picks one at run time.
 #include "conv.h"
+#include "dropout.h"
 #include "exp_rate.h"
 #include "mix_backward.h"
 #include "mix_forward.h"

@@ -47,7 +47,8 @@ def keyed_dropout(x: Tensor, seeds: Tensor, drop: float) -> Tensor:
         drop: in [0, 1).
     """
     scale = 1 / (1 - drop)
-    if x.device.type == "cpu" and x.dtype == torch.float32 and backend.choose("cpu", False) == "cpu":
+    fits = x.device.type == "cpu" and x.dtype == torch.float32 and backend.fusing()
+    if fits and backend.choose("cpu", False) == "cpu":
         return keyed_dropout_op(x.contiguous(), seeds, threshold(drop), scale)
     keep = keep_mask(seeds, x[0].numel(), drop).view(x.shape)
     return x * (keep * scale).to(x.dtype)

@@ -21,6 +21,8 @@ _KEPT = {
     _aten.addmm.default,
     _aten.bmm.default,
     _aten.convolution.default,
+    torch.ops.mmtrain.linear_fwd.default,
+    torch.ops.mmtrain.selective_mix_fwd.default,
     torch.ops.mmtrain.selective_scan_fwd.default,
 }
 

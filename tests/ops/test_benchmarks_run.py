@@ -32,6 +32,15 @@ def test_scan_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_linear_cpu(tmp_path: Path) -> None:
+    printed = run("linear_cpu.py", "--smoke", "--json", str(tmp_path / "linear.json"))
+    rows = json.loads((tmp_path / "linear.json").read_text())["rows"]
+    assert [row["product"] for row in rows] == ["forward", "dx", "dw"]
+    for row in rows:
+        assert f"{row['onednn_gflops'] / row['torch_gflops']:.2f}" in printed
+
+
+@pytest.mark.slow
 def test_model_steps(tmp_path: Path) -> None:
     printed = run("model_steps.py", "--smoke", "--json", str(tmp_path / "steps.json"))
     figures = json.loads((tmp_path / "steps.json").read_text())["seconds_a_sample"]

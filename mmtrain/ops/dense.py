@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mmtrain.errors import UserError, nearest
-from mmtrain.ops import backend
+from mmtrain.ops import backend, library
+from mmtrain.ops.library import MatmulArgs
 
 logger = logging.getLogger("mmtrain")
 
@@ -100,10 +101,19 @@ def linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight:
     dx = _product(dy, weight.T) if want_x else nothing
     if not want_weight:
         return dx, nothing
-    # oneDNN copies the transposed left factor: let it be the narrower one
-    if x.shape[1] < dy.shape[1]:
-        return dx, _product(x.T, dy.T).T.contiguous()
-    return dx, _product(dy.T, x.T)
+    return dx, _transposed_product(dy.contiguous(), x.contiguous())
+
+
+def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, N) transposed times b (M, K), (N, K): by our own kernel, since oneDNN copies a transposed left factor."""
+    kernels = library.load().library
+    if kernels is None or kernels.isa != "avx512" or b.shape[1] % 16:
+        # let what is copied be the narrower one
+        return _product(b.T, a.T).T.contiguous() if b.shape[1] < a.shape[1] else _product(a.T, b.T)
+    out = b.new_empty(a.shape[1], b.shape[1])
+    args = MatmulArgs(m=len(a), n=a.shape[1], k=b.shape[1], a=a.data_ptr(), b=b.data_ptr(), c=out.data_ptr())
+    kernels.call("matmul_tn", args)
+    return out
 
 
 @linear_bwd.register_fake

@@ -116,6 +116,10 @@ class DropoutArgs(ctypes.Structure):
     ]
 
 
+class MatmulArgs(ctypes.Structure):
+    _fields_ = [*_integers("m", "n", "k", "threads"), *_pointers("a", "b", "c")]
+
+
 class ExpRateArgs(ctypes.Structure):
     _fields_ = [*_integers("count", "threads"), *_pointers("sum")]
 
@@ -131,6 +135,7 @@ ENTRY_POINTS: dict[str, type[ctypes.Structure]] = {
     "weighted_sum_backward": WeightedSumArgs,
     "dropout": DropoutArgs,
     "exp_rate": ExpRateArgs,
+    "matmul_tn": MatmulArgs,
 }
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mmtrain.errors import UserError
-from mmtrain.ops import linear, scan_backend, weighted_sum
-from mmtrain.ops.dense import _uses_onednn
+from mmtrain.ops import library, linear, scan_backend, weighted_sum
+from mmtrain.ops.dense import _transposed_product, _uses_onednn
 
 
 @pytest.fixture
@@ -25,7 +25,9 @@ def operator(*tensors: Tensor) -> str:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("rows", "inside", "out"), [((300,), 64, 40), ((7, 60), 40, 64), ((2, 3, 100), 96, 32)])
+@pytest.mark.parametrize(
+    ("rows", "inside", "out"), [((300,), 64, 40), ((7, 60), 40, 64), ((2, 3, 100), 96, 32), ((5000,), 32, 200)]
+)
 def test_gradients_are_those_of_float64(rows: tuple[int, ...], inside: int, out: int, bias: bool, onednn: None) -> None:
     x, weight = torch.randn(*rows, inside), torch.randn(out, inside)
     tensors = [x, weight, *([torch.randn(out)] if bias else [])]
@@ -37,6 +39,18 @@ def test_gradients_are_those_of_float64(rows: tuple[int, ...], inside: int, out:
     for value, target in zip((y, *found), (exact, *expected), strict=True):
         assert value.is_contiguous()
         assert (value.double() - target).abs().max() <= 1e-5 * target.abs().max()
+
+
+def test_the_weights_gradient_does_not_depend_on_threads(threads: None) -> None:
+    a, b = torch.randn(5000, 200), torch.randn(5000, 32)
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(_transposed_product(a, b))
+    if library.loaded().isa == "avx512":
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+    torch.testing.assert_close(found[0], a.T @ b, rtol=1e-4, atol=1e-2)
 
 
 def test_only_what_is_wanted_is_computed(onednn: None) -> None:

@@ -95,6 +95,12 @@ struct DropoutArgs {
     float *out;
 };
 
+struct MatmulArgs {
+    int64_t m, n, k, threads;  // k is a multiple of 16
+    const float *a, *b;        // (m, n), (m, k)
+    float *c;                  // (n, k)
+};
+
 struct ExpRateArgs {
     int64_t count, threads;  // exponentials, of all threads together
     double *sum;             // of some of them, so that none is left out
@@ -105,7 +111,7 @@ struct ExpRateArgs {
     X(scan_forward, ScanArgs) X(scan_backward, ScanArgs) X(conv_forward, ConvArgs) X(conv_backward, ConvArgs) \
     X(mix_forward, MixArgs) X(mix_backward, MixArgs)                                                       \
     X(weighted_sum_forward, WeightedSumArgs) X(weighted_sum_backward, WeightedSumArgs)                        \
-    X(dropout, DropoutArgs) X(exp_rate, ExpRateArgs)
+    X(dropout, DropoutArgs) X(exp_rate, ExpRateArgs) X(matmul_tn, MatmulArgs)
 
 // Positions per chunk: the kernel keeps the state at every multiple of it, and recomputes in between.
 // Longer chunks mean fewer saved states and longer runs of memory; the tiles and recomputed states of one chunk (70 KiB

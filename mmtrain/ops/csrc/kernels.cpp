@@ -3,6 +3,7 @@
 #include "conv.h"
 #include "dropout.h"
 #include "exp_rate.h"
+#include "matmul.h"
 #include "mix_backward.h"
 #include "mix_forward.h"
 #include "scan_backward.h"

@@ -87,20 +87,8 @@ def cross_scan_fwd(
 
 
 @cross_scan_fwd.register_fake
-def _(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    orders: list[int],
-    height: int,
-    save_states: bool,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(u), u.new_empty(_states_shape(u, A, save_states))
+def _(u: Tensor, delta: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(u), u.new_empty(_states_shape(u, A, save_states=rest[-1]))
 
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -155,21 +143,8 @@ def cross_scan_bwd(
 
 
 @cross_scan_bwd.register_fake
-def _(
-    dout: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    states: Tensor,
-    delta_softplus: bool,
-    orders: list[int],
-    height: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_gradients(u, delta, A, B, C, D, delta_bias)
+def _(dout: Tensor, u: Tensor, delta: Tensor, *rest: Any) -> Gradients:
+    return _empty_gradients(u, delta, *rest[:5])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -103,21 +103,8 @@ def selective_mix_fwd(
 
 
 @selective_mix_fwd.register_fake
-def _(
-    x: Tensor,
-    conv: Tensor | None,
-    conv_bias: Tensor | None,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    orders: list[int],
-    height: int,
-    scale: float,
-    gated: bool,
-    save_states: bool,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    A, (gated, save_states) = rest[5], rest[-2:]
     out = torch.empty_like(x.chunk(2, -1)[0] if gated else x)
     return out, x.new_empty(_states_shape(x, A, save_states))
 
@@ -172,23 +159,8 @@ def selective_mix_bwd(
 
 
 @selective_mix_bwd.register_fake
-def _(
-    dout: Tensor,
-    x: Tensor,
-    conv: Tensor | None,
-    conv_bias: Tensor | None,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    states: Tensor,
-    orders: list[int],
-    height: int,
-    scale: float,
-    gated: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_gradients(x, conv, conv_bias, x_proj, dt_proj, dt_bias, A, D)
+def _(dout: Tensor, x: Tensor, *rest: Any) -> Gradients:
+    return _empty_gradients(x, *rest[:7])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -207,40 +179,23 @@ def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 selective_mix_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
-def mix_flops(x: torch.Size, conv: torch.Size | None, x_proj: torch.Size, dt_proj: torch.Size, A: torch.Size) -> int:
-    """Operations of one forward: convolution 2·taps, projections 2 a weight, scan 9·N + 1, for each position, channel
-    and direction."""
-    directions, channels, state = A
+def mix_flops(
+    x: torch.Size, conv: torch.Size | None, _: Any, x_proj: torch.Size, dt_proj: torch.Size, *rest: Any
+) -> int:
+    """Operations of one forward, of the shapes of its first arguments.
+
+    For each position, channel and direction: convolution 2·taps, projections 2 a weight, scan 9·N + 1.
+    """
+    directions, channels, state = rest[1]
     each = 2 * (conv[2] if conv is not None else 0) + 2 * x_proj[1] + 2 * dt_proj[2] + 9 * state + 1
     return x[0] * x[1] * x[2] * channels * directions * each
 
 
 @register_flop_formula(torch.ops.mmtrain.selective_mix_fwd)
-def _forward_flops(
-    x: torch.Size,
-    conv: torch.Size | None,
-    conv_bias: Any,
-    x_proj: torch.Size,
-    dt_proj: torch.Size,
-    dt_bias: Any,
-    A: torch.Size,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    return mix_flops(x, conv, x_proj, dt_proj, A)
+def _forward_flops(*args: Any, **kwargs: Any) -> int:
+    return mix_flops(*args)
 
 
 @register_flop_formula(torch.ops.mmtrain.selective_mix_bwd)
-def _backward_flops(
-    dout: Any,
-    x: torch.Size,
-    conv: torch.Size | None,
-    conv_bias: Any,
-    x_proj: torch.Size,
-    dt_proj: torch.Size,
-    dt_bias: Any,
-    A: torch.Size,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    return 2 * mix_flops(x, conv, x_proj, dt_proj, A)
+def _backward_flops(dout: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * mix_flops(*args)

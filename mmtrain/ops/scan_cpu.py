@@ -95,21 +95,8 @@ def selective_scan_fwd(
 
 
 @selective_scan_fwd.register_fake
-def _(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    save_states: bool,
-    return_last_state: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_outputs(u, A, B, save_states, return_last_state)
+def _(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_outputs(u, A, B, *rest[-2:])
 
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -167,22 +154,8 @@ def selective_scan_bwd(
 
 
 @selective_scan_bwd.register_fake
-def _(
-    dout: Tensor,
-    dlast: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    states: Tensor,
-    delta_softplus: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_gradients(u, delta, A, B, C, D, delta_bias, initial_state)
+def _(dout: Tensor, dlast: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *rest: Any) -> Gradients:
+    return _empty_gradients(u, delta, A, B, C, *rest[:3])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -25,9 +25,7 @@ from torch import Tensor, nn
 from mmtrain.models.mixers import SequenceMixer
 from mmtrain.models.s6 import S6
 from mmtrain.ops import causal_conv1d
-
-#: Positions whose states :func:`prefill` holds at once.
-_CHUNK = 256
+from mmtrain.ops.mix import scan_one
 
 
 @dataclass(frozen=True)
@@ -118,10 +116,6 @@ def step(mixer: SequenceMixer, x: Tensor, state: SequenceState) -> tuple[Tensor,
 def prefill(mixer: SequenceMixer, x: Tensor) -> tuple[Tensor, SequenceState]:
     """The full forward of a prefix, and the state to go on from with :func:`step`.
 
-    The outputs come from the scan of the backend in force, which does not give its last state away. That one is a
-    plain weighted sum, h_L = Σ_t exp(A Σ_{s>t} Δ_s) Δ_t B_t u_t: no exponent is positive, so nothing overflows, and
-    what underflows is forgotten rightly. It costs one more pass over Δ and B, 256 positions at a time.
-
     Args:
         x: (B, L, dim), L >= 1.
 
@@ -142,19 +136,5 @@ def prefill(mixer: SequenceMixer, x: Tensor) -> tuple[Tensor, SequenceState]:
         window = torch.cat([empty.conv, u[:, max(0, u.shape[1] - taps + 1) :].mT.to(empty.conv.dtype)], -1)
         window = window[..., window.shape[-1] - taps + 1 :]
         u = causal_conv1d(u.mT, conv.weight.squeeze(1), conv.bias, activation="silu").mT
-    y = mixer.out_proj(s6.scan(u) * F.silu(gate))
-    return y, SequenceState(window, _last_state(s6, u, empty.ssm))
-
-
-def _last_state(s6: S6, u: Tensor, h: Tensor) -> Tensor:
-    """The state (B, E, N) after u (B, L, E), starting from zeros ``h``."""
-    delta, b, _ = _selection(s6, u, h.dtype)
-    A = -torch.exp(s6.A_log.to(h.dtype))
-    # what passes after each position; summed from the end, so that the recent past, which counts, has small sums
-    after = F.pad(delta[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1)
-    drive = delta * u.to(h.dtype)
-    for at in range(0, u.shape[1], _CHUNK):
-        part = slice(at, at + _CHUNK)
-        weight = torch.exp(after[:, part, :, None] * A) * drive[:, part, :, None]
-        h = h + torch.einsum("blen,bln->ben", weight, b[:, part])
-    return h
+    y, last = scan_one(u, s6())
+    return mixer.out_proj(y * F.silu(gate)), SequenceState(window, last)

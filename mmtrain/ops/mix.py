@@ -212,7 +212,7 @@ def _by_axis(x: Tensor, directions: Sequence[Direction], height: int) -> Tensor:
         u = x
         if order.axis == "columns":
             u = x.reshape(batch, height, width, channels).transpose(1, 2).reshape(batch, length, channels)
-        y = _scan(convolved(u, d, order.reverse), d, order.reverse)
+        y, _ = scan_one(convolved(u, d, order.reverse), d, order.reverse)
         by_axis[order.axis] = by_axis[order.axis] + y if order.axis in by_axis else y
     total = by_axis.get("rows")
     if "columns" in by_axis:
@@ -229,11 +229,15 @@ def convolved(u: Tensor, d: Direction, reverse: bool) -> Tensor:
     return causal_conv1d(u.transpose(1, 2), d.conv, d.conv_bias, activation="silu", reverse=reverse).transpose(1, 2)
 
 
-def _scan(u: Tensor, d: Direction, reverse: bool) -> Tensor:
-    """One direction over u (Bt, L, D), whose positions are in its order or the reverse of it."""
+def scan_one(u: Tensor, d: Direction, reverse: bool = False) -> tuple[Tensor, Tensor]:
+    """One direction over u (Bt, L, D), convolved already and in its order or the reverse of it.
+
+    Returns:
+        y (Bt, L, D) and the last state (Bt, D, N).
+    """
     rank, state = d.dt_proj.shape[1], d.A.shape[1]
     low_rank, b, c = F.linear(u, d.x_proj).split([rank, state, state], dim=-1)
-    y = selective_scan(
+    y, last = selective_scan(
         u.transpose(1, 2),
         F.linear(low_rank, d.dt_proj).transpose(1, 2),
         d.A,
@@ -243,5 +247,6 @@ def _scan(u: Tensor, d: Direction, reverse: bool) -> Tensor:
         delta_bias=d.dt_bias,
         delta_softplus=True,
         reverse=reverse,
+        return_last_state=True,
     )
-    return y.transpose(1, 2)
+    return y.transpose(1, 2), last

@@ -36,6 +36,8 @@ COMMON_FLAGS = (
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-fschedule-insns",  # with the next one, GCC fills the waits between dependent exponentials better
+    "-fsched-pressure",
 )
 CURE = "install a C++ compiler with OpenMP (for example `apt-get install g++`), or name one in CXX"
 

@@ -252,8 +252,8 @@ def test_extreme_steps(step: float, isa: str) -> None:
         assert (found[name].double() - expected[name]).abs().max().item() <= 1e-4 * scale + 1e-37, name
 
 
-@pytest.mark.parametrize("value", [1e-45, 1e-39, 1e18])
-def test_subnormal_and_huge_inputs_give_no_nan(value: float, isa: str) -> None:
+@pytest.mark.parametrize("value", [-0.0, 1e-45, 1e-39, 1e18])
+def test_negative_zeros_subnormal_and_huge_inputs_give_no_nan(value: float, isa: str) -> None:
     case = Case(softplus=True, length=70)
     for name in ("u", "delta", "A", "B", "C"):
         tensors = inputs(case)

@@ -31,6 +31,8 @@ from mmtrain.ops import build, library, upstream
 logger = logging.getLogger("mmtrain")
 
 BACKENDS = ("auto", "reference", "parallel", "cpu", "triton", "mamba_ssm")
+#: What the C++ kernels read and write; others are converted.
+CPU_DTYPES = (torch.float32, torch.bfloat16)
 _PLAIN = {"reference": "plain PyTorch", "parallel": "plain PyTorch, associative scan"}
 
 _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("mmtrain_scan_backend", default=None)

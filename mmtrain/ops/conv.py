@@ -62,6 +62,8 @@ def causal_conv1d(
         return gpu.convolution(chosen, x, weight, bias, activation == "silu", reverse)
     inputs = (x.to(compute), weight.to(compute), None if bias is None else bias.to(compute))
     if chosen == "cpu":
+        if x.dtype in backend.CPU_DTYPES:
+            inputs = (x, *inputs[1:])
         out = causal_conv1d_fwd(*inputs, activation == "silu", reverse)
     else:
         out = layout_like(causal_conv1d_reference(*inputs, activation == "silu", reverse), x)

@@ -23,13 +23,13 @@ CHANNEL_PAD = 16  # kChannelPad: channels of a group are padded to this in the s
 
 
 class View3(ctypes.Structure):
-    """A float32 tensor (batch, channel, position): address and strides in elements."""
+    """A float32 or bfloat16 tensor (batch, channel, position): address, which of them, strides in elements."""
 
-    _fields_ = [("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 3)]
+    _fields_ = [("data", ctypes.c_void_p), ("narrow", ctypes.c_int64), ("strides", ctypes.c_int64 * 3)]
 
     @classmethod
     def of(cls, tensor: Tensor) -> View3:
-        return cls(tensor.data_ptr(), (ctypes.c_int64 * 3)(*tensor.stride()))
+        return cls(tensor.data_ptr(), tensor.dtype == torch.bfloat16, (ctypes.c_int64 * 3)(*tensor.stride()))
 
 
 class View4(ctypes.Structure):
@@ -43,13 +43,13 @@ class View4(ctypes.Structure):
 
 
 class MixView(ctypes.Structure):
-    """A float32 tensor (outer batch, inner batch, channel, position): address and strides in elements."""
+    """A float32 or bfloat16 tensor (outer batch, inner batch, channel, position): as in :class:`View3`."""
 
-    _fields_ = [("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 4)]
+    _fields_ = [("data", ctypes.c_void_p), ("narrow", ctypes.c_int64), ("strides", ctypes.c_int64 * 4)]
 
     @classmethod
     def of(cls, tensor: Tensor) -> MixView:
-        return cls(tensor.data_ptr(), (ctypes.c_int64 * 4)(*tensor.stride()))
+        return cls(tensor.data_ptr(), tensor.dtype == torch.bfloat16, (ctypes.c_int64 * 4)(*tensor.stride()))
 
 
 def _integers(*names: str) -> list[tuple[str, type]]:

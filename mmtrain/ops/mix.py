@@ -136,7 +136,8 @@ def _fused(x: Tensor, directions: Sequence[Direction], gated: bool, height: int)
             return None
         return (tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)).float()
 
-    x4 = (x if x.dim() == 4 else x[:, None]).float()
+    x4 = x if x.dim() == 4 else x[:, None]
+    x4 = x4 if x.dtype in backend.CPU_DTYPES else x4.float()
     parameters = [stacked(name) for name in ("conv", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A", "D")]
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x4, *parameters))
     orders = [NAMES.index(d.order) for d in directions]

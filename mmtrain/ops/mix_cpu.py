@@ -1,8 +1,8 @@
-"""The C++ mixer interior as torch custom operators ``mmtrain::selective_mix_fwd`` and ``_bwd`` (float32).
+"""The C++ mixer interior as torch custom operators ``mmtrain::selective_mix_fwd`` and ``_bwd``.
 
-x is (Bt, Inner, L, D), or (Bt, Inner, L, 2D) with the gate behind it, in any strides; parameters have the K directions
-first. The forward keeps the states at every 64th position, (Bt·Inner, K, ceil(L/64) - 1, N, pad16(D)); the backward
-computes all the rest again.
+x is (Bt, Inner, L, D), or (Bt, Inner, L, 2D) with the gate behind it, float32 or bfloat16, in any strides; parameters
+are float32, with the K directions first. The forward keeps the states at every 64th position,
+(Bt·Inner, K, ceil(L/64) - 1, N, pad16(D)); the backward computes all the rest again.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def selective_mix_fwd(
 ) -> tuple[Tensor, Tensor]:
     """(out (Bt, Inner, L, D) in the layout of x, states); see the module's head."""
     out = torch.empty_like(x.chunk(2, -1)[0] if gated else x)
-    states = x.new_empty(_states_shape(x, A, save_states))
+    states = A.new_empty(_states_shape(x, A, save_states))
     if x.numel():
         order = positions(tuple(orders), height, x.shape[2] // height)
         parameters = _dense(conv, conv_bias, x_proj, dt_proj, dt_bias, A, D)
@@ -106,7 +106,7 @@ def selective_mix_fwd(
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     A, (gated, save_states) = rest[5], rest[-2:]
     out = torch.empty_like(x.chunk(2, -1)[0] if gated else x)
-    return out, x.new_empty(_states_shape(x, A, save_states))
+    return out, A.new_empty(_states_shape(x, A, save_states))
 
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -114,7 +114,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 
 def _empty_gradients(x: Tensor, *parameters: Tensor | None) -> Gradients:
     """In the layout of x, the parameters dense; those of what is absent have no elements."""
-    made = [x.new_empty(0) if p is None else p.new_empty(p.shape) for p in parameters]
+    made = [x.new_empty(0, dtype=torch.float32) if p is None else p.new_empty(p.shape) for p in parameters]
     return torch.empty_like(x), *made  # type: ignore[return-value]
 
 

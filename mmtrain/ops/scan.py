@@ -148,6 +148,9 @@ def selective_scan(
         out, last = gpu.scan(chosen, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, initial_state)
         return (out, last) if return_last_state else out
     if chosen == "cpu":
+        if z is None:  # read and written as they are; a gate needs the output before it is rounded
+            narrow = (t if t.dtype in backend.CPU_DTYPES else t.float() for t in (u, delta))
+            scan_inputs = (*narrow, *scan_inputs[2:])  # type: ignore[assignment]
         wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in scan_inputs)
         out, last, _ = selective_scan_fwd(*scan_inputs, delta_softplus, reverse, wants_grad, return_last_state)
     else:

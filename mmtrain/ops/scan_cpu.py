@@ -2,7 +2,8 @@
 
 ``mmtrain::selective_scan_fwd`` returns the output, the last state (Bt, D, N) and the states at every 64th position
 (Bt, ceil(L/64) - 1, N, G·pad16(D/G)), both empty when not asked for; ``mmtrain::selective_scan_bwd`` recomputes the
-rest. All tensors float32; B and C (Bt, G, N, L); any strides.
+rest. u and delta are float32 or bfloat16, all others float32; B and C (Bt, G, N, L); any
+strides.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ def _scan_args(
 def _empty_outputs(
     u: Tensor, A: Tensor, B: Tensor, save_states: bool, return_last_state: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    last = u.new_empty(u.shape[0], *A.shape) if return_last_state else u.new_empty(0)
-    return torch.empty_like(u), last, u.new_empty(_states_shape(u, B, save_states))
+    last = A.new_empty(u.shape[0], *A.shape) if return_last_state else A.new_empty(0)
+    return torch.empty_like(u), last, A.new_empty(_states_shape(u, B, save_states))
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
@@ -140,7 +141,7 @@ def selective_scan_bwd(
     args = _scan_args(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)
     args.initial, args.dlast = _pointer(initial_state), _pointer(dlast)
     if not states.numel() and u.shape[2] > CHUNK:  # the forward ran without gradients in mind: its states once more
-        states = u.new_empty(_states_shape(u, B, True))
+        states = A.new_empty(_states_shape(u, B, True))
         args.states = _pointer(states)
         library.loaded().call("scan_forward", args)
     args.states = _pointer(states)

@@ -166,13 +166,23 @@ def test_it_keeps_its_input_and_a_few_states() -> None:
     assert sum(kept.values()) <= 4 * x.numel() + states + parameters
 
 
-def test_low_precision_is_computed_in_float32() -> None:
-    x, made = inputs(Mix())
-    directions = [Direction(**p, order=order) for order, p in zip(NAMES[:2], made, strict=True)]  # type: ignore[arg-type]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "case", [Mix(), Mix(channels_last=False, gated=False), Mix(height=7, width=10, orders=NAMES, taps=0)]
+)
+def test_low_precision_is_computed_in_float32(dtype: torch.dtype, case: Mix) -> None:
+    """Read and written narrow, nothing else: the only difference is the last rounding."""
+    x, made = inputs(case)
+    directions = [Direction(**p, order=order) for order, p in zip(case.orders, made, strict=True)]  # type: ignore[arg-type]
+    narrow, wide = x.to(dtype).requires_grad_(), x.to(dtype).float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        found = selective_mix(x.bfloat16(), directions, gated=True)
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, selective_mix(x.bfloat16().float(), directions, gated=True).bfloat16())
+        found = selective_mix(narrow, directions, case.gated, case.height)
+    expected = selective_mix(wide, directions, case.gated, case.height)
+    assert found.dtype == dtype
+    assert torch.equal(found, expected.to(dtype))
+    dout = torch.randn(found.shape).to(dtype)
+    (dx,), (exact,) = torch.autograd.grad(found, narrow, dout), torch.autograd.grad(expected, wide, dout.float())
+    assert torch.equal(dx, exact.to(dtype))
 
 
 def test_fusion_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

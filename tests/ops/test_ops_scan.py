@@ -178,8 +178,12 @@ def test_expanded_output_gradient() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_low_precision_inputs_are_computed_in_float32(dtype: torch.dtype, backend: str) -> None:
-    case = Case(length=70, channels_last=True)
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_low_precision_inputs_are_computed_in_float32(
+    dtype: torch.dtype, backend: str, full: bool, channels_last: bool
+) -> None:
+    case = Case(channels=37, length=70, channels_last=channels_last, full=full)
     tensors = inputs(case)
     low = {n: t.detach().to(dtype if n != "A" else t.dtype).requires_grad_() for n, t in tensors.items()}
     rounded = {n: t.detach().float().requires_grad_() for n, t in low.items()}
@@ -216,6 +220,23 @@ def test_same_bits_for_any_number_of_threads(case: Case, threads: None) -> None:
     for name, value in results[0].items():
         assert torch.equal(value, results[1][name]), name
         assert torch.equal(value, results[2][name]), name
+
+
+def test_bfloat16_is_rounded_to_nearest_even(isa: str) -> None:
+    # a channel and a position each, y = D u: all kinds of floats, NaN among them (an infinity times B = 0 is one)
+    bits = torch.arange(0, 2**32, 65_521, dtype=torch.int64).to(torch.int32)
+    u = bits.view(torch.float32).bfloat16()
+    u = u[~u.isinf()].view(1, -1, 1)
+    none = torch.zeros(1, 1, 1)
+    for scale in (1.0, 1.0039):
+        D = torch.full((u.shape[1],), scale)
+        y = selective_scan(u, torch.zeros_like(u), torch.zeros(u.shape[1], 1), none, none, D)
+        expected = (u.float() * scale).bfloat16()
+        assert torch.equal(y.isnan(), expected.isnan())
+        # subnormal numbers are flushed while a kernel runs
+        normal = ~expected.isnan() & (expected.float().abs() >= 1.2e-38) & (u.float().abs() >= 1.2e-38)
+        assert torch.equal(y[normal], expected[normal])
+        assert normal.float().mean() > 0.98
 
 
 def test_exp_is_accurate(isa: str) -> None:

@@ -3,8 +3,9 @@
 #pragma once
 #include <stdint.h>
 
-struct View3 {  // a float tensor indexed (batch, channel, position)
-    float *data;
+struct View3 {  // a tensor indexed (batch, channel, position)
+    void *data;
+    int64_t narrow;                    // bfloat16 instead of float
     int64_t batch, channel, position;  // strides
 };
 
@@ -13,8 +14,9 @@ struct View4 {  // a float tensor indexed (batch, group, state, position)
     int64_t batch, group, state, position;  // strides
 };
 
-struct MixView {  // a float tensor indexed (outer batch, inner batch, channel, position)
-    float *data;
+struct MixView {  // a tensor indexed (outer batch, inner batch, channel, position)
+    void *data;
+    int64_t narrow;  // bfloat16 instead of float
     int64_t outer, inner, channel, position;  // strides
 };
 

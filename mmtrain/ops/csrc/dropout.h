@@ -4,9 +4,6 @@
 
 namespace MMT_ISA {
 
-typedef uint32_t vu __attribute__((vector_size(4 * W)));
-typedef uint32_t vu_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
-
 // Xor-shift and multiply; its high bits are the good ones. dropout.py has the same in PyTorch.
 template <class U>
 MMT_INLINE U mix32(U x) {

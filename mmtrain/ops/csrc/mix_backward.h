@@ -239,7 +239,7 @@ static int mix_backward(const MixArgs &s) {
     // at most 64 runs, and 32 MB of sums
     const int64_t room = (32 << 20) / (vectors * s.directions * (int64_t)sizeof(vf));
     const int64_t runs = min64(s.batch, max64(4, min64(64, room)));
-    const bool split = split_directions(runs, s.directions, s.threads);
+    const bool split = split_directions(runs, s.directions, s.threads, s.dx.narrow);
     const int64_t whole = split ? s.directions * s.batch * s.length * plan.width : 0;
     Buffer<vf> sums(runs * s.directions * vectors);
     Buffer<float> dx_parts(whole), dz_parts(s.z.data ? whole : 0);

@@ -44,14 +44,15 @@ static inline float *mix_saved_state(const MixArgs &s, const MixPlan &plan, int6
 
 // One block of channels of one sequence, in the order of memory.
 static inline Lane memory_lane(const MixArgs &s, const MixPlan &plan, const MixView &v, int64_t b, int64_t block) {
-    const View3 sequence{v.data + b / s.inner * v.outer + b % s.inner * v.inner, 0, v.channel, v.position};
+    char *first = static_cast<char *>(v.data) + (b / s.inner * v.outer + b % s.inner * v.inner) * (v.narrow ? 2 : 4);
+    const View3 sequence{first, v.narrow, 0, v.channel, v.position};
     return Lane(sequence, 0, block * W, plan.lanes(s, block), s.length, false);
 }
 
 // Where a direction writes when directions are split: (directions, batch, length, width).
 static inline MixView part_view(const MixArgs &s, const MixPlan &plan, float *parts, int64_t k) {
     const int64_t sequence = s.length * plan.width;
-    return {parts + k * s.batch * sequence, s.inner * sequence, sequence, 1, plan.width};
+    return {parts + k * s.batch * sequence, 0, s.inner * sequence, sequence, 1, plan.width};
 }
 
 // The parameters of one direction by block and lane, zero in the lanes past the last channel.
@@ -222,9 +223,10 @@ MMT_INLINE vf raw_step(const vf *weight, int64_t rank, const float *low, vf bias
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-// Several threads may work on the directions of one batch element; then each direction writes an array of its own.
-static inline bool split_directions(int64_t tasks, int64_t directions, int64_t threads) {
-    return directions > 1 && 4 * tasks < 3 * threads * ceil_div(tasks, threads);
+// Several threads may work on the directions of one batch element; then each direction writes an array of its own, of
+// floats. So it does where the result is narrow, too: what is added up there must not be.
+static inline bool split_directions(int64_t tasks, int64_t directions, int64_t threads, bool narrow) {
+    return directions > 1 && (narrow || 4 * tasks < 3 * threads * ceil_div(tasks, threads));
 }
 
 }  // namespace MMT_ISA

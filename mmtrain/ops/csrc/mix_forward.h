@@ -88,7 +88,7 @@ struct MixForward {
 static int mix_forward(const MixArgs &s) {
     const MixPlan plan(s);
     const MixPacked packed(s, plan, false);
-    const bool split = split_directions(s.batch, s.directions, s.threads);
+    const bool split = split_directions(s.batch, s.directions, s.threads, s.out.narrow);
     Buffer<float> parts(split ? s.directions * s.batch * s.length * plan.width : 0);
     if (!packed.data || !parts.data) return 1;
     const MixForward pass{s, plan, packed, split ? parts.data : nullptr};

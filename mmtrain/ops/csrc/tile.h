@@ -7,33 +7,42 @@
 namespace MMT_ISA {
 
 struct Lane {  // one batch element and one block of channels of a View3
-    float *data;
+    void *data;
     int64_t channel, position;  // strides
     int64_t length;
     int lanes;  // channels really there, at most W
-    bool reverse;
+    bool reverse, narrow;
     const int64_t *order = nullptr;  // if given, position t of the recurrence is position order[t] in memory
 
-    const float *at(int64_t t) const { return data + (order ? order[t] : reverse ? length - 1 - t : t) * position; }
+    // Where position t is, its first channel. E: float, or uint16_t for bfloat16.
+    template <class E>
+    const E *at(int64_t t) const {
+        return static_cast<const E *>(data) + (order ? order[t] : reverse ? length - 1 - t : t) * position;
+    }
 
     Lane(const View3 &v, int64_t b, int64_t first_channel, int lanes_, int64_t length_, bool reverse_)
-        : data(v.data + b * v.batch + first_channel * v.channel),
+        : data(static_cast<char *>(v.data) + (b * v.batch + first_channel * v.channel) * (v.narrow ? 2 : 4)),
           channel(v.channel),
           position(v.position),
           length(length_),
           lanes(lanes_),
-          reverse(reverse_) {}
+          reverse(reverse_),
+          narrow(v.narrow) {}
+
+    // The block of channels after this one.
+    void advance() { data = static_cast<char *>(data) + W * channel * (narrow ? 2 : 4); }
 };
 
-static void load_tile(vf *tile, const Lane &s, int64_t start, int rows) {
+template <class E>
+static void load_tile_of(vf *tile, const Lane &s, int64_t start, int rows) {
     if (s.order) {
         for (int r = 0; r < rows; ++r) {
-            const float *p = s.data + s.order[start + r] * s.position;
+            const E *p = s.at<E>(start + r);
             if (s.channel == 1) {
                 tile[r] = s.lanes == W ? load(p) : load_first(p, s.lanes);
             } else {
                 vf v{};
-                for (int i = 0; i < s.lanes; ++i) v[i] = p[i * s.channel];
+                for (int i = 0; i < s.lanes; ++i) v[i] = widened(p[i * s.channel]);
                 tile[r] = v;
             }
         }
@@ -42,7 +51,7 @@ static void load_tile(vf *tile, const Lane &s, int64_t start, int rows) {
     const int64_t first = s.reverse ? s.length - start - rows : start;  // lowest address of the tile
     const int64_t step = s.reverse ? -1 : 1;
     vf *row = s.reverse ? tile + rows - 1 : tile;
-    const float *p = s.data + first * s.position;
+    const E *p = static_cast<const E *>(s.data) + first * s.position;
     if (s.channel == 1) {
         for (int r = 0; r < rows; ++r, p += s.position, row += step)
             *row = s.lanes == W ? load(p) : load_first(p, s.lanes);
@@ -51,7 +60,7 @@ static void load_tile(vf *tile, const Lane &s, int64_t start, int rows) {
             const int n = rows - r < W ? rows - r : W;
             vf v[W];
             for (int i = 0; i < W; ++i) {
-                const float *q = p + i * s.channel + r;
+                const E *q = p + i * s.channel + r;
                 v[i] = i >= s.lanes ? vf{} : n == W ? load(q) : load_first(q, n);
             }
             transpose(v);
@@ -60,29 +69,30 @@ static void load_tile(vf *tile, const Lane &s, int64_t start, int rows) {
     } else {
         for (int r = 0; r < rows; ++r, p += s.position, row += step) {
             vf v{};
-            for (int i = 0; i < s.lanes; ++i) v[i] = p[i * s.channel];
+            for (int i = 0; i < s.lanes; ++i) v[i] = widened(p[i * s.channel]);
             *row = v;
         }
     }
 }
 
-static void store_tile(const vf *tile, const Lane &s, int64_t start, int rows) {
+template <class E>
+static void store_tile_of(const vf *tile, const Lane &s, int64_t start, int rows) {
     if (s.order) {
         for (int r = 0; r < rows; ++r) {
-            float *p = s.data + s.order[start + r] * s.position;
+            E *p = const_cast<E *>(s.at<E>(start + r));
             if (s.channel == 1 && s.lanes == W)
                 store(p, tile[r]);
             else if (s.channel == 1)
                 store_first(p, tile[r], s.lanes);
             else
-                for (int i = 0; i < s.lanes; ++i) p[i * s.channel] = tile[r][i];
+                for (int i = 0; i < s.lanes; ++i) put(p + i * s.channel, tile[r][i]);
         }
         return;
     }
     const int64_t first = s.reverse ? s.length - start - rows : start;
     const int64_t step = s.reverse ? -1 : 1;
     const vf *row = s.reverse ? tile + rows - 1 : tile;
-    float *p = s.data + first * s.position;
+    E *p = static_cast<E *>(s.data) + first * s.position;
     if (s.channel == 1) {
         for (int r = 0; r < rows; ++r, p += s.position, row += step) {
             if (s.lanes == W)
@@ -97,7 +107,7 @@ static void store_tile(const vf *tile, const Lane &s, int64_t start, int rows) {
             for (int i = 0; i < n; ++i, row += step) v[i] = *row;
             transpose(v);
             for (int i = 0; i < s.lanes; ++i) {
-                float *q = p + i * s.channel + r;
+                E *q = p + i * s.channel + r;
                 if (n == W)
                     store(q, v[i]);
                 else
@@ -106,7 +116,25 @@ static void store_tile(const vf *tile, const Lane &s, int64_t start, int rows) {
         }
     } else {
         for (int r = 0; r < rows; ++r, p += s.position, row += step)
-            for (int i = 0; i < s.lanes; ++i) p[i * s.channel] = (*row)[i];
+            for (int i = 0; i < s.lanes; ++i) put(p + i * s.channel, (*row)[i]);
+    }
+}
+
+static void load_tile(vf *tile, const Lane &s, int64_t start, int rows) {
+    s.narrow ? load_tile_of<uint16_t>(tile, s, start, rows) : load_tile_of<float>(tile, s, start, rows);
+}
+
+static void store_tile(const vf *tile, const Lane &s, int64_t start, int rows) {
+    s.narrow ? store_tile_of<uint16_t>(tile, s, start, rows) : store_tile_of<float>(tile, s, start, rows);
+}
+
+// All channels of channels-last memory at once.
+template <class E>
+static void load_whole_rows(vf *to, const Lane &first, int64_t blocks, int rest, int64_t start, int rows) {
+    for (int r = 0; r < rows; ++r, to += blocks) {
+        const E *p = first.at<E>(start + r);
+        for (int64_t block = 0; block < blocks - 1; ++block) to[block] = load(p + block * W);
+        to[blocks - 1] = rest == W ? load(p + (blocks - 1) * W) : load_first(p + (blocks - 1) * W, rest);
     }
 }
 
@@ -115,16 +143,13 @@ static void load_rows(vf *to, const Lane &first, int64_t channels, int64_t start
     const int64_t blocks = (channels + W - 1) / W;
     const int rest = (int)(channels - (blocks - 1) * W);
     if (first.channel == 1) {
-        for (int r = 0; r < rows; ++r, to += blocks) {
-            const float *p = first.at(start + r);
-            for (int64_t block = 0; block < blocks - 1; ++block) to[block] = load(p + block * W);
-            to[blocks - 1] = rest == W ? load(p + (blocks - 1) * W) : load_first(p + (blocks - 1) * W, rest);
-        }
+        first.narrow ? load_whole_rows<uint16_t>(to, first, blocks, rest, start, rows)
+                     : load_whole_rows<float>(to, first, blocks, rest, start, rows);
         return;
     }
     Lane lane = first;
     vf tile[kChunk];
-    for (int64_t block = 0; block < blocks; ++block, lane.data += W * lane.channel) {
+    for (int64_t block = 0; block < blocks; ++block, lane.advance()) {
         lane.lanes = block < blocks - 1 ? W : rest;
         for (int done = 0; done < rows; done += kChunk) {
             const int n = rows - done < kChunk ? rows - done : (int)kChunk;
@@ -138,8 +163,9 @@ static void load_rows(vf *to, const Lane &first, int64_t channels, int64_t start
 static void prefetch_rows(const Lane &first, int64_t channels, int64_t start, int rows) {
     if (first.channel != 1) return;
     for (int r = 0; r < rows; ++r) {
-        const float *p = first.at(start + r);
-        for (int64_t i = 0; i < channels; i += 16) __builtin_prefetch(p + i);
+        const char *p = first.narrow ? reinterpret_cast<const char *>(first.at<uint16_t>(start + r))
+                                     : reinterpret_cast<const char *>(first.at<float>(start + r));
+        for (int64_t i = 0; i < channels * (first.narrow ? 2 : 4); i += 64) __builtin_prefetch(p + i);
     }
 }
 

@@ -18,6 +18,9 @@ typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef float vf_unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
 
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W), aligned(2), may_alias));
+
 MMT_INLINE vf splat(float x) { return x - vf{}; }
 MMT_INLINE vf load(const float *p) { return *reinterpret_cast<const vf_unaligned *>(p); }
 MMT_INLINE void store(float *p, vf v) { *reinterpret_cast<vf_unaligned *>(p) = v; }
@@ -39,6 +42,41 @@ MMT_INLINE void store_first(float *p, vf v, int n) {
 #else
     for (int i = 0; i < n; ++i) p[i] = v[i];
 #endif
+}
+
+// bfloat16, the upper half of a float: widened when it is loaded, rounded to nearest even when it is stored.
+MMT_INLINE vf load(const uint16_t *p) {
+    return (vf)(__builtin_convertvector(*reinterpret_cast<const vh *>(p), vu) << 16);
+}
+MMT_INLINE void store(uint16_t *p, vf v) {
+    const vu bits = (vu)v, rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    const vu kept = v == v ? rounded : 0x7FC0u - vu{};
+    *reinterpret_cast<vh *>(p) = __builtin_convertvector(kept, vh);
+}
+MMT_INLINE vf load_first(const uint16_t *p, int n) {
+    uint16_t some[W] = {};
+    memcpy(some, p, n * sizeof *p);
+    return load(some);
+}
+MMT_INLINE void store_first(uint16_t *p, vf v, int n) {
+    uint16_t some[W];
+    store(some, v);
+    memcpy(p, some, n * sizeof *p);
+}
+
+// One element.
+MMT_INLINE float widened(float x) { return x; }
+MMT_INLINE float widened(uint16_t x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, sizeof y);
+    return y;
+}
+MMT_INLINE void put(float *p, float x) { *p = x; }
+MMT_INLINE void put(uint16_t *p, float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    *p = x == x ? (uint16_t)((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16) : 0x7FC0u;
 }
 
 // permute<Pattern>(a, b): lane i of the result is lane Pattern::at(i) of the 2W lanes of a and b.

@@ -98,8 +98,10 @@ def test_the_recurrence_stays_in_float32(name: str, dtype: torch.dtype) -> None:
     backward = [(args, out) for op, args, out in seen.calls if op == "selective_mix_bwd"]
     ssms = iter([module for module in model.modules() if isinstance(module, S6)])
     assert len(forward) == len(backward)
-    for _, args, out in seen.calls:
-        assert {t.dtype for t in [*args, *out] if isinstance(t, Tensor)} == {torch.float32}
+    for args, out in forward:  # the activations may be narrow, the parameters and the states may not
+        assert {t.dtype for t in [*args[1:], *out[1:]] if isinstance(t, Tensor)} == {torch.float32}
+    for args, out in backward:
+        assert {t.dtype for t in [*args[2:], *out[1:]] if isinstance(t, Tensor)} == {torch.float32}
     # modules run in the order in which they are registered, those of one mixer together
     for args, (_, states) in forward:
         for bias, A, D in zip(*args[5:8], strict=True):

@@ -66,13 +66,16 @@ def _by_onednn() -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear``: x (..., K), weight (N, K), bias (N,) → (..., N), of any dtype and device."""
+    # the sizes last: an exported program's are symbols, which a comparison would bind
     fits = (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
+        and _by_onednn()
+        and not torch.compiler.is_exporting()
         and x.numel() * weight.shape[0] >= _SMALL
     )
-    if not fits or not _by_onednn():
+    if not fits:
         return F.linear(x, weight, bias)
     y = linear_fwd(x.reshape(-1, x.shape[-1]), weight, bias)
     return y.view(*x.shape[:-1], -1)

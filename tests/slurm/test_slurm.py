@@ -182,7 +182,7 @@ def test_a_signal_before_the_first_step(cluster: Cluster, tmp_path: Path) -> Non
 
 
 def test_too_short_a_grace_falls_back_on_the_last_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
-    words = ("--nodes", "2", "eval.every_steps=28", "data.val_length=640000", "eval.batch_size=40000")
+    words = ("--nodes", "2", "eval.every_steps=28", "data.val_length=1600000", "eval.batch_size=100000")
     cluster.ask("scontrol", "update", "partitionname=low", "GraceTime=1")
     try:
         run = cluster.submit(tmp_path / "run", *words, "train.max_steps=30")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     )
     if not fits:
         return F.linear(x, weight, bias)
-    y = linear_fwd(x.reshape(-1, x.shape[-1]), weight, bias)
-    return y.view(*x.shape[:-1], -1)
+    return linear_fwd(x, weight, bias)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -88,23 +88,26 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.library.custom_op("mmtrain::linear_fwd", mutates_args=(), device_types="cpu")
 def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (M, K), weight (N, K), bias (N,) or None → (M, N), float32."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    """x (..., K), weight (N, K), bias (N,) or None → (..., N), float32; no view, which FSDP2 warns of."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return y.view(*x.shape[:-1], -1)
 
 
 @linear_fwd.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @torch.library.custom_op("mmtrain::linear_bwd", mutates_args=(), device_types="cpu")
 def linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool) -> tuple[Tensor, Tensor]:
-    """(dx, dweight); without elements what is not wanted."""
+    """(dx, dweight) for dy (..., N) and x (..., K); without elements what is not wanted."""
     nothing = x.new_empty(0)
-    dx = _product(dy, weight.T) if want_x else nothing
+    rows = dy.reshape(-1, dy.shape[-1])
+    dx = _product(rows, weight.T).view(x.shape) if want_x else nothing
     if not want_weight:
         return dx, nothing
-    return dx, _transposed_product(dy.contiguous(), x.contiguous())
+    return dx, _transposed_product(rows.contiguous(), x.reshape(-1, x.shape[-1]).contiguous())
 
 
 def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
@@ -122,7 +125,7 @@ def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
 @linear_bwd.register_fake
 def _(dy: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool) -> tuple[Tensor, Tensor]:
     nothing = x.new_empty(0)
-    return torch.empty_like(x) if want_x else nothing, weight.new_empty(weight.shape) if want_weight else nothing
+    return x.new_empty(x.shape) if want_x else nothing, weight.new_empty(weight.shape) if want_weight else nothing
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -135,7 +138,11 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tenso
     want_x, want_weight, want_bias = ctx.needs_input_grad
     dy = dy.contiguous()
     dx, dweight = linear_bwd(dy, x, weight, want_x, want_weight)
-    return dx if want_x else None, dweight if want_weight else None, dy.sum(0) if ctx.biased and want_bias else None
+    return (
+        dx if want_x else None,
+        dweight if want_weight else None,
+        dy.flatten(0, -2).sum(0) if ctx.biased and want_bias else None,
+    )
 
 
 linear_fwd.register_autograd(_backward, setup_context=_setup_context)
@@ -143,11 +150,11 @@ linear_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.mmtrain.linear_fwd)
 def _forward_flops(x: torch.Size, weight: torch.Size, *args: Any, **kwargs: Any) -> int:
-    return 2 * x[0] * x[1] * weight[0]
+    return 2 * prod(x) * weight[0]
 
 
 @register_flop_formula(torch.ops.mmtrain.linear_bwd)
 def _backward_flops(
     dy: torch.Size, x: torch.Size, weight: torch.Size, want_x: bool, want_weight: bool, **kwargs: Any
 ) -> int:
-    return 2 * x[0] * x[1] * weight[0] * (want_x + want_weight)
+    return 2 * prod(x) * weight[0] * (want_x + want_weight)

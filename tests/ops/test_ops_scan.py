@@ -93,7 +93,8 @@ def test_errors_stay_small_at_length(
         found = run(case, tensors)
     for name, exact in in_float64(case, tensors).items():
         error = (found[name].double() - exact).abs().max().item()
-        assert error <= (2e-6 if name == "out" else 2e-5) * exact.abs().max().item(), (name, error, case)
+        floor = 3e-7 * (length * channels) ** 0.5 if name != "out" else 0.0  # sums of so many terms may cancel
+        assert error <= (2e-6 if name == "out" else 2e-5) * exact.abs().max().item() + floor, (name, error, case)
 
 
 def test_reference_is_the_definition() -> None:

@@ -60,10 +60,10 @@ def causal_conv1d(
     chosen = backend.choose(x.device.type, float64)
     if chosen in gpu.BACKENDS:
         return gpu.convolution(chosen, x, weight, bias, activation == "silu", reverse)
-    inputs = (x.to(compute), weight.to(compute), None if bias is None else bias.to(compute))
+    as_it_is = backend.CPU_DTYPES if chosen == "cpu" else (compute,)
+    x_in = x if x.dtype in as_it_is else x.to(compute)
+    inputs = (x_in, weight.to(compute), None if bias is None else bias.to(compute))
     if chosen == "cpu":
-        if x.dtype in backend.CPU_DTYPES:
-            inputs = (x, *inputs[1:])
         out = causal_conv1d_fwd(*inputs, activation == "silu", reverse)
     else:
         out = layout_like(causal_conv1d_reference(*inputs, activation == "silu", reverse), x)

@@ -139,18 +139,17 @@ def selective_scan(
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
     float64 = u.dtype == torch.float64
     compute = torch.float64 if float64 else torch.float32
-    B4, C4 = ((t if t.dim() == 4 else t[:, None]).to(compute) for t in (B, C))
-    skip, bias, initial = (None if t is None else t.to(compute) for t in (D, delta_bias, initial_state))
-    scan_inputs = (u.to(compute), delta.to(compute), A.to(compute), B4, C4, skip, bias, initial)
+    B, C = (t if t.dim() == 4 else t[:, None] for t in (B, C))
     chosen = backend.choose(u.device.type, float64)
     if chosen in gpu.BACKENDS:
-        B, C = (t if t.dim() == 4 else t[:, None] for t in (B, C))
         out, last = gpu.scan(chosen, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, initial_state)
         return (out, last) if return_last_state else out
+    # the C++ kernel reads and writes bfloat16 itself; a gate needs the output before it is rounded
+    as_they_are = backend.CPU_DTYPES if chosen == "cpu" and z is None else (compute,)
+    u_in, delta_in = (t if t.dtype in as_they_are else t.to(compute) for t in (u, delta))
+    skip, bias, initial = (None if t is None else t.to(compute) for t in (D, delta_bias, initial_state))
+    scan_inputs = (u_in, delta_in, A.to(compute), B.to(compute), C.to(compute), skip, bias, initial)
     if chosen == "cpu":
-        if z is None:  # read and written as they are; a gate needs the output before it is rounded
-            narrow = (t if t.dtype in backend.CPU_DTYPES else t.float() for t in (u, delta))
-            scan_inputs = (*narrow, *scan_inputs[2:])  # type: ignore[assignment]
         wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in scan_inputs)
         out, last, _ = selective_scan_fwd(*scan_inputs, delta_softplus, reverse, wants_grad, return_last_state)
     else:

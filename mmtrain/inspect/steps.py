@@ -94,7 +94,7 @@ def _recorded(mixers: list[Any]) -> Iterator[tuple[dict[nn.Module, torch.Size], 
             if id(direction.A) in owners:
                 _, ssm = owners[id(direction.A)]
                 with torch.no_grad():
-                    u = convolved(x.flatten(0, -3), direction, direction.order.endswith("reversed"))
+                    u = convolved(x.flatten(0, -3), direction)
                 steps[ssm] = mean_steps(ssm, u).cpu()
 
     hooks = [mixer.register_forward_pre_hook(keep_shape) for mixer in mixers]

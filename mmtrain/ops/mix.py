@@ -38,6 +38,11 @@ class Direction(NamedTuple):
     conv: Tensor | None = None
     conv_bias: Tensor | None = None
 
+    @property
+    def code(self) -> int:
+        """The number of the order, as the kernels take it."""
+        return NAMES.index(self.order)
+
 
 #: Called with (x, directions, height) by every :func:`selective_mix`.
 Observer = Callable[[Tensor, Sequence[Direction], int], None]
@@ -140,7 +145,7 @@ def _fused(x: Tensor, directions: Sequence[Direction], gated: bool, height: int)
     x4 = x4 if x.dtype in backend.CPU_DTYPES else x4.float()
     parameters = [stacked(name) for name in ("conv", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A", "D")]
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x4, *parameters))
-    orders = [NAMES.index(d.order) for d in directions]
+    orders = [d.code for d in directions]
     with torch.autocast("cpu", enabled=False):
         out, _ = selective_mix_fwd(x4, *parameters, orders, height, 1 / len(directions), gated, wants_grad)
     return (out if x.dim() == 4 else out[:, 0]).to(x.dtype)
@@ -178,14 +183,14 @@ def _by_grid(x: Tensor, directions: Sequence[Direction], height: int) -> Tensor:
         weight = torch.cat([d.x_proj for d in directions])
         rows = F.linear(x, weight).unflatten(-1, (len(directions), -1)).permute(2, 0, 1, 3)
     else:
-        each = [convolved(x, d, ORDERS[NAMES.index(d.order)].reverse) for d in directions]
+        each = [convolved(x, d) for d in directions]
         u = torch.stack(each, 1)
         rows = torch.stack([F.linear(v, d.x_proj) for v, d in zip(each, directions, strict=True)])
     low, b, c = rows.split([rank, state, state], -1)  # each (K, Bt, L, ·)
     projections = torch.stack([d.dt_proj.T for d in directions]).to(low.dtype)
     delta = torch.bmm(low.reshape(len(directions), -1, rank), projections).view(-1, batch, length, channels)
     stacked = [torch.stack([getattr(d, name) for d in directions]).float() for name in ("A", "D", "dt_bias")]
-    orders = [NAMES.index(d.order) for d in directions]
+    orders = [d.code for d in directions]
     out = directional_scan_triton(
         u.transpose(2, 3),
         delta.permute(1, 0, 3, 2),
@@ -209,11 +214,11 @@ def _by_axis(x: Tensor, directions: Sequence[Direction], height: int) -> Tensor:
     width = length // height
     by_axis: dict[str, Tensor] = {}
     for d in directions:
-        order = ORDERS[NAMES.index(d.order)]
+        order = ORDERS[d.code]
         u = x
         if order.axis == "columns":
             u = x.reshape(batch, height, width, channels).transpose(1, 2).reshape(batch, length, channels)
-        y, _ = scan_one(convolved(u, d, order.reverse), d, order.reverse)
+        y, _ = scan_one(convolved(u, d), d)
         by_axis[order.axis] = by_axis[order.axis] + y if order.axis in by_axis else y
     total = by_axis.get("rows")
     if "columns" in by_axis:
@@ -223,14 +228,15 @@ def _by_axis(x: Tensor, directions: Sequence[Direction], height: int) -> Tensor:
     return total / len(directions) if len(directions) > 1 else total
 
 
-def convolved(u: Tensor, d: Direction, reverse: bool) -> Tensor:
+def convolved(u: Tensor, d: Direction) -> Tensor:
     """What one direction scans: SiLU(Conv(u)), or u (Bt, L, D) itself without a convolution."""
     if d.conv is None:
         return u
+    reverse = ORDERS[d.code].reverse
     return causal_conv1d(u.transpose(1, 2), d.conv, d.conv_bias, activation="silu", reverse=reverse).transpose(1, 2)
 
 
-def scan_one(u: Tensor, d: Direction, reverse: bool = False) -> tuple[Tensor, Tensor]:
+def scan_one(u: Tensor, d: Direction) -> tuple[Tensor, Tensor]:
     """One direction over u (Bt, L, D), convolved already and in its order or the reverse of it.
 
     Returns:
@@ -247,7 +253,7 @@ def scan_one(u: Tensor, d: Direction, reverse: bool = False) -> tuple[Tensor, Te
         d.D,
         delta_bias=d.dt_bias,
         delta_softplus=True,
-        reverse=reverse,
+        reverse=ORDERS[d.code].reverse,
         return_last_state=True,
     )
     return y.transpose(1, 2), last

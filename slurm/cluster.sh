@@ -3,6 +3,7 @@
 #   apt-get install --no-install-recommends slurmctld slurmd slurm-client munge
 #
 #   slurm/cluster.sh up FOLDER [NODES]     then: export SLURM_CONF=FOLDER/slurm.conf PATH=FOLDER/bin:$PATH
+#   slurm/cluster.sh heal FOLDER           a new daemon for every node that is not idle, with all it runs ended
 #   slurm/cluster.sh down FOLDER
 #
 # Every node is a slurmd on loopback in namespaces of its own, so that it has its own host name (node1, node2, ...).
@@ -12,7 +13,7 @@
 set -euo pipefail
 
 action=${1:-}
-[ -n "${2:-}" ] || { sed -n '2,12p' "$0"; exit 2; }
+[ -n "${2:-}" ] || { sed -n '2,13p' "$0"; exit 2; }
 folder=$(realpath -m "$2")
 nodes=${3:-4}
 first_port=${PORTS:-17800}
@@ -91,7 +92,31 @@ SACCT
   chmod +x "$folder/bin/sacct"
 }
 
+start_node() {
+  unshare --uts --mount --propagation private bash -c \
+    "mount --bind '$folder/hosts' /etc/hosts && hostname $1 && exec slurmd -f '$SLURM_CONF' -N $1"
+}
+
+# Ends a node's daemon and all that it runs: they alone share its host name.
+kill_node() {
+  local daemon space other
+  daemon=$(cat "$folder/slurmd.$1.pid" 2>/dev/null) && space=$(readlink "/proc/$daemon/ns/uts") || return 0
+  for other in /proc/[0-9]*; do
+    if [ "$(readlink "$other/ns/uts" 2>/dev/null)" = "$space" ]; then kill -KILL "${other#/proc/}" 2>/dev/null || true; fi
+  done
+  rm -f "$folder/slurmd.$1.pid"
+}
+
 idle() { sinfo -h -N -p low -o '%N %T' 2>/dev/null | grep -c ' idle$' || true; }
+
+wait_until_idle() {
+  for ((i = 0; i < 200; i++)); do
+    [ "$(idle)" = "$nodes" ] && break
+    sleep 0.1
+  done
+  echo "$(idle) of $nodes nodes are idle"
+  [ "$(idle)" = "$nodes" ]
+}
 
 case $action in
   up)
@@ -100,16 +125,21 @@ case $action in
     munged --force --key-file="$folder/munge/key" --socket="$folder/munge/socket" \
       --pid-file="$folder/munge/munged.pid" --log-file="$folder/munge/munged.log" --seed-file="$folder/munge/seed"
     slurmctld -f "$SLURM_CONF"
-    for ((n = 1; n <= nodes; n++)); do
-      unshare --uts --mount --propagation private bash -c \
-        "mount --bind '$folder/hosts' /etc/hosts && hostname node$n && exec slurmd -f '$SLURM_CONF' -N node$n"
+    for ((n = 1; n <= nodes; n++)); do start_node "node$n"; done
+    wait_until_idle
+    ;;
+  heal)
+    nodes=$(grep -c ^NodeName= "$SLURM_CONF")
+    sinfo -h -N -p low -o '%N %T' | while read -r node state; do
+      [ "$state" = idle ] && continue
+      echo "$node was $state: $(sinfo -h -n "$node" -o %E)"
+      tail -n 5 "$folder/log/slurmd.$node.log"
+      scontrol update "nodename=$node" state=down reason=heal  # what it ran is over, says the controller
+      kill_node "$node"
+      start_node "$node"
+      scontrol update "nodename=$node" state=resume
     done
-    for ((i = 0; i < 200; i++)); do
-      [ "$(idle)" = "$nodes" ] && break
-      sleep 0.1
-    done
-    echo "$(idle) of $nodes nodes are idle"
-    [ "$(idle)" = "$nodes" ]
+    wait_until_idle
     ;;
   down)
     scancel --signal=KILL --user "$(id -un)" 2>/dev/null || true
@@ -123,7 +153,7 @@ case $action in
     done
     ;;
   *)
-    sed -n '2,12p' "$0"
+    sed -n '2,13p' "$0"
     exit 2
     ;;
 esac

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -59,10 +60,20 @@ class Cluster:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
-    def wait_until_free(self) -> None:
-        end = time.monotonic() + 30
-        while self.ask("squeue", "-h").strip() and time.monotonic() < end:
+    def free(self) -> None:
+        """End what runs and wait for all nodes; one that does not come back (a step of Slurm's own that hangs) is
+        started anew, with a warning: it must not fail the tests that follow."""
+        self.ask("scancel", "--user", "root")
+        end = time.monotonic() + 45
+        while not self._is_free():
+            if time.monotonic() > end:
+                warnings.warn(self.ask(str(ROOT / "slurm/cluster.sh"), "heal", str(self.folder)), stacklevel=2)
+                return
             time.sleep(0.2)
+
+    def _is_free(self) -> bool:
+        states = self.ask("sinfo", "-h", "-N", "-p", "low", "-o", "%T").split()
+        return not self.ask("squeue", "-h").strip() and set(states) == {"idle"}
 
     def try_to_submit(self, *words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "launch/submit.py"), *words]

@@ -34,5 +34,4 @@ def _free_nodes(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "cluster" in request.fixturenames:
         made: Cluster = request.getfixturevalue("cluster")
-        made.ask("scancel", "--user", "root")
-        made.wait_until_free()
+        made.free()

@@ -37,7 +37,9 @@ def test_fifty_jobs_come_back_once_each(cluster: Cluster, tmp_path: Path) -> Non
         words = ("--parsable", "--requeue", "--ntasks=2", "--cpus-per-task=1", "-o", f"{run}/log.txt", "--time=30")
         jobs[cluster.ask("sbatch", *words, str(script)).strip()] = run
     end = time.monotonic() + 240
-    while not all((run / "result.json").exists() for run in jobs.values()) or cluster.ask("squeue", "-h"):
+    while cluster.ask("squeue", "-h", "-j", ",".join(jobs)) or not all(
+        (run / "result.json").exists() for run in jobs.values()
+    ):
         assert time.monotonic() < end, cluster.ask("squeue")
         time.sleep(1)
     for job, run in jobs.items():

@@ -88,8 +88,10 @@ class BareLoop:
 class _Between:
     """Stands in for the trainer's profiler, which the loop calls before each step: measures blocks, runs the other."""
 
-    def __init__(self, bare: BareLoop, block: int, pairs: int, warm_up: int) -> None:
-        self.bare, self.block, self.pairs, self.warm_up = bare, block, pairs, warm_up
+    bare: BareLoop
+
+    def __init__(self, block: int, pairs: int, warm_up: int) -> None:
+        self.block, self.pairs, self.warm_up = block, pairs, warm_up
         self.trainer, self.bare_ones = Blocks(), Blocks()
         self._seen = 0
         self._begun = _now()
@@ -122,19 +124,23 @@ def compare(config: RunConfig, folder: Path, block: int, pairs: int, models: int
     """Of the trainer and of the bare loop; block i of both stand side by side.
 
     The pairs are spread over ``models`` pairs of models made anew, since where in memory a model comes to lie alone
-    makes it faster or slower by a few hundredths.
+    makes it faster or slower by a few hundredths; the bare one is made first in every other pair.
     """
     trainer, bare = Blocks(), Blocks()
     for number in range(models):
         for all_blocks, blocks in zip(
-            (trainer, bare), _compare_two(config, folder / str(number), block, pairs // models), strict=True
+            (trainer, bare),
+            _compare_two(config, folder / str(number), block, pairs // models, bare_first=number % 2 == 0),
+            strict=True,
         ):
             all_blocks.wall += blocks.wall
             all_blocks.cpu += blocks.cpu
     return trainer, bare
 
 
-def _compare_two(config: RunConfig, folder: Path, block: int, pairs: int) -> tuple[Blocks, Blocks]:
+def _compare_two(
+    config: RunConfig, folder: Path, block: int, pairs: int, *, bare_first: bool
+) -> tuple[Blocks, Blocks]:
     ranks, run = Ranks(0, 1, torch.device("cpu")), RunFolder(folder)
     task = build_task(config)
     run.prepare(config, task.assets())
@@ -144,7 +150,9 @@ def _compare_two(config: RunConfig, folder: Path, block: int, pairs: int) -> tup
     stream = train_batches(
         task.train, seed=config.seed, batch_size=batch_size, start=0, steps=10**6, workers=0, window=window
     )
-    between = _Between(BareLoop(config, stream, loss), block, pairs, warm_up=5)
+    between = _Between(block, pairs, warm_up=5)
+    if bare_first:
+        between.bare = BareLoop(config, stream, loss)
     tracker = Tracker(config, run, ranks, task.plotted)
     with (
         Watchdog(ranks, config.parallel.start_timeout, config.parallel.step_timeout, run.hangs) as watch,
@@ -152,6 +160,8 @@ def _compare_two(config: RunConfig, folder: Path, block: int, pairs: int) -> tup
         closing(tracker),
         closing(Trainer(config, task, run, ranks, tracker, watch)) as trainer,
     ):
+        if not bare_first:
+            between.bare = BareLoop(config, stream, loss)
         trainer.profiler = between  # type: ignore[assignment]
         with suppress(_Enough):
             trainer.fit()

@@ -38,7 +38,9 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     Nothing of ours draws from them. Code that does is then the same after a restart, with no state to save.
     """
     value = int(mix64(seed, step, rank)[0])
-    torch.manual_seed(value)
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():  # torch.manual_seed would note the call for later, with a traceback, every step
+        torch.cuda.manual_seed_all(value)
     np.random.seed(value % 2**32)
     random.seed(value)
 

@@ -138,9 +138,7 @@ def compare(config: RunConfig, folder: Path, block: int, pairs: int, models: int
     return trainer, bare
 
 
-def _compare_two(
-    config: RunConfig, folder: Path, block: int, pairs: int, *, bare_first: bool
-) -> tuple[Blocks, Blocks]:
+def _compare_two(config: RunConfig, folder: Path, block: int, pairs: int, *, bare_first: bool) -> tuple[Blocks, Blocks]:
     ranks, run = Ranks(0, 1, torch.device("cpu")), RunFolder(folder)
     task = build_task(config)
     run.prepare(config, task.assets())

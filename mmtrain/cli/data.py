@@ -74,7 +74,7 @@ def index_command(
     shards: Annotated[list[str], typer.Argument(help="Shards, folders of shards, or shard-{000000..000009}.tar.")],
 ) -> None:
     """Make the indexes of tar shards afresh, so that no run has to."""
-    from mmtrain.data.images import find_shards
+    from mmtrain.data.shards import find_shards
     from mmtrain.data.tarindex import index_shards
 
     found = index_shards(find_shards(shards), rebuild=True)

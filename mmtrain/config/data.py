@@ -12,15 +12,23 @@ _IMAGENET_STD = [0.229, 0.224, 0.225]
 
 @dataclass
 class DataConfig:
-    """Common to all kinds. ``workers`` are loader processes per rank: they never change the results."""
+    """Common to all kinds. ``workers`` are loader processes per rank: they never change the results.
+
+    ``faults``: what cannot be used (a damaged image or shard, a worker that dies) makes the run ``stop``, or is
+    counted, listed in the run's report and left out (``skip``), up to ``max_faults`` of the samples of a split.
+    """
 
     kind: str = ""
     workers: int = 0
     shuffle_window: int = 8
+    faults: str = "stop"
+    max_faults: float = 0.001
 
     def __post_init__(self) -> None:
         require(self.workers >= 0, "data.workers", self.workers, "it must be 0 or more")
         require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "it must be at least 1 (shards)")
+        require(self.faults in ("stop", "skip"), "data.faults", self.faults, "choose one of stop, skip")
+        require(0 <= self.max_faults <= 1, "data.max_faults", self.max_faults, "it is a part of the samples, 0 to 1")
 
 
 @dataclass
@@ -38,7 +46,11 @@ class ImageDataConfig(DataConfig):
 
 @dataclass
 class ShardsDataConfig(ImageDataConfig):
-    """WebDataset tar shards under ``root``/{train,val,test}. ``augment``: none, light or imagenet."""
+    """WebDataset tar shards under ``root``/{train,val,test}. ``augment``: none, light, crop or imagenet.
+
+    ``root`` may be an address (``https://...``, ``s3://...``), the splits brace patterns of shards or of folders. What
+    is fetched is kept in ``cache`` (None: ``~/.cache/mmtrain/shards``), up to ``cache_gb`` gigabytes a node.
+    """
 
     kind: str = "shards"
     root: str = ""
@@ -47,10 +59,13 @@ class ShardsDataConfig(ImageDataConfig):
     test: str | None = None
     augment: str = "imagenet"
     crop_pct: float = 0.875
+    cache: str | None = None
+    cache_gb: float = 200.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        kinds = ("none", "light", "imagenet")
+        require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "it must be above 0")
+        kinds = ("none", "light", "crop", "imagenet")
         require(self.augment in kinds, "data.augment", self.augment, f"choose one of {', '.join(kinds)}")
 
 

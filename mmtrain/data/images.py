@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,82 +12,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmtrain.data.decode import decode
-from mmtrain.data.tarindex import index_shard, index_shards
+from mmtrain.data.cache import ShardCache, Unreachable, file_system, said
+from mmtrain.data.faults import Fault
+from mmtrain.data.photo import Photo, Undecodable
+from mmtrain.data.shards import ShardFiles, find_shards
+from mmtrain.data.tarindex import Damaged, ShardIndex, index_shards
 from mmtrain.data.transforms import build_transform
-from mmtrain.errors import UserError, nearest
+from mmtrain.errors import UserError
 
-_HOW = (
-    "make one with: mmtrain data prepare images --root IMAGES --out {out} (or: mmtrain data prepare digits --out ...)"
-)
-
-
-def find_shards(path: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Tar shards of a folder (``*.tar``, sorted), of a brace pattern ``shard-{000000..000003}.tar``, or of a list."""
-    if not isinstance(path, str | Path):
-        return [shard for part in path for shard in find_shards(part)]
-    text = os.path.expanduser(str(path))
-    if "{" in text:
-        from braceexpand import braceexpand
-
-        try:
-            shards = [Path(part) for part in braceexpand(text)]
-        except ValueError as error:
-            raise UserError(f"{text}: not a brace pattern ({error}); write shard-{{000000..000003}}.tar") from error
-    elif Path(text).is_dir():
-        shards = sorted(Path(text).glob("*.tar"))
-        if not shards:
-            raise UserError(f"{text}: no *.tar shards in this folder{_splits(Path(text))}; {_how(Path(text))}")
-    else:
-        shards = [Path(text)]
-    missing = [shard for shard in shards if not shard.is_file()]
-    if missing:
-        what = "no such folder or shard" if len(shards) == 1 else f"{len(missing)} of {len(shards)} shards are missing"
-        here = Path.cwd() / missing[0]
-        hint = nearest(here.name, _names(here.parent))
-        raise UserError(f"{text}: {what} (looked for {here}){hint}; {_how(missing[0])}")
-    return shards
-
-
-def _how(path: Path) -> str:
-    return _HOW.format(out=path.parent if path.suffix != ".tar" else path.parent.parent)
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return sorted(entry.name for entry in folder.iterdir())
-    except OSError:
-        return []
-
-
-def _splits(folder: Path) -> str:
-    found = sorted({shard.parent.name for shard in folder.glob("*/*.tar")})
-    return f" (there are some in its folders {', '.join(found)}: give one of them)" if found else ""
-
-
-class _ShardFiles:
-    """Open files of the shards in use. Reads by position, so forked workers can share them; a pickle holds none."""
-
-    LIMIT = 32
-
-    def __init__(self) -> None:
-        self.open: OrderedDict[Path, int] = OrderedDict()
-
-    def read(self, path: Path, offset: int, size: int) -> bytes:
-        handle = self.open.pop(path, None)
-        if handle is None:
-            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            if len(self.open) >= self.LIMIT:
-                os.close(self.open.popitem(last=False)[1])
-        self.open[path] = handle  # most recently used last
-        return os.pread(handle, size, offset)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"open": OrderedDict()}
-
-    def __del__(self) -> None:
-        while self.open:
-            os.close(self.open.popitem()[1])
+#: So many samples after a faulty one are tried in its place.
+_STAND_INS = 64
 
 
 class ImageShards:
@@ -97,6 +29,9 @@ class ImageShards:
 
     ``augment`` and the further keyword arguments are those of ``transforms.build_transform``. ``num_classes`` and
     ``classes`` come from ``meta.json`` in the dataset's root (the folder above the split) and are None without one.
+
+    ``skip``: what cannot be used does not stop the run. In training the next sample that can be used stands in for it
+    (the same one whatever the world size); in evaluation it is left out of the batch. Each is told in ``take_faults``.
     """
 
     def __init__(
@@ -109,24 +44,27 @@ class ImageShards:
         std: Sequence[float],
         channels: int = 3,
         augment: str = "none",
+        skip: bool = False,
+        cache: ShardCache | None = None,
         **augment_options: Any,
     ) -> None:
         self.transform = build_transform(
             train, image_size, augment, mean=mean, std=std, channels=channels, **augment_options
         )
-        self.channels = channels
-        shards = index_shards(find_shards(path))
+        self.channels, self.train, self.skip = channels, train, skip
+        shards = index_shards(find_shards(path, missing=skip), skip=skip, cache=cache)
         self.paths = [shard.path for shard in shards]
         self.block_sizes = [len(shard) for shard in shards]
+        self._faults = _missing(shards)
         # One array each over all shards; the keys stay on disk, they are only needed to report a fault.
         self._offsets = np.concatenate([shard.offsets for shard in shards])
         self._sizes = np.concatenate([shard.sizes for shard in shards])
         self.labels: NDArray[np.int64] = np.concatenate([shard.labels for shard in shards])
         self._ends = np.cumsum(self.block_sizes)
-        self._files = _ShardFiles()
-        self.classes = _classes(self.paths[0].parent.parent)
+        self.cache, self._files = cache, ShardFiles(shards, cache)
+        self.classes = read_classes(self.paths[0])
         self.num_classes = None if self.classes is None else len(self.classes)
-        if self.num_classes is not None and int(self.labels.max()) >= self.num_classes:
+        if self.num_classes is not None and int(self.labels.max(initial=-1)) >= self.num_classes:
             first = int(np.argmax(self.labels >= self.num_classes))
             raise UserError(
                 f"{self._name(first)}: label {self.labels[first]}, but meta.json lists {self.num_classes} classes "
@@ -137,49 +75,126 @@ class ImageShards:
         return len(self._offsets)
 
     def fetch(self, indices: NDArray[np.int64], keys: NDArray[np.uint64] | None) -> dict[str, torch.Tensor]:
-        images: list[Any] = [None] * len(indices)
-        for place in np.argsort(indices, kind="stable").tolist():  # along the shards, whatever the shuffle
-            images[place] = self._image(int(indices[place]))
-        return {"image": self.transform(images, keys), "label": torch.from_numpy(self.labels[indices])}
+        return self.finish(self.load(indices, keys))
 
-    def _image(self, index: int) -> Any:
-        path, size = self._path(index), int(self._sizes[index])
+    def load(self, indices: NDArray[np.int64], keys: NDArray[np.uint64] | None) -> dict[str, torch.Tensor]:
+        """As ``fetch``, with the pixels not yet normalised. In evaluation faulty samples are missing, see "kept"."""
+        photos: list[Any] = [None] * len(indices)
+        used = np.array(indices, dtype=np.int64)
+        for place in np.argsort(indices, kind="stable").tolist():  # along the shards, whatever the shuffle
+            photos[place], used[place] = self._usable(int(indices[place]))
+        while True:
+            kept = np.array([photo is not None for photo in photos], dtype=bool)
+            try:
+                pixels = self.transform.pixels(
+                    [photo for photo in photos if photo is not None], None if keys is None else keys[kept]
+                )
+            except Undecodable as error:
+                place = int(np.flatnonzero(kept)[error.place])
+                self._note(int(used[place]), error)
+                photos[place], used[place] = self._stand_in(int(used[place]))
+                continue
+            batch = {"image": pixels, "label": torch.from_numpy(self.labels[used[kept]])}
+            return batch if kept.all() else {**batch, "kept": torch.from_numpy(kept)}
+
+    def finish(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**batch, "image": self.transform.finish(batch["image"])}
+
+    def take_faults(self) -> list[Fault]:
+        """What could not be used since the last call."""
+        found, self._faults = self._faults, []
+        return found
+
+    def ahead(self, blocks: Sequence[int]) -> None:
+        """Shards that are wanted soon."""
+        self._files.ahead(blocks)
+
+    def _usable(self, index: int) -> tuple[Photo | None, int]:
+        """The photo at ``index``, or what takes its place, and where that is from."""
         try:
-            content = self._files.read(path, int(self._offsets[index]), size)
-        except OSError as error:
-            raise UserError(f"{path}: cannot read the shard ({error.strerror})") from error
-        if len(content) != size:
-            raise UserError(f"{path}: the shard was cut short after the run started; copy or prepare it again")
-        try:
-            return decode(content, self.channels)
-        except ValueError as error:
+            return self._photo(index), index
+        except (ValueError, Damaged, Unreachable) as error:
+            self._note(index, error)
+        return self._stand_in(index)
+
+    def _stand_in(self, index: int) -> tuple[Photo | None, int]:
+        if not self.train:
+            return None, index
+        for step in range(1, min(_STAND_INS, len(self))):
+            other = (index + step) % len(self)
+            try:
+                photo = self._photo(other)
+                photo.whole()
+            except (ValueError, Damaged, Unreachable) as error:
+                self._note(other, error)
+            else:
+                return photo, other
+        raise UserError(f"{self._name(index)}: cannot be used, and nor can the {_STAND_INS} samples after it")
+
+    def _photo(self, index: int) -> Photo:
+        content = self._files.read(self._block(index), int(self._offsets[index]), int(self._sizes[index]))
+        return Photo(content, self.channels)
+
+    def _note(self, index: int, error: Exception) -> None:
+        """Remember a fault; raise it as a UserError where one is to stop the run."""
+        if isinstance(error, UserError):
+            if not self.skip:
+                raise error
+            path = self.paths[self._block(index)]
+            self._faults.append(Fault(index, self._name(index), str(error).removeprefix(f"{path}: ")))
+            return
+        if not self.skip:
             raise UserError(
                 f"{self._name(index)}: the image cannot be decoded ({error}); replace it in the source and prepare the "
-                "dataset again (mmtrain data prepare images --force)"
+                "dataset again (mmtrain data prepare images --force), or leave such samples out: data.faults=skip"
             ) from error
+        self._faults.append(Fault(index, self._name(index), f"the image cannot be decoded ({error})"))
 
-    def _path(self, index: int) -> Path:
-        return self.paths[int(np.searchsorted(self._ends, index, side="right"))]
+    def _block(self, index: int) -> int:
+        return int(np.searchsorted(self._ends, index, side="right"))
 
     def _name(self, index: int) -> str:
-        block = int(np.searchsorted(self._ends, index, side="right"))
+        block = self._block(index)
         within = index - (int(self._ends[block - 1]) if block else 0)
         try:
-            key = f"sample {str(index_shard(self.paths[block]).keys[within])!r}"
+            shard = index_shards([self.paths[block]], skip=self.skip, cache=self.cache)[0]
+            key = f"sample {str(shard.keys[within])!r}"
         except (UserError, IndexError):  # the shard was damaged since: the number must do
             logging.getLogger("mmtrain").debug("no keys for %s", self.paths[block])
             key = f"sample number {within}"
         return f"{self.paths[block]}, {key}"
 
 
-def _classes(root: Path) -> list[str] | None:
-    meta = root / "meta.json"
-    if not meta.is_file():
-        return None
+def _missing(shards: Sequence[ShardIndex]) -> list[Fault]:
+    """The damaged shards; how many samples each lacks is judged by those that are whole."""
+    whole = [len(shard) for shard in shards if not shard.fault]
+    usual = round(sum(whole) / len(whole)) if whole else 1
+    return [Fault(-1, str(shard.path), shard.fault, max(1, usual - len(shard))) for shard in shards if shard.fault]
+
+
+def read_classes(shard: Path | str) -> list[str] | None:
+    """The names of the classes from the ``meta.json`` of a dataset, of which ``shard`` is one file."""
+    if isinstance(shard, str):
+        meta: Path | str = shard.rsplit("/", 2)[0] + "/meta.json"
+    else:
+        meta = shard.parent.parent / "meta.json"
     try:
-        classes = json.loads(meta.read_text(encoding="utf-8"))["classes"]
-        return [str(name) for name in classes]
+        text = _text(meta)
+        return None if text is None else [str(name) for name in json.loads(text)["classes"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f'{meta}: not readable as JSON with a list "classes" ({error}); prepare the dataset again'
         ) from error
+
+
+def _text(file: Path | str) -> str | None:
+    if isinstance(file, Path):
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+    try:
+        return str(file_system(file).cat_file(file).decode("utf-8"))
+    except FileNotFoundError:
+        return None
+    except UserError:
+        raise
+    except Exception as error:  # each kind of storage has its own
+        raise Unreachable(f"{file}: cannot be read ({said(error)})") from error

@@ -10,19 +10,27 @@ import multiprocessing.util
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from mmtrain.data.device import Batch, on_device
+from mmtrain.data.faults import Fault
 from mmtrain.data.order import Order, local_positions, mix64
-from mmtrain.data.source import Source
+from mmtrain.data.source import Source, Staged
 from mmtrain.errors import UserError
 
-Batch = dict[str, torch.Tensor]
-
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+#: Times that workers which died are started again, where faults are to be survived.
+_RESTARTS = 3
+
+OnFault = Callable[[Fault], None]
 
 
 class _Failure:
@@ -32,20 +40,50 @@ class _Failure:
         self.message = message
 
 
+class _Made:
+    """A batch on its way out of a worker, with what could not be used for it."""
+
+    def __init__(self, batch: Batch, faults: list[Fault]) -> None:
+        self.batch, self.faults = batch, faults
+
+    def pin_memory(self) -> _Made:
+        """DataLoader asks for this."""
+        return _Made({name: tensor.pin_memory() for name, tensor in self.batch.items()}, self.faults)
+
+
+class _Died(RuntimeError):
+    """A worker is gone."""
+
+
 class _Batches(Dataset):
     """Map-style dataset whose item is a micro-batch: ``__getitems__`` takes an int64 array made by the sampler."""
 
-    def __init__(self, build: Callable[[np.ndarray], Batch]) -> None:
-        self.build = build
+    def __init__(self, source: Source, build: Callable[[np.ndarray], Batch]) -> None:
+        self.source, self.build = source, build
 
-    def __getitems__(self, numbers: np.ndarray) -> Batch | _Failure:
+    def __getitems__(self, numbers: np.ndarray) -> _Made | _Failure:
         try:
-            return self.build(numbers)
+            batch = self.build(numbers)
         except UserError as error:
             return _Failure(str(error))
+        take = getattr(self.source, "take_faults", None)
+        return _Made(batch, take() if take is not None else [])
 
-    def __getitem__(self, number: int) -> Batch | _Failure:
+    def __getitem__(self, number: int) -> _Made | _Failure:
         return self.__getitems__(np.asarray([number], dtype=np.int64))
+
+
+def _load(source: Source, indices: np.ndarray, keys: np.ndarray | None) -> Batch:
+    """What the source gives, as far as that is a worker's business."""
+    return dict(source.load(indices, keys) if isinstance(source, Staged) else source.fetch(indices, keys))
+
+
+def _finish(source: Source) -> Callable[[Batch], Batch]:
+    return source.finish if isinstance(source, Staged) else _as_it_is
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 class _Train:
@@ -53,11 +91,14 @@ class _Train:
 
     def __init__(self, source: Source, order: Order) -> None:
         self.source, self.order = source, order
+        self.ahead: Callable[[list[int]], None] | None = getattr(source, "ahead", None)
 
     def __call__(self, positions: np.ndarray) -> Batch:
+        if self.ahead is not None:
+            self.ahead(self.order.coming(int(positions[-1])))
         epochs, indices = self.order.lookup(positions)
         keys = mix64(self.order.seed, epochs, indices)
-        batch = dict(self.source.fetch(indices, keys))
+        batch = _load(self.source, indices, keys)
         batch["position"] = torch.from_numpy(positions)
         batch["index"] = torch.from_numpy(indices)
         batch["key"] = torch.from_numpy(keys.view(np.int64))
@@ -71,8 +112,9 @@ class _Evaluate:
         self.source = source
 
     def __call__(self, indices: np.ndarray) -> Batch:
-        batch = dict(self.source.fetch(indices, None))
-        batch["index"] = torch.from_numpy(indices)
+        batch = _load(self.source, indices, None)
+        kept = batch.pop("kept", None)  # not all of them, where faults are left out
+        batch["index"] = torch.from_numpy(indices) if kept is None else torch.from_numpy(indices)[kept]
         return batch
 
 
@@ -99,16 +141,18 @@ def train_batches(
     workers: int = 0,
     window: int = 8,
     prefetch: int = 2,
-    pin_memory: bool = False,
+    device: torch.device | None = None,
+    on_fault: OnFault | None = None,
 ) -> Iterator[Batch]:
     """Micro-batches of ``steps`` optimizer steps from stream position ``start`` (the number of samples consumed).
 
     ``batch_size`` is the global batch. Yields step 0 micro 0, micro 1, ..., then step 1: each what ``source.fetch``
     gives for ``batch_size / (world * micros)`` samples plus int64 ``position`` (in the stream), ``index`` (of the
     sample) and ``key`` (the uint64 random key's bits). The stream runs on over epoch ends. ``prefetch`` is the number
-    of micro-batches each worker keeps ready. Bit-identical for every number of workers.
+    of micro-batches each worker keeps ready; ``device`` is where they come. Bit-identical for every number of workers.
 
-    Raises UserError for a batch that does not divide and for what the source reports, RuntimeError if a worker dies.
+    ``on_fault`` is told of every sample that could not be used. With it workers that die are started again; without it
+    that is a RuntimeError. Raises UserError for a batch that does not divide and for what the source reports.
     """
     if start < 0 or steps < 0:
         raise ValueError(f"start and steps are 0 or more, got {start} and {steps}")
@@ -120,7 +164,7 @@ def train_batches(
                 yield local_positions(start + step * batch_size, batch_size, rank, world, micro, micros)
 
     order = Order(source.block_sizes, seed, window)
-    return _iterate(_Batches(_Train(source, order)), arrays, workers, prefetch, pin_memory)
+    return _iterate(source, _Train(source, order), arrays, workers, prefetch, device, on_fault)
 
 
 def eval_batches(
@@ -131,12 +175,14 @@ def eval_batches(
     world: int = 1,
     workers: int = 0,
     prefetch: int = 2,
-    pin_memory: bool = False,
+    device: torch.device | None = None,
+    on_fault: OnFault | None = None,
 ) -> Iterator[Batch]:
     """Every sample once, in order, without padding: rank r of w takes r, r + w, ... in batches of ``batch_size``.
 
     The last batch is short, and ranks can differ by one sample, hence by one batch: reduce sums and counts at the end,
-    not batch by batch. Adds int64 ``index`` to what ``source.fetch`` gives.
+    not batch by batch. Adds int64 ``index`` to what ``source.fetch`` gives. Samples that cannot be used are missing
+    where the source leaves faults out; a batch without any is left out. ``device``, ``on_fault``: as in training.
     """
     if batch_size < 1:
         raise UserError(f"the evaluation batch size is 1 or more, got {batch_size}")
@@ -148,29 +194,64 @@ def eval_batches(
         for begin in range(rank, length, world * batch_size):
             yield np.arange(begin, min(begin + world * batch_size, length), world, dtype=np.int64)
 
-    return _iterate(_Batches(_Evaluate(source)), arrays, workers, prefetch, pin_memory)
+    return _iterate(source, _Evaluate(source), arrays, workers, prefetch, device, on_fault)
 
 
 def _iterate(
-    batches: _Batches, arrays: Callable[[], Iterator[np.ndarray]], workers: int, prefetch: int, pin_memory: bool
+    source: Source,
+    build: Callable[[np.ndarray], Batch],
+    arrays: Callable[[], Iterator[np.ndarray]],
+    workers: int,
+    prefetch: int,
+    device: torch.device | None,
+    on_fault: OnFault | None,
 ) -> Iterator[Batch]:
     if workers < 0:
         raise UserError(f"data.workers={workers}: give 0 (load in the training process) or more")
-    options: dict[str, Any] = {"prefetch_factor": max(1, prefetch), "worker_init_fn": _start_worker} if workers else {}
-    loader = DataLoader(
-        batches,
-        batch_sampler=_Sampler(arrays),  # type: ignore[arg-type]  # arrays in place of lists of ints
-        num_workers=workers,
-        collate_fn=_as_is,  # type: ignore[arg-type]  # items are batches already
-        pin_memory=pin_memory,
-        # DataLoader draws a seed when it starts; from a generator of its own, or it would advance the global one.
-        generator=torch.Generator(),
-        **options,
-    )
-    return _run(loader)
+    batches = _Batches(source, build)
+    for fault in getattr(source, "take_faults", list)():  # those found when the source was opened
+        if on_fault is not None:
+            on_fault(fault)
+
+    def loader(done: int) -> DataLoader:
+        options: dict[str, Any] = {"prefetch_factor": max(1, prefetch)} if workers else {}
+        return DataLoader(
+            batches,
+            batch_sampler=_Sampler(lambda: islice(arrays(), done, None)),  # type: ignore[arg-type]  # arrays, not lists
+            num_workers=workers,
+            worker_init_fn=_start_worker if workers else None,
+            collate_fn=_as_is,  # type: ignore[arg-type]  # items are batches already
+            pin_memory=device is not None and device.type == "cuda",
+            # DataLoader draws a seed when it starts; from a generator of its own, or it would advance the global one.
+            generator=torch.Generator(),
+            **options,
+        )
+
+    return on_device(_survive(loader, on_fault), device, _finish(source))
 
 
-def _run(loader: DataLoader) -> Iterator[Batch]:
+def _survive(loader: Callable[[int], DataLoader], on_fault: OnFault | None) -> Iterator[Batch]:
+    """The batches of ``loader(0)``; when its workers die, those of ``loader(batches so far)``, a few times."""
+    done = restarts = 0
+    while True:
+        try:
+            with closing(_run(loader(done))) as made:  # type: ignore[type-var]
+                for one in made:
+                    done += 1
+                    for fault in one.faults:
+                        if on_fault is not None:
+                            on_fault(fault)
+                    if not any(len(tensor) == 0 for tensor in one.batch.values()):
+                        yield one.batch
+            return
+        except _Died as error:
+            restarts += 1
+            if on_fault is None or restarts > _RESTARTS:
+                raise
+            on_fault(Fault(-1, f"data worker, time {restarts}", f"it died and was started again: {error}", samples=0))
+
+
+def _run(loader: DataLoader) -> Iterator[_Made]:
     iterator = _start(loader)
     # Workers ignore SIGTERM, by which multiprocessing would end them at exit before it waits for them: without this, an
     # exit in the middle of a run would wait for ever.
@@ -178,16 +259,16 @@ def _run(loader: DataLoader) -> Iterator[Batch]:
     try:
         while True:
             try:
-                batch = next(iterator)
+                made = next(iterator)
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:
                 if loader.num_workers and _is_death(error):
-                    raise RuntimeError(_died(error)) from error
+                    raise _Died(_died(error)) from error
                 raise
-            if isinstance(batch, _Failure):
-                raise UserError(batch.message)
-            yield batch
+            if isinstance(made, _Failure):
+                raise UserError(made.message)
+            yield made
     finally:
         stop()  # now, and not when the last traceback lets go of the iterator
 
@@ -238,8 +319,8 @@ def _died(error: Exception) -> str:
     )
 
 
-def _as_is(batch: Batch | _Failure) -> Batch | _Failure:
-    return batch
+def _as_is(made: _Made | _Failure) -> _Made | _Failure:
+    return made
 
 
 def _start_worker(_: int) -> None:

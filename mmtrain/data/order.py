@@ -110,6 +110,27 @@ class Order:
             indices[in_epoch] = found
         return epochs, indices
 
+    def coming(self, position: int) -> list[int]:
+        """Blocks after the window of stream position ``position`` that should be on their way by then.
+
+        A window's samples come from all of its blocks at once; so while it is used up the blocks of the next one are
+        asked for, one after the other.
+        """
+        epoch, place = divmod(position, self._length)
+        if not self.shuffle:
+            block = int(np.searchsorted(self.starts, place, side="right")) - 1
+            return [block + 1] if block + 1 < len(self.sizes) else []
+        ends = self._epoch(epoch).ends
+        number = int(np.searchsorted(ends, place, side="right"))
+        begin = int(ends[number - 1]) if number else 0
+        used = (place - begin) / max(int(ends[number]) - begin, 1)
+        if number + 1 < len(ends):
+            blocks = self._epoch(epoch).blocks[(number + 1) * self.window : (number + 2) * self.window]
+        else:
+            blocks = self._epoch(epoch + 1).blocks[: self.window]
+        found: list[int] = blocks[: int(used * len(blocks)) + 1].tolist()
+        return found
+
     def _epoch(self, epoch: int) -> _Epoch:
         if (known := self._epochs.get(epoch)) is not None:
             return known

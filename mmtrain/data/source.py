@@ -30,3 +30,19 @@ class Source(Protocol):
         is random about a sample must be a function of its key alone.
         """
         ...
+
+
+@runtime_checkable
+class Staged(Protocol):
+    """A source that makes its batches in two halves: what moves between processes and devices is small.
+
+    ``fetch`` is ``finish`` of ``load``.
+    """
+
+    def load(self, indices: NDArray[np.int64], keys: NDArray[np.uint64] | None) -> dict[str, Tensor]:
+        """As ``fetch``, but what only ``finish`` understands: made by a worker."""
+        ...
+
+    def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch as ``fetch`` gives it, on the device where ``load``'s tensors are by now."""
+        ...

@@ -1,7 +1,8 @@
 """Index of WebDataset tar shards: where each sample's image lies and what its label is.
 
 With an index, any sample is one ``pread`` away, which is what lets the data clock start anywhere. The index lies beside
-the shard (``X.tar.idx``, an .npz without pickles) and remembers the shard's size and modification time.
+the shard (``X.tar.idx``, an .npz without pickles) and remembers the shard's size and modification time, and its SHA-256
+where it was read whole. A shard elsewhere (``https://``, ``s3://``, ...) is fetched into a cache, and so is its index.
 
 A sample is the members that share a key (the name up to the first dot of its last part): one image and a ``.cls`` file
 with the class number, or a ``.json`` file with ``"label"``. Other members are left alone.
@@ -9,6 +10,7 @@ with the class number, or a ``.json`` file with ``"label"``. Other members are l
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -16,16 +18,17 @@ import re
 import tarfile
 import threading
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmtrain.data.cache import ShardCache, Unreachable
 from mmtrain.errors import UserError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -42,14 +45,26 @@ _log = logging.getLogger("mmtrain")
 class ShardIndex:
     """Samples of one shard, in the order of the tar."""
 
-    path: Path
+    path: Path | str  # str: an address
     keys: NDArray[np.str_]  # (n,)
     offsets: NDArray[np.int64]  # (n,) first byte of the image in the tar
     sizes: NDArray[np.int64]  # (n,) bytes of the image
     labels: NDArray[np.int64]  # (n,) class number
+    bytes: int = 0  # of the shard
+    changed: int = 0  # its modification time in ns; 0 for an address
+    digest: str = ""  # its SHA-256; "" where nobody has read it whole
+    fault: str = ""  # why samples are missing, where faults are left out
 
     def __len__(self) -> int:
         return len(self.offsets)
+
+    def changed_since(self, stat: os.stat_result) -> bool:
+        """Whether the shard, as it is now, is another one than was indexed."""
+        return stat.st_size != self.bytes or (self.changed != 0 and stat.st_mtime_ns != self.changed)
+
+
+class Damaged(UserError):
+    """A shard that cannot be used as it is."""
 
 
 def index_path(shard: Path) -> Path:
@@ -65,68 +80,136 @@ def index_shard(path: str | Path, *, rebuild: bool = False) -> ShardIndex:
     return index_shards([path], rebuild=rebuild)[0]
 
 
-def index_shards(paths: Sequence[str | Path], *, rebuild: bool = False, threads: int = 8) -> list[ShardIndex]:
-    """``index_shard`` for many, in the order given; what needs saying is said once, not once for each shard."""
-    shards = [Path(path) for path in paths]
-    with ThreadPoolExecutor(min(threads, max(1, len(shards)))) as pool:
-        results = list(pool.map(lambda shard: _load_or_build(shard, rebuild), shards))
-    changed = [index.path for index, state, _ in results if state == "changed"]
-    unwritten = [(index.path, fault) for index, _, fault in results if fault]
+def index_shards(
+    paths: Sequence[str | Path],
+    *,
+    rebuild: bool = False,
+    digest: bool = False,
+    skip: bool = False,
+    cache: ShardCache | None = None,
+    threads: int = 8,
+) -> list[ShardIndex]:
+    """``index_shard`` for many, in the order given; what needs saying is said once, not once for each shard.
+
+    Args:
+        digest: read each shard whole and note its SHA-256, which a download of it is checked against.
+        skip: take of a damaged or missing shard what there is, and say in its ``fault`` what is missing.
+        cache: for addresses.
+    """
+    makers = [_Maker(path, rebuild, digest, skip, cache) for path in paths]
+    with ThreadPoolExecutor(min(threads, max(1, len(makers)))) as pool:
+        indexes = list(pool.map(_Maker.index, makers))
+    changed = [maker.shard for maker in makers if maker.state == "changed"]
+    unwritten = [maker for maker in makers if maker.unwritten]
     if changed:
         _log.warning("%d shard(s) changed since they were indexed, so were indexed again: %s", *_count(changed))
     if unwritten:
         _log.warning(
             "cannot write the index of %d shard(s) (%s); it is kept in memory and made again at every start: %s",
             len(unwritten),
-            unwritten[0][1],
-            _count([path for path, _ in unwritten])[1],
+            unwritten[0].unwritten,
+            _count([maker.shard for maker in unwritten])[1],
         )
-    return [index for index, _, _ in results]
+    return indexes
 
 
-def _count(paths: list[Path]) -> tuple[int, str]:
+def _count(paths: list[Path | str]) -> tuple[int, str]:
     return len(paths), str(paths[0]) + (", ..." if len(paths) > 1 else "")
 
 
-def _load_or_build(shard: Path, rebuild: bool) -> tuple[ShardIndex, str, str]:
-    """The index, how it came ("read", "made", "changed") and why it could not be written ("" if it was)."""
-    try:
-        stat = shard.stat()
-    except OSError as error:
-        raise UserError(f"{shard}: cannot read the shard ({error.strerror})") from error
-    stamp = np.array([_FORMAT, stat.st_size, stat.st_mtime_ns], dtype=np.int64)
-    state = "made"
-    if not rebuild and index_path(shard).exists():
-        found = _read(shard, stamp)
-        if found is not None:
-            return found, "read", ""
-        state = "changed"
-    index = _walk(shard)
-    return index, state, _write(index, stamp)
+class _Maker:
+    """How one index comes: ``state`` is "read", "made" or "changed", ``unwritten`` why it could not be written."""
+
+    def __init__(self, shard: Path | str, rebuild: bool, digest: bool, skip: bool, cache: ShardCache | None) -> None:
+        remote = isinstance(shard, str) and "://" in shard
+        self.shard: Path | str = shard if remote else Path(shard)
+        self.rebuild, self.digest, self.skip, self.cache = rebuild, digest, skip, cache
+        self.state, self.unwritten = "made", ""
+
+    def index(self) -> ShardIndex:
+        try:
+            return self._far() if isinstance(self.shard, str) else self._near(self.shard)
+        except (Damaged, Unreachable) as error:
+            if not self.skip:
+                raise
+            none = np.empty(0, np.int64)
+            return ShardIndex(self.shard, np.empty(0, "U1"), none, none, none, fault=_without(self.shard, error))
+
+    def _near(self, shard: Path) -> ShardIndex:
+        try:
+            stat = shard.stat()
+        except OSError as error:
+            raise Damaged(f"{shard}: cannot read the shard ({error.strerror})") from error
+        if not self.rebuild and index_path(shard).exists():
+            found = _read(index_path(shard), shard)
+            if found is not None and not found.changed_since(stat) and (found.digest or not self.digest):
+                return found
+            self.state = "changed" if found is None or found.changed_since(stat) else "made"
+        index = replace(_walk(shard, self.skip), bytes=stat.st_size, changed=stat.st_mtime_ns)
+        if self.digest:
+            with open(shard, "rb") as stream:
+                index = replace(index, digest=hashlib.file_digest(stream, "sha256").hexdigest())
+        if not index.fault:
+            self.unwritten = _write(index, index_path(shard))
+        return index
+
+    def _far(self) -> ShardIndex:
+        """From beside the address, or of the shard itself, which is fetched for it."""
+        address = str(self.shard)
+        if self.cache is None:
+            raise ValueError(f"{address} needs a cache")
+        kept = self.cache.place(address + ".idx")
+        found = _read(kept, address) if kept.exists() and not self.rebuild else None
+        if found is None and not self.rebuild:
+            with suppress(Unreachable):
+                found = _read(self.cache.fetch(address + ".idx"), address)
+        size = self.cache.size(address)
+        if found is not None and size in (None, found.bytes):
+            return found
+        self.state = "made" if found is None else "changed"
+        local = self.cache.fetch(address, fresh=found is not None)
+        with open(local, "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        index = replace(_walk(local, self.skip), path=address, bytes=local.stat().st_size, digest=digest)
+        if not index.fault:
+            self.unwritten = _write(index, kept)
+        return index
 
 
-def _read(shard: Path, stamp: NDArray[np.int64]) -> ShardIndex | None:
+def _without(shard: Path | str, error: Exception) -> str:
+    """The message without the name that it begins with: a fault carries that apart."""
+    return str(error).removeprefix(f"{shard}: ")
+
+
+def _read(file: Path, shard: Path | str) -> ShardIndex | None:
     try:
-        with np.load(index_path(shard), allow_pickle=False) as archive:
-            with _parsing:
-                known = archive["stamp"]
-            if not np.array_equal(known, stamp):
+        with np.load(file, allow_pickle=False) as archive, _parsing:
+            known, size, changed = archive["stamp"].tolist()
+            if known != _FORMAT:
                 return None
-            with _parsing:
-                return ShardIndex(shard, archive["keys"], archive["offsets"], archive["sizes"], archive["labels"])
+            return ShardIndex(
+                shard,
+                archive["keys"],
+                archive["offsets"],
+                archive["sizes"],
+                archive["labels"],
+                bytes=size,
+                changed=0 if isinstance(shard, str) else changed,
+                digest=str(archive["digest"]) if "digest" in archive else "",
+            )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # a damaged index is as good as a stale one
 
 
-def _write(index: ShardIndex, stamp: NDArray[np.int64]) -> str:
-    target = index_path(index.path)
+def _write(index: ShardIndex, target: Path) -> str:
+    """Why it could not be written; "" if it was."""
     # Several ranks may index the same shard at once: each writes its own file, the last rename wins.
     part = target.with_name(f"{target.name}.{os.uname().nodename}.{os.getpid()}.part")
+    stamp = np.array([_FORMAT, index.bytes, index.changed], dtype=np.int64)
+    arrays: dict[str, Any] = {name: getattr(index, name) for name in ("keys", "offsets", "sizes", "labels")}
     try:
         with open(part, "wb") as stream:
-            np.savez(
-                stream, stamp=stamp, keys=index.keys, offsets=index.offsets, sizes=index.sizes, labels=index.labels
-            )
+            np.savez(stream, stamp=stamp, digest=np.array(index.digest), **arrays)
         os.replace(part, target)
     except OSError as error:
         with suppress(OSError):
@@ -142,29 +225,42 @@ class _Sample:
     json: int | None = None
 
 
-def _walk(shard: Path) -> ShardIndex:
+def _walk(shard: Path, skip: bool) -> ShardIndex:
+    """Read the headers of all members. With ``skip`` what is damaged is left out and told in ``fault``."""
     samples: dict[str, _Sample] = {}
+    faults: list[str] = []
+
+    def damaged(message: str) -> None:
+        if not skip:
+            raise Damaged(message)
+        faults.append(_without(shard, UserError(message)))
+
     try:
         with open(shard, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
-                _check_name(shard, member.name)
-                if member.isfile() and not _META_NAME.match(member.name):
-                    _add(samples, shard, stream, member)
+                try:
+                    _check_name(shard, member.name)
+                    if member.isfile() and not _META_NAME.match(member.name):
+                        _add(samples, shard, stream, member)
+                except Damaged as error:
+                    damaged(str(error))
                 archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
             _check_end(shard, stream, archive.offset)
     except tarfile.TarError as error:
         what = "is empty" if shard.stat().st_size == 0 else f"is truncated or not an uncompressed tar ({error})"
-        raise UserError(f"{shard}: the shard {what}; {_CURE_SHARD}") from error
+        damaged(f"{shard}: the shard {what}; {_CURE_SHARD}")
+    except Damaged as error:
+        damaged(str(error))
     except OSError as error:
-        raise UserError(f"{shard}: cannot read the shard ({error.strerror})") from error
+        raise Damaged(f"{shard}: cannot read the shard ({error.strerror})") from error
     if not samples:
-        raise UserError(f"{shard}: the shard holds no samples; {_CURE_SHARD}, or delete it")
-    return _collect(shard, samples)
+        damaged(f"{shard}: the shard holds no samples; {_CURE_SHARD}, or delete it")
+    return replace(_collect(shard, samples, damaged), fault="; ".join(faults))
 
 
 def _check_name(shard: Path, name: str) -> None:
     if name.startswith("/") or ".." in PurePosixPath(name).parts:
-        raise UserError(
+        raise Damaged(
             f"{shard}: member {name!r} points outside of the archive. Nothing is ever extracted, but no tool for "
             f"shards writes such names: check where the file comes from; {_CURE_SHARD}"
         )
@@ -173,11 +269,11 @@ def _check_name(shard: Path, name: str) -> None:
 def _check_end(shard: Path, stream: BinaryIO, offset: int) -> None:
     """tarfile takes a damaged or missing header after the first member for the end of the archive; we do not."""
     if os.fstat(stream.fileno()).st_size - offset < tarfile.BLOCKSIZE:
-        raise UserError(f"{shard}: the shard is truncated: its end-of-archive mark is missing; {_CURE_SHARD}")
+        raise Damaged(f"{shard}: the shard is truncated: its end-of-archive mark is missing; {_CURE_SHARD}")
     stream.seek(offset)
     while chunk := stream.read(1 << 20):
         if chunk.strip(b"\0"):
-            raise UserError(
+            raise Damaged(
                 f"{shard}: byte {offset} is followed by data that is no tar member (damaged, or several tars joined "
                 f"into one file); {_CURE_SHARD}"
             )
@@ -193,18 +289,18 @@ def _add(samples: dict[str, _Sample], shard: Path, stream: BinaryIO, member: tar
         return
     sample = samples.setdefault(key, _Sample())
     if getattr(sample, field) is not None:
-        raise UserError(f"{shard}: sample {key!r} has two {field} members: keys must be unique; {_CURE_SHARD}")
+        raise Damaged(f"{shard}: sample {key!r} has two {field} members: keys must be unique; {_CURE_SHARD}")
     if field == "image":
         sample.image = (member.offset_data, member.size)
         return
     content = os.pread(stream.fileno(), member.size, member.offset_data)
     if len(content) < member.size:
-        raise UserError(f"{shard}: the shard is truncated within {member.name!r}; {_CURE_SHARD}")
+        raise Damaged(f"{shard}: the shard is truncated within {member.name!r}; {_CURE_SHARD}")
     label = _label(content, field)
     if label is None:
         if field == "json":
             return  # metadata without a label; .cls may hold it
-        raise UserError(f"{shard}: {member.name!r} holds {content[:40]!r}: a .cls member is a class number 0, 1, ...")
+        raise Damaged(f"{shard}: {member.name!r} holds {content[:40]!r}: a .cls member is a class number 0, 1, ...")
     setattr(sample, field, label)
 
 
@@ -216,21 +312,21 @@ def _label(content: bytes, field: str) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
-def _collect(shard: Path, samples: dict[str, _Sample]) -> ShardIndex:
-    places: list[tuple[int, int]] = []
-    labels: list[int] = []
+def _collect(shard: Path, samples: dict[str, _Sample], damaged: Callable[[str], None]) -> ShardIndex:
+    whole: dict[str, tuple[int, int, int]] = {}  # key → offset, size, label
     for key, sample in samples.items():
         label = sample.cls if sample.cls is not None else sample.json
         if sample.image is None:
-            raise UserError(
-                f"{shard}: sample {key!r} has no image ({', '.join('.' + s for s in IMAGE_SUFFIXES)}); {_CURE_SHARD}"
-            )
-        if label is None:
-            raise UserError(
+            suffixes = ", ".join("." + suffix for suffix in IMAGE_SUFFIXES)
+            damaged(f"{shard}: sample {key!r} has no image ({suffixes}); {_CURE_SHARD}")
+        elif label is None:
+            damaged(
                 f'{shard}: sample {key!r} has no label: add a .cls member with the class number, or "label" to its '
                 f".json; {_CURE_SHARD}"
             )
-        places.append(sample.image)
-        labels.append(label)
-    offsets, sizes = np.array(places, dtype=np.int64).T
-    return ShardIndex(shard, np.array(list(samples)), offsets.copy(), sizes.copy(), np.array(labels, dtype=np.int64))
+        elif sum(sample.image) > shard.stat().st_size:
+            damaged(f"{shard}: the shard is truncated within sample {key!r}; {_CURE_SHARD}")
+        else:
+            whole[key] = (*sample.image, label)
+    offsets, sizes, labels = np.array(list(whole.values()), dtype=np.int64).reshape(-1, 3).T
+    return ShardIndex(shard, np.array(list(whole), dtype=np.str_), offsets.copy(), sizes.copy(), labels.copy())

@@ -1,21 +1,25 @@
-"""PIL images → normalised float32 batches, with randomness that is a function of each sample's key alone.
+"""Images → normalised float32 batches, with randomness that is a function of each sample's key alone.
 
 "none"      no randomness: timm's resize and centre crop, as in evaluation.
 "light"     small random affine (rotation, shift, scale) for digits and the like. Done on the decoded batch as tensors
             with parameters hashed from the keys: several times faster than PIL's affine at 32 × 32, and deterministic
             by construction. What moves in from outside is black.
-"imagenet"  timm's recipe: random resized crop, flip, RandAugment, random erasing. timm draws from the global generators
-            of ``random``, numpy and torch; they are seeded from the key for each sample and put back afterwards.
+"crop"      random resized crop and flip, decoded no larger than the crop needs.
+"imagenet"  the recipe of timm: crop and flip, RandAugment (timm's, which draws from the global generators of ``random``
+            and numpy: they are seeded from the key for each sample and put back afterwards), random erasing.
 
-An image that already has the target size is not resized for "none", "light" and evaluation.
+Each has two halves: ``pixels`` makes small tensors in the loader's workers (uint8 wherever that is exact), ``finish``
+normalises them where the model is. An image that already has the target size is not resized for "none", "light" and
+evaluation.
 """
 
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,24 +27,35 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from mmtrain.compat import ensure_torchvision
-from mmtrain.data.order import mix64
+from mmtrain.data.crop import Keys, erase, flips, random_crops, uniform
+from mmtrain.data.photo import Photo, Undecodable, resized
+from mmtrain.data.pixels import Normalise
 from mmtrain.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-AUGMENTS = ("none", "light", "imagenet")
-Keys = NDArray[np.uint64]
+AUGMENTS = ("none", "light", "crop", "imagenet")
+INTERPOLATIONS = ("bicubic", "bilinear")
 
 ROTATION = 10.0  # degrees, both ways
 SHIFT = 0.08  # of the side, both ways
 SCALE = (0.9, 1.1)
 
 
-class Transform(Protocol):
-    """B images and their B keys (None: no randomness wanted) → float32 (B, C, S, S), normalised."""
+class Transform(ABC):
+    """B images (decoded or not) and their B keys (None: no randomness wanted) → float32 (B, C, S, S), normalised."""
 
-    def __call__(self, images: Sequence[Image], keys: Keys | None) -> torch.Tensor: ...
+    def __call__(self, images: Sequence[Photo | Image], keys: Keys | None) -> torch.Tensor:
+        return self.finish(self.pixels(images, keys))
+
+    @abstractmethod
+    def pixels(self, images: Sequence[Photo | Image], keys: Keys | None) -> torch.Tensor:
+        """What ``finish`` takes: uint8 (B, S, S, C), or float32 (B, C, S, S) in 0..1. Raises Undecodable."""
+
+    @abstractmethod
+    def finish(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalise what ``pixels`` made, on whatever device it is."""
 
 
 def build_transform(
@@ -59,8 +74,9 @@ def build_transform(
 ) -> Transform:
     """The transform of one split. ``mean`` and ``std`` are per channel, for pixels in 0..1.
 
-    ``crop_pct`` is the part of the resized image that the centre crop keeps ("none" and evaluation); ``hflip``,
-    ``auto_augment`` (timm's notation, "" for none) and ``re_prob`` (random erasing) belong to "imagenet".
+    ``crop_pct`` is the part of the resized image that the centre crop keeps ("none" and evaluation); ``hflip`` belongs
+    to "crop" and "imagenet", ``auto_augment`` (timm's notation, "" for none) and ``re_prob`` (random erasing) to the
+    latter.
     """
     if augment not in AUGMENTS:
         raise UserError(f"data.augment={augment!r}: one of {', '.join(AUGMENTS)}{nearest(augment, AUGMENTS)}")
@@ -68,61 +84,69 @@ def build_transform(
         raise UserError(f"data.image_size={image_size}, data.crop_pct={crop_pct}: a size ≥ 1 and a part in (0, 1]")
     if len(mean) != channels or len(std) != channels or min(std) <= 0:
         raise UserError(f"data.mean and data.std need {channels} value(s), std above 0; got {list(mean)}, {list(std)}")
+    if interpolation not in INTERPOLATIONS:
+        raise UserError(f"interpolation {interpolation!r}: one of {', '.join(INTERPOLATIONS)}")
+    if train and augment == "imagenet" and channels != 3:
+        raise UserError(f"data.augment=imagenet works on colour images: data.channels=3, not {channels}")
+    normalise = Normalise(mean, std)
     if train and augment == "imagenet":
-        if channels != 3:
-            raise UserError(f"data.augment=imagenet works on colour images: data.channels=3, not {channels}")
-        return _ImageNet(image_size, mean, std, interpolation, hflip, auto_augment, re_prob)
-    resize = _Resize(image_size, crop_pct, interpolation, mean, std, channels)
-    return _Light(resize) if train and augment == "light" else resize
+        return _ImageNet(image_size, channels, interpolation, hflip, normalise, auto_augment, re_prob, mean, std)
+    if train and augment == "crop":
+        return _Crop(image_size, channels, interpolation, hflip, normalise)
+    resize = _Resize(image_size, crop_pct, interpolation, channels, normalise)
+    return _Light(resize, mean, std) if train and augment == "light" else resize
 
 
-class _Resize:
+class _Resize(Transform):
     """Shorter side to S / crop_pct, then the centre S × S."""
 
-    def __init__(
-        self, size: int, crop_pct: float, interpolation: str, mean: Sequence[float], std: Sequence[float], channels: int
-    ) -> None:
-        self.size, self.channels = size, channels
-        self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
-        self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
-        self.options = {"crop_pct": crop_pct, "interpolation": interpolation}
+    def __init__(self, size: int, crop_pct: float, interpolation: str, channels: int, finish: Normalise) -> None:
+        self.size, self.channels, self.normalise = size, channels, finish
+        self.options: dict[str, Any] = {"crop_pct": crop_pct, "interpolation": interpolation}
         self._resize: Any = None
 
-    def __call__(self, images: Sequence[Image], keys: Keys | None) -> torch.Tensor:
-        return self.normalise(self.pixels(images))
-
-    def pixels(self, images: Sequence[Image]) -> torch.Tensor:
-        """float32 (B, C, S, S) in 0..1."""
+    def pixels(self, images: Sequence[Photo | Image], keys: Keys | None) -> torch.Tensor:
         batch = np.empty((len(images), self.size, self.size, self.channels), dtype=np.uint8)
-        for row, image in zip(batch, images, strict=True):
-            resized = image if image.size == (self.size, self.size) else self.resize(image)
-            row[...] = np.asarray(resized).reshape(row.shape)
-        return torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous().float().div_(255)
+        for place, image in enumerate(images):
+            try:
+                whole = image.whole() if isinstance(image, Photo) else image
+            except ValueError as error:
+                raise Undecodable(place, error) from error
+            fitting = whole if whole.size == (self.size, self.size) else self.resize(whole)
+            batch[place] = np.asarray(fitting).reshape(batch[place].shape)
+        return torch.from_numpy(batch)
+
+    def finish(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.normalise(pixels)
 
     def resize(self, image: Image) -> Image:
         if self._resize is None:
-            create_transform = _timm()
+            ensure_torchvision()
+            from timm.data import create_transform
+
             steps = create_transform(self.size, is_training=False, normalize=False, **self.options).transforms
             self._resize = steps[:-1]  # without the step to a tensor
         for step in self._resize:
             image = step(image)
         return image
 
-    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        return pixels.sub_(self.mean).div_(self.std)
 
-
-class _Light:
+class _Light(Transform):
     """Random affine on the decoded batch."""
 
-    def __init__(self, resize: _Resize) -> None:
+    def __init__(self, resize: _Resize, mean: Sequence[float], std: Sequence[float]) -> None:
         self.resize = resize
+        self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
 
-    def __call__(self, images: Sequence[Image], keys: Keys | None) -> torch.Tensor:
-        pixels = self.resize.pixels(images)
-        if keys is not None:
-            pixels = functional.grid_sample(pixels, _affine_grid(keys, self.resize.size), align_corners=False)
-        return self.resize.normalise(pixels)
+    def pixels(self, images: Sequence[Photo | Image], keys: Keys | None) -> torch.Tensor:
+        pixels = self.resize.pixels(images, None).permute(0, 3, 1, 2).contiguous().float().div_(255)
+        if keys is None:
+            return pixels
+        return functional.grid_sample(pixels, _affine_grid(keys, self.resize.size), align_corners=False)
+
+    def finish(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.sub_(self.mean.to(pixels.device)).div_(self.std.to(pixels.device))
 
 
 def _affine_grid(keys: Keys, size: int) -> torch.Tensor:
@@ -144,69 +168,103 @@ def _affine_grid(keys: Keys, size: int) -> torch.Tensor:
     return torch.stack((cos * x - sin * y, sin * x + cos * y), dim=-1)
 
 
-def uniform(keys: Keys, number: int) -> NDArray[np.float64]:
-    """Draw ``number`` of each key, uniform in [0, 1), float64."""
-    return (mix64(keys, number) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+class _Crop(Transform):
+    """Random resized crop and flip."""
+
+    def __init__(self, size: int, channels: int, interpolation: str, hflip: float, finish: Normalise) -> None:
+        self.size, self.channels, self.interpolation, self.hflip = size, channels, interpolation, hflip
+        self.normalise = finish
+
+    def pixels(self, images: Sequence[Photo | Image], keys: Keys | None) -> torch.Tensor:
+        return torch.from_numpy(self.crops(images, keys))
+
+    def crops(self, images: Sequence[Photo | Image], keys: Keys | None) -> NDArray[np.uint8]:
+        """uint8 (B, S, S, C)."""
+        if keys is None:
+            raise ValueError("a random transform needs keys")
+        photos = [Photo.of(image, self.channels) for image in images]
+        batch = np.empty((len(photos), self.size, self.size, self.channels), dtype=np.uint8)
+        boxes, mirrored = random_crops(keys, [photo.size for photo in photos]), flips(keys, self.hflip)
+        for place, (photo, box, mirror) in enumerate(zip(photos, boxes, mirrored.tolist(), strict=True)):
+            try:
+                part = photo.part(box, self.size)
+            except ValueError as error:
+                raise Undecodable(place, error) from error
+            made = resized(part, self.size, self.interpolation)
+            batch[place] = made[:, ::-1] if mirror else made
+        return batch
+
+    def finish(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.normalise(pixels)
 
 
-class _ImageNet:
-    """timm's training transform, image by image."""
+class _ImageNet(_Crop):
+    """Crop and flip, RandAugment, random erasing."""
 
     def __init__(
         self,
         size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
+        channels: int,
         interpolation: str,
         hflip: float,
+        finish: Normalise,
         auto_augment: str,
         re_prob: float,
+        mean: Sequence[float],
+        std: Sequence[float],
     ) -> None:
-        self.transform = _timm()(
-            size,
-            is_training=True,
-            hflip=hflip,
-            auto_augment=auto_augment or None,
-            interpolation=interpolation,
-            re_prob=re_prob,
-            re_mode="pixel",
-            mean=tuple(mean),
-            std=tuple(std),
-        )
+        super().__init__(size, channels, interpolation, hflip, finish)
+        self.re_prob, self.mean, self.std = re_prob, tuple(mean), tuple(std)
+        self.policy = _policy(auto_augment, size, self.mean, interpolation) if auto_augment else None
 
-    def __call__(self, images: Sequence[Image], keys: Keys | None) -> torch.Tensor:
-        if keys is None:
-            raise ValueError('the "imagenet" transform is random: it needs keys')
-        out = []
-        with _own_random_state():
-            for image, key in zip(images, keys.tolist(), strict=True):
-                random.seed(key)
-                np.random.seed(key & 0xFFFFFFFF)  # timm's RandAugment uses numpy's global generator
-                # Not torch.manual_seed: that would also re-seed the GPU of a process which loads its own data.
-                torch.default_generator.manual_seed(key >> 1)
-                out.append(self.transform(image))
-        return torch.stack(out)
+    def crops(self, images: Sequence[Photo | Image], keys: Keys | None) -> NDArray[np.uint8]:
+        batch = super().crops(images, keys)
+        assert keys is not None
+        if self.policy is not None:
+            _augment(self.policy, batch, keys)
+        erase(batch, keys, self.re_prob, self.mean, self.std)
+        return batch
+
+
+def _augment(policy: Any, batch: NDArray[np.uint8], keys: Keys) -> None:
+    """Each image (S, S, 3) of the batch, in place."""
+    from PIL import Image
+
+    with _own_random_state():
+        for row, key in zip(batch, keys.tolist(), strict=True):
+            random.seed(key)
+            np.random.seed(key & 0xFFFFFFFF)  # timm's RandAugment uses numpy's global generator
+            row[...] = np.asarray(policy(Image.fromarray(row)))
+
+
+def _policy(name: str, size: int, mean: Sequence[float], interpolation: str) -> Any:
+    """timm's RandAugment or AutoAugment, with the settings that its own factory gives it."""
+    ensure_torchvision()
+    from timm.data import auto_augment
+    from timm.data.transforms import str_to_pil_interp
+
+    for step in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
+        auto_augment.NAME_TO_OP[step] = _posterize
+    options = {
+        "translate_const": int(size * 0.45),
+        "img_mean": tuple(min(255, round(255 * value)) for value in mean),
+        "interpolation": str_to_pil_interp(interpolation),
+    }
+    if name.startswith("augmix"):
+        raise UserError(f"auto_augment {name!r}: AugMix is not supported; use rand-... or a policy of AutoAugment")
+    make = auto_augment.rand_augment_transform if name.startswith("rand") else auto_augment.auto_augment_transform
+    return make(name, options)
 
 
 @contextmanager
 def _own_random_state() -> Iterator[None]:
     """Put the caller's global random states back at the end."""
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    states = random.getstate(), np.random.get_state()
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        torch.default_generator.set_state(states[2])
-
-
-def _timm() -> Any:
-    ensure_torchvision()
-    from timm.data import auto_augment, create_transform
-
-    for name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
-        auto_augment.NAME_TO_OP[name] = _posterize
-    return create_transform
 
 
 def _posterize(image: Image, bits: int, **_: Any) -> Image:

@@ -15,7 +15,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-from mmtrain.parallel.direct import Buffers, DirectAllGather, DirectReduceScatter
+from mmtrain.buffers import Buffers
+from mmtrain.parallel.direct import DirectAllGather, DirectReduceScatter
 from mmtrain.parallel.fsdp import shard
 from mmtrain.parallel.strategy import Plan
 

@@ -65,7 +65,7 @@ def _shards(config: RunConfig, data: object, samples: int | None, decoded: int) 
     assert isinstance(data, ShardsDataConfig)
     folder = Path(data.root) / data.train
     if data.root and folder.is_dir():
-        from mmtrain.data.images import find_shards
+        from mmtrain.data.shards import find_shards
         from mmtrain.data.tarindex import index_shards
 
         indexes = index_shards(find_shards(folder))

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtrain.config import ClassificationConfig, RunConfig, ShardsDataConfig, SyntheticDataConfig, ViM2Config
+from mmtrain.data.cache import ShardCache
 from mmtrain.data.images import ImageShards
 from mmtrain.data.order import mix64
+from mmtrain.data.shards import is_address
 from mmtrain.data.source import Source
 from mmtrain.data.synthetic import SyntheticImages
 from mmtrain.errors import UserError
@@ -52,16 +54,20 @@ class Classification(Task):
         if not isinstance(data, ShardsDataConfig):
             raise UserError(f"task.kind is 'classification', but data.kind is '{data.kind}': use data=shards")
 
-        if not Path(data.root).exists():
+        if not is_address(data.root) and not Path(data.root).exists():
             raise UserError(
                 f"data.root: there is no folder {data.root}. Make it with `mmtrain data prepare images --root IMAGES"
                 f" --out {data.root}`, point data.root at yours, or try the configuration on made-up images with"
                 " data=synthetic"
             )
 
+        cache = shard_cache(data) if is_address(data.root) else None
+
         def shards(split: str, train: bool) -> ImageShards:
             return ImageShards(
-                f"{data.root}/{split}",
+                f"{data.root.rstrip('/')}/{split}",
+                skip=data.faults == "skip",
+                cache=cache,
                 image_size=data.image_size,
                 train=train,
                 augment=data.augment if train else "none",
@@ -171,6 +177,12 @@ class Classification(Task):
             "std": data.std,
             "crop_pct": getattr(data, "crop_pct", 1.0),
         }
+
+
+def shard_cache(data: ShardsDataConfig) -> ShardCache:
+    """Where shards from elsewhere are kept on this node."""
+    folder = Path(data.cache).expanduser() if data.cache else Path.home() / ".cache/mmtrain/shards"
+    return ShardCache(folder, int(data.cache_gb * 1e9))
 
 
 def _mix_order(count: int, device: torch.device) -> Tensor:

@@ -10,19 +10,13 @@ import torch
 from torch import nn
 
 from mmtrain.config import RunConfig
-from mmtrain.data.loader import eval_batches
+from mmtrain.data.loader import OnFault, eval_batches
 from mmtrain.data.source import Source
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.tasks import Batch, Task
 
 #: So many batches lie between two looks at whether a rank was asked to leave.
 _LOOK_EVERY = 8
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    if device.type == "cpu":
-        return batch
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 @torch.no_grad()
@@ -36,6 +30,7 @@ def evaluate(
     together: bool = False,
     beat: Callable[[str], None] = lambda phase: None,
     stop: Callable[[], bool] = lambda: False,
+    on_fault: OnFault | None = None,
 ) -> dict[str, float] | None:
     """The task's metrics over the whole of ``source``, the same on every rank; None where it was given up.
 
@@ -45,17 +40,18 @@ def evaluate(
             rank makes beyond its own counts nowhere.
         beat: told at each batch, and before the ranks add up.
         stop: whether this rank was asked to leave; all ranks look at it together every few batches.
+        on_fault: told of samples that cannot be used.
     """
     model.eval()
     names: list[str] = []
     totals = torch.zeros(0, dtype=torch.float64)
-    for number, (batch, counts) in enumerate(_batches(source, config, ranks, together)):
+    for number, (batch, counts) in enumerate(_batches(source, config, ranks, together, on_fault)):
         beat("evaluate")
         if number % _LOOK_EVERY == 0 and ranks.any(stop()):
             return None
         if batch is None:
             continue
-        sums = task.measure(model, to_device(batch, ranks.device))
+        sums = task.measure(model, batch)
         if not counts:
             continue
         names = sorted(sums)
@@ -67,18 +63,32 @@ def evaluate(
     return task.metrics(dict(zip(names, totals.tolist(), strict=True)))
 
 
-def _batches(source: Source, config: RunConfig, ranks: Ranks, together: bool) -> Iterator[tuple[Batch | None, bool]]:
+def _batches(
+    source: Source, config: RunConfig, ranks: Ranks, together: bool, on_fault: OnFault | None
+) -> Iterator[tuple[Batch | None, bool]]:
     """This rank's batches, and whether each counts; as many as the rank with the most has, with None for none."""
     size, made = config.eval.batch_size, 0
-    batches = eval_batches(source, batch_size=size, rank=ranks.rank, world=ranks.world, workers=config.data.workers)
+    batches = eval_batches(
+        source,
+        batch_size=size,
+        rank=ranks.rank,
+        world=ranks.world,
+        workers=config.data.workers,
+        device=ranks.device,
+        on_fault=on_fault,
+    )
     for batch in batches:
         made += 1
         yield batch, True
     most = math.ceil(math.ceil(len(source) / ranks.world) / size)  # of rank 0
     if made < most:
-        stand_in = source.fetch(np.zeros(1, dtype=np.int64), None) if together else None
+        stand_in = _first(source, ranks.device) if together else None
         for _ in range(most - made):
             yield stand_in, False
+
+
+def _first(source: Source, device: torch.device) -> Batch:
+    return {name: t.to(device) for name, t in source.fetch(np.zeros(1, dtype=np.int64), None).items()}
 
 
 def _agree(names: list[str], totals: torch.Tensor, ranks: Ranks) -> tuple[list[str], torch.Tensor]:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from mmtrain.config import RunConfig
-from mmtrain.data.loader import train_batches
+from mmtrain.data.faults import FaultLog
+from mmtrain.data.loader import OnFault, train_batches
 from mmtrain.errors import SharedError
 from mmtrain.models.stochastic import sample_keys
 from mmtrain.parallel.collective import collective_timeout, set_timeout
@@ -32,7 +33,7 @@ from mmtrain.tasks import Batch, StepKey, Task
 from mmtrain.train.agreement import Agreement, agree
 from mmtrain.train.build import blueprint, spread_model
 from mmtrain.train.diagnose import first_bad
-from mmtrain.train.evaluate import evaluate, to_device
+from mmtrain.train.evaluate import evaluate
 from mmtrain.train.meter import Meter
 from mmtrain.train.micro_batches import micro_batches
 from mmtrain.train.optim import learning_rate
@@ -137,7 +138,8 @@ class Trainer:
                 micros=self.micros,
                 workers=self.config.data.workers,
                 window=self.config.data.shuffle_window,
-                pin_memory=self.ranks.device.type == "cuda",
+                device=self.ranks.device,
+                on_fault=self._on_fault("train"),
             )
             with closing(stream):  # type: ignore[type-var]
                 while not self._rewound and (group := self._next(stream)):
@@ -146,7 +148,15 @@ class Trainer:
     def _next(self, stream: Iterator[Batch]) -> list[Batch]:
         self._beat("data")
         with self.timer.phase("data"):
-            return [to_device(batch, self.ranks.device) for batch in islice(stream, self.micros)]
+            return list(islice(stream, self.micros))
+
+    def _on_fault(self, split: str) -> OnFault | None:
+        """Where samples that cannot be used are noted; None where the first one stops the run."""
+        data, source = self.config.data, {"train": self.task.train, "val": self.task.val, "test": self.task.test}[split]
+        if data.faults == "stop" or source is None:
+            return None
+        file = self.run.faults / f"data_faults_rank_{self.ranks.rank:05d}.jsonl"
+        return FaultLog(file, split, len(source), data.max_faults).add
 
     def _train_step(self, batches: list[Batch]) -> Agreement:
         config, state = self.config, self.state
@@ -299,6 +309,7 @@ class Trainer:
                 together=self.strategy.collective_forward,
                 beat=self._beat,
                 stop=self._asked_to_leave,
+                on_fault=self._on_fault(split),
             )
 
     def _out_of_patience(self) -> bool:

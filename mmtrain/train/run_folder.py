@@ -43,6 +43,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.hangs = path / "hangs"
         self.samples = path / "samples"
+        self.faults = path / "faults"
         self.log_file = path / "log.txt"
         self.curves_file = path / "curves.png"
         self.wandb_id_file = path / "wandb_id.txt"

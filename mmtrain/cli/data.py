@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmtrain.cli import data_get
+from mmtrain.cli import data_get, data_prepare
 
 if TYPE_CHECKING:
     from mmtrain.data.prepare.writer import Prepared
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 app = typer.Typer(name="data", help="Prepare datasets, index shards, look at tables.", no_args_is_help=True)
 prepare = typer.Typer(name="prepare", help="Make a dataset that training can read.", no_args_is_help=True)
 app.add_typer(prepare)
+data_prepare.add_commands(prepare)
 app.command("get")(data_get.get_command)
 app.command("digest")(data_get.digest_command)
 

@@ -22,6 +22,8 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot
 def add_commands(prepare: typer.Typer) -> None:
     """Register the commands of this module."""
     prepare.command("imagenet")(imagenet_command)
+    prepare.command("segmentation")(segmentation_command)
+    prepare.command("coco")(coco_command)
 
 
 def imagenet_command(
@@ -52,6 +54,68 @@ def imagenet_command(
         expect=expect,
         val_labels=val_labels,
         devkit=devkit,
+        skip_bad=skip_bad,
+        force=force,
+    )
+    tell(done)
+
+
+def segmentation_command(
+    root: Annotated[Path, typer.Option(help="Holds images/train and annotations/train, or train and trainannot.")],
+    out: Out,
+    classes: Annotated[Path | None, typer.Option(help="A file with the classes' names, one a line.")] = None,
+    ignore: Annotated[list[int] | None, typer.Option(help="Numbers that are no class (default: 255).")] = None,
+    zero_is_void: Annotated[
+        bool, typer.Option("--zero-is-void", help="0 becomes 255 and n becomes n - 1, as is usual for ADE20K.")
+    ] = False,
+    image_size: Size = None,
+    quality: Quality = 95,
+    shard_size: ShardSize = 1000,
+    workers: Workers = None,
+    skip_bad: SkipBad = False,
+    force: Force = False,
+) -> None:
+    """Images and masks (a class number for each pixel) into tar shards."""
+    from mmtrain.data.prepare.segmentation import VOID, prepare_segmentation
+
+    done = prepare_segmentation(
+        root,
+        out,
+        classes=classes,
+        ignore=ignore or [VOID],
+        zero_is_void=zero_is_void,
+        image_size=image_size,
+        quality=quality,
+        shard_size=shard_size,
+        workers=workers,
+        skip_bad=skip_bad,
+        force=force,
+    )
+    tell(done)
+
+
+def coco_command(
+    images: Annotated[Path, typer.Option(help="Folder of the training images.")],
+    annotations: Annotated[Path, typer.Option(help="Their annotations, such as instances_train2017.json.")],
+    out: Out,
+    val_images: Annotated[Path | None, typer.Option(help="Folder of the validation images.")] = None,
+    val_annotations: Annotated[Path | None, typer.Option(help="Their annotations.")] = None,
+    shard_size: ShardSize = 1000,
+    workers: Workers = None,
+    skip_bad: SkipBad = False,
+    force: Force = False,
+) -> None:
+    """Images with boxes and outlines in COCO's format into tar shards."""
+    from mmtrain.data.prepare.coco import prepare_coco
+
+    done = prepare_coco(
+        images,
+        annotations,
+        out,
+        val_images=val_images,
+        val_annotations=val_annotations,
+        shard_size=shard_size,
+        workers=workers,
         skip_bad=skip_bad,
         force=force,
     )

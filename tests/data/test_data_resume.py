@@ -71,9 +71,9 @@ def counted() -> Iterator[list[str]]:
     """The names of the shards that are written, not only looked at."""
     fill, written = writer._fill, []
 
-    def noted(stream: Any, job: Any, skipped: Any) -> None:
+    def noted(stream: Any, job: Any, *rest: Any) -> None:
         written.append(job.name)
-        fill(stream, job, skipped)
+        fill(stream, job, *rest)
 
     writer._fill = noted
     try:

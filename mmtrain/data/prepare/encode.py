@@ -38,13 +38,20 @@ class BadSample(UserError):
         return BadSample, (self.path, self.reason)  # it comes back from worker processes
 
 
+class Encoded(NamedTuple):
+    """A sample's members (suffix → bytes), and what is counted over a split for its meta.json."""
+
+    members: dict[str, bytes]
+    counts: dict[str, int] = {}  # noqa: RUF012  # never changed
+
+
 class Encoder(Protocol):
-    """Makes the members of a sample: suffix → bytes. It is pickled for worker processes."""
+    """Makes the members of a sample. It is pickled for worker processes."""
 
     #: The samples have class numbers (``.cls``), so that their shards can be indexed for training.
     labelled: ClassVar[bool]
 
-    def __call__(self, item: Item) -> dict[str, bytes]:
+    def __call__(self, item: Item) -> Encoded:
         """Read and convert ``item``. Raises BadSample, and UserError for files that cannot be read."""
         ...
 
@@ -57,9 +64,9 @@ class ClassEncoder:
     quality: int = QUALITY
     labelled: ClassVar[bool] = True
 
-    def __call__(self, item: Item) -> dict[str, bytes]:
+    def __call__(self, item: Item) -> Encoded:
         suffix, content, _ = encode_image(item, self.image_size, self.quality)
-        return {suffix: content, "cls": str(item.label).encode()}
+        return Encoded({suffix: content, "cls": str(item.label).encode()})
 
 
 def read_file(path: str) -> bytes:

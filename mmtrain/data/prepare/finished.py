@@ -26,6 +26,7 @@ class Finished:
     sources: str  # digest of the names, sizes and times of the files it was made of
     samples: int
     skipped: list[list[str]] = field(default_factory=list)  # path and reason
+    counts: dict[str, int] = field(default_factory=dict)  # what the encoder counted
 
     def holds(self, folder: Path, items: Sequence[Item]) -> bool:
         """Whether the shard is there as it was written, and its sources have not changed since."""

@@ -13,7 +13,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -89,12 +90,14 @@ def write_dataset(
     keep: bool = False,
     skip_bad: bool = False,
     further: Mapping[str, Any] | None = None,
+    summarise: Callable[[Mapping[str, Mapping[str, int]]], Mapping[str, Any]] | None = None,
 ) -> Prepared:
     """Write all splits beside ``out``, then rename. Items are shuffled, so that shards mix the classes.
 
     ``encoder``: makes the members of a sample (None: the image and its class). ``workers``: processes (None: one per
     core, at most 8). ``keep``: finished shards stay after an error, as they do after an interruption. ``skip_bad``:
-    leave out items that cannot be used, and list them in OUT/skipped.txt. ``further``: more of meta.json.
+    leave out items that cannot be used, and list them in OUT/skipped.txt. ``further``: more of meta.json, to which
+    ``summarise`` adds what it makes of the encoder's counts for each split.
     """
     if shard_size < 1:
         raise UserError(f"--shard-size {shard_size}: samples in a shard, 1 or more")
@@ -120,6 +123,7 @@ def write_dataset(
             "settings": dict(settings),
             "format": FORMAT,
             **(further or {}),
+            **(summarise(_counts(splits, jobs, done)) if summarise is not None else {}),
         }
         if skipped:
             meta["skipped"] = len(skipped)
@@ -133,6 +137,14 @@ def _write_text(path: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _counts(splits: Iterable[str], jobs: list[_Job], done: Mapping[str, Finished]) -> dict[str, dict[str, int]]:
+    totals: dict[str, Counter[str]] = {split: Counter() for split in splits}
+    for job in jobs:
+        totals[job.name.partition("/")[0]].update(done[job.name].counts)
+    by_number = {split: sorted(total, key=lambda key: (len(key), key)) for split, total in totals.items()}
+    return {split: {key: totals[split][key] for key in keys} for split, keys in by_number.items()}
 
 
 def _samples(split: str, jobs: list[_Job], done: Mapping[str, Finished]) -> int:
@@ -220,9 +232,10 @@ def _write_shard(job: _Job) -> Finished:
     target = job.folder / job.name
     part = target.with_name(f"{target.name}.part")
     skipped: list[list[str]] = []
+    counts: Counter[str] = Counter()
     with open(part, "wb") as stream:
         hashed = _Hashed(stream)
-        _fill(hashed, job, skipped)
+        _fill(hashed, job, skipped, counts)
         stream.flush()
         os.fsync(stream.fileno())
     samples = len(job.items) - len(skipped)
@@ -233,16 +246,16 @@ def _write_shard(job: _Job) -> Finished:
     os.replace(part, target)
     if job.encoder.labelled:
         index_shard(target)
-    return Finished(job.name, hashed.size, hashed.sha256.hexdigest(), sources, samples, skipped)
+    return Finished(job.name, hashed.size, hashed.sha256.hexdigest(), sources, samples, skipped, dict(counts))
 
 
-def _fill(stream: _Hashed, job: _Job, skipped: list[list[str]]) -> None:
+def _fill(stream: _Hashed, job: _Job, skipped: list[list[str]], counts: Counter[str]) -> None:
     from webdataset.writer import TarWriter
 
     with TarWriter(stream, user="mmtrain", group="mmtrain", mtime=0, encoder=False) as tar:
         for number, item in enumerate(job.items, job.first):
             try:
-                members = job.encoder(item)
+                members, found = job.encoder(item)
             except BadSample as error:
                 if not job.skip_bad:
                     raise
@@ -250,6 +263,7 @@ def _fill(stream: _Hashed, job: _Job, skipped: list[list[str]]) -> None:
                 continue
             # A skipped sample leaves a gap: the others keep their keys.
             tar.write({"__key__": f"{number:08d}", **members})
+            counts.update(found)
 
 
 class _Hashed:

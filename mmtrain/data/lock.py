@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mmtrain.errors import UserError
+
+_log = logging.getLogger("mmtrain")
 
 
 @contextmanager
@@ -34,7 +37,13 @@ def _acquire(path: Path, wait: bool) -> int:
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise
+                _log.info("%s: waiting for another process", path)
+                fcntl.flock(handle, fcntl.LOCK_EX)
             if _is_at(handle, path):
                 return handle
         except BlockingIOError:

@@ -11,12 +11,13 @@ from typing import Any
 
 
 class Server:
-    """What is served and how. ``asked`` collects the Range header of each request ("" without one)."""
+    """What is served and how. ``asked`` and ``conditions``: Range and If-Range of each request ("" without)."""
 
     def __init__(self) -> None:
         self.content = b""
         self.etag = '"one"'
         self.asked: list[str] = []
+        self.conditions: list[str] = []
         self.ranges = True
         #: Called with (handler, number of the request) before the answer; True: it has answered itself.
         self.trick: Callable[[Any, int], bool] = lambda handler, number: False
@@ -30,6 +31,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         served: Server = self.server.served
         served.asked.append(self.headers.get("Range", ""))
+        served.conditions.append(self.headers.get("If-Range", ""))
         self.close_connection = True
         if served.trick(self, len(served.asked)):
             return
@@ -45,9 +47,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(206 if start else 200, served.content[start:], extra)
 
     def answer(
-        self, code: int, body: bytes, headers: dict[str, str] | None = None, length: int | None = None, pause: float = 0
+        self,
+        code: int,
+        body: bytes,
+        headers: dict[str, str] | None = None,
+        length: int | None = None,
+        pause: float = 0,
+        step: int = 1,
     ) -> None:
-        """``length``: the one announced; ``pause``: seconds between two bytes."""
+        """``length``: the one announced; ``pause``: seconds between two pieces of ``step`` bytes."""
         self.send_response(code)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
@@ -56,8 +64,8 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if not pause:
                 self.wfile.write(body)
-            for place in range(len(body) if pause else 0):
-                self.wfile.write(body[place : place + 1])
+            for place in range(0, len(body) if pause else 0, step):
+                self.wfile.write(body[place : place + step])
                 self.wfile.flush()
                 time.sleep(pause)
         except OSError:

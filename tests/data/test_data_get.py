@@ -27,7 +27,7 @@ from mmtrain.errors import UserError
 from tests.data.served import Server, serving
 
 ROWS = 300
-QUICK = Patience(connect=2, stall=0.15, attempts=3, backoff=0.01)
+QUICK = Patience(connect=5, stall=5, attempts=3, backoff=0.01)
 
 
 def table(rows: int = ROWS, seed: int = 0) -> pd.DataFrame:
@@ -120,6 +120,26 @@ def test_broken_off_and_resumed(server: Server, tmp_path: Path) -> None:
     get(server, tmp_path)
     right(server, tmp_path)
     assert server.asked == ["", "bytes=1000-"]
+    assert server.conditions == ["", server.etag]
+
+
+def test_parts_that_are_shorter_than_asked_for(server: Server, tmp_path: Path) -> None:
+    """A server may send less than the rest of the file."""
+
+    def less(handler: Any, number: int) -> bool:
+        start = [0, 1000, 3000][min(number, 3) - 1]
+        stop = [1000, 3000][min(number, 2) - 1]
+        if number == 1:
+            handler.answer(200, server.content[:stop], {"ETag": server.etag}, length=len(server.content))
+        elif number == 2:
+            place = f"bytes {start}-{stop - 1}/{len(server.content)}"
+            handler.answer(206, server.content[start:stop], {"ETag": server.etag, "Content-Range": place})
+        return number <= 2
+
+    server.trick = less
+    get(server, tmp_path)
+    right(server, tmp_path)
+    assert server.asked == ["", "bytes=1000-", "bytes=3000-"]
 
 
 def test_what_arrived_outlives_the_process(server: Server, tmp_path: Path) -> None:
@@ -139,7 +159,9 @@ def test_what_arrived_outlives_the_process(server: Server, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("how", ["If-Range", "another ETag in a 206", "416"])
 def test_a_file_that_changes_between_attempts_starts_over(server: Server, tmp_path: Path, how: str) -> None:
-    old, server.content = server.content, csv(table(seed=1))
+    old = server.content
+    server.content = old.replace(b".1", b".2")  # of the same length
+    assert server.content != old
 
     def change(handler: Any, number: int) -> bool:
         if number == 1:
@@ -209,9 +231,16 @@ def test_a_stalled_server_is_given_up(server: Server, tmp_path: Path, pause: flo
     )
     began = time.monotonic()
     with pytest.raises(UserError, match=r"stalled|timed out"):
-        get(server, tmp_path)
+        get_dataset(entry(Source(server.url)), tmp_path, patience=dataclasses.replace(QUICK, stall=0.15))
     assert time.monotonic() - began < 10
     assert not (tmp_path / "toy.csv").exists()
+
+
+def test_slow_and_steady_is_waited_for(server: Server, tmp_path: Path) -> None:
+    pause = {"pause": 0.05, "step": 1000}
+    server.trick = lambda handler, number: handler.answer(200, server.content, **pause) or True
+    get_dataset(entry(Source(server.url)), tmp_path, patience=dataclasses.replace(QUICK, stall=0.2))
+    right(server, tmp_path)
 
 
 @pytest.mark.parametrize(("announced", "said"), [(+7, "broke off|ended after"), (-700, "rows 2|not numeric|no date")])

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from mmtrain.data.lock import exclusive
 from mmtrain.data.prepare import writer
 from mmtrain.data.prepare.encode import ClassEncoder, Item
+from mmtrain.data.prepare.finished import Finished, Ledger
 from mmtrain.data.prepare.images import prepare_images
 from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.errors import UserError
@@ -236,10 +237,25 @@ def test_bad_images_are_an_error_or_left_out(tmp_path: Path, workers: int) -> No
 def test_skipping_is_not_inherited(tmp_path: Path) -> None:
     """What was left out with --skip-bad is an error again without it."""
     items = bad_items(tmp_path)
-    with interrupted_after(3), pytest.raises(KeyboardInterrupt):
-        write(tmp_path, items, shard_size=2, skip_bad=True, keep=True)
+    with interrupted_after(7), pytest.raises(KeyboardInterrupt):
+        write(tmp_path, items, shard_size=1, skip_bad=True)
+    [part] = tmp_path.glob(".out.partial-*")
+    skipped = {path for entry in Ledger(part).read().values() for path, _ in entry.skipped}
+    assert skipped
+    for number in (2, 5):
+        if items[number].path not in skipped:
+            Path(items[number].path).write_bytes(png(number))
     with pytest.raises(UserError, match="cannot be decoded"):
-        write(tmp_path, items, shard_size=2, keep=True)
+        write(tmp_path, items, shard_size=1)
+
+
+def test_a_line_after_one_that_was_cut_short(tmp_path: Path) -> None:
+    ledger, entries = Ledger(tmp_path), [Finished(f"train/{n}.tar", n, "", "", n) for n in range(3)]
+    ledger.add(entries[0])
+    ledger.add(entries[1])
+    ledger.path.write_bytes(ledger.path.read_bytes()[:-9])
+    ledger.add(entries[2])
+    assert list(ledger.read().values()) == [entries[0], entries[2]]
 
 
 def test_a_shard_of_bad_images_alone(tmp_path: Path) -> None:

@@ -140,6 +140,7 @@ def _open(session: requests.Session, url: str, headers: dict[str, str], patience
     here = url
     for _ in range(_REDIRECTS + 1):
         _check_scheme(url, here)
+        session.close()  # a connection that was kept may be gone by now: each request has its own
         try:
             response = session.get(
                 here, headers=headers, stream=True, allow_redirects=False, timeout=(patience.connect, patience.stall)

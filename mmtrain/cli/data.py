@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mmtrain.cli import data_get, data_prepare
+
 if TYPE_CHECKING:
     from mmtrain.data.prepare.writer import Prepared
 
 app = typer.Typer(name="data", help="Prepare datasets, index shards, look at tables.", no_args_is_help=True)
 prepare = typer.Typer(name="prepare", help="Make a dataset that training can read.", no_args_is_help=True)
 app.add_typer(prepare)
+data_prepare.add_commands(prepare)
+app.command("get")(data_get.get_command)
+app.command("digest")(data_get.digest_command)
 
 Out = Annotated[Path, typer.Option(help="Folder to write; it appears only when it is complete.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out.")]

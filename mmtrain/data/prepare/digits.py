@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mmtrain.data.prepare.encode import Item
 from mmtrain.data.prepare.images import stratify
-from mmtrain.data.prepare.writer import Item, Prepared, existing, write_dataset
+from mmtrain.data.prepare.writer import Prepared, existing, write_dataset
 from mmtrain.errors import UserError
 
 SOURCE = "scikit-learn load_digits (UCI Optical Recognition of Handwritten Digits, CC BY 4.0)"

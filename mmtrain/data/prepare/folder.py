@@ -1,24 +1,28 @@
-"""An output folder that is complete or does not exist."""
+"""An output folder that is complete or does not exist, and what is finished of it until then."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mmtrain.data.lock import exclusive
 from mmtrain.errors import UserError
+
+_log = logging.getLogger("mmtrain")
 
 
 @contextmanager
-def complete_or_absent(out: Path, *, force: bool) -> Iterator[Path]:
-    """A temporary sibling of ``out`` to write into; renamed to ``out`` at the end, removed on any error.
+def complete_or_absent(out: Path, *, force: bool, recipe: str, keep: bool = False) -> Iterator[Path]:
+    """A sibling of ``out`` to write into, renamed to ``out`` at the end.
 
-    ``force`` replaces what is there, at the very end. A process that is killed leaves its sibling behind; the next one
-    on this machine sweeps it away.
+    ``force`` replaces what is there, at the very end. ``recipe`` names the sibling: a process that is killed or
+    interrupted leaves it behind, and the next one with the same recipe gets it back with all that is in it; those of
+    other recipes are swept away. ``keep``: it stays after an error too. One process at a time writes ``out``.
     """
     out = out.absolute()
     occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
@@ -26,18 +30,44 @@ def complete_or_absent(out: Path, *, force: bool) -> Iterator[Path]:
         raise UserError(f"{out}: exists and is not a finished dataset; give another --out, or --force to replace it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(out)
-        part = out.with_name(f".{out.name}.partial-{socket.gethostname()}-{os.getpid()}")
-        part.mkdir()
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
+    try:
+        with exclusive(out.with_name(f".{out.name}.lock"), wait=False):
+            yield from _filled(out, recipe, keep)
+    except BlockingIOError as error:
+        raise UserError(f"{out}: another process is writing it; wait for it, or give another --out") from error
+
+
+def _filled(out: Path, recipe: str, keep: bool) -> Iterator[Path]:
+    part = out.with_name(f".{out.name}.partial-{recipe}")
+    try:
+        _sweep(out, part)
+        part.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
     try:
         yield part
         _replace(part, out)
-    except OSError as error:
-        # What the source cannot give is reported where it is read; what is left is the target, above all a full disk.
-        raise UserError(f"{out}: writing failed ({error.strerror or error})") from error
-    finally:
+    except Exception as error:
+        if keep:
+            _leave(part)
+        else:
+            shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError):
+            # What the source cannot give is reported where it is read; what is left is the target, above all a full
+            # disk.
+            raise UserError(f"{out}: writing failed ({error.strerror or error})") from error
+        raise
+    except BaseException:  # interrupted
+        _leave(part)
+        raise
+
+
+def _leave(part: Path) -> None:
+    if any(part.rglob("*.tar")):
+        _log.warning("what is finished stays in %s: the same command goes on from there", part)
+    else:
         shutil.rmtree(part, ignore_errors=True)
 
 
@@ -51,19 +81,8 @@ def _replace(part: Path, out: Path) -> None:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
-def _sweep(out: Path) -> None:
-    prefix = f".{out.name}.partial-{socket.gethostname()}-"
-    for left in out.parent.glob(f"{prefix}*"):
-        pid = left.name[len(prefix) :]
-        if pid.isdigit() and (int(pid) == os.getpid() or not _alive(int(pid))):
+def _sweep(out: Path, mine: Path) -> None:
+    for left in out.parent.glob(f".{out.name}.partial-*"):
+        if left != mine:
+            _log.warning("%s: left by a preparation with other settings or images, removed", left)
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

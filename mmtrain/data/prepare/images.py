@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmtrain.data.prepare.writer import Item, Prepared, existing, write_dataset
+from mmtrain.data.prepare.encode import ClassEncoder, Item
+from mmtrain.data.prepare.writer import Prepared, existing, write_dataset
 from mmtrain.errors import UserError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -32,7 +32,8 @@ def prepare_images(
     With one folder per class, ``val_fraction`` and ``test_fraction`` of each class are set aside by a hash of the file
     names. With ROOT/train the folders are the splits; only a missing ROOT/val is taken from train by ``val_fraction``.
     ``image_size``: shrink images whose shorter side is longer than that (JPEG quality 95); otherwise files are stored
-    as they are. ``workers``: processes (None: one per core, at most 8). A finished OUT is left alone.
+    as they are. ``workers``: processes (None: one per core, at most 8). A finished OUT is left alone; one that a killed
+    or interrupted process began is gone on with.
     """
     root, out = Path(root).expanduser(), Path(out).expanduser()
     if not root.is_dir():
@@ -62,8 +63,8 @@ def prepare_images(
         source,
         settings,
         shard_size=shard_size,
-        image_size=image_size,
-        workers=min(8, os.cpu_count() or 1) if workers is None else max(1, workers),
+        encoder=ClassEncoder(image_size),
+        workers=workers,
         force=force,
     )
 

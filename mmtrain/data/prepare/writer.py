@@ -1,44 +1,39 @@
 """Writing a dataset of tar shards: OUT/{train,val,test}/shard-000000.tar, their indexes, and OUT/meta.json.
 
-The same input gives the same bytes: order by hash, fixed times and owners in the tars.
+The same input gives the same bytes, whatever the number of workers and interruptions: order by hash, fixed times and
+owners in the tars. Shards that were finished before an interruption are checked and kept.
 """
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
 import logging
 import multiprocessing
 import os
+import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from mmtrain.data.decode import decode
 from mmtrain.data.order import mix64
+from mmtrain.data.prepare.encode import BadSample, ClassEncoder, Encoder, Item
+from mmtrain.data.prepare.finished import Finished, Ledger, recipe_digest, sources_digest
 from mmtrain.data.prepare.folder import complete_or_absent
 from mmtrain.data.prepare.progress import progress
 from mmtrain.data.tarindex import index_shard
 from mmtrain.errors import UserError
 
 FORMAT = 1
-_KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _log = logging.getLogger("mmtrain")
-
-
-class Item(NamedTuple):
-    """One image: a file, or its bytes."""
-
-    label: int
-    path: str = ""
-    content: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -49,10 +44,13 @@ class Prepared:
 
 
 class _Job(NamedTuple):
-    target: Path
+    folder: Path
+    name: str  # of the shard, below the folder
     first: int  # number of the first sample in its split
     items: list[Item]
-    image_size: int | None
+    encoder: Encoder
+    skip_bad: bool
+    known: Finished | None  # what an earlier process wrote down of it
 
 
 def existing(out: Path, source: str, settings: Mapping[str, Any], *, force: bool) -> Prepared | None:
@@ -86,45 +84,109 @@ def write_dataset(
     settings: Mapping[str, Any],
     *,
     shard_size: int,
-    image_size: int | None = None,
-    workers: int = 1,
+    encoder: Encoder | None = None,
+    workers: int | None = 1,
     force: bool = False,
+    keep: bool = False,
+    skip_bad: bool = False,
+    further: Mapping[str, Any] | None = None,
+    summarise: Callable[[Mapping[str, Mapping[str, int]]], Mapping[str, Any]] | None = None,
 ) -> Prepared:
-    """Write all splits beside ``out``, then rename. Items are shuffled, so that shards mix the classes."""
+    """Write all splits beside ``out``, then rename. Items are shuffled, so that shards mix the classes.
+
+    ``encoder``: makes the members of a sample (None: the image and its class). ``workers``: processes (None: one per
+    core, at most 8). ``keep``: finished shards stay after an error, as they do after an interruption. ``skip_bad``:
+    leave out items that cannot be used, and list them in OUT/skipped.txt. ``further``: more of meta.json, to which
+    ``summarise`` adds what it makes of the encoder's counts for each split.
+    """
     if shard_size < 1:
         raise UserError(f"--shard-size {shard_size}: samples in a shard, 1 or more")
-    with complete_or_absent(out, force=force) as part:
-        jobs = [job for split, items in splits.items() for job in _jobs(part / split, items, shard_size, image_size)]
-        with progress(f"writing {out.name}", sum(len(items) for items in splits.values())) as advance:
-            for count in _run(jobs, workers):
-                advance(count)
+    workers = min(8, os.cpu_count() or 1) if workers is None else max(1, workers)
+    recipe = recipe_digest(source, {**settings, "format": FORMAT}, splits)
+    with complete_or_absent(out, force=force, recipe=recipe, keep=keep) as part:
+        ledger = Ledger(part)
+        known = ledger.read()
+        jobs = [
+            job
+            for split, items in splits.items()
+            for job in _jobs(part, split, items, shard_size, encoder or ClassEncoder(), skip_bad, known)
+        ]
+        if known:
+            _log.info("%s: goes on; %d of %d shards were finished before", out, len(known), len(jobs))
+        done = _write_all(jobs, workers, ledger, known, f"writing {out.name}")
+        ledger.path.unlink(missing_ok=True)
+        skipped = [entry for job in jobs for entry in done[job.name].skipped]
         meta = {
             "classes": list(classes),
-            "counts": {split: len(items) for split, items in splits.items()},
+            "counts": {split: _samples(split, jobs, done) for split in splits},
             "source": source,
             "settings": dict(settings),
             "format": FORMAT,
+            **(further or {}),
+            **(summarise(_counts(splits, jobs, done)) if summarise is not None else {}),
         }
-        with open(part / "meta.json", "w", encoding="utf-8") as stream:
-            json.dump(meta, stream, indent=1)
-            stream.write("\n")
-            os.fsync(stream.fileno())
+        if skipped:
+            meta["skipped"] = len(skipped)
+            _write_text(part / "skipped.txt", "".join(f"{path}: {reason}\n" for path, reason in skipped))
+        _write_text(part / "meta.json", json.dumps(meta, indent=1) + "\n")
     return Prepared(out, meta, fresh=True)
 
 
-def _jobs(folder: Path, items: Sequence[Item], shard_size: int, image_size: int | None) -> Iterator[_Job]:
-    folder.mkdir()
+def _write_text(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _counts(splits: Iterable[str], jobs: list[_Job], done: Mapping[str, Finished]) -> dict[str, dict[str, int]]:
+    totals: dict[str, Counter[str]] = {split: Counter() for split in splits}
+    for job in jobs:
+        totals[job.name.partition("/")[0]].update(done[job.name].counts)
+    by_number = {split: sorted(total, key=lambda key: (len(key), key)) for split, total in totals.items()}
+    return {split: {key: totals[split][key] for key in keys} for split, keys in by_number.items()}
+
+
+def _samples(split: str, jobs: list[_Job], done: Mapping[str, Finished]) -> int:
+    return sum(done[job.name].samples for job in jobs if job.name.startswith(f"{split}/"))
+
+
+def _jobs(
+    part: Path,
+    split: str,
+    items: Sequence[Item],
+    shard_size: int,
+    encoder: Encoder,
+    skip_bad: bool,
+    known: Mapping[str, Finished],
+) -> Iterator[_Job]:
+    (part / split).mkdir(exist_ok=True)
     order = np.argsort(mix64(0, np.arange(len(items))), kind="stable").tolist()
     # Shards of nearly equal size: no last one with a handful of samples.
     parts = np.array_split(np.array(order, dtype=np.int64), max(1, -(-len(items) // shard_size)))
     first = 0
-    for number, part in enumerate(parts):
-        yield _Job(folder / f"shard-{number:06d}.tar", first, [items[place] for place in part], image_size)
-        first += len(part)
+    for number, places in enumerate(parts):
+        name = f"{split}/shard-{number:06d}.tar"
+        yield _Job(part, name, first, [items[place] for place in places], encoder, skip_bad, known.get(name))
+        first += len(places)
 
 
-def _run(jobs: list[_Job], workers: int) -> Iterator[int]:
-    """Samples written, as shards are finished."""
+def _write_all(
+    jobs: list[_Job], workers: int, ledger: Ledger, known: Mapping[str, Finished], title: str
+) -> dict[str, Finished]:
+    done: dict[str, Finished] = {}
+    with progress(title, sum(len(job.items) for job in jobs)) as advance:
+        for entry in _run(jobs, workers):
+            done[entry.name] = entry
+            fresh = entry != known.get(entry.name)
+            if fresh:
+                ledger.add(entry)
+            advance(entry.samples + len(entry.skipped), fresh=fresh)
+    return done
+
+
+def _run(jobs: list[_Job], workers: int) -> Iterator[Finished]:
+    """Shards, as they are finished."""
     workers = min(workers, len(jobs))
     if workers <= 1:
         yield from map(_write_shard, jobs)
@@ -145,7 +207,8 @@ def _run(jobs: list[_Job], workers: int) -> Iterator[int]:
 
 
 def _die_with_parent() -> None:
-    """Workers of a killed process would wait for work for ever."""
+    """Workers of a killed process would wait for work for ever. An interrupt is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -158,46 +221,58 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _write_shard(job: _Job) -> int:
-    from webdataset.writer import TarWriter
-
-    with open(job.target, "wb") as stream:
-        with TarWriter(stream, user="mmtrain", group="mmtrain", mtime=0, encoder=False) as tar:
-            for number, item in enumerate(job.items, job.first):
-                suffix, content = _encode(item, job.image_size)
-                tar.write({"__key__": f"{number:08d}", suffix: content, "cls": str(item.label).encode()})
+def _write_shard(job: _Job) -> Finished:
+    """Write one shard, or keep the one that is there if it is what was written down."""
+    complete = job.known is not None and (job.skip_bad or not job.known.skipped)
+    if job.known is not None and complete and job.known.holds(job.folder, job.items):
+        if job.known.size and job.encoder.labelled:
+            index_shard(job.folder / job.name)
+        return job.known
+    sources = sources_digest(job.items)
+    target = job.folder / job.name
+    part = target.with_name(f"{target.name}.part")
+    skipped: list[list[str]] = []
+    counts: Counter[str] = Counter()
+    with open(part, "wb") as stream:
+        hashed = _Hashed(stream)
+        _fill(hashed, job, skipped, counts)
         stream.flush()
         os.fsync(stream.fileno())
-    index_shard(job.target)
-    return len(job.items)
+    samples = len(job.items) - len(skipped)
+    if not samples:
+        part.unlink()
+        target.unlink(missing_ok=True)
+        return Finished(job.name, 0, "", sources, 0, skipped)
+    os.replace(part, target)
+    if job.encoder.labelled:
+        index_shard(target)
+    return Finished(job.name, hashed.size, hashed.sha256.hexdigest(), sources, samples, skipped, dict(counts))
 
 
-def _encode(item: Item, image_size: int | None) -> tuple[str, bytes]:
-    """Suffix and bytes: the file as it is where that is possible, after decoding it fully to see that it can be."""
-    from PIL import Image
+def _fill(stream: _Hashed, job: _Job, skipped: list[list[str]], counts: Counter[str]) -> None:
+    from webdataset.writer import TarWriter
 
-    try:
-        content = item.content or Path(item.path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{item.path}: cannot read the image ({error.strerror})") from error
-    try:
-        image = decode(content)
-        with Image.open(io.BytesIO(content)) as header:
-            kind, grey = header.format or "", header.mode in ("1", "L", "LA") or header.mode.startswith("I")
-    except ValueError as error:
-        raise UserError(
-            f"{item.path}: the image cannot be decoded ({error}); replace or remove it, then start again"
-        ) from error
-    small = image_size is None or min(image.size) <= image_size
-    if small and kind in _KEPT_FORMATS:
-        return _KEPT_FORMATS[kind], content
-    if grey:
-        image = decode(content, channels=1)
-    if not small and image_size is not None:
-        scale = image_size / min(image.size)
-        size = tuple(max(image_size, round(side * scale)) for side in image.size)
-        image = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
-    lossy = kind == "JPEG"
-    buffer = io.BytesIO()
-    image.save(buffer, **({"format": "JPEG", "quality": 95} if lossy else {"format": "PNG"}))
-    return ("jpg" if lossy else "png"), buffer.getvalue()
+    with TarWriter(stream, user="mmtrain", group="mmtrain", mtime=0, encoder=False) as tar:
+        for number, item in enumerate(job.items, job.first):
+            try:
+                members, found = job.encoder(item)
+            except BadSample as error:
+                if not job.skip_bad:
+                    raise
+                skipped.append([error.path, error.reason])
+                continue
+            # A skipped sample leaves a gap: the others keep their keys.
+            tar.write({"__key__": f"{number:08d}", **members})
+            counts.update(found)
+
+
+class _Hashed:
+    """A stream that knows the size and the SHA-256 of what went through it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream, self.size, self.sha256 = stream, 0, hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self.size += len(content)
+        self.sha256.update(content)
+        return self.stream.write(content)

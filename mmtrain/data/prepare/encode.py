@@ -1,0 +1,121 @@
+"""One item of a dataset → the members of its sample in a shard."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+
+from mmtrain.data.decode import decode
+from mmtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+QUALITY = 95
+_KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+
+
+class Item(NamedTuple):
+    """One image: a file, or its bytes. With a class, a file of targets, or targets as bytes."""
+
+    label: int = 0
+    path: str = ""
+    content: bytes = b""
+    target: str = ""
+    note: bytes = b""
+
+
+class BadSample(UserError):
+    """An item whose files were read but hold nothing usable; ``--skip-bad`` leaves such ones out."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}; replace or remove it, then start again")
+        self.path, self.reason = path, reason
+
+    def __reduce__(self) -> tuple[type[BadSample], tuple[str, str]]:
+        return BadSample, (self.path, self.reason)  # it comes back from worker processes
+
+
+class Encoded(NamedTuple):
+    """A sample's members (suffix → bytes), and what is counted over a split for its meta.json."""
+
+    members: dict[str, bytes]
+    counts: dict[str, int] = {}  # noqa: RUF012  # never changed
+
+
+class Encoder(Protocol):
+    """Makes the members of a sample. It is pickled for worker processes."""
+
+    #: The samples have class numbers (``.cls``), so that their shards can be indexed for training.
+    labelled: ClassVar[bool]
+
+    def __call__(self, item: Item) -> Encoded:
+        """Read and convert ``item``. Raises BadSample, and UserError for files that cannot be read."""
+        ...
+
+
+@dataclass(frozen=True)
+class ClassEncoder:
+    """An image and its class number. ``image_size``: its shorter side is shrunk to that many pixels at most."""
+
+    image_size: int | None = None
+    quality: int = QUALITY
+    labelled: ClassVar[bool] = True
+
+    def __call__(self, item: Item) -> Encoded:
+        suffix, content, _ = encode_image(item, self.image_size, self.quality)
+        return Encoded({suffix: content, "cls": str(item.label).encode()})
+
+
+def read_file(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the file ({error.strerror})") from error
+
+
+def encode_image(item: Item, image_size: int | None, quality: int) -> tuple[str, bytes, tuple[int, int]]:
+    """Suffix, bytes, and the size (W, H) before shrinking.
+
+    The file as it is where that is possible, after decoding it fully to see that it can be. The suffix is that of the
+    format found, whatever the file is called. CMYK becomes RGB, since not every decoder can do it.
+    """
+    from PIL import Image
+
+    content = item.content or read_file(item.path)
+    try:
+        image = decode(content)
+        with Image.open(io.BytesIO(content)) as header:
+            kind, mode = header.format or "", header.mode
+    except ValueError as error:
+        raise BadSample(item.path, f"the image cannot be decoded ({error})") from error
+    full = image.size
+    small = image_size is None or min(full) <= image_size
+    if small and kind in _KEPT_FORMATS and mode != "CMYK":
+        return _KEPT_FORMATS[kind], content, full
+    if mode in ("1", "L", "LA") or mode.startswith("I"):
+        image = decode(content, channels=1)
+    if not small and image_size is not None:
+        image = image.resize(shrunk(full, image_size), Image.Resampling.BICUBIC)
+    lossy = kind == "JPEG"
+    return ("jpg" if lossy else "png"), to_bytes(image, quality if lossy else None), full
+
+
+def shrunk(size: tuple[int, int], shorter: int) -> tuple[int, int]:
+    """The size (W, H) with the shorter side at most ``shorter`` pixels, in the same proportions."""
+    if min(size) <= shorter:
+        return size
+    scale = shorter / min(size)
+    return max(shorter, round(size[0] * scale)), max(shorter, round(size[1] * scale))
+
+
+def to_bytes(image: Image, quality: int | None) -> bytes:
+    """JPEG of that quality, or PNG (None)."""
+    buffer = io.BytesIO()
+    if quality is None:
+        image.save(buffer, format="PNG")
+    else:
+        image.save(buffer, format="JPEG", quality=quality)
+    return buffer.getvalue()

@@ -1,0 +1,273 @@
+"""ImageNet (ILSVRC 2012) as it is downloaded → tar shards."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mmtrain.data.prepare.encode import QUALITY, ClassEncoder, Item
+from mmtrain.data.prepare.images import SUFFIXES
+from mmtrain.data.prepare.synsets import WNID, official_wnids, read_devkit, read_lines, read_names
+from mmtrain.data.prepare.val_labels import read_val_labels
+from mmtrain.data.prepare.writer import Prepared, existing, write_dataset
+from mmtrain.errors import UserError
+
+CLASSES, TRAIN, VAL = 1000, 1_281_167, 50_000
+_VAL_OF_CLASS = 50
+_LEAST_OF_CLASS = 732  # training images of the smallest classes
+_LAYOUTS = (
+    "wanted is ROOT/train/WNID/*.JPEG with ROOT/val/WNID/*.JPEG or ROOT/val/*.JPEG, or Kaggle's "
+    "ROOT/ILSVRC/Data/CLS-LOC/{train,val}"
+)
+_log = logging.getLogger("mmtrain")
+
+
+@dataclass
+class _Layout:
+    """Where things are."""
+
+    train: Path
+    val: Path
+    names: Path | None = None  # LOC_synset_mapping.txt
+    val_labels: Path | None = None
+    devkit: Path | None = None  # meta.mat
+    ids: bool = True  # numbers in val_labels are those of the devkit, if there is one
+    train_list: Path | None = None  # ImageSets/CLS-LOC/train_cls.txt
+
+
+@dataclass
+class _Found:
+    classes: list[str]
+    train: list[Item]
+    val: list[Item]
+    names: dict[str, str] = field(default_factory=dict)
+
+
+def prepare_imagenet(
+    root: str | Path,
+    out: str | Path,
+    *,
+    image_size: int | None = None,
+    quality: int = QUALITY,
+    shard_size: int = 1000,
+    workers: int | None = None,
+    expect: str = "full",
+    val_labels: str | Path | None = None,
+    devkit: str | Path | None = None,
+    skip_bad: bool = False,
+    force: bool = False,
+) -> Prepared:
+    """Write OUT/{train,val}/shard-*.tar and OUT/meta.json with ``classes`` (WNIDs; a class's place is its index).
+
+    ``image_size``: shrink images whose shorter side is longer than that; ``quality``: of the JPEGs that are made anew.
+    ``expect``: "full" refuses anything but 1,281,167 and 50,000 images of the 1000 classes, "any" takes what is there.
+    ``val_labels``, ``devkit``: for a flat validation folder, see ``read_val_labels``. ``skip_bad``: leave out images
+    that cannot be decoded, and list them in OUT/skipped.txt; otherwise they are an error. A preparation that was
+    interrupted, by an error too, goes on from its finished shards. ``workers``: as for ``prepare_images``.
+    """
+    root, out = Path(root).expanduser(), Path(out).expanduser()
+    if expect not in ("full", "any"):
+        raise UserError(f"--expect {expect}: full or any")
+    if image_size is not None and image_size < 1:
+        raise UserError(f"--image-size {image_size}: pixels, 1 or more")
+    if not 1 <= quality <= 100:
+        raise UserError(f"--quality {quality}: 1 to 100")
+    layout = _locate(root)
+    if out.absolute().is_relative_to(layout.train.absolute()) or out.absolute() == root.absolute():
+        raise UserError(f"--out {out} lies within --root's images")
+    if val_labels is not None:
+        layout.val_labels = Path(val_labels).expanduser()
+        layout.ids = "ground_truth" in layout.val_labels.name
+    if devkit is not None:
+        layout.devkit, layout.ids = Path(devkit).expanduser(), True
+    settings = {
+        "image_size": image_size,
+        "quality": quality,
+        "shard_size": shard_size,
+        "val_labels": None if val_labels is None else str(layout.val_labels),
+    }
+    source = str(root.absolute())
+    if (done := existing(out, source, settings, force=force)) is not None:
+        return done
+    found = _find(layout, expect, given=val_labels is not None)
+    splits = {split: items for split, items in (("train", found.train), ("val", found.val)) if items}
+    return write_dataset(
+        out,
+        splits,
+        found.classes,
+        source,
+        settings,
+        shard_size=shard_size,
+        encoder=ClassEncoder(image_size, quality),
+        workers=workers,
+        force=force,
+        keep=True,
+        skip_bad=skip_bad,
+        further={"names": [found.names[name] for name in found.classes]} if found.names else {},
+    )
+
+
+def _locate(root: Path) -> _Layout:
+    if not root.is_dir():
+        raise UserError(f"--root {root}: no such folder (looked for {root.absolute()})")
+    base = next((b for b in (root / "ILSVRC", root) if (b / "Data" / "CLS-LOC" / "train").is_dir()), None)
+    images = root if base is None else base / "Data" / "CLS-LOC"
+    train = images / "train"
+    if not train.is_dir():
+        raise UserError(f"{root}: no folder of training images; {_LAYOUTS}")
+    val = next((images / name for name in ("val", "validation") if (images / name).is_dir()), images / "val")
+    layout = _Layout(train, val)
+    for folder in (root, root.parent) if base == root else (root,):  # Kaggle's lists lie beside ILSVRC
+        layout.names = layout.names or _file(folder / "LOC_synset_mapping.txt")
+        layout.val_labels = layout.val_labels or _file(folder / "LOC_val_solution.csv")
+    if base is not None:
+        layout.train_list = _file(base / "ImageSets" / "CLS-LOC" / "train_cls.txt")
+    for folder in (root, root / "data", *sorted(root.glob("ILSVRC2012_devkit*/data"))):
+        layout.devkit = layout.devkit or _file(folder / "meta.mat")
+        layout.val_labels = layout.val_labels or _file(folder / "ILSVRC2012_validation_ground_truth.txt")
+    return layout
+
+
+def _file(path: Path) -> Path | None:
+    return path if path.is_file() else None
+
+
+def _find(layout: _Layout, expect: str, *, given: bool) -> _Found:
+    classes = _folders(layout.train)
+    if not classes:
+        raise UserError(f"{layout.train}: no class folders; {_LAYOUTS}")
+    strange = [name for name in classes if not WNID.fullmatch(name)]
+    if strange:
+        raise UserError(
+            f"{layout.train}: folders that are no WNIDs: {', '.join(strange[:5])}; for other classes there is mmtrain "
+            "data prepare images"
+        )
+    train = _items(layout.train, classes)
+    val = _validation(layout, classes, given)
+    if expect == "full":
+        _check_full(layout, classes, train, val)
+    elif not train:
+        raise UserError(f"{layout.train}: no images in its class folders")
+    return _Found(classes, train, val, _names(layout, classes))
+
+
+def _validation(layout: _Layout, classes: list[str], given: bool) -> list[Item]:
+    if not layout.val.is_dir():
+        if given:
+            raise UserError(f"--val-labels: there is no folder {layout.val}")
+        _log.warning("%s: no such folder, so there will be no validation images", layout.val)
+        return []
+    folders, files = _folders(layout.val), _images(layout.val)
+    if not folders:
+        return _flat(layout, files, classes)
+    if files or given:
+        what = "images beside class folders" if files else "class folders, which --val-labels is not for"
+        raise UserError(f"{layout.val}: holds {what}: use the one or the other")
+    unknown = sorted(set(folders) - set(classes))
+    if unknown:
+        raise UserError(f"{layout.val}: classes that {layout.train} does not have: {', '.join(unknown[:5])}")
+    return _items(layout.val, classes)
+
+
+def _folders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _images(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(
+            entry.name
+            for entry in entries
+            if os.path.splitext(entry.name)[1].lower() in SUFFIXES
+            and not entry.name.startswith(".")
+            and entry.is_file()
+        )
+
+
+def _items(folder: Path, classes: Sequence[str]) -> list[Item]:
+    return [
+        Item(label, os.path.join(folder, name, file))
+        for label, name in enumerate(classes)
+        if (folder / name).is_dir()
+        for file in _images(folder / name)
+    ]
+
+
+def _flat(layout: _Layout, files: list[str], classes: Sequence[str]) -> list[Item]:
+    if not files:
+        return []
+    if layout.val_labels is None:
+        raise UserError(
+            f"{layout.val}: {len(files)} images without class folders: give --val-labels with their classes (Kaggle's "
+            "LOC_val_solution.csv, or the devkit's ILSVRC2012_validation_ground_truth.txt together with --devkit)"
+        )
+    if not layout.val_labels.is_file():
+        raise UserError(f"--val-labels {layout.val_labels}: no such file")
+    ids = None
+    if layout.devkit is not None and layout.ids:
+        ids = read_devkit(layout.devkit)[0]
+    labels = read_val_labels(layout.val_labels, files, classes, ids)
+    return [Item(labels[file], os.path.join(layout.val, file)) for file in files]
+
+
+def _names(layout: _Layout, classes: Sequence[str]) -> dict[str, str]:
+    """Names for all of ``classes``, or none."""
+    names: dict[str, str] = {}
+    if layout.names is not None:
+        names = read_names(layout.names)
+    elif layout.devkit is not None:
+        names = read_devkit(layout.devkit)[1]
+    if not names:
+        return {}
+    missing = [name for name in classes if name not in names]
+    if missing:
+        raise UserError(f"{layout.names or layout.devkit}: no names for the classes {', '.join(missing[:5])}")
+    return {name: names[name] for name in classes}
+
+
+def _check_full(layout: _Layout, classes: list[str], train: list[Item], val: list[Item]) -> None:
+    """Raise UserError with all that is missing or too much."""
+    faults = []
+    right = official_wnids()
+    if right:
+        faults += _list("missing classes", sorted(set(right) - set(classes)))
+        faults += _list("classes that are not ImageNet's", sorted(set(classes) - set(right)))
+    elif len(classes) != CLASSES:
+        faults.append(f"{len(classes)} classes, not {CLASSES}")
+    if len(train) != TRAIN:
+        faults.append(f"{len(train):,} training images, not {TRAIN:,}")
+        faults += _list("missing files", _missing_files(layout, train))
+        counts = Counter(item.label for item in train)
+        small = [f"{name} ({counts[n]})" for n, name in enumerate(classes) if counts[n] < _LEAST_OF_CLASS]
+        faults += _list(f"classes with fewer than {_LEAST_OF_CLASS} images", small)
+    if len(val) != VAL:
+        faults.append(f"{len(val):,} validation images, not {VAL:,}")
+        names = {Path(item.path).stem for item in val}
+        wanted = (f"ILSVRC2012_val_{number:08d}" for number in range(1, VAL + 1))
+        faults += _list("missing files", [f"{name}.JPEG" for name in wanted if name not in names])
+    elif any(count != _VAL_OF_CLASS for count in Counter(item.label for item in val).values()):
+        faults.append(f"the classes do not have {_VAL_OF_CLASS} validation images each")
+    if faults:
+        raise UserError(
+            f"{layout.train.parent}: not the whole of ImageNet: {'; '.join(faults)}. Complete it, or give --expect any"
+        )
+
+
+def _list(title: str, names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    return [f"{title}: {', '.join(names[:5])}{f', ... ({len(names)})' if len(names) > 5 else ''}"]
+
+
+def _missing_files(layout: _Layout, train: list[Item]) -> list[str]:
+    """Training files of Kaggle's list that are not there; nothing without that list."""
+    if layout.train_list is None:
+        return []
+    there = {"/".join(Path(item.path).with_suffix("").parts[-2:]) for item in train}
+    listed = (line.split()[0] for line in read_lines(layout.train_list))
+    return [f"{name}.JPEG" for name in listed if name not in there]

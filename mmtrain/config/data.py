@@ -68,8 +68,8 @@ class SeriesDataConfig(DataConfig):
     """One table of a multivariate series, CSV or parquet.
 
     ``path`` is a file, or a name such as ``ETTh1`` looked for under ``root``, else ``$MMTRAIN_DATA``, else ``data/``.
-    ``split``: ``etth``, ``ettm``, ``ratio`` (with ``ratios``), ``date`` (``dates``: the first of validation and of test)
-    or ``last`` (``last``: the last steps of validation and of test). ``columns`` selects and orders the variates.
+    ``split``: ``etth``, ``ettm``, ``ratio`` (with ``ratios``), ``date`` (``dates``: the first of validation and of
+    test) or ``last`` (``last``: the last steps of validation and of test). ``columns`` selects and orders the variates.
 
     ``known``: columns that are known in advance (prices, events): inputs, not forecast. ``calendar`` adds what the date
     says: hour, weekday, ..., as far as it varies. ``missing``: error, a fill (ffill, interpolate, zero), or mask: the
@@ -113,9 +113,10 @@ class SeriesDataConfig(DataConfig):
 class PanelDataConfig(SeriesDataConfig):
     """Many series, as ``mmtrain data prepare panel`` writes them: the folder ``path``, also looked for under ``root``.
 
-    A sample is a window of one series, standardised by that series' training rows. ``split``: ``prepared`` (that of the
-    preparation, whose scalers are at hand), ``ratio``, ``date`` or ``last``; each series is cut on its own. ``known`` and
-    ``static`` choose among the columns that were prepared. ``missing``: error or mask (holes are filled when preparing).
+    A sample is a window of one series, standardised by that series' training rows. ``split``: ``prepared`` (that of
+    the preparation, whose scalers are at hand), ``ratio``, ``date`` or ``last``; each series is cut on its own.
+    ``known`` and ``static`` choose among the columns that were prepared. ``missing``: error or mask (fills are a matter
+    of preparing).
     """
 
     kind: str = "panel"

@@ -84,13 +84,13 @@ class SplitRule:
             UserError: for dates and no timeline, or a split that panels do not have.
         """
         if self.kind == "ratio":
-            parts = Split.of(self.parts, 1000) and self.parts  # says what is wrong with the parts
-            test = (lengths * parts[2]).astype(np.int64)
-            return np.stack([(lengths * parts[0]).astype(np.int64), lengths - test, lengths], axis=1)
+            Split.of(self.parts, 1000)  # says what is wrong with the parts
+            train, _, test = ((lengths * part).astype(np.int64) for part in self.parts)
+            return np.stack([train, lengths - test, lengths], axis=1)
         if self.kind == "last":
-            val, test = self._last()
-            b = np.maximum(lengths - test, 0)
-            return np.stack([np.maximum(b - val, 0), b, lengths], axis=1)
+            val, held_out = self._last()
+            after = np.maximum(lengths - held_out, 0)
+            return np.stack([np.maximum(after - val, 0), after, lengths], axis=1)
         if self.kind != "date":
             raise UserError(f"data.split={self.kind} is for one table: for a panel use ratio, date or last")
         if timeline is None:

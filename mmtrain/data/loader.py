@@ -156,6 +156,8 @@ def _iterate(
 ) -> Iterator[Batch]:
     if workers < 0:
         raise UserError(f"data.workers={workers}: give 0 (load in the training process) or more")
+    if not workers and not pin_memory:
+        return _here(batches, arrays)
     options: dict[str, Any] = {"prefetch_factor": max(1, prefetch), "worker_init_fn": _start_worker} if workers else {}
     loader = DataLoader(
         batches,
@@ -168,6 +170,12 @@ def _iterate(
         **options,
     )
     return _run(loader)
+
+
+def _here(batches: _Batches, arrays: Callable[[], Iterator[np.ndarray]]) -> Iterator[Batch]:
+    """Without workers there is nothing left for DataLoader to do, and what it does takes as long as a small batch."""
+    for numbers in arrays():
+        yield batches.build(numbers)
 
 
 def _run(loader: DataLoader) -> Iterator[Batch]:

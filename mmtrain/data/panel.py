@@ -1,8 +1,8 @@
 """A prepared panel: many series of any lengths in memory-mapped shards, opened without reading them.
 
-The folder holds meta.json, shards values-00000.npy, ... (rows, C) float32, the rows of whole series one after the other
-(NaN where a value is missing), shards known-00000.npy, ... (rows, K) of what is known of each series in advance, and one
-array a file for the rest. No file holds a pickle, and no name in meta.json is a path.
+The folder holds meta.json, shards values-00000.npy, ... (rows, C) float32, the rows of whole series one after the
+other (NaN where a value is missing), shards known-00000.npy, ... (rows, K) of what is known of each series in advance,
+and one array a file for the rest. No file holds a pickle, and no name in meta.json is a path.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _CURE = "prepare it again (mmtrain data prepare panel --force)"
 class Panel:
     """S series; ``ids`` (S,); ``columns``: the C target columns.
 
-    Series s has ``lengths[s]`` rows with targets, and ``rows[s] - lengths[s]`` more in which only the known columns hold
-    anything. Its row 0 lies at place ``first[s]`` of ``timeline`` (None: without times). ``shared`` (G, T, K2): what is
-    known of the places of the timeline, for each of G groups of series; ``groups`` (S,). ``statics``: for each static
-    column (S,) float32, or int32 codes of ``categories``.
+    Series s has ``lengths[s]`` rows with targets, and ``rows[s] - lengths[s]`` more in which only the known columns
+    hold anything. Its row 0 lies at place ``first[s]`` of ``timeline`` (None: without times). ``shared`` (G, T, K2):
+    what is known of the places of the timeline, for each of G groups of series; ``groups`` (S,). ``statics``: for each
+    static column (S,) float32, or int32 codes of ``categories``.
     """
 
     folder: Path
@@ -202,14 +202,15 @@ def _load(file: Path, mapped: bool = False) -> NDArray[Any]:
 
 
 def _check(panel: Panel) -> None:
-    """Every window must lie where the arrays say: a file that does not fit is found here, not in the middle of a run."""
+    """Every window must lie where the arrays say: what does not fit is found here, not in the middle of a run."""
     count = len(panel.ids)
     per_series = {"lengths": panel.lengths, "rows": panel.rows, "first": panel.first, "groups": panel.groups}
     for name, array in {**per_series, **panel.statics}.items():
         _need(panel, array.shape == (count,), f"{name} has shape {array.shape}, not ({count},)")
     _need(panel, int(panel.shard_series.sum()) == count, "shards.npy does not add up to the series")
     _need(panel, bool((panel.lengths <= panel.rows).all() and (panel.lengths >= 0).all()), "lengths and rows disagree")
-    wanted = np.add.reduceat(panel.rows, np.cumsum(panel.shard_series) - panel.shard_series) if count else []
+    _need(panel, count > 0 and bool((panel.shard_series > 0).all()), "there is a shard without a series")
+    wanted = np.add.reduceat(panel.rows, np.cumsum(panel.shard_series) - panel.shard_series)
     kinds: Sequence[tuple[str, list[Floats], int]] = (
         ("values", panel.values, len(panel.columns)),
         ("known", panel.known, len(panel.known_columns)),
@@ -220,10 +221,10 @@ def _check(panel: Panel) -> None:
             fits = array.shape == shape and array.dtype == np.float32
             _need(panel, fits, f"{name}-{number:05d}.npy holds {array.dtype} {array.shape}, not float32 {shape}")
     groups, places, width = panel.shared.shape
-    last = int((panel.first + panel.rows).max()) if count else 0
+    last = int((panel.first + panel.rows).max())
     fits = width == len(panel.shared_columns) and (not width or (places >= last and int(panel.groups.max()) < groups))
     _need(panel, fits, f"shared.npy has shape {panel.shared.shape}")
-    _need(panel, not count or int(min(panel.first.min(), panel.groups.min())) >= 0, "first or groups below 0")
+    _need(panel, int(min(panel.first.min(), panel.groups.min())) >= 0, "first or groups below 0")
 
 
 def _need(panel: Panel, condition: bool, fault: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,24 +41,33 @@ class PanelData:
     inputs: PanelInputs
 
     @property
+    def path(self) -> Path:
+        return self.panel.folder
+
+    @property
     def columns(self) -> list[str]:
         return list(self.panel.columns)
 
-    def scaler(self, source: PanelWindows, index: int) -> Scaler:
+    def scaler_of(self, source: PanelWindows, index: int) -> Scaler:
         """That of the series which window ``index`` is of."""
         series = int(source.locate(np.array([index]))[0][0])
         return Scaler(self.inputs.scalers.mean[series], self.inputs.scalers.std[series])
 
-    def stamps(self, source: PanelWindows, index: int) -> Stamps | None:
+    def stamps_of(self, source: PanelWindows, index: int) -> Stamps | None:
         """(L + H,) times of window ``index``, or None for a panel without times."""
         series, target = (int(found[0]) for found in source.locate(np.array([index])))
         return self.panel.stamps(series, target - source.lookback, target + source.horizon)
 
-    def name(self, source: PanelWindows, index: int) -> str:
+    def rows_of(self, source: PanelWindows, index: int) -> Int64s:
+        """(L + H,) numbers of the rows of window ``index`` in its series."""
+        target = int(source.locate(np.array([index]))[1][0])
+        return np.arange(target - source.lookback, target + source.horizon)
+
+    def name_of(self, source: PanelWindows, index: int) -> str:
         """The series which window ``index`` is of."""
         return str(self.panel.ids[source.locate(np.array([index]))[0][0]])
 
-    def inputs_to_json(self) -> dict[str, Any]:
+    def assets(self) -> dict[str, Any]:
         """What prediction needs, as JSON values; the scalers of all series packed."""
         scalers = self.inputs.scalers
         return {
@@ -73,7 +83,9 @@ class PanelData:
         }
 
 
-def load_panel(data: PanelDataConfig, lookback: int, horizon: int, steps: int = 0, root: str | None = None) -> PanelData:
+def load_panel(
+    data: PanelDataConfig, lookback: int, horizon: int, steps: int = 0, root: str | None = None
+) -> PanelData:
     """Open the panel ``data.path`` and number its windows. ``steps``: T_Z, 0 for look-back + horizon.
 
     Series in which not one window of a split fits are left out of that split, and counted.
@@ -106,9 +118,7 @@ def load_panel(data: PanelDataConfig, lookback: int, horizon: int, steps: int = 
         calendar=calendar_of(panel) if data.calendar else (),
         static=fit_static(panel, data.static, spans["train"].counts > 0),
     )
-    made = {
-        name: PanelWindows(panel, span, lookback, horizon, inputs, masked=masked) for name, span in spans.items()
-    }
+    made = {name: PanelWindows(panel, span, lookback, horizon, inputs, masked=masked) for name, span in spans.items()}
     return PanelData(made["train"], made["val"], made["test"], panel, borders, inputs)
 
 

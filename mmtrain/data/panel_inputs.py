@@ -1,4 +1,4 @@
-"""Everything beside a panel's values that a window of it needs: scalers, static numbers, and what is known in advance."""
+"""What a window of a panel needs beside the values: scalers, static numbers, and what is known in advance."""
 
 from __future__ import annotations
 

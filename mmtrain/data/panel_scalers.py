@@ -25,7 +25,7 @@ class PanelScalers:
 
 
 def fit_scalers(panel: Panel, train_rows: Int64s) -> PanelScalers:
-    """One pass over the shards, a piece at a time. ``train_rows`` (S,): each series' leading rows that may be looked at.
+    """One pass over the shards, a piece at a time. ``train_rows`` (S,): how many rows of each series may be looked at.
 
     A series without a value in its training rows keeps mean 0 and deviation 1, as does what does not vary its
     deviation; flags (columns of 0 and 1) stay as they are.
@@ -120,6 +120,4 @@ def prepared_scalers(panel: Panel) -> PanelScalers:
     wanted = (len(panel), len(panel.columns))
     if arrays["scaler-mean"].shape != wanted or arrays["scaler-std"].shape != wanted:
         raise UserError(f"{panel.folder}: the scalers are not of {wanted[0]} series; prepare the panel again, --force")
-    return PanelScalers(
-        arrays["scaler-mean"], arrays["scaler-std"], Scaler(arrays["known-mean"], arrays["known-std"])
-    )
+    return PanelScalers(arrays["scaler-mean"], arrays["scaler-std"], Scaler(arrays["known-mean"], arrays["known-std"]))

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 Int64s = NDArray[np.int64]
 
-#: Windows in a block of the data clock: consecutive series, so that a block lies together on disk. A constant, since the
-#: order of the samples depends on it.
+#: Windows in a block of the data clock: consecutive series, so that a block lies together on disk. A constant, since
+#: the order of the samples depends on it.
 BLOCK = 1 << 15
 
 
@@ -42,8 +42,8 @@ class PanelWindows:
     """Source of {"past": float32 (B, L, C), "future": float32 (B, H, C)} for the C columns of one series a sample.
 
     Both are standardised by the series' own scaler. With ``inputs`` that the model wants also "static" (B, C, C_S) and
-    "known" (B, T_Z, C, C_Z); with ``masked`` "mask" (B, L, C) and "future_mask" (B, H, C), True where observed, and 0 in
-    the place of holes.
+    "known" (B, T_Z, C, C_Z); with ``masked`` "mask" (B, L, C) and "future_mask" (B, H, C), True where observed, and 0
+    in the place of holes.
     """
 
     def __init__(
@@ -71,29 +71,34 @@ class PanelWindows:
     def fetch(self, indices: Int64s, keys: NDArray[np.uint64] | None) -> dict[str, Tensor]:
         import torch
 
-        panel, columns = self.panel, len(self.panel.columns)
+        columns = len(self.panel.columns)
         series, target = self.locate(indices)
-        past = np.empty((len(series), self.lookback, columns), dtype=np.float32)
-        future = np.empty((len(series), self.horizon, columns), dtype=np.float32)
-        shards = panel.shards[series]
-        for shard in np.unique(shards).tolist():
-            mine = np.flatnonzero(shards == shard)
-            row = panel.offsets[series[mine]] + target[mine]
-            past[mine] = runs(panel.values[shard], row - self.lookback, self.lookback)
-            future[mine] = runs(panel.values[shard], row, self.horizon)
-        mean, std = (array[series][:, None] for array in (self.inputs.scalers.mean, self.inputs.scalers.std))
-        for values in (past, future):
-            values -= mean
-            values /= std
+        past = self._scaled(series, target - self.lookback, self.lookback)
+        future = self._scaled(series, target, self.horizon)
         batch = hide_holes(past, future) if self.masked else {}
         batch |= {"past": torch.from_numpy(past), "future": torch.from_numpy(future)}
         if self.inputs.known_width:
             known = self.inputs.known(series, target + self.horizon - self.inputs.steps)
             batch["known"] = known_batch(known, columns)
         if self.inputs.static_width:
-            static = torch.from_numpy(self.inputs.static[series]).unsqueeze(1)
-            batch["static"] = static.expand(-1, columns, -1)
+            batch["static"] = torch.from_numpy(self.inputs.static[series]).unsqueeze(1).expand(-1, columns, -1)
         return batch
+
+    def _scaled(self, series: Int64s, start: Int64s, length: int) -> NDArray[np.float32]:
+        made = gather(self.panel, series, start, length)
+        made -= self.inputs.scalers.mean[series][:, None]
+        made /= self.inputs.scalers.std[series][:, None]
+        return made
+
+
+def gather(panel: Panel, series: Int64s, start: Int64s, length: int) -> NDArray[np.float32]:
+    """(B, length, C): rows [start, start + length) of each series (B,), in the units of the data, NaN in holes."""
+    made = np.empty((len(series), length, len(panel.columns)), dtype=np.float32)
+    shards = panel.shards[series]
+    for shard in np.unique(shards).tolist():
+        mine = np.flatnonzero(shards == shard)
+        made[mine] = runs(panel.values[shard], panel.offsets[series[mine]] + start[mine], length)
+    return made
 
 
 def _blocks(counts: Int64s) -> list[int]:
@@ -104,5 +109,5 @@ def _blocks(counts: Int64s) -> list[int]:
         return []
     cuts = [0]
     while cuts[-1] < total:
-        cuts.append(int(ends[min(np.searchsorted(ends, cuts[-1] + BLOCK), len(ends) - 1)]))
+        cuts.append(int(ends[min(int(np.searchsorted(ends, cuts[-1] + BLOCK)), len(ends) - 1)]))
     return np.diff(cuts).tolist()

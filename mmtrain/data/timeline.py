@@ -75,11 +75,18 @@ class Timeline:
 
 
 class Steps:
-    """Counts the steps between consecutive stamps of each series as a long table streams by, in any order of series."""
+    """Finds the step of series whose rows stream by, in any order of series.
+
+    ``backward`` counts rows before an earlier one of their series. Where there are none, the step is the commonest one
+    between neighbours; else the widest that takes in every time.
+    """
 
     def __init__(self) -> None:
         self.counts: Counter[int] = Counter()
         self.backward = 0
+        self._from: int | None = None  # any one of the times
+        self._divisor = self._months = 0
+        self._same_day = True
 
     def add(self, microseconds: Int64s) -> None:
         """Steps (int64 µs) between stamps of one series; 0 is a repeated stamp, below 0 one out of order."""
@@ -88,8 +95,26 @@ class Steps:
             self.counts[step] += count
         self.backward += int((microseconds < 0).sum())
 
+    def see(self, stamps: Int64s) -> None:
+        """Times (int64 µs) of any series."""
+        if not len(stamps):
+            return
+        times = stamps.astype("datetime64[us]")
+        months = times.astype("datetime64[M]")
+        if self._from is None:
+            self._from = int(stamps[0])
+        origin = np.datetime64(self._from, "us")
+        start = origin.astype("datetime64[M]")
+        self._divisor = int(np.gcd.reduce(np.append(stamps - self._from, self._divisor)))
+        self._months = int(np.gcd.reduce(np.append((months - start).astype(np.int64), self._months)))
+        self._same_day &= bool((times - months == origin - start).all())
+
     def usual(self) -> Step | None:
-        """The commonest step forward; months where the steps are as long as months are. None without any step."""
+        """The step; months where the steps are as long as months are. None without any."""
+        if self.backward:
+            if self._same_day and self._months:
+                return Step(self._months, months=True)
+            return Step(self._divisor) if self._divisor else None
         forward = {step: count for step, count in self.counts.items() if step > 0}
         if not forward:
             return None
@@ -114,5 +139,6 @@ def step_of(stamps: Stamps) -> Step | None:
     """The usual step of one series; None for fewer than two stamps, or none that rise."""
     found = Steps()
     if len(stamps) > 1:
-        found.add(np.diff(stamps.astype("datetime64[us]").astype(np.int64)))
+        us: Int64s = stamps.astype("datetime64[us]").astype(np.int64)
+        found.add(us[1:] - us[:-1])
     return found.usual()

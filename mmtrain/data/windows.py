@@ -38,7 +38,7 @@ def known_batch(known: Floats, variates: int) -> Tensor:
 
 
 def hide_holes(past: Floats, future: Floats) -> dict[str, Tensor]:
-    """``mask`` (B, L, M) and ``future_mask`` (B, H, M): True where a value was observed; the holes become 0 in place."""
+    """``mask`` (B, L, M) and ``future_mask`` (B, H, M): True where a value was observed; holes become 0 in place."""
     import torch
 
     masks = {}

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from mmtrain.data.borders import SplitRule
 from mmtrain.data.holes import fill_column
-from mmtrain.data.prepare.panel import PreparedPanel, write_panel
 from mmtrain.data.prepare.arrow import numbers_of
+from mmtrain.data.prepare.panel import PreparedPanel, write_panel
 from mmtrain.data.prepare.panel_writer import Layout, Series
 from mmtrain.data.table import read_frame
 from mmtrain.data.timeline import UNITS, Step, Timeline
@@ -40,10 +40,10 @@ def prepare_m5(root: str | Path, out: str | Path, *, days: int = 28, force: bool
     """Write the panel of ROOT's three files to OUT.
 
     Target ``sales``; known in advance ``price`` (in dollars) of each product, and for its state ``snap`` and
-    ``event_cultural``, ``event_national``, ``event_religious``, ``event_sporting``, for all days of the calendar. Static
-    are the five ids. A series begins at its first price or sale: before that the product was not on sale. A day without a
-    price takes the one before, or else the next one; how many there are is said. The last ``days`` are the test split,
-    those before them validation.
+    ``event_cultural``, ``event_national``, ``event_religious``, ``event_sporting``, for all days of the calendar.
+    Static are the five ids. A series begins at its first price or sale: before that the product was not on sale. A day
+    without a price takes the one before, or else the next one; how many there are is said. The last ``days`` are the
+    test split, those before them validation.
 
     Raises:
         UserError: for a file that is missing, or not as described.
@@ -116,7 +116,7 @@ def _series(root: Path, calendar: pd.DataFrame) -> Iterator[Series]:
     batches = sales.iter_batches(_BATCH, columns=["id", *STATIC, *days]), prices.iter_batches(_BATCH)
     carried = 0
     for sold, priced in zip(*batches, strict=True):
-        price = numbers_of(priced, weeks)[:, of_day] / 100
+        price = numbers_of(priced, weeks)[:, of_day] / np.float32(100)
         values = np.full((sold.num_rows, len(calendar)), np.nan, np.float32)
         values[:, : len(days)] = numbers_of(sold, days)
         text = {name: sold.column(name).to_pylist() for name in ("id", *STATIC)}

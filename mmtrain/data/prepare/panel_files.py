@@ -39,7 +39,7 @@ class Columns:
 
 
 def layout_of(root: Path, chosen: Columns) -> tuple[str, Columns]:
-    """"long", "wide" or "files", and the columns by name.
+    """ "long", "wide" or "files", and the columns by name.
 
     Raises:
         UserError: for columns that are not there, or files that are no panel.
@@ -122,7 +122,9 @@ def _open_wide(
 ) -> tuple[Layout, Iterator[Series]]:
     steps = columns.targets or []
     if columns.known:
-        raise UserError("--known is for long tables and files of series: a wide panel has one value a step (--calendar)")
+        raise UserError(
+            "--known is for long tables and files of series: a wide panel has one value a step (--calendar)"
+        )
     layout = Layout(["value"], (), columns.static, timeline=_wide_timeline(files[0], steps, start, step))
 
     def series() -> Iterator[Series]:

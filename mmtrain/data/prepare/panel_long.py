@@ -61,6 +61,7 @@ class _Scan:
         self.steps.add((when - before)[known])
         end = np.concatenate([first[1:], [True]])
         self.last[who[end]] = when[end]
+        self.steps.see(stamps)
         np.minimum.at(self.low, numbers, stamps)
         np.maximum.at(self.high, numbers, stamps)
 
@@ -188,9 +189,7 @@ class _Static:
                 )
 
     def of(self, series: int) -> tuple[Any, ...]:
-        return tuple(
-            list(self.codes[place])[int(self.of_series[place, series])] for place in range(len(self.names))
-        )
+        return tuple(list(self.codes[place])[int(self.of_series[place, series])] for place in range(len(self.names)))
 
 
 def _series(

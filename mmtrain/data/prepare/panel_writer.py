@@ -90,7 +90,7 @@ class PanelWriter:
 
     def add(self, series: Series) -> None:
         """Take a series; its arrays are copied."""
-        seen = np.isfinite(series.values).any(axis=1)
+        seen: NDArray[np.bool_] = np.asarray(np.isfinite(series.values).any(axis=1))
         if not seen.any():
             self.counts.empty += 1
             return
@@ -122,7 +122,7 @@ class PanelWriter:
         """How many rows from the first on have all known columns."""
         if not known.shape[1]:
             return 0
-        given = np.isfinite(known).all(axis=1)
+        given: NDArray[np.bool_] = np.asarray(np.isfinite(known).all(axis=1))
         return len(given) if given.all() else int(np.argmin(given))
 
     def _fill(self, name: str, values: Floats, known: Floats) -> None:
@@ -181,7 +181,9 @@ class PanelWriter:
         known, counts = np.unique(ids, return_counts=True)
         if len(known) < len(ids):
             twice = known[int(np.argmax(counts))]
-            raise UserError(f"{made_of.get('source')}: {len(ids) - len(known)} ids come more than once, such as {twice}")
+            raise UserError(
+                f"{made_of.get('source')}: {len(ids) - len(known)} ids come more than once, such as {twice}"
+            )
         lengths = self._numbers["lengths"]
         self.counts.shortest, self.counts.longest = min(lengths), max(lengths)
         _save(self.folder / "ids.npy", ids)

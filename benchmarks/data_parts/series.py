@@ -27,6 +27,7 @@ from mmtrain.data.calendar import calendar_features
 from mmtrain.data.loader import train_batches
 from mmtrain.data.series import SeriesData, load_series
 from mmtrain.models.stochastic import sample_keys
+from mmtrain.parallel.heap import keep_freed_memory
 from mmtrain.tasks import Batch, build_task
 from mmtrain.tasks.base import StepKey
 from trainer_parts.figure import Figure, median_of
@@ -36,16 +37,14 @@ PART = "series"
 
 
 class _SlicedWindows(Dataset):
-    """Windows in the way of the Time-Series-Library: one at a time, as slices of arrays of values and of time marks.
+    """Windows in the way of the Time-Series-Library: one at a time, as slices of arrays of values and of time marks."""
 
-    Values are float32 already; there they are float64, and twice as many bytes to copy.
-    """
-
-    def __init__(self, series: SeriesData, lookback: int, horizon: int, label: int) -> None:
+    def __init__(self, series: SeriesData, lookback: int, horizon: int, label: int, dtype: type) -> None:
         train = series.train
         assert series.table.stamps is not None
-        self.values = train.values[: train.stop]
-        self.marks = calendar_features(series.table.stamps[: train.stop], ["hour", "weekday", "day", "yearday"])
+        names = ["hour", "weekday", "day", "yearday"]
+        self.values = train.values[: train.stop].astype(dtype)
+        self.marks = calendar_features(series.table.stamps[: train.stop], names).astype(dtype)
         self.lookback, self.horizon, self.label = lookback, horizon, label
 
     def __len__(self) -> int:
@@ -59,35 +58,45 @@ class _SlicedWindows(Dataset):
 
 
 def windows(table: Path, split: str | None, *, pairs: int, batches: int) -> Iterator[Figure]:
-    """Our training loader beside the sliced one, in one process, in alternating blocks of ``batches`` batches."""
+    """Our training loader beside the sliced one, in one process, in alternating blocks of ``batches`` batches.
+
+    The library's arrays are float64, and its loop makes each batch float32; arrays that are float32 from the start are
+    compared with too. Both with the C library's memory kept, as every process of a run has it: fresh pages cost either
+    of them time.
+    """
+    keep_freed_memory()
     lookback, horizon, size = 512, 96, 64
     for calendar in (True, False):
         series = load_series(table, lookback, horizon, split=split, calendar=calendar)
-        sliced = DataLoader(_SlicedWindows(series, lookback, horizon, 48), size, shuffle=True, drop_last=True)
-        ours = train_batches(series.train, seed=0, batch_size=size, start=0, steps=1 << 40)
-        theirs = _forever(sliced)
-        speeds: list[tuple[float, float]] = []
-        for _ in range(pairs + 1):
-            speeds.append((_speed(ours, batches, size), _speed(theirs, batches, size)))
-        ratios = [a / b for a, b in speeds[1:]]  # the first pair warms up
-        mine, other = (float(np.median([pair[place] for pair in speeds[1:]])) for place in (0, 1))
-        beside = "with calendar features" if calendar else "past and future alone"
-        yield Figure(
-            PART,
-            f"windows/s of the loader, {beside}: ours / sliced one at a time with time marks",
-            **median_of(ratios),
-            unit="x",
-            target=5.0,
-            at_least=True,
-            how=f"{table.stem}, L = {lookback}, H = {horizon}, batch {size}, {series.table.values.shape[1]} columns, no "
-            f"workers, median of {pairs} pairs of {batches} batches: {mine:,.0f} and {other:,.0f} windows/s",
-            detail={"ours": [a for a, _ in speeds], "sliced": [b for _, b in speeds]},
-        )
+        for dtype in (np.float64, np.float32):
+            dataset = _SlicedWindows(series, lookback, horizon, 48, dtype)
+            sliced = DataLoader(dataset, size, shuffle=True, drop_last=True)
+            ours = train_batches(series.train, seed=0, batch_size=size, start=0, steps=1 << 40)
+            theirs = _forever(sliced)
+            speeds: list[tuple[float, float]] = []
+            for _ in range(pairs + 1):
+                speeds.append((_speed(ours, batches, size), _speed(theirs, batches, size)))
+            ratios = [a / b for a, b in speeds[1:]]  # the first pair warms up
+            mine, other = (float(np.median([pair[place] for pair in speeds[1:]])) for place in (0, 1))
+            beside = "with calendar features" if calendar else "past and future alone"
+            kind = np.dtype(dtype).name
+            yield Figure(
+                PART,
+                f"windows/s of the loader, {beside}: ours / sliced one at a time with time marks, {kind}",
+                **median_of(ratios),
+                unit="x",
+                target=5.0 if dtype is np.float64 else None,
+                at_least=True,
+                how=f"{table.stem}, L = {lookback}, H = {horizon}, batch {size}, {series.table.values.shape[1]} columns,"
+                f" no workers, median of {pairs} pairs of {batches} batches: {mine:,.0f} and {other:,.0f} windows/s",
+                detail={"ours": [a for a, _ in speeds], "sliced": [b for _, b in speeds]},
+            )
 
 
 def _forever(loader: DataLoader) -> Iterator[Any]:
     while True:
-        yield from loader
+        for batch in loader:
+            yield [part.float() for part in batch]
 
 
 def _speed(batches: Iterator[Any], count: int, size: int) -> float:

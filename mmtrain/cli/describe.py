@@ -92,7 +92,7 @@ def _describe_panel(path: Path, id: str | None, plot: Path | None, rule: SplitRu
         if not is_panel(path):
             folder = Path(scratch) / "panel"
             given = rule or SplitRule("ratio", parts=(0.7, 0.1, 0.2))
-            prepare_panel(path, folder, split=given, id_column=id)
+            prepare_panel(path, folder, split=given, id_column=id, duplicates="last")
         panel = open_panel(folder)
         report = describe_panel(panel, path)
         _print_panel(report)

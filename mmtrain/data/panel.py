@@ -207,7 +207,8 @@ def _check(panel: Panel) -> None:
     per_series = {"lengths": panel.lengths, "rows": panel.rows, "first": panel.first, "groups": panel.groups}
     for name, array in {**per_series, **panel.statics}.items():
         _need(panel, array.shape == (count,), f"{name} has shape {array.shape}, not ({count},)")
-    _need(panel, int(panel.shard_series.sum()) == count, "shards.npy does not add up to the series")
+    fits = int(panel.shard_series.sum()) == count and len(panel.shard_series) == len(panel.values)
+    _need(panel, fits, "shards.npy does not add up to the series and shards")
     _need(panel, bool((panel.lengths <= panel.rows).all() and (panel.lengths >= 0).all()), "lengths and rows disagree")
     _need(panel, count > 0 and bool((panel.shard_series > 0).all()), "there is a shard without a series")
     wanted = np.add.reduceat(panel.rows, np.cumsum(panel.shard_series) - panel.shard_series)

@@ -63,9 +63,10 @@ class PanelData:
         target = int(source.locate(np.array([index]))[1][0])
         return np.arange(target - source.lookback, target + source.horizon)
 
-    def name_of(self, source: PanelWindows, index: int) -> str:
-        """The series which window ``index`` is of."""
-        return str(self.panel.ids[source.locate(np.array([index]))[0][0]])
+    def labels_of(self, source: PanelWindows, index: int) -> list[str]:
+        """What the variates of window ``index`` are called: its series, and the column."""
+        name = self.panel.ids[source.locate(np.array([index]))[0][0]]
+        return [f"{name} · {column}" for column in self.columns]
 
     def assets(self) -> dict[str, Any]:
         """What prediction needs, as JSON values; the scalers of all series packed."""

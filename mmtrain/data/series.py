@@ -118,6 +118,10 @@ class SeriesData:
         first = int(source.rows(np.array([index]))[0])
         return np.arange(first - source.lookback, first + source.horizon)
 
+    def labels_of(self, source: SeriesWindows, index: int) -> list[str]:
+        """What the variates of window ``index`` are called."""
+        return self.columns
+
     def assets(self) -> dict[str, Any]:
         """What prediction needs, as JSON values."""
         return {"scaler": self.scaler.to_dict(), **self.inputs.to_json()}

@@ -112,7 +112,8 @@ class Forecasting(Task):
         past, future, made = (scaler.inverse(x[0].cpu().numpy()) for x in (*shown, forecast))
         stamps = self.series.stamps_of(source, index)  # type: ignore[arg-type]
         path = folder / "forecast.png"
-        draw_forecast(path, self.series.columns, past, made, truth=future, stamps=stamps)
+        names = self.series.labels_of(source, index)  # type: ignore[arg-type]
+        draw_forecast(path, names, past, made, truth=future, stamps=stamps)
         return [path]
 
 

@@ -100,9 +100,9 @@ def _series(root: Path, calendar: pd.DataFrame) -> Iterator[Series]:
     import pyarrow.parquet as pq
 
     sales, prices = (pq.ParquetFile(root / name) for name in FILES[:2])
-    days = [name for name in calendar["d"] if name in sales.schema_arrow.names]
-    weeks = list(prices.schema_arrow.names)
-    if lacking := [name for name in ("id", *STATIC) if name not in sales.schema_arrow.names]:
+    there, weeks = set(sales.schema_arrow.names), list(prices.schema_arrow.names)
+    days = [name for name in calendar["d"] if name in there]
+    if lacking := [name for name in ("id", *STATIC) if name not in there]:
         raise UserError(f"{root / FILES[0]}: columns {', '.join(lacking)} are missing: not the sales of M5")
     if days != list(calendar["d"][: len(days)]) or not days:
         raise UserError(f"{root / FILES[0]}: its days are not d_1, d_2, ... without a gap")

@@ -67,10 +67,7 @@ def layout_of(root: Path, chosen: Columns) -> tuple[str, Columns]:
     if kind == "files" and time is None and chosen.time is not None:
         raise UserError(f"{file}: no time column ({', '.join(TIME_NAMES)}): name it with --time, or give --time none")
     used = {ids, time, *chosen.known, *chosen.static}
-    targets = chosen.targets or [name for name in names if name not in used]
-    if kind == "wide" and chosen.targets is None:
-        schema = schema_of(file)
-        targets = [name for name in targets if _is_number(schema.field(name).type)]
+    targets = chosen.targets or _numeric(file, [name for name in names if name not in used])
     if not targets:
         raise UserError(f"{file}: no column is left to forecast; its columns are {', '.join(names[:20])}")
     if len({*targets, *chosen.known, *chosen.static}) < len(targets) + len(chosen.known) + len(chosen.static):
@@ -82,6 +79,15 @@ def _there(file: Path, flag: str, name: str, names: list[str]) -> None:
     if name not in names:
         shown = ", ".join(names[:20]) + (f", ... ({len(names)})" if len(names) > 20 else "")
         raise UserError(f"{file}: {flag} {name}: there is no such column{nearest(name, names)}; it has {shown}")
+
+
+def _numeric(file: Path, names: list[str]) -> list[str]:
+    """Those of the columns that hold numbers; the others are left out, which is said."""
+    schema = schema_of(file)
+    text = [name for name in names if not _is_number(schema.field(name).type)]
+    if text:
+        _log.warning("%s: %s hold no numbers and are left out (use them with --static)", file, ", ".join(text))
+    return [name for name in names if name not in text]
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -145,15 +151,15 @@ def _open_wide(
 
 
 def _wide_timeline(file: Path, steps: list[str], start: str | None, step: Step | None) -> Timeline | None:
-    if (start is None) != (step is None):
-        raise UserError("--start and --step go together: the time of the first column, and how far the next is")
     if start is not None and step is not None:
         return Timeline(parse_time(start, "--start"), step)
     stamps = _dates(steps)
+    if start is not None or (step is not None and stamps is None):
+        raise UserError("--start and --step go together: the time of the first column, and how far the next is")
     if stamps is None:
         _log.info("%s: its columns are not named by dates: no times, unless --start and --step say them", file)
         return None
-    usual = step_of(stamps)
+    usual = step or step_of(stamps)
     timeline = None if usual is None else Timeline(stamps[0], usual)
     if timeline is not None:
         places, on = timeline.places(stamps)

@@ -126,7 +126,8 @@ def _stamps(batch: pa.RecordBatch, file: Path, columns: Columns) -> Int64s | Non
             "take the rows as they come"
         )
     text = column.to_pandas()
-    offsets = pa.types.is_string(column.type) and len(text) > 0 and _has_offset(str(text.iloc[0]))
+    is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    offsets = is_text and len(text) > 0 and _has_offset(str(text.iloc[0]))
     stamps = pd.to_datetime(text, errors="coerce", utc=offsets)
     if stamps.isna().any():
         value = text[stamps.isna()].iloc[0]

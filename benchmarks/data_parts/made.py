@@ -43,11 +43,11 @@ def write_m5(folder: Path, items: int, days: int) -> Path:
         "state_id": [STATES[item % 3] for item in range(items)],
     }
     sales = random.poisson(2.0, size=(items, days)).astype(np.int16)
+    sales[::4, :14] = 0  # not on sale yet
     sold = pd.DataFrame(sales, columns=[f"d_{day + 1}" for day in range(days)])
     pd.concat([pd.DataFrame(text), sold], axis=1).to_parquet(folder / "sales.parquet", index=False)
     prices = random.integers(100, 2000, size=(items, 1)) + np.zeros((1, int(weeks.max()) + 1), dtype=np.int32)
     prices[::4, :2] = 0  # not on sale yet
-    sales[::4, :14] = 0
     priced = pd.DataFrame(prices.astype(np.int32), columns=[f"w{11101 + week}" for week in range(prices.shape[1])])
     priced.to_parquet(folder / "prices_cents_wide.parquet", index=False)
     return folder

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from trainer_parts.figure import Figure, median_of
+from trainer_parts.overhead import BareLoop
 
 from data_parts.made import write_m5, write_table
 from mmtrain.config import load_config
@@ -30,8 +32,6 @@ from mmtrain.models.stochastic import sample_keys
 from mmtrain.parallel.heap import keep_freed_memory
 from mmtrain.tasks import Batch, build_task
 from mmtrain.tasks.base import StepKey
-from trainer_parts.figure import Figure, median_of
-from trainer_parts.overhead import BareLoop
 
 PART = "series"
 
@@ -87,7 +87,7 @@ def windows(table: Path, split: str | None, *, pairs: int, batches: int) -> Iter
                 unit="x",
                 target=5.0 if dtype is np.float64 else None,
                 at_least=True,
-                how=f"{table.stem}, L = {lookback}, H = {horizon}, batch {size}, {series.table.values.shape[1]} columns,"
+                how=f"{table.stem}, L = {lookback}, H = {horizon}, batch {size}, {len(series.columns)} columns,"
                 f" no workers, median of {pairs} pairs of {batches} batches: {mine:,.0f} and {other:,.0f} windows/s",
                 detail={"ours": [a for a, _ in speeds], "sliced": [b for _, b in speeds]},
             )

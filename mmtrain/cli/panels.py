@@ -144,7 +144,8 @@ def _tell(done: PreparedPanel) -> None:
         "empty": "empty series left out",
     }
     said = "".join(f"; {counts[key]} {text}" for key, text in notes.items() if counts[key])
+    state = "written" if done.fresh else "was there already, nothing to do"
     typer.echo(
         f"{done.out}: {counts['series']} series of {counts['shortest']} to {counts['longest']} rows, {counts['rows']} "
-        f"in all, {done.meta['shards']} shard(s){said}; {'written' if done.fresh else 'was there already, nothing to do'}"
+        f"in all, {done.meta['shards']} shard(s){said}; {state}"
     )

@@ -37,7 +37,9 @@ def write(frame: pd.DataFrame, file: Path) -> Path:
     return file
 
 
-def prepared(folder: Path, lengths: list[int], split: SplitRule = LAST, ahead: int = 0, **options: Any) -> PreparedPanel:
+def prepared(
+    folder: Path, lengths: list[int], split: SplitRule = LAST, ahead: int = 0, **options: Any
+) -> PreparedPanel:
     file = write(long_frame(lengths, ahead), folder / "long.parquet")
     chosen = {"known": ["price"], "static": ["kind", "size"], **options}
     return prepare_panel(file, folder / "panel", split=split, force=True, **chosen)

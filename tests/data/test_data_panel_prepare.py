@@ -87,7 +87,13 @@ def test_rows_in_any_order_and_without_step(tmp_path: Path, caplog: pytest.LogCa
 def test_known_static_and_rows_ahead(tmp_path: Path) -> None:
     done = prepared(tmp_path, [20, 12], ahead=5)
     counts = done.meta["counts"]
-    assert (counts["series"], counts["rows"], counts["ahead"], counts["shortest"], counts["longest"]) == (2, 32, 10, 12, 20)
+    assert (counts["series"], counts["rows"], counts["ahead"], counts["shortest"], counts["longest"]) == (
+        2,
+        32,
+        10,
+        12,
+        20,
+    )
     panel = open_panel(done.out)
     assert (panel.lengths.tolist(), panel.rows.tolist(), panel.first.tolist()) == ([20, 12], [25, 17], [0, 1])
     assert panel.known[0][:25, 0].tolist() == list(range(25))
@@ -114,11 +120,11 @@ def test_a_calendar_shared_by_all(tmp_path: Path) -> None:
     hot = batch["known"][1, :, 0, -2].numpy() * data.inputs.std[0] + data.inputs.mean[0]
     assert hot == pytest.approx(np.arange(begin, begin + 9), abs=1e-4)
     assert batch["known"][1, :, 0, -1].tolist() == [float(day % 9 == 0) for day in range(begin, begin + 9)]
+    write(days.drop(index=10), calendar)
     with pytest.raises(UserError, match=r"days\.csv: it does not have 2024-01-04"):
-        write(days.drop(index=10), calendar)
         prepare_panel(file, tmp_path / "q", split=LAST, calendar=calendar)
+    write(days[:20], calendar)
     with pytest.raises(UserError, match=r"has 13 steps .* go on for 20"):
-        write(days[:20], calendar)
         prepare_panel(file, tmp_path / "q", split=LAST, calendar=calendar)
 
 
@@ -280,7 +286,9 @@ def test_the_commands(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=re.escape(message)):
             run.invoke(app, ["prepare", "panel", *options, *wrong], catch_exceptions=False)
     for what, columns in ((tmp_path / "p", "y"), (file, "y, price, size")):
-        shown = run.invoke(app, ["describe", str(what), "--plot", str(tmp_path / "x" / "p.png")], catch_exceptions=False)
+        shown = run.invoke(
+            app, ["describe", str(what), "--plot", str(tmp_path / "x" / "p.png")], catch_exceptions=False
+        )
         text = " ".join(shown.output.split())
         assert f"a panel of 3 series, 62 rows, columns {columns} rows of a series: 12 to 30, median 20" in text
         assert "2024-01-01T00:00:00 to 2024-02-01T00:00:00, step 1D" in text

@@ -19,7 +19,16 @@ def stamps(freq: str, periods: int = 40, start: str = "2023-11-01") -> np.ndarra
 
 @pytest.mark.parametrize(
     ("freq", "text"),
-    [("15min", "15min"), ("h", "1h"), ("D", "1D"), ("7D", "1W"), ("MS", "1M"), ("ME", "1M"), ("QS", "3M"), ("YS", "12M")],
+    [
+        ("15min", "15min"),
+        ("h", "1h"),
+        ("D", "1D"),
+        ("7D", "1W"),
+        ("MS", "1M"),
+        ("ME", "1M"),
+        ("QS", "3M"),
+        ("YS", "12M"),
+    ],
 )
 def test_steps_are_found_and_spoken(freq: str, text: str) -> None:
     found = step_of(stamps(freq))

@@ -105,6 +105,18 @@ def test_known_static_and_rows_ahead(tmp_path: Path) -> None:
     assert stamps.astype("datetime64[D]").astype(str).tolist() == ["2024-01-02", "2024-01-03"]
 
 
+def test_static_columns_may_have_holes(tmp_path: Path) -> None:
+    frame = long_frame([90, 80])
+    frame.loc[frame["id"] == "s1", ["kind", "size"]] = [None, np.nan]
+    for suffix in ("csv", "parquet"):
+        file = write(frame.sample(frac=1, random_state=0), tmp_path / f"t.{suffix}")
+        prepare_panel(file, tmp_path / suffix, split=LAST, columns=["y"], static=["kind", "size"])
+        data = opened(tmp_path / suffix, static=["size"])
+        row = data.panel.ids.tolist().index("s1")
+        assert np.isnan(data.panel.statics["size"][row])
+        assert data.inputs.static.tolist() == [[0.0], [0.0]]  # one number, and the mean in place of the other
+
+
 def test_a_calendar_shared_by_all(tmp_path: Path) -> None:
     frame = long_frame([20, 12])[["id", "date", "y"]]
     dates = pd.date_range("2023-12-25", periods=60, freq="D")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmtrain.data.prepare.arrow import batches, numbers_of, schema_of
+from mmtrain.data.prepare.panel_scan import Scan, row_stamps, scan_files, series_numbers
 from mmtrain.data.prepare.panel_writer import Layout, Series
-from mmtrain.data.timeline import Step, Steps, Timeline
+from mmtrain.data.timeline import Step, Timeline
 from mmtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,122 +27,17 @@ _MOST_GAPS = 4
 _log = logging.getLogger("mmtrain")
 
 
-@dataclass
-class _Scan:
-    """What the first pass learns, by number of series: rows, first and last time (µs)."""
-
-    numbers: dict[str, int] = field(default_factory=dict)
-    rows: Int64s = field(default_factory=lambda: np.zeros(0, np.int64))
-    low: Int64s = field(default_factory=lambda: np.zeros(0, np.int64))
-    high: Int64s = field(default_factory=lambda: np.zeros(0, np.int64))
-    last: Int64s = field(default_factory=lambda: np.zeros(0, np.int64))
-    steps: Steps = field(default_factory=Steps)
-
-    def grow(self) -> None:
-        """Room for all numbers given out."""
-        more = len(self.numbers) - len(self.rows)
-        if more <= 0:
-            return
-        more = max(more, len(self.rows))
-        big = np.iinfo(np.int64).max
-        for name, value in (("rows", 0), ("low", big), ("high", -big), ("last", -big)):
-            setattr(self, name, np.concatenate([getattr(self, name), np.full(more, value, np.int64)]))
-
-    def add(self, numbers: Int64s, stamps: Int64s | None) -> None:
-        self.grow()
-        np.add.at(self.rows, numbers, 1)
-        if stamps is None:
-            return
-        order = np.argsort(numbers, kind="stable")
-        who, when = numbers[order], stamps[order]
-        first = np.concatenate([[True], who[1:] != who[:-1]])
-        before = np.where(first, self.last[who], np.concatenate([[0], when[:-1]]))
-        known = before > -np.iinfo(np.int64).max
-        self.steps.add((when - before)[known])
-        end = np.concatenate([first[1:], [True]])
-        self.last[who[end]] = when[end]
-        self.steps.see(stamps)
-        np.minimum.at(self.low, numbers, stamps)
-        np.maximum.at(self.high, numbers, stamps)
-
-    def close(self) -> None:
-        count = len(self.numbers)
-        self.rows, self.low, self.high = self.rows[:count], self.low[:count], self.high[:count]
-
-
 def open_long(
     files: list[Path], columns: Columns, part: Path, step: Step | None, duplicates: str
 ) -> tuple[Layout, Iterator[Series]]:
     """Scan ``files``; the stream of their series sorts their rows into temporary files in ``part`` first."""
-    scan = _scan(files, columns)
+    scan = scan_files(files, columns)
     timeline = None if columns.time is None else _timeline(files, scan, step)
     layout = Layout(list(columns.targets or []), columns.known, columns.static, timeline=timeline)
     return layout, _series(files, columns, part, scan, timeline, duplicates)
 
 
-def _scan(files: list[Path], columns: Columns) -> _Scan:
-    scan = _Scan()
-    for file in files:
-        names = [name for name in (columns.id, columns.time) if name is not None]
-        wanted = names or (columns.targets or [])[:1]
-        _check_columns(file, [*wanted, *(columns.targets or []), *columns.known, *columns.static])
-        for batch in batches(file, wanted, names):
-            scan.add(_numbers(batch, file, columns, scan.numbers), _stamps(batch, file, columns))
-    scan.close()
-    if not len(scan.rows):
-        raise UserError(f"{files[0].parent if len(files) > 1 else files[0]}: there are no rows")
-    return scan
-
-
-def _check_columns(file: Path, names: list[str]) -> None:
-    there = schema_of(file).names
-    lacking = [name for name in names if name not in there]
-    if lacking:
-        raise UserError(f"{file}: columns {', '.join(lacking)} are missing, which the first file has")
-
-
-def _numbers(batch: pa.RecordBatch, file: Path, columns: Columns, known: dict[str, int]) -> Int64s:
-    """The number of the series of each row; new ids get the next one."""
-    if columns.id is None:
-        return np.full(batch.num_rows, known.setdefault(file.stem, len(known)), dtype=np.int64)
-    encoded = batch.column(columns.id).dictionary_encode()
-    if encoded.null_count:
-        raise UserError(f"{file}: the id column {columns.id!r} is empty in {encoded.null_count} row(s)")
-    numbers = [known.setdefault(str(name), len(known)) for name in encoded.dictionary.to_pylist()]
-    return np.array(numbers, dtype=np.int64)[encoded.indices.to_numpy(zero_copy_only=False)]
-
-
-def _stamps(batch: pa.RecordBatch, file: Path, columns: Columns) -> Int64s | None:
-    """Times in µs, or None where there are none."""
-    import pandas as pd
-    import pyarrow as pa
-
-    if columns.time is None:
-        return None
-    column = batch.column(columns.time)
-    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
-        raise UserError(
-            f"{file}: the time column {columns.time!r} holds numbers, not dates: correct it, or give --time none to "
-            "take the rows as they come"
-        )
-    text = column.to_pandas()
-    is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-    offsets = is_text and len(text) > 0 and _has_offset(str(text.iloc[0]))
-    stamps = pd.to_datetime(text, errors="coerce", utc=offsets)
-    if stamps.isna().any():
-        value = text[stamps.isna()].iloc[0]
-        raise UserError(f"{file}: time column {columns.time!r}: {value!r} is no date: correct it, or give --time none")
-    if getattr(stamps.dt, "tz", None) is not None:
-        stamps = stamps.dt.tz_convert("UTC").dt.tz_localize(None)
-    return stamps.to_numpy().astype("datetime64[us]").astype(np.int64)
-
-
-def _has_offset(text: str) -> bool:
-    text = text.strip()
-    return text.endswith("Z") or "+" in text[10:] or "-" in text[10:]
-
-
-def _timeline(files: list[Path], scan: _Scan, step: Step | None) -> Timeline:
+def _timeline(files: list[Path], scan: Scan, step: Step | None) -> Timeline:
     usual = step or scan.steps.usual()
     where = files[0].parent if len(files) > 1 else files[0]
     if usual is None:
@@ -168,7 +63,6 @@ class _Static:
 
     def __init__(self, names: list[str], series: int) -> None:
         self.names = names
-        self.values: list[list[Any]] = [[] for _ in names]
         self.codes: list[dict[Any, int]] = [{} for _ in names]
         self.of_series = np.full((len(names), series), -1, dtype=np.int64)
 
@@ -176,7 +70,8 @@ class _Static:
         for place, name in enumerate(self.names):
             encoded = batch.column(name).dictionary_encode(null_encoding="encode")
             known = self.codes[place]
-            local = [known.setdefault(value, len(known)) for value in encoded.dictionary.to_pylist()]
+            values = (None if value != value else value for value in encoded.dictionary.to_pylist())  # NaN is no key
+            local = [known.setdefault(value, len(known)) for value in values]
             codes = np.array(local, dtype=np.int64)[encoded.indices.to_numpy(zero_copy_only=False)]
             mine = self.of_series[place]
             new = mine[numbers] < 0
@@ -189,12 +84,9 @@ class _Static:
                     "name it with --known if it is known in advance"
                 )
 
-    def of(self, series: int) -> tuple[Any, ...]:
-        return tuple(list(self.codes[place])[int(self.of_series[place, series])] for place in range(len(self.names)))
-
 
 def _series(
-    files: list[Path], columns: Columns, part: Path, scan: _Scan, timeline: Timeline | None, duplicates: str
+    files: list[Path], columns: Columns, part: Path, scan: Scan, timeline: Timeline | None, duplicates: str
 ) -> Iterator[Series]:
     first = _places(timeline, scan.low) if timeline else np.zeros_like(scan.rows)
     length = _places(timeline, scan.high) - first + 1 if timeline else scan.rows
@@ -220,7 +112,7 @@ def _sort(
     files: list[Path],
     columns: Columns,
     table: _Table,
-    scan: _Scan,
+    scan: Scan,
     static: _Static,
     timeline: Timeline | None,
     first: Int64s,
@@ -235,8 +127,8 @@ def _sort(
         schema = schema_of(file)
         text = {*keys, *(name for name in columns.static if _is_text(schema.field(name).type))}
         for batch in batches(file, [*keys, *columns.static, *data], text):
-            numbers = _numbers(batch, file, columns, scan.numbers)
-            stamps = _stamps(batch, file, columns)
+            numbers = series_numbers(batch, file, columns, scan.numbers)
+            stamps = row_stamps(batch, file, columns)
             if timeline is None or stamps is None:
                 place = _next_places(numbers, cursor)
             else:
@@ -285,7 +177,7 @@ def _next_places(numbers: Int64s, cursor: Int64s) -> Int64s:
     return place
 
 
-def _report(files: list[Path], scan: _Scan, timeline: Timeline | None, length: Int64s, repeated: int) -> None:
+def _report(files: list[Path], scan: Scan, timeline: Timeline | None, length: Int64s, repeated: int) -> None:
     where = files[0].parent if len(files) > 1 else files[0]
     if repeated:
         _log.warning("%s: %d rows come a second time in their series: the last one counts", where, repeated)

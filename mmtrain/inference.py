@@ -138,18 +138,30 @@ class Forecast:
 def forecast(trained: TrainedModel, path: Path, back: int = 0, missing: str = "error") -> Forecast:
     """Forecast the series in ``path`` from ``back`` rows before its end; those rows, where known, are the truth.
 
+    Columns that the model knows in advance must be given for the horizon too: in rows at the end of the file that leave
+    the other columns empty, or with ``back``. ``missing``: as ``data.missing``.
+
     Raises:
         UserError: for a model that makes no forecasts, a file with too few rows, or other columns than those that the
             model was trained on.
     """
     from mmtrain.data.split import Scaler
     from mmtrain.data.table import read_table
+    from mmtrain.data.table_forecast import known_until, observed
 
     if trained.config.task.kind != "forecasting":
         raise UserError(f"{trained.folder} holds a model for {trained.config.task.kind}, which makes no forecasts")
+    if trained.config.data.kind == "panel":
+        raise UserError(f"{trained.folder} was trained on a panel: give a folder made by mmtrain data prepare panel")
     known = trained.assets["columns"]
-    chosen = cast(Any, trained.config.data).columns
-    table = read_table(path, columns=chosen, missing=missing, time_column=cast(Any, trained.config.data).time_column)
+    chosen, beside = cast(Any, trained.config.data).columns, trained.assets.get("known", {"columns": []})
+    table = read_table(
+        path,
+        columns=chosen,
+        missing=missing,
+        time_column=cast(Any, trained.config.data).time_column,
+        known=beside["columns"],
+    )
     _check_columns(path, list(table.columns), known)
     values = table.values[:, [list(table.columns).index(name) for name in known]]
     lookback, horizon = trained.assets["lookback"], trained.assets["horizon"]
@@ -161,7 +173,11 @@ def forecast(trained: TrainedModel, path: Path, back: int = 0, missing: str = "e
         )
     scaler = Scaler.from_dict(trained.assets["scaler"])
     past = values[end - lookback : end]
-    made = trained.model(torch.from_numpy(scaler.transform(past))[None])[0].float().numpy()
+    inputs = observed(scaler.transform(past), missing == "mask")
+    if beside["columns"] or beside.get("calendar"):
+        steps = cast(Any, trained.config.model).future_length or lookback + horizon
+        inputs["known"] = known_until(table, beside, end + horizon, steps, len(known))
+    made = trained.model(**inputs)[0].float().numpy()
     truth = values[end : end + horizon] if back else None
     if truth is not None and len(truth) < horizon:
         truth = np.concatenate([truth, np.full((horizon - len(truth), len(known)), np.nan, np.float32)])

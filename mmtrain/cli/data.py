@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmtrain.cli import data_get, data_prepare
+from mmtrain.cli.describe import describe_command
+from mmtrain.cli.panels import prepare_m5_command, prepare_panel_command
 
 if TYPE_CHECKING:
     from mmtrain.data.prepare.writer import Prepared
@@ -74,6 +76,10 @@ def prepare_traffic_command(out: Out) -> None:
     )
 
 
+prepare.command("panel")(prepare_panel_command)
+prepare.command("m5")(prepare_m5_command)
+
+
 @app.command("index")
 def index_command(
     shards: Annotated[list[str], typer.Argument(help="Shards, folders of shards, or shard-{000000..000009}.tar.")],
@@ -88,33 +94,7 @@ def index_command(
     typer.echo(f"{len(found)} shard(s), {samples} samples, {classes} classes: all in order")
 
 
-@app.command("describe")
-def describe_command(
-    file: Annotated[str, typer.Argument(help="CSV or parquet file, or a name like ETTh1 in --root.")],
-    root: Annotated[Path | None, typer.Option(help="Where names are looked up (default: MMTRAIN_DATA).")] = None,
-) -> None:
-    """Columns, time step, holes and repeated stamps of a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from mmtrain.data.describe import describe_table
-
-    report = describe_table(file, root)
-    console = Console()
-    console.print(f"{report.path}: {report.rows} rows, {len(report.columns)} columns", highlight=False)
-    if report.time_column is None:
-        console.print("no time column", highlight=False)
-    else:
-        console.print(
-            f"{report.time_column}: {report.first} to {report.last}, step {report.step}; {report.duplicates} repeated, "
-            f"{report.irregular} irregular, {report.unreadable} unreadable",
-            highlight=False,
-        )
-    table = Table("column", "holds", "holes", "min", "mean", "max")
-    for column in report.columns:
-        figures = ("" if value is None else f"{value:.6g}" for value in (column.low, column.mean, column.high))
-        table.add_row(column.name, column.kind, str(column.holes), *figures)
-    console.print(table)
+app.command("describe")(describe_command)
 
 
 def _tell(done: Prepared) -> None:

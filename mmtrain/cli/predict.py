@@ -16,10 +16,14 @@ if TYPE_CHECKING:
 
 def predict_command(
     model: Annotated[str, typer.Argument(help="A run folder, or a folder written by `mmtrain export`.")],
-    files: Annotated[list[Path], typer.Argument(help="Image files, or one CSV or parquet file of a series.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="Image files, or one CSV or parquet file of a series, or a prepared panel.")
+    ],
     out: Annotated[Path | None, typer.Option(help="For a forecast: where the CSV and PNG go (default: here).")] = None,
     back: Annotated[int, typer.Option(help="Forecast from so many rows before the end; they are the truth.")] = 0,
-    missing: Annotated[str, typer.Option(help="Holes in the series: error, ffill, interpolate or zero.")] = "error",
+    missing: Annotated[
+        str, typer.Option(help="Holes in the series: error, ffill, interpolate, zero or mask.")
+    ] = "error",
     checkpoint: Checkpoint = "best",
 ) -> None:
     """Classify images (top 5 with probabilities), or forecast a series (CSV and a picture)."""
@@ -27,13 +31,16 @@ def predict_command(
 
     trained = load_trained(model, checkpoint)
     for path in files:
-        if not path.is_file():
+        if not path.exists():
             raise UserError(f"{path}: there is no such file")
     if trained.config.task.kind == "classification":
         _classify(trained, files)
     else:
         if len(files) != 1:
             raise UserError(f"a forecast takes one file, not {len(files)}")
+        if files[0].is_dir():
+            _forecast_panel(trained, files[0], out or Path(), back, missing)
+            return
         _forecast(trained, files[0], out or Path(), back, missing)
 
 
@@ -44,6 +51,27 @@ def _classify(trained: TrainedModel, files: list[Path]) -> None:
         print(path)
         for name, probability in ranking:
             print(f"  {probability:7.2%}  {name}")
+
+
+def _forecast_panel(trained: TrainedModel, folder: Path, out: Path, back: int, missing: str) -> None:
+    import numpy as np
+
+    from mmtrain.panel_forecast import draw_some, forecast_panel
+
+    made = forecast_panel(trained, folder, back, missing)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        stem = out / f"{folder.resolve().name}_forecast"
+        made.table().to_csv(f"{stem}.csv", index=False)
+        draw_some(Path(f"{stem}.png"), made)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+    left_out = f" ({made.left_out} too short for the look-back)" if made.left_out else ""
+    print(f"{made.values.shape[1]} steps of {len(made.ids)} series{left_out}: {stem}.csv, {stem}.png")
+    if np.isfinite(made.truth).any():
+        errors = np.nanmean(np.abs(made.values - made.truth), axis=(0, 1))
+        for name, mean in zip(made.columns, errors, strict=True):
+            print(f"  mean absolute error  {mean:10.4g}  {name}")
 
 
 def _forecast(trained: TrainedModel, file: Path, out: Path, back: int, missing: str) -> None:

@@ -1,6 +1,6 @@
 """Configuration: typed schema, YAML files with includes, ``key=value`` overrides. Imports nothing of the package."""
 
-from mmtrain.config.data import DataConfig, SeriesDataConfig, ShardsDataConfig, SyntheticDataConfig
+from mmtrain.config.data import DataConfig, PanelDataConfig, SeriesDataConfig, ShardsDataConfig, SyntheticDataConfig
 from mmtrain.config.load import config_names, from_yaml, load_config, to_yaml
 from mmtrain.config.models import MODELS, ModelConfig, TSM2Config, ViM2Config
 from mmtrain.config.parallel import STRATEGIES, ParallelConfig
@@ -28,6 +28,7 @@ __all__ = [
     "ForecastingConfig",
     "ModelConfig",
     "OptimConfig",
+    "PanelDataConfig",
     "ParallelConfig",
     "RunConfig",
     "SeriesDataConfig",

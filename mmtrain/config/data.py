@@ -83,7 +83,13 @@ class SeriesDataConfig(DataConfig):
     """One table of a multivariate series, CSV or parquet.
 
     ``path`` is a file, or a name such as ``ETTh1`` looked for under ``root``, else ``$MMTRAIN_DATA``, else ``data/``.
-    ``split``: ``etth``, ``ettm`` or ``ratio`` (with ``ratios``). ``columns`` selects and orders the variates.
+    ``split``: ``etth``, ``ettm``, ``ratio`` (with ``ratios``), ``date`` (``dates``: the first of validation and of
+    test) or ``last`` (``last``: the last steps of validation and of test). ``columns`` selects and orders the variates.
+
+    ``known``: columns that are known in advance (prices, events): inputs, not forecast. ``calendar`` adds what the date
+    says: hour, weekday, ..., as far as it varies. ``missing``: error, a fill (ffill, interpolate, zero), or mask: the
+    model is told where values are missing, and holes in the targets count nowhere. ``stride``: a training window begins
+    at every so many rows; evaluation takes every window.
     """
 
     kind: str = "series"
@@ -91,19 +97,54 @@ class SeriesDataConfig(DataConfig):
     root: str | None = None
     split: str = "ratio"
     ratios: list[float] = field(default_factory=lambda: [0.7, 0.1, 0.2])
+    dates: list[str] | None = None
+    last: list[int] | None = None
     columns: list[str] | None = None
     time_column: str | None = None
     missing: str = "error"
+    known: list[str] = field(default_factory=list)
+    calendar: bool = False
+    stride: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        splits, fills = ("etth", "ettm", "ratio"), ("error", "ffill", "interpolate", "zero")
+        splits, fills = self._choices()
         require(self.split in splits, "data.split", self.split, f"choose one of {', '.join(splits)}")
         require(self.missing in fills, "data.missing", self.missing, f"choose one of {', '.join(fills)}")
+        require(self.stride >= 1, "data.stride", self.stride, "it must be at least 1 (rows)")
+        if self.split == "date":
+            fits = self.dates is not None and len(self.dates) == 2
+            require(fits, "data.dates", self.dates, "give the first date of validation and that of test")
+        if self.split == "last":
+            fits = self.last is not None and len(self.last) == 2 and min(self.last) >= 0
+            require(fits, "data.last", self.last, "give the last steps of validation and of test, such as [28, 28]")
+
+    def _choices(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What ``split`` and ``missing`` may be."""
+        return ("etth", "ettm", "ratio", "date", "last"), ("error", "ffill", "interpolate", "zero", "mask")
+
+
+@dataclass
+class PanelDataConfig(SeriesDataConfig):
+    """Many series, as ``mmtrain data prepare panel`` writes them: the folder ``path``, also looked for under ``root``.
+
+    A sample is a window of one series, standardised by that series' training rows. ``split``: ``prepared`` (that of
+    the preparation, whose scalers are at hand), ``ratio``, ``date`` or ``last``; each series is cut on its own.
+    ``known`` and ``static`` choose among the columns that were prepared. ``missing``: error or mask (fills are a matter
+    of preparing).
+    """
+
+    kind: str = "panel"
+    split: str = "prepared"
+    static: list[str] = field(default_factory=list)
+
+    def _choices(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return ("prepared", "ratio", "date", "last"), ("error", "mask")
 
 
 DATA: dict[str, type[DataConfig]] = {
     "shards": ShardsDataConfig,
     "synthetic": SyntheticDataConfig,
     "series": SeriesDataConfig,
+    "panel": PanelDataConfig,
 }

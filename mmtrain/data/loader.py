@@ -118,16 +118,6 @@ class _Evaluate:
         return batch
 
 
-class _Sampler:
-    """Re-iterable sampler: yields one int64 array for each micro-batch."""
-
-    def __init__(self, arrays: Callable[[], Iterator[np.ndarray]]) -> None:
-        self.arrays = arrays
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return self.arrays()
-
-
 def train_batches(
     source: Source,
     *,
@@ -213,36 +203,43 @@ def _iterate(
         if on_fault is not None:
             on_fault(fault)
 
-    def loader(done: int) -> DataLoader:
-        options: dict[str, Any] = {"prefetch_factor": max(1, prefetch)} if workers else {}
-        return DataLoader(
+    pinned = device is not None and device.type == "cuda"
+
+    def begin(done: int) -> Iterator[_Made | _Failure]:
+        rest = islice(arrays(), done, None)
+        if not workers:
+            return _here(batches, rest, pinned)
+        loader = DataLoader(
             batches,
-            batch_sampler=_Sampler(lambda: islice(arrays(), done, None)),  # type: ignore[arg-type]  # arrays, not lists
+            batch_sampler=rest,  # type: ignore[arg-type]  # arrays, not lists of ints
             num_workers=workers,
-            worker_init_fn=_start_worker if workers else None,
+            worker_init_fn=_start_worker,
             collate_fn=_as_is,  # type: ignore[arg-type]  # items are batches already
-            pin_memory=device is not None and device.type == "cuda",
+            pin_memory=pinned,
+            prefetch_factor=max(1, prefetch),
             # DataLoader draws a seed when it starts; from a generator of its own, or it would advance the global one.
             generator=torch.Generator(),
-            **options,
         )
+        return _run(loader)
 
-    return on_device(_survive(loader, on_fault), device, _finish(source))
+    return on_device(_survive(begin, on_fault), device, _finish(source))
 
 
-def _survive(loader: Callable[[int], DataLoader], on_fault: OnFault | None) -> Iterator[Batch]:
-    """The batches of ``loader(0)``; when its workers die, those of ``loader(batches so far)``, a few times."""
+def _survive(begin: Callable[[int], Iterator[_Made | _Failure]], on_fault: OnFault | None) -> Iterator[Batch]:
+    """The batches of ``begin(0)``; when its workers die, those of ``begin(batches so far)``, a few times."""
     done = restarts = 0
     while True:
         try:
-            with closing(_run(loader(done))) as made:  # type: ignore[type-var]
-                for one in made:
+            with closing(begin(done)) as all_made:  # type: ignore[type-var]
+                for made in all_made:
+                    if isinstance(made, _Failure):
+                        raise UserError(made.message)
                     done += 1
-                    for fault in one.faults:
+                    for fault in made.faults:
                         if on_fault is not None:
                             on_fault(fault)
-                    if not any(len(tensor) == 0 for tensor in one.batch.values()):
-                        yield one.batch
+                    if not any(len(tensor) == 0 for tensor in made.batch.values()):
+                        yield made.batch
             return
         except _Died as error:
             restarts += 1
@@ -251,7 +248,14 @@ def _survive(loader: Callable[[int], DataLoader], on_fault: OnFault | None) -> I
             on_fault(Fault(-1, f"data worker, time {restarts}", f"it died and was started again: {error}", samples=0))
 
 
-def _run(loader: DataLoader) -> Iterator[_Made]:
+def _here(batches: _Batches, arrays: Iterator[np.ndarray], pinned: bool) -> Iterator[_Made | _Failure]:
+    """Without workers there is nothing left for DataLoader to do, and what it does takes as long as a small batch."""
+    for numbers in arrays:
+        made = batches.__getitems__(numbers)
+        yield made.pin_memory() if pinned and isinstance(made, _Made) else made
+
+
+def _run(loader: DataLoader) -> Iterator[_Made | _Failure]:
     iterator = _start(loader)
     # Workers ignore SIGTERM, by which multiprocessing would end them at exit before it waits for them: without this, an
     # exit in the middle of a run would wait for ever.
@@ -266,8 +270,6 @@ def _run(loader: DataLoader) -> Iterator[_Made]:
                 if loader.num_workers and _is_death(error):
                     raise _Died(_died(error)) from error
                 raise
-            if isinstance(made, _Failure):
-                raise UserError(made.message)
             yield made
     finally:
         stop()  # now, and not when the last traceback lets go of the iterator

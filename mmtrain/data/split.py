@@ -77,12 +77,19 @@ class Scaler:
 
     @classmethod
     def fit(cls, values: NDArray[np.floating]) -> Scaler:
-        """Mean and population deviation of the rows given: the training rows, never others."""
-        std = values.std(axis=0, dtype=np.float64)
+        """Mean and population deviation of the rows given: the training rows, never others, and without holes."""
+        if np.isnan(values).any():
+            values = np.where(np.isnan(values).all(axis=0), 0, values)  # a column without a number: mean 0, deviation 1
+            return cls._fit(np.nanstd, np.nanmean, values)
+        return cls._fit(np.std, np.mean, values)
+
+    @classmethod
+    def _fit(cls, deviation: Any, average: Any, values: NDArray[np.floating]) -> Scaler:
+        std = deviation(values, axis=0, dtype=np.float64)
         # A constant column's deviation is rounding noise of its mean, not exactly 0.
-        constant = values.max(axis=0) == values.min(axis=0)
+        constant = np.nanmax(values, axis=0) == np.nanmin(values, axis=0)
         std[constant | (std.astype(np.float32) == 0)] = 1.0
-        return cls(values.mean(axis=0, dtype=np.float64).astype(np.float32), std.astype(np.float32))
+        return cls(average(values, axis=0, dtype=np.float64).astype(np.float32), std.astype(np.float32))
 
     def transform(self, values: NDArray[np.floating]) -> NDArray[np.float32]:
         """(..., M) → standardised, float32."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmtrain.data.holes import FILLS, fill_column
 from mmtrain.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".csv", ".parquet", ".zip")
 TIME_NAMES = ("date", "datetime", "timestamp", "time")
-MISSING = ("error", "ffill", "interpolate", "zero")
+MISSING = ("error", *FILLS, "mask")
 _log = logging.getLogger("mmtrain")
 
 
@@ -32,6 +33,14 @@ class SeriesTable:
     stamps: NDArray[np.datetime64] | None  # (T,) or None without a time column (or with a numeric one)
     path: Path
     filled: int = 0  # holes that were filled
+    #: (T + ahead, K) of the columns that are known in advance; stamps then go on for the ``ahead`` rows too.
+    known: NDArray[np.float32] | None = None
+    holes: int = 0  # holes that were kept, as NaN
+
+    @property
+    def ahead(self) -> int:
+        """Rows behind the last target in which only the known columns hold anything."""
+        return 0 if self.known is None else len(self.known) - len(self.values)
 
 
 def find_table(name: str | Path, data_root: str | Path | None = None) -> Path:
@@ -93,13 +102,16 @@ def read_table(
     columns: Sequence[str] | None = None,
     missing: str = "error",
     data_root: str | Path | None = None,
+    known: Sequence[str] = (),
 ) -> SeriesTable:
     """Read a CSV (also zipped) or parquet file with one row for each time step.
 
     ``time_column``: "date" or None take the first column named date, datetime, timestamp or time, if there is one; any
     other name must exist. ``columns``: which to use, in this order (None: all but the time column). ``missing``: what
     to do with holes (empty, NaN, infinite): "error", "ffill" (last value before: never looks ahead), "interpolate"
-    (linear, nearest at the ends) or "zero". Raises UserError naming file, column, row and cure.
+    (linear, nearest at the ends), "zero", or "mask" (they stay, as NaN). ``known``: columns known in advance, which are
+    no targets and may have no holes; rows at the end in which only they are given are the table's ``ahead`` rows.
+    Raises UserError naming file, column, row and cure.
     """
     if missing not in MISSING:
         raise UserError(f"data.missing={missing!r}: one of {', '.join(MISSING)}{nearest(missing, MISSING)}")
@@ -107,12 +119,26 @@ def read_table(
     frame = read_frame(file)
     time_name = find_time_column(frame, file, time_column)
     stamps = None if time_name is None else _stamps(frame[time_name], file, time_name)
-    names = _columns(frame, file, time_name, columns)
+    names = _columns(frame, file, time_name, columns, known)
+    values = _matrix(frame, file, names)
+    if not known:
+        filled = _fill(values, names, file, missing)
+        return SeriesTable(values, names, stamps, file, filled, holes=int((~np.isfinite(values)).sum()))
+    beside = _matrix(frame, file, list(known))
+    seen: NDArray[np.bool_] = np.asarray(np.isfinite(values).any(axis=1))
+    stop = len(seen) - int(np.argmax(seen[::-1])) if seen.any() else 0
+    values = values[:stop].copy()
+    filled = _fill(values, names, file, missing)
+    _fill(beside, list(known), file, "error" if missing == "mask" else missing)
+    holes = int((~np.isfinite(values)).sum())
+    return SeriesTable(values, names, stamps, file, filled, beside, holes)
+
+
+def _matrix(frame: pd.DataFrame, file: Path, names: Sequence[str]) -> NDArray[np.float32]:
     values = np.empty((len(frame), len(names)), dtype=np.float32)
     for place, name in enumerate(names):
         values[:, place] = _numbers(frame[name], file, name)
-    filled = _fill(values, names, file, missing)
-    return SeriesTable(values, names, stamps, file, filled)
+    return values
 
 
 def find_time_column(frame: pd.DataFrame, file: Path, wanted: str | None) -> str | None:
@@ -126,8 +152,15 @@ def find_time_column(frame: pd.DataFrame, file: Path, wanted: str | None) -> str
     return next((name for name in frame.columns if name.strip().lower() in TIME_NAMES), None)
 
 
-def _columns(frame: pd.DataFrame, file: Path, time_name: str | None, wanted: Sequence[str] | None) -> list[str]:
-    found = [name for name in frame.columns if name != time_name]
+def _columns(
+    frame: pd.DataFrame, file: Path, time_name: str | None, wanted: Sequence[str] | None, known: Sequence[str] = ()
+) -> list[str]:
+    every = [name for name in frame.columns if name != time_name]
+    for name in known:
+        if name not in every or name in (wanted or ()):
+            what = "is also in data.columns" if name in every else f"is not there{nearest(name, every)}"
+            raise UserError(f"{file}: data.known: {name!r} {what}; the columns are {_list(every)}")
+    found = [name for name in every if name not in known]
     if wanted is None:
         if not found:
             raise UserError(f"{file}: no columns besides the time column {time_name!r}")
@@ -223,29 +256,24 @@ def _fill(values: NDArray[np.float32], names: list[str], file: Path, missing: st
     if not holes.any():
         return 0
     counts = holes.sum(axis=0)
-    rows = np.arange(len(values))
+    if missing == "mask":
+        values[holes] = np.nan
+        return 0
     for column in np.flatnonzero(counts).tolist():
         name, bad = names[column], holes[:, column]
         first = int(np.argmax(bad))
         if missing == "error":
             raise UserError(
                 f"{file}: column {name!r} has {counts[column]} hole(s) (empty, NaN or infinite), the first in "
-                f"{place(file, first)}; fill them, or set data.missing=ffill (or interpolate, zero)"
+                f"{place(file, first)}; fill them, or set data.missing=ffill (or interpolate, zero, mask)"
             )
         if bad.all():
             raise UserError(f"{file}: column {name!r} holds no number at all: leave it out with data.columns=[...]")
-        good = rows[~bad]
-        if missing == "zero":
-            values[bad, column] = 0
-        elif missing == "interpolate":
-            values[bad, column] = np.interp(rows[bad], good, values[good, column])
-        elif first == 0:
+        if not fill_column(values[:, column], bad, missing):
             raise UserError(
                 f"{file}: column {name!r} begins with a hole, so data.missing=ffill has nothing to repeat; use "
                 "data.missing=interpolate or zero"
             )
-        else:
-            values[bad, column] = values[good[np.searchsorted(good, rows[bad]) - 1], column]
     _log.warning(
         "%s: filled %d hole(s) in %d column(s) (data.missing=%s)", file, counts.sum(), (counts > 0).sum(), missing
     )

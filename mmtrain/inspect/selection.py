@@ -67,11 +67,11 @@ def window_selection(
     batch = task.test.fetch(last, None)
     extra = {key: batch[key] for key in ("mask", "static", "known") if key in batch}
     maps = step_maps(trained.model, lambda: trained.model(batch["past"], **extra))
-    table, first = task.series.table, int(task.test.rows(last)[0])
-    rows = np.arange(first - model.lookback, first)
-    time = rows if table.stamps is None else table.stamps[rows]
-    past = task.series.scaler.inverse(batch["past"][0].numpy())
-    return WindowSelection(maps, list(table.columns), past, time, _starts(model))
+    data, source = task.series, task.test
+    stamps = data.stamps_of(source, int(last[0]))
+    time = (data.rows_of(source, int(last[0])) if stamps is None else stamps)[: model.lookback]
+    past = data.scaler_of(source, int(last[0])).inverse(batch["past"][0].numpy())
+    return WindowSelection(maps, data.columns, past, time, _starts(model))
 
 
 def _starts(model: TSM2Config) -> NDArray[np.int64]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,26 +80,20 @@ def _shards(config: RunConfig, data: object, samples: int | None, decoded: int) 
 
 
 def _series(config: RunConfig, data: SeriesDataConfig, samples: int | None) -> Dataset:
-    from mmtrain.data.series import load_series
+    from mmtrain.data.sources import open_data
 
     model = config.model
     assert isinstance(model, TSM2Config)
     variates = len(data.columns) if data.columns else _VARIATES
     try:
-        series = load_series(
-            data.path,
-            lookback=model.lookback,
-            horizon=model.horizon,
-            split=data.ratios if data.split == "ratio" else data.split,
-            columns=data.columns,
-            time_column=data.time_column,
-            missing=data.missing,
-            data_root=data.root or os.environ.get("MMTRAIN_DATA") or "data",
-        )
-        variates = len(series.table.columns)
-        given = _given(samples, len(series.train), f"windows of {series.table.path}")
+        series = open_data(data, model)
+        variates = len(series.columns)
+        given = _given(samples, len(series.train), f"windows of {series.path}")
     except UserError:
-        why = f"unknown, since the table {data.path} cannot be read: give --samples"
+        what = "table" if data.kind == "series" else data.kind
+        why = f"unknown, since the {what} {data.path} cannot be read: give --samples"
         given = _given(samples, None, why)
-    window = 4 * (model.lookback + model.horizon) * variates
-    return Dataset(*given, window, window, f"a window of {variates} series in memory", variates)
+    steps = (model.future_length or model.lookback + model.horizon) * model.future_features
+    window = 4 * variates * (model.lookback + model.horizon + steps + model.static_features)
+    where = "in memory" if data.kind == "series" else "in memory-mapped files"
+    return Dataset(*given, window, window, f"a window of {variates} series {where}", variates)

@@ -1,8 +1,7 @@
-"""Multivariate forecasting: MSE and MAE on standardised values, every window counted."""
+"""Forecasting of tables and panels: MSE and MAE on standardised values, every window counted, holes left out."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtrain.config import ForecastingConfig, RunConfig, SeriesDataConfig, TSM2Config
-from mmtrain.data.series import load_series
+from mmtrain.data.sources import check_inputs, open_data
 from mmtrain.errors import UserError
 from mmtrain.models.tsm2 import Forecasts
 from mmtrain.tasks.base import Batch, StepKey, Task
@@ -31,28 +30,24 @@ class Forecasting(Task):
         if not isinstance(model, TSM2Config):
             raise UserError(f"task.kind is 'forecasting', but model '{model.name}' makes no forecasts: use model=tsm2")
         if not isinstance(data, SeriesDataConfig):
-            raise UserError(f"task.kind is 'forecasting', but data.kind is '{data.kind}': use data=series")
+            raise UserError(f"task.kind is 'forecasting', but data.kind is '{data.kind}': use data=series (or panel)")
         self.options = cast(ForecastingConfig, config.task)
         self.lookback, self.horizon = model.lookback, model.horizon
-        self.series = load_series(
-            data.path,
-            lookback=model.lookback,
-            horizon=model.horizon,
-            split=data.ratios if data.split == "ratio" else data.split,
-            columns=data.columns,
-            time_column=data.time_column,
-            missing=data.missing,
-            data_root=data.root or os.environ.get("MMTRAIN_DATA") or "data",
-        )
-        self.variates = len(self.series.table.columns)
+        self.series = open_data(data, model)
+        check_inputs(self.series, model, data.path)
+        self.variates = len(self.series.columns)
         self.train, self.val, self.test = self.series.train, self.series.val, self.series.test
 
     def loss(self, model: nn.Module, batch: Batch, key: StepKey) -> Tensor:
         distance = F.mse_loss if self.options.loss == "mse" else F.l1_loss
-        made: Forecasts = model(batch["past"], full=True)
-        loss = distance(made.point.float(), batch["future"])
+        made: Forecasts = model(batch["past"], **model_inputs(batch), full=True)
+        seen = batch.get("future_mask")
+        if seen is None:
+            loss = distance(made.point.float(), batch["future"])
+        else:
+            loss = _mean(distance(made.point.float(), batch["future"], reduction="none"), seen)
         for spread in self._spread(made, batch["future"]).values():
-            loss = loss + self.options.spread_weight * spread.mean()
+            loss = loss + self.options.spread_weight * (spread.mean() if seen is None else _mean(spread, seen))
         return loss
 
     def _spread(self, made: Forecasts, future: Tensor) -> dict[str, Tensor]:
@@ -66,28 +61,40 @@ class Forecasting(Task):
         return {}
 
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        made: Forecasts = model(batch["past"], full=True)
+        """Sums of the mean over each window; with a mask ``observed`` is the sum of the shares of observed targets."""
+        made: Forecasts = model(batch["past"], **model_inputs(batch), full=True)
         error = (made.point.float() - batch["future"]).double().flatten(1)
         spread = self._spread(made, batch["future"])
+        seen = batch["future_mask"].flatten(1) if "future_mask" in batch else None
+
+        def summed(values: Tensor) -> Tensor:
+            return (values if seen is None else values.masked_fill(~seen, 0)).mean(1).sum()
+
         return {
             "count": torch.tensor(len(error), dtype=torch.float64),
-            "squared": error.square().mean(1).sum(),
-            "absolute": error.abs().mean(1).sum(),
-            **{name: values.double().flatten(1).mean(1).sum() for name, values in spread.items()},
+            "squared": summed(error.square()),
+            "absolute": summed(error.abs()),
+            **{name: summed(values.double().flatten(1)) for name, values in spread.items()},
+            **({} if seen is None else {"observed": seen.double().mean(1).sum()}),
         }
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """Means over all observed targets of all windows; ``observed``: their share, where there may be holes."""
         count = sums["count"]
-        mse = sums["squared"] / count
-        spread: dict[str, float] = {name: sums[name] / count for name in ("pinball", "nll") if name in sums}
-        return {"loss": mse, "mse": mse, "mae": sums["absolute"] / count, **spread, "samples": count}
+        held = sums.get("observed", count)
+        if not held:
+            raise UserError(f"{self.config.data.path}: a split without one observed target cannot be evaluated")  # type: ignore[attr-defined]
+        mse = sums["squared"] / held
+        spread: dict[str, float] = {name: sums[name] / held for name in ("pinball", "nll") if name in sums}
+        share = {"observed": held / count} if "observed" in sums else {}
+        return {"loss": mse, "mse": mse, "mae": sums["absolute"] / held, **spread, "samples": count, **share}
 
     def assets(self) -> dict[str, Any]:
         return {
-            "columns": list(self.series.table.columns),
-            "scaler": self.series.scaler.to_dict(),
+            "columns": self.series.columns,
             "lookback": self.lookback,
             "horizon": self.horizon,
+            **self.series.assets(),
         }
 
     @torch.no_grad()
@@ -96,14 +103,37 @@ class Forecasting(Task):
         from mmtrain.plots import draw_forecast
 
         source = self.series.test
-        last = np.array([len(source) - 1])
-        batch = source.fetch(last, None)
-        device = next(model.parameters()).device
-        forecast = model(batch["past"].to(device)).float().cpu()
-        scaler, table = self.series.scaler, self.series.table
-        past, future, made = (scaler.inverse(x[0].numpy()) for x in (batch["past"], batch["future"], forecast))
-        first = int(source.rows(last)[0])
-        stamps = None if table.stamps is None else table.stamps[first - len(past) : first + len(future)]
+        index = len(source) - 1
+        batch = source.fetch(np.array([index]), None)
+        batch = {name: tensor.to(next(model.parameters()).device) for name, tensor in batch.items()}
+        forecast = model(batch["past"], **model_inputs(batch)).float()
+        scaler = self.series.scaler_of(source, index)  # type: ignore[arg-type]
+        shown = _with_holes(batch)
+        past, future, made = (scaler.inverse(x[0].cpu().numpy()) for x in (*shown, forecast))
+        stamps = self.series.stamps_of(source, index)  # type: ignore[arg-type]
         path = folder / "forecast.png"
-        draw_forecast(path, list(table.columns), past, made, truth=future, stamps=stamps)
+        names = self.series.labels_of(source, index)  # type: ignore[arg-type]
+        draw_forecast(path, names, past, made, truth=future, stamps=stamps)
         return [path]
+
+
+def model_inputs(batch: Batch) -> dict[str, Tensor]:
+    """What the model takes beside the past, as far as the batch has it."""
+    return {name: batch[name] for name in ("mask", "static", "known") if name in batch}
+
+
+def _mean(values: Tensor, seen: Tensor) -> Tensor:
+    """The mean over samples of the mean over what was ``seen`` (both (B, H, M)); a sample without any counts as 0.
+
+    Not the mean over all that was seen: that would weigh samples by the micro-batch that they came in.
+    """
+    held = seen.flatten(1).sum(1).clamp(min=1)
+    return (values.masked_fill(~seen, 0).flatten(1).sum(1) / held).mean()
+
+
+def _with_holes(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Past and future with NaN where nothing was observed."""
+    nothing = float("nan")
+    pairs = (("past", "mask"), ("future", "future_mask"))
+    past, future = (batch[x].masked_fill(~batch[m], nothing) if m in batch else batch[x] for x, m in pairs)
+    return past, future

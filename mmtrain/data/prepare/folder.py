@@ -17,12 +17,15 @@ _log = logging.getLogger("mmtrain")
 
 
 @contextmanager
-def complete_or_absent(out: Path, *, force: bool, recipe: str, keep: bool = False) -> Iterator[Path]:
+def complete_or_absent(
+    out: Path, *, force: bool, recipe: str = "whole", keep: bool = False, resume: bool = True
+) -> Iterator[Path]:
     """A sibling of ``out`` to write into, renamed to ``out`` at the end.
 
     ``force`` replaces what is there, at the very end. ``recipe`` names the sibling: a process that is killed or
     interrupted leaves it behind, and the next one with the same recipe gets it back with all that is in it; those of
-    other recipes are swept away. ``keep``: it stays after an error too. One process at a time writes ``out``.
+    other recipes are swept away. ``keep``: it stays after an error too. ``resume=False``: it is always begun anew. One
+    process at a time writes ``out``.
     """
     out = out.absolute()
     occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
@@ -34,15 +37,15 @@ def complete_or_absent(out: Path, *, force: bool, recipe: str, keep: bool = Fals
         raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
     try:
         with exclusive(out.with_name(f".{out.name}.lock"), wait=False):
-            yield from _filled(out, recipe, keep)
+            yield from _filled(out, recipe, keep, resume)
     except BlockingIOError as error:
         raise UserError(f"{out}: another process is writing it; wait for it, or give another --out") from error
 
 
-def _filled(out: Path, recipe: str, keep: bool) -> Iterator[Path]:
+def _filled(out: Path, recipe: str, keep: bool, resume: bool) -> Iterator[Path]:
     part = out.with_name(f".{out.name}.partial-{recipe}")
     try:
-        _sweep(out, part)
+        _sweep(out, part if resume else None)
         part.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
@@ -81,7 +84,7 @@ def _replace(part: Path, out: Path) -> None:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
-def _sweep(out: Path, mine: Path) -> None:
+def _sweep(out: Path, mine: Path | None) -> None:
     for left in out.parent.glob(f".{out.name}.partial-*"):
         if left != mine:
             _log.warning("%s: left by a preparation with other settings or images, removed", left)

@@ -1,0 +1,132 @@
+"""``mmtrain data describe``: what is in a table or a panel, in figures and as a picture."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmtrain.cli.panels import Dates, Last, Ratios, SplitName, split_rule
+from mmtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from mmtrain.data.borders import SplitRule
+    from mmtrain.data.describe_panel import PanelReport
+
+
+def describe_command(
+    file: Annotated[
+        str, typer.Argument(help="CSV or parquet file, a name like ETTh1 in --root, or a folder: a panel.")
+    ],
+    root: Annotated[Path | None, typer.Option(help="Where names are looked up (default: MMTRAIN_DATA).")] = None,
+    id: Annotated[str | None, typer.Option(help="A panel's id column (default: id, unique_id, series_id...).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the series, with the splits marked, to this PNG.")] = None,
+    split: SplitName = None,
+    ratios: Ratios = None,
+    dates: Dates = None,
+    last: Last = None,
+) -> None:
+    """Columns, time step, holes and repeated stamps of a table; series, lengths and holes of a panel.
+
+    A panel is a folder that `mmtrain data prepare panel` wrote, or files which that command can read: these are
+    prepared into a temporary folder first, so all of it is checked.
+    """
+    rule = split_rule(split, ratios, dates, last)
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise UserError(f"--plot {plot}: the name of the picture must end in .png")
+    path = Path(file).expanduser()
+    if path.is_dir() or id is not None or _has_ids(path):
+        _describe_panel(path, id, plot, rule)
+    else:
+        _describe_table(file, root, plot, rule)
+
+
+def _has_ids(path: Path) -> bool:
+    from mmtrain.data.prepare.arrow import SUFFIXES, schema_of
+    from mmtrain.data.prepare.panel_files import ID_NAMES
+
+    if not path.is_file() or path.suffix.lower() not in SUFFIXES or not path.stat().st_size:
+        return False
+    return any(name.strip().lower() in ID_NAMES for name in schema_of(path).names)
+
+
+def _describe_table(file: str, root: Path | None, plot: Path | None, rule: SplitRule | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mmtrain.data.describe import describe_table
+
+    report = describe_table(file, root)
+    console = Console()
+    console.print(f"{report.path}: {report.rows} rows, {len(report.columns)} columns", highlight=False)
+    if report.time_column is None:
+        console.print("no time column", highlight=False)
+    else:
+        console.print(
+            f"{report.time_column}: {report.first} to {report.last}, step {report.step}; {report.duplicates} repeated, "
+            f"{report.irregular} irregular, {report.unreadable} unreadable",
+            highlight=False,
+        )
+    table = Table("column", "holds", "holes", "min", "mean", "max")
+    for column in report.columns:
+        figures = ("" if value is None else f"{value:.6g}" for value in (column.low, column.mean, column.high))
+        table.add_row(column.name, column.kind, str(column.holes), *figures)
+    console.print(table)
+    if plot is not None:
+        from mmtrain.series_plots import draw_table
+
+        _draw(plot, lambda: draw_table(plot, report, rule))
+
+
+def _describe_panel(path: Path, id: str | None, plot: Path | None, rule: SplitRule | None) -> None:
+    from mmtrain.data.borders import SplitRule
+    from mmtrain.data.describe_panel import describe_panel
+    from mmtrain.data.panel import is_panel, open_panel
+    from mmtrain.data.prepare.panel import prepare_panel
+    from mmtrain.series_plots import draw_panel
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = path
+        if not is_panel(path):
+            folder = Path(scratch) / "panel"
+            given = rule or SplitRule("ratio", parts=(0.7, 0.1, 0.2))
+            prepare_panel(path, folder, split=given, id_column=id, duplicates="last")
+        panel = open_panel(folder)
+        report = describe_panel(panel, path)
+        _print_panel(report)
+        if plot is not None:
+            _draw(plot, lambda: draw_panel(plot, panel, report, rule))
+
+
+def _print_panel(report: PanelReport) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False)
+
+    say(f"{report.path}: a panel of {report.series} series, {report.rows} rows, columns {', '.join(report.columns)}")
+    say(f"rows of a series: {report.shortest} to {report.longest}, median {report.median:g}")
+    say(f"{report.first} to {report.last}, step {report.step}" if report.step else "no times")
+    say(f"{report.holes} values missing, in {report.holed} series; {report.constant} series never change")
+    for what, found in (("known in advance", report.known), ("static", report.static)):
+        if found:
+            say(f"{what}: {', '.join(found)}")
+    table = Table("series", "", "rows", "holes", "min", "mean", "max")
+    for one in report.examples:
+        figures = (f"{value:.6g}" for value in (one.low, one.mean, one.high))
+        table.add_row(one.id, one.why, str(one.rows), str(one.holes), *figures)
+    console.print(table)
+
+
+def _draw(plot: Path, draw) -> None:  # type: ignore[no-untyped-def]  # any function without arguments
+    try:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        draw()
+    except OSError as error:
+        raise UserError(f"--plot {plot}: cannot be written ({error.strerror or error})") from None
+    typer.echo(f"drawn: {plot}")

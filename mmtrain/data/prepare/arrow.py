@@ -1,0 +1,99 @@
+"""CSV and parquet as streams of Arrow batches: only what is asked for, only a piece at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmtrain.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SUFFIXES = (".csv", ".parquet")
+_BLOCK = 4 << 20
+
+
+def table_files(root: Path) -> list[Path]:
+    """The CSV and parquet files that ``root`` is, or has directly in it, sorted by name."""
+    if root.is_file() and root.suffix.lower() in SUFFIXES:
+        return [root]
+    found = sorted(f for f in root.iterdir() if _is_table(f)) if root.is_dir() else []
+    if not found:
+        what = "no such file or folder" if not root.exists() else f"no {' or '.join(SUFFIXES)} file"
+        raise UserError(f"--root {root}: {what} (looked for {root.absolute()})")
+    return found
+
+
+def _is_table(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+
+
+def schema_of(file: Path) -> pa.Schema:
+    """Names and types of the columns; those of a CSV as its first block has them."""
+    with _readable(file):
+        if file.suffix.lower() == ".parquet":
+            import pyarrow.parquet as pq
+
+            return pq.read_schema(file)
+        from pyarrow import csv
+
+        with csv.open_csv(file, read_options=csv.ReadOptions(block_size=_BLOCK)) as reader:
+            return reader.schema
+
+
+def batches(
+    file: Path, names: Sequence[str], text: Collection[str] = (), rows: int = 1 << 16
+) -> Iterator[pa.RecordBatch]:
+    """The columns ``names`` of a file in batches of at most ``rows`` rows (of a CSV: of a few MiB).
+
+    In a CSV the columns in ``text`` are read as text and all others as float64. Raises UserError for what they are not.
+    """
+    import pyarrow as pa
+
+    with _readable(file):
+        if file.suffix.lower() == ".parquet":
+            import pyarrow.parquet as pq
+
+            with pq.ParquetFile(file) as parquet:
+                yield from parquet.iter_batches(rows, columns=list(names))
+            return
+        from pyarrow import csv
+
+        types = {name: pa.string() if name in text else pa.float64() for name in names}
+        convert = csv.ConvertOptions(include_columns=list(names), column_types=types)
+        read = csv.ReadOptions(block_size=_BLOCK)
+        with csv.open_csv(file, read_options=read, convert_options=convert) as reader:
+            yield from reader
+
+
+def numbers_of(batch: pa.RecordBatch, names: Sequence[str], file: Path | None = None) -> NDArray[np.float32]:
+    """(rows, len(names)) float32, NaN where there is nothing."""
+    import pyarrow as pa
+
+    made = np.empty((batch.num_rows, len(names)), dtype=np.float32)
+    for place, name in enumerate(names):
+        column = batch.column(name)
+        if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+            try:
+                column = column.cast(pa.float64())
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                raise UserError(f"{file or 'the table'}: column {name!r} is not numeric ({error})") from None
+        with np.errstate(over="ignore"):  # too large for float32: infinite, which counts as a hole
+            made[:, place] = column.to_numpy(zero_copy_only=False)
+    return made
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file}: cannot be read as a table ({str(error).splitlines()[0]})") from error

@@ -1,0 +1,233 @@
+"""Long tables of any size: one pass counts the series and their times, one puts every row into its place on disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmtrain.data.prepare.arrow import batches, numbers_of, schema_of
+from mmtrain.data.prepare.panel_scan import Scan, row_stamps, scan_files, series_numbers
+from mmtrain.data.prepare.panel_writer import Layout, Series
+from mmtrain.data.timeline import Step, Timeline
+from mmtrain.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from mmtrain.data.prepare.panel_files import Columns
+
+Int64s = NDArray[np.int64]
+#: A grid of so many times the rows that are there is taken for a step that was guessed wrongly.
+_MOST_GAPS = 4
+_log = logging.getLogger("mmtrain")
+
+
+def open_long(
+    files: list[Path], columns: Columns, part: Path, step: Step | None, duplicates: str
+) -> tuple[Layout, Iterator[Series]]:
+    """Scan ``files``; the stream of their series sorts their rows into temporary files in ``part`` first."""
+    scan = scan_files(files, columns)
+    timeline = None if columns.time is None else _timeline(files, scan, step)
+    layout = Layout(list(columns.targets or []), columns.known, columns.static, timeline=timeline)
+    return layout, _series(files, columns, part, scan, timeline, duplicates)
+
+
+def _timeline(files: list[Path], scan: Scan, step: Step | None) -> Timeline:
+    usual = step or scan.steps.usual()
+    where = files[0].parent if len(files) > 1 else files[0]
+    if usual is None:
+        raise UserError(f"{where}: no series has two times, so there is no step: give --step, or --time none")
+    if scan.steps.backward:
+        _log.info("%s: %d rows come before earlier ones of their series; they are sorted", where, scan.steps.backward)
+    timeline = Timeline(np.datetime64(int(scan.low.min()), "us"), usual)
+    grid = int((_places(timeline, scan.high) - _places(timeline, scan.low) + 1).sum())
+    if grid > _MOST_GAPS * int(scan.rows.sum()):
+        raise UserError(
+            f"{where}: at a step of {usual} its {int(scan.rows.sum())} rows would be {grid}, most of them holes: give "
+            "the right --step, or --time none to take the rows as they come"
+        )
+    return timeline
+
+
+def _places(timeline: Timeline, microseconds: Int64s) -> Int64s:
+    return timeline.places(microseconds.astype("datetime64[us]"))[0]
+
+
+class _Static:
+    """The value of each static column by number of series; it must never change."""
+
+    def __init__(self, names: list[str], series: int) -> None:
+        self.names = names
+        self.codes: list[dict[Any, int]] = [{} for _ in names]
+        self.of_series = np.full((len(names), series), -1, dtype=np.int64)
+
+    def add(self, batch: pa.RecordBatch, numbers: Int64s, file: Path, ids: list[str]) -> None:
+        for place, name in enumerate(self.names):
+            encoded = batch.column(name).dictionary_encode(null_encoding="encode")
+            known = self.codes[place]
+            values = (None if value != value else value for value in encoded.dictionary.to_pylist())  # NaN is no key
+            local = [known.setdefault(value, len(known)) for value in values]
+            codes = np.array(local, dtype=np.int64)[encoded.indices.to_numpy(zero_copy_only=False)]
+            mine = self.of_series[place]
+            new = mine[numbers] < 0
+            mine[numbers[new]] = codes[new]
+            wrong = mine[numbers] != codes
+            if wrong.any():
+                series = ids[int(numbers[int(np.argmax(wrong))])]
+                raise UserError(
+                    f"{file}: static column {name!r} changes within series {series!r}: leave it out of --static, or "
+                    "name it with --known if it is known in advance"
+                )
+
+
+def _series(
+    files: list[Path], columns: Columns, part: Path, scan: Scan, timeline: Timeline | None, duplicates: str
+) -> Iterator[Series]:
+    first = _places(timeline, scan.low) if timeline else np.zeros_like(scan.rows)
+    length = _places(timeline, scan.high) - first + 1 if timeline else scan.rows
+    offset = np.cumsum(length) - length
+    width = len(columns.targets or []) + len(columns.known)
+    table = _Table(part, int(length.sum()), width)
+    static = _Static(list(columns.static), len(scan.rows))
+    ids = list(scan.numbers)
+    try:
+        repeated = _sort(files, columns, table, scan, static, timeline, first, offset, duplicates)
+        _report(files, scan, timeline, length, repeated)
+        values = {place: list(column) for place, column in enumerate(static.codes)}
+        for number, name in enumerate(ids):
+            rows = table.read(int(offset[number]), int(length[number]))
+            about = tuple(values[place][int(static.of_series[place, number])] for place in values)
+            split = len(columns.targets or [])
+            yield Series(name, rows[:, :split], rows[:, split:], int(first[number]), about)
+    finally:
+        table.remove()
+
+
+def _sort(
+    files: list[Path],
+    columns: Columns,
+    table: _Table,
+    scan: Scan,
+    static: _Static,
+    timeline: Timeline | None,
+    first: Int64s,
+    offset: Int64s,
+    duplicates: str,
+) -> int:
+    """Every row to its place in ``table``; how many came a second time."""
+    ids, cursor, repeated = list(scan.numbers), np.zeros_like(scan.rows), 0
+    data = [*(columns.targets or []), *columns.known]
+    keys = [name for name in (columns.id, columns.time) if name is not None]
+    for file in files:
+        schema = schema_of(file)
+        text = {*keys, *(name for name in columns.static if _is_text(schema.field(name).type))}
+        for batch in batches(file, [*keys, *columns.static, *data], text):
+            numbers = series_numbers(batch, file, columns, scan.numbers)
+            stamps = row_stamps(batch, file, columns)
+            if timeline is None or stamps is None:
+                place = _next_places(numbers, cursor)
+            else:
+                place, on = timeline.places(stamps.astype("datetime64[us]"))
+                if not on.all():
+                    row = int(np.argmin(on))
+                    raise UserError(
+                        f"{file}: series {ids[int(numbers[row])]!r}: {_time(stamps[row])} is not a whole number of "
+                        f"steps of {timeline.step} from {timeline.origin} ({int((~on).sum())} such rows here): correct "
+                        "the times, give --step, or --time none to take the rows as they come"
+                    )
+                place = place - first[numbers]
+            where = offset[numbers] + place
+            twice = table.taken(where)
+            if twice.any() and duplicates == "error":
+                row = int(np.argmax(twice))
+                raise UserError(
+                    f"{file}: series {ids[int(numbers[row])]!r} has {_time(stamps[row]) if stamps is not None else ''} "
+                    f"more than once ({int(twice.sum())} such rows here): remove them, or give --duplicates last"
+                )
+            repeated += int(twice.sum())
+            static.add(batch, numbers, file, ids)
+            table.write(where, numbers_of(batch, data, file))
+    return repeated
+
+
+def _time(microseconds: Any) -> str:
+    return str(np.datetime64(int(microseconds), "us").astype("datetime64[s]"))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind))
+
+
+def _next_places(numbers: Int64s, cursor: Int64s) -> Int64s:
+    """The place of each row in its series, in the order of the rows; ``cursor`` goes on."""
+    order = np.argsort(numbers, kind="stable")
+    who = numbers[order]
+    begins = np.flatnonzero(np.concatenate([[True], who[1:] != who[:-1]])) if len(who) else np.zeros(0, np.int64)
+    counts = np.diff(np.append(begins, len(who)))
+    place = np.empty_like(numbers)
+    place[order] = np.arange(len(who)) - np.repeat(begins, counts) + cursor[who]
+    cursor[who[begins]] += counts
+    return place
+
+
+def _report(files: list[Path], scan: Scan, timeline: Timeline | None, length: Int64s, repeated: int) -> None:
+    where = files[0].parent if len(files) > 1 else files[0]
+    if repeated:
+        _log.warning("%s: %d rows come a second time in their series: the last one counts", where, repeated)
+    gaps = int(length.sum() - scan.rows.sum()) + repeated
+    if timeline is not None and gaps:
+        some = int((length > scan.rows).sum())
+        _log.warning(
+            "%s: %d steps of %s are not there between others, in %d series: they become holes",
+            where,
+            gaps,
+            timeline.step,
+            some,
+        )
+
+
+class _Table:
+    """Rows (n, width) float32 on disk, NaN until they are written; mapped only for as long as it takes."""
+
+    def __init__(self, folder: Path, rows: int, width: int) -> None:
+        self.data, self.mark, self.shape = folder / "rows.tmp", folder / "taken.tmp", (rows, width)
+        with open(self.data, "wb") as stream:
+            empty = np.full(((1 << 18) // max(width, 1) + 1, width), np.nan, np.float32)
+            for begin in range(0, rows, len(empty)):
+                empty[: rows - begin].tofile(stream)
+        with open(self.mark, "wb") as stream:
+            stream.truncate(max(rows, 1))
+
+    def taken(self, where: Int64s) -> NDArray[np.bool_]:
+        """Which rows were written before, or come twice in ``where``; then all of them are."""
+        mark = np.memmap(self.mark, dtype=np.bool_, mode="r+")
+        again = mark[where].copy()
+        _, first = np.unique(where, return_index=True)
+        later = np.ones(len(where), dtype=bool)
+        later[first] = False
+        mark[where] = True
+        return again | later
+
+    def write(self, where: Int64s, rows: NDArray[np.float32]) -> None:
+        """Of rows for one place the last stays."""
+        if not len(where):
+            return
+        table = np.memmap(self.data, dtype=np.float32, mode="r+", shape=self.shape)
+        last = len(where) - 1 - np.unique(where[::-1], return_index=True)[1]
+        table[where[last]] = rows[last]
+
+    def read(self, begin: int, count: int) -> NDArray[np.float32]:
+        width = self.shape[1]
+        found = np.fromfile(self.data, dtype=np.float32, count=count * width, offset=4 * begin * width)
+        return found.reshape(count, width)
+
+    def remove(self) -> None:
+        self.data.unlink(missing_ok=True)
+        self.mark.unlink(missing_ok=True)

@@ -1,0 +1,265 @@
+"""Writing a prepared panel: series come one after the other and go to shards; never more than a shard is in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmtrain.data.borders import SplitRule
+from mmtrain.data.holes import FILLS, fill_column
+from mmtrain.data.panel import FORMAT, KIND, Panel, open_panel
+from mmtrain.data.panel_scalers import fit_scalers
+from mmtrain.data.timeline import Timeline
+from mmtrain.errors import UserError, nearest
+
+Floats = NDArray[np.float32]
+MISSING = ("keep", *FILLS)
+
+
+class Series(NamedTuple):
+    """One series as its source gives it: ``values`` (T, C) and ``known`` (T, K), NaN where there is nothing.
+
+    ``first``: the place of row 0 on the timeline. ``static``: a text or a number for each static column.
+    """
+
+    id: str
+    values: Floats
+    known: Floats
+    first: int = 0
+    static: tuple[Any, ...] = ()
+    group: int = 0
+
+
+@dataclass
+class Counts:
+    """What was found on the way."""
+
+    series: int = 0
+    rows: int = 0
+    ahead: int = 0  # rows behind the last target in which only the known columns hold anything
+    holes: int = 0  # values missing, and left so
+    filled: int = 0
+    known_filled: int = 0
+    empty: int = 0  # series without a single value, left out
+    shortest: int = 0
+    longest: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns of a panel, and what its series share. ``shared`` (G, T, K2)."""
+
+    columns: Sequence[str]
+    known: Sequence[str] = ()
+    static: Sequence[str] = ()
+    shared_columns: Sequence[str] = ()
+    shared: Floats = field(default_factory=lambda: np.empty((1, 0, 0), np.float32))
+    timeline: Timeline | None = None
+
+
+class PanelWriter:
+    """Collects series into ``folder``; :meth:`finish` writes the rest and the scalers, and opens it.
+
+    ``missing``: keep holes (for data.missing=mask), or fill them. Rows before a series' first value and behind its last
+    are cut off, but for those behind in which all known columns are given. Holes in known columns are filled with the
+    last value before, at the beginning with the first after.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, *, missing: str = "keep", shard_bytes: int = 64 << 20) -> None:
+        if missing not in MISSING:
+            raise UserError(f"--missing {missing}: one of {', '.join(MISSING)}{nearest(missing, MISSING)}")
+        self.folder, self.layout, self.missing = folder, layout, missing
+        width = 4 * (len(layout.columns) + len(layout.known))
+        self.shard_rows = max(1, shard_bytes // width)
+        self.counts = Counts()
+        self._ids: list[str] = []
+        self._numbers: dict[str, list[int]] = {name: [] for name in ("lengths", "rows", "first", "groups", "shards")}
+        self._static: list[list[Any]] = [[] for _ in layout.static]
+        self._shard: list[tuple[Floats, Floats]] = []
+        self._held = 0
+
+    def add(self, series: Series) -> None:
+        """Take a series; its arrays are copied."""
+        seen: NDArray[np.bool_] = np.asarray(np.isfinite(series.values).any(axis=1))
+        if not seen.any():
+            self.counts.empty += 1
+            return
+        begin, end = int(np.argmax(seen)), len(seen) - int(np.argmax(seen[::-1]))
+        stop = end + self._ahead(series.known[end:])
+        values, known = series.values[begin:stop].copy(), series.known[begin:stop].copy()
+        self._fill(series.id, values[: end - begin], known)
+        values[end - begin :] = np.nan
+        self._ids.append(series.id)
+        for name, number in (
+            ("lengths", end - begin),
+            ("rows", stop - begin),
+            ("first", series.first + begin),
+            ("groups", series.group),
+        ):
+            self._numbers[name].append(number)
+        for kept, value in zip(self._static, series.static, strict=True):
+            kept.append(value)
+        self.counts.series += 1
+        self.counts.rows += end - begin
+        self.counts.ahead += stop - end
+        if self._held and self._held + len(values) > self.shard_rows:
+            self._flush()
+        self._shard.append((values, known))
+        self._held += len(values)
+
+    @staticmethod
+    def _ahead(known: Floats) -> int:
+        """How many rows from the first on have all known columns."""
+        if not known.shape[1]:
+            return 0
+        given: NDArray[np.bool_] = np.asarray(np.isfinite(known).all(axis=1))
+        return len(given) if given.all() else int(np.argmin(given))
+
+    def _fill(self, name: str, values: Floats, known: Floats) -> None:
+        bad = ~np.isfinite(values)
+        if bad.any():
+            values[bad] = np.nan
+            count = int(bad.sum())
+            if self.missing == "keep":
+                self.counts.holes += count
+            else:
+                self.counts.filled += count
+                self._fill_columns(name, values, bad)
+        bad = ~np.isfinite(known)
+        for place in np.flatnonzero(bad.any(axis=0)).tolist():
+            column = bad[:, place]
+            if column.all():
+                raise UserError(
+                    f"series {name!r}: the known column {self.layout.known[place]!r} holds nothing at all: leave the "
+                    "column out of --known, or the series out of the data"
+                )
+            before = int(np.argmin(column))
+            known[:before, place] = known[before, place]
+            column[:before] = False
+            fill_column(known[:, place], column, "ffill")
+        self.counts.known_filled += int(bad.sum()) if bad.any() else 0
+
+    def _fill_columns(self, name: str, values: Floats, bad: NDArray[np.bool_]) -> None:
+        for place in np.flatnonzero(bad.any(axis=0)).tolist():
+            if not fill_column(values[:, place], bad[:, place], self.missing):
+                raise UserError(
+                    f"series {name!r}: column {self.layout.columns[place]!r} begins with a hole, so --missing "
+                    f"{self.missing} has nothing to fill it with; use --missing zero, or keep with data.missing=mask"
+                )
+
+    def _flush(self) -> None:
+        number = len(self._numbers["shards"])
+        for name, place in (("values", 0), ("known", 1)):
+            width = len(self.layout.known if place else self.layout.columns)
+            if width:
+                whole = np.concatenate([arrays[place] for arrays in self._shard])
+                _save(self.folder / f"{name}-{number:05d}.npy", whole)
+        self._numbers["shards"].append(len(self._shard))
+        self._shard, self._held = [], 0
+
+    def finish(self, split: SplitRule, made_of: Mapping[str, Any]) -> dict[str, Any]:
+        """Write what is left; the content of meta.json, in which ``made_of`` says what the panel was made of.
+
+        Raises:
+            UserError: no series, an id that comes twice, a split that does not fit.
+        """
+        if not self._ids:
+            raise UserError(f"{made_of.get('source')}: no series with a single value in it")
+        if self._shard:
+            self._flush()
+        ids = np.array(self._ids, dtype=np.str_)
+        known, counts = np.unique(ids, return_counts=True)
+        if len(known) < len(ids):
+            twice = known[int(np.argmax(counts))]
+            raise UserError(
+                f"{made_of.get('source')}: {len(ids) - len(known)} ids come more than once, such as {twice}"
+            )
+        lengths = self._numbers["lengths"]
+        self.counts.shortest, self.counts.longest = min(lengths), max(lengths)
+        _save(self.folder / "ids.npy", ids)
+        for name, numbers in self._numbers.items():
+            _save(self.folder / f"{name}.npy", np.array(numbers, dtype=np.int64))
+        shared = self.layout.shared.astype(np.float32)
+        self._check_shared(shared)
+        _save(self.folder / "shared.npy", shared)
+        meta = self._meta(split, made_of, self._write_static())
+        self._write_meta(meta)
+        self._write_scalers(open_panel(self.folder), split)
+        return meta
+
+    def _check_shared(self, shared: Floats) -> None:
+        needed = max(f + n for f, n in zip(self._numbers["first"], self._numbers["rows"], strict=True))
+        if shared.shape[2] and shared.shape[1] < needed:
+            raise UserError(
+                f"--calendar: it has {shared.shape[1]} steps from the first of the data on, and the series go on for "
+                f"{needed}: give a longer one"
+            )
+
+    def _write_static(self) -> dict[str, list[str]]:
+        """The categories of the text columns; each column is written as codes or numbers."""
+        categories: dict[str, list[str]] = {}
+        for number, (name, kept) in enumerate(zip(self.layout.static, self._static, strict=True)):
+            array: NDArray[Any]
+            if any(isinstance(value, str) for value in kept):
+                found, codes = np.unique([str(value) for value in kept], return_inverse=True)
+                categories[name], array = found.tolist(), codes.astype(np.int32)
+            else:
+                array = np.array([np.nan if value is None else value for value in kept], dtype=np.float32)
+            _save(self.folder / f"static-{number:03d}.npy", array)
+        return categories
+
+    def _meta(self, split: SplitRule, made_of: Mapping[str, Any], categories: dict[str, list[str]]) -> dict[str, Any]:
+        line = self.layout.timeline
+        time = line and {"origin": str(line.origin), "count": line.step.count, "months": line.step.months}
+        return {
+            "kind": KIND,
+            "format": FORMAT,
+            "columns": list(self.layout.columns),
+            "known": list(self.layout.known),
+            "shared": list(self.layout.shared_columns),
+            "static": list(self.layout.static),
+            "categories": categories,
+            "timeline": time,
+            "shards": len(self._numbers["shards"]),
+            "holes": self.counts.holes,
+            "split": split.to_json(),
+            "counts": self.counts.to_json(),
+            **made_of,
+        }
+
+    def _write_meta(self, meta: dict[str, Any]) -> None:
+        with open(self.folder / "meta.json", "w", encoding="utf-8") as stream:
+            json.dump(meta, stream, indent=1)
+            stream.write("\n")
+            os.fsync(stream.fileno())
+
+    def _write_scalers(self, panel: Panel, split: SplitRule) -> None:
+        borders = split.cut_panel(panel.lengths, panel.first, panel.timeline)
+        if not borders[:, 0].any():
+            raise UserError(f"--split: {split} leaves no rows to train on in any series")
+        scalers = fit_scalers(panel, borders[:, 0])
+        for name, array in (
+            ("scaler-mean", scalers.mean),
+            ("scaler-std", scalers.std),
+            ("known-mean", scalers.known.mean),
+            ("known-std", scalers.known.std),
+        ):
+            _save(self.folder / f"{name}.npy", array)
+
+
+def _save(file: Path, array: NDArray[Any]) -> None:
+    """Write, make durable, and let the system forget the pages: a panel may be larger than memory."""
+    with open(file, "wb") as stream:
+        np.save(stream, array, allow_pickle=False)
+        stream.flush()
+        os.fsync(stream.fileno())

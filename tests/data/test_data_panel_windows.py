@@ -1,0 +1,258 @@
+"""Windows of panels: against plain slicing, and through the data clock for any world, stop and batch."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmtrain.data import panel_windows
+from mmtrain.data.borders import SplitRule
+from mmtrain.data.loader import eval_batches, train_batches
+from mmtrain.data.panel import open_panel
+from mmtrain.data.panel_data import PanelData
+from mmtrain.data.panel_windows import PanelWindows
+from mmtrain.data.series import SeriesWindows
+from mmtrain.data.source import Source
+from mmtrain.errors import UserError
+from tests.data.panels import opened, prepared
+
+WORLDS = (1, 2, 3, 4, 8)
+lengths = st.lists(st.integers(1, 40), min_size=1, max_size=6).map(lambda found: [*found, 24])
+KEYS: dict[str, Any] = {"known": ["price"], "static": ["kind", "size"], "calendar": True}
+
+
+def panel(folder: Path, lengths: list[int], shard_rows: int = 1 << 20, **keys: Any) -> PanelData:
+    """Opened, in shards of about so many rows."""
+    from unittest import mock
+
+    from mmtrain.data.prepare.panel_writer import PanelWriter
+
+    sound = PanelWriter.__init__
+
+    def small(self: PanelWriter, *args: Any, **options: Any) -> None:
+        sound(self, *args, **{**options, "shard_bytes": 8 * shard_rows})
+
+    with mock.patch.object(PanelWriter, "__init__", small):
+        prepared(folder, lengths)
+    return opened(folder / "panel", **{**KEYS, **keys})
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths, st.integers(1, 7), st.integers(1, 4), st.integers(1, 3), st.integers(1, 60))
+def test_windows_are_plain_slices(
+    lengths: list[int], lookback: int, horizon: int, stride: int, shard_rows: int
+) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        # 24 rows are enough for every look-back and horizon drawn, so that there are windows in every split
+        data = panel(Path(name), lengths, shard_rows, lookback=lookback, horizon=horizon, stride=stride)
+        raw = data.panel
+        begins = {"train": [0] * len(lengths), "val": [max(n - 8, 0) for n in lengths]}
+        ends = {"train": [max(n - 8, 0) for n in lengths], "val": [max(n - 4, 0) for n in lengths]}
+        begins["test"], ends["test"] = ends["val"], lengths
+        for split, source in (("train", data.train), ("val", data.val), ("test", data.test)):
+            step = stride if split == "train" else 1
+            expected = [
+                (number, target)
+                for number in range(len(lengths))
+                for target in range(max(begins[split][number], lookback), ends[split][number] - horizon + 1, step)
+            ]
+            assert isinstance(source, Source)
+            assert (len(source), sum(source.block_sizes)) == (len(expected), len(expected))
+            order = np.random.default_rng(1).permutation(len(expected))
+            batch = source.fetch(order, None)
+            assert batch["known"].shape == (len(order), lookback + horizon, 1, 5)
+            assert batch["static"].shape == (len(order), 1, 3)
+            for place, index in enumerate(order.tolist()):
+                number, target = expected[index]
+                assert raw.ids[number] == f"s{number}"
+                scaler = data.scaler_of(source, index)
+                both = np.concatenate([batch["past"][place].numpy(), batch["future"][place].numpy()])
+                rows = np.arange(target - lookback, target + horizon)
+                assert scaler.inverse(both)[:, 0] == pytest.approx(1000.0 * number + rows, abs=2e-3)
+                price = batch["known"][place, :, 0, 4].numpy() * data.inputs.std[0] + data.inputs.mean[0]
+                assert price == pytest.approx(rows + number, abs=1e-3)
+                stamps = data.stamps_of(source, index)
+                assert stamps is not None
+                weekday = (stamps.astype("datetime64[D]").astype(int) + 3) % 7
+                assert batch["known"][place, :, 0, 0].numpy() == pytest.approx(weekday / 6 - 0.5, abs=1e-6)
+                assert batch["static"][place, 0, :2].tolist() == [1.0 - number % 2, float(number % 2)]
+
+
+def test_the_scaler_is_of_the_series_own_training_rows(tmp_path: Path) -> None:
+    data = panel(tmp_path, [30, 12, 9], 10)
+    for number, length in enumerate([30, 12, 9]):
+        rows = 1000.0 * number + np.arange(length - 8)
+        deviation = rows.std() if length > 9 else 1.0
+        assert data.inputs.scalers.mean[number, 0] == pytest.approx(rows.mean(), rel=1e-6)
+        assert data.inputs.scalers.std[number, 0] == pytest.approx(deviation, rel=1e-5)
+    prices = np.concatenate([np.arange(length - 8) + number for number, length in enumerate([30, 12, 9])])
+    assert data.inputs.mean[0] == pytest.approx(prices.mean())
+    assert data.inputs.std[0] == pytest.approx(prices.std())
+
+
+def test_series_too_short_are_left_out_and_counted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = panel(tmp_path, [30, 9, 17, 16])
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'panel'}: of 4 series, those too short for one window of look-back 6 + horizon 3 are left out: "
+        "2 from train, 1 from val"
+    ]
+    assert data.train.spans.counts.tolist() == [22 - 8, 0, 1, 0]
+    with pytest.raises(
+        UserError, match=r"train split \(data.split=last .*look-back 60 \+ horizon 3; the longest has 30"
+    ):
+        opened(tmp_path / "panel", lookback=60)
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> PanelData:
+    """Series of 5 to 61 rows in several shards and blocks."""
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(panel_windows, "BLOCK", 20)
+    yield panel(tmp_path_factory.mktemp("uneven"), [61, 5, 33, 17, 48, 20, 19, 40], 64)
+    monkeypatch.undo()
+
+
+def table() -> SeriesWindows:
+    return SeriesWindows(np.random.default_rng(0).normal(size=(90, 3)).astype(np.float32), 3, 88, 6, 3)
+
+
+def sources(uneven: PanelData) -> list[PanelWindows | SeriesWindows]:
+    return [uneven.train, table()]
+
+
+def test_there_are_several_blocks_and_shards(uneven: PanelData) -> None:
+    assert len(uneven.train.block_sizes) > 2
+    assert len(uneven.panel.values) > 2
+    assert sum(uneven.train.block_sizes) == len(uneven.train)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 3), st.lists(st.tuples(st.sampled_from(WORLDS), st.integers(1, 4)), max_size=5), st.integers(1, 9)
+)
+def test_an_epoch_is_every_window_once_wherever_it_stops(
+    uneven: PanelData, each: int, legs: list[tuple[int, int]], window: int
+) -> None:
+    size = 24 * each  # every world divides it
+    for source in sources(uneven):
+        seen: list[int] = []
+        consumed = 0
+        for world, steps in [*legs, (1, 10**6)]:
+            steps = min(steps, -(-(len(source) - consumed) // size))
+            parts: list[tuple[int, int]] = []
+            for rank in range(world):
+                stream = train_batches(
+                    source, seed=3, batch_size=size, start=consumed, steps=steps, rank=rank, world=world, window=window
+                )
+                for batch in stream:
+                    parts += zip(batch["position"].tolist(), batch["index"].tolist(), strict=True)
+            seen += [index for _, index in sorted(parts)]
+            consumed += steps * size
+            if consumed >= len(source):
+                break
+        assert Counter(seen[: len(source)]) == Counter(range(len(source)))
+
+
+def test_the_global_batch_is_the_same_for_every_world(uneven: PanelData) -> None:
+    for source in sources(uneven):
+        made = []
+        for world in WORLDS:
+            steps: list[list[Any]] = [[] for _ in range(6)]
+            for rank in range(world):
+                stream = train_batches(source, seed=1, batch_size=24, start=48, steps=6, rank=rank, world=world)
+                for step, batch in enumerate(stream):
+                    rows = zip(batch["position"].tolist(), batch["past"], batch["future"], strict=True)
+                    steps[step] += [
+                        (position, past.numpy().tobytes(), f.numpy().tobytes()) for position, past, f in rows
+                    ]
+            made.append([sorted(step) for step in steps])
+        assert all(steps == made[0] for steps in made[1:])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(WORLDS), st.integers(1, 30))
+def test_evaluation_is_every_window_once(uneven: PanelData, world: int, size: int) -> None:
+    for source in (uneven.val, uneven.test, table()):
+        seen = [
+            index
+            for rank in range(world)
+            for batch in eval_batches(source, batch_size=size, rank=rank, world=world)
+            for index in batch["index"].tolist()
+        ]
+        assert sorted(seen) == list(range(len(source)))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(uneven: PanelData, workers: int) -> None:
+    def run(workers: int) -> list[dict[str, bytes]]:
+        stream = train_batches(uneven.train, seed=1, batch_size=12, start=6, steps=5, rank=1, world=2, workers=workers)
+        return [{key: value.contiguous().numpy().tobytes() for key, value in batch.items()} for batch in stream]
+
+    assert run(workers) == run(0)
+
+
+def test_what_is_known_can_be_the_horizon_alone(tmp_path: Path) -> None:
+    prepared(tmp_path, [30])
+    whole = opened(tmp_path / "panel", known=["price"]).train.fetch(np.arange(5), None)["known"]
+    short = opened(tmp_path / "panel", known=["price"], steps=3).train.fetch(np.arange(5), None)["known"]
+    assert short.shape == (5, 3, 1, 1)
+    assert (short == whole[:, -3:]).all()
+    with pytest.raises(UserError, match=r"model\.future_length=10: .* = 9 steps"):
+        opened(tmp_path / "panel", steps=10)
+
+
+def test_holes_become_masks(tmp_path: Path) -> None:
+    from tests.data.panels import long_frame, write
+
+    frame = long_frame([30, 24])
+    frame.loc[[3, 4, 20], "y"] = np.nan
+    from mmtrain.data.prepare.panel import prepare_panel
+
+    rule = SplitRule("last", last=(4, 4))
+    file = write(frame[["id", "date", "y"]], tmp_path / "t.csv")
+    done = prepare_panel(file, tmp_path / "p", split=rule)
+    assert done.meta["counts"]["holes"] == open_panel(tmp_path / "p").holes == 3
+    with pytest.raises(UserError, match=r"3 values are missing: set data\.missing=mask, or prepare it again"):
+        opened(tmp_path / "p")
+    data = opened(tmp_path / "p", missing="mask")
+    batch = data.train.fetch(np.arange(len(data.train)), None)
+    assert batch["past"].isfinite().all()
+    assert batch["future"].isfinite().all()
+    for index in range(len(data.train)):
+        number, target = (int(x[0]) for x in data.train.locate(np.array([index])))
+        rows = np.arange(target - 6, target + 3)
+        seen = ~np.isin(rows, [3, 4, 20]) if number == 0 else np.ones(9, bool)
+        assert batch["mask"][index, :, 0].tolist() == seen[:6].tolist()
+        assert batch["future_mask"][index, :, 0].tolist() == seen[6:].tolist()
+    good = np.delete(np.arange(22.0), [3, 4, 20])
+    assert data.inputs.scalers.mean[0, 0] == pytest.approx(good.mean())
+    assert data.inputs.scalers.std[0, 0] == pytest.approx(good.std())
+    filled = prepare_panel(file, tmp_path / "f", split=rule, missing="interpolate")
+    assert filled.meta["counts"]["filled"] == 3
+    assert open_panel(tmp_path / "f").series(0)[:, 0].tolist() == list(range(30))
+    assert "mask" not in opened(tmp_path / "f").train.fetch(np.arange(2), None)
+
+
+def test_other_splits_fit_the_scalers_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import logging
+
+    prepared(tmp_path, [30, 40])
+    with caplog.at_level(logging.INFO, "mmtrain"):
+        opened(tmp_path / "panel")
+        opened(tmp_path / "panel", split="last", last=[4, 4])
+        assert not caplog.records
+        data = opened(tmp_path / "panel", split="date", dates=["2024-01-15", "2024-01-22"])
+    assert "of another split: fitted again for data.split=date" in caplog.text
+    assert data.borders.tolist() == [[14, 21, 30], [13, 20, 40]]  # series 1 begins a day later
+    assert data.inputs.scalers.mean[:, 0].tolist() == [6.5, 1006.0]
+    parts = opened(tmp_path / "panel", split="ratio", ratios=[0.6, 0.2, 0.2], lookback=4)
+    assert parts.borders.tolist() == [[18, 24, 30], [24, 32, 40]]
+    with pytest.raises(UserError, match=r"train split \(data.split=date"):
+        opened(tmp_path / "panel", split="date", dates=["2023-01-15", "2024-01-22"])

@@ -82,16 +82,34 @@ prepare.command("m5")(prepare_m5_command)
 
 @app.command("index")
 def index_command(
-    shards: Annotated[list[str], typer.Argument(help="Shards, folders of shards, or shard-{000000..000009}.tar.")],
+    shards: Annotated[
+        list[str], typer.Argument(help="Shards, folders of shards, shard-{000000..000009}.tar, or addresses of them.")
+    ],
+    window: Annotated[int, typer.Option(help="data.shuffle_window, of which the mixing is shown.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="Write the indexes here too, to be put beside far shards.")] = None,
 ) -> None:
-    """Make the indexes of tar shards afresh, so that no run has to."""
-    from mmtrain.data.shards import find_shards
-    from mmtrain.data.tarindex import index_shards
+    """Make the indexes of tar shards afresh, with checksums, so that no run has to."""
+    import numpy as np
 
-    found = index_shards(find_shards(shards), rebuild=True)
+    from mmtrain.data.cache import default_cache
+    from mmtrain.data.order import Order, mixing_figure
+    from mmtrain.data.shards import find_shards
+    from mmtrain.data.tarindex import index_shards, write_index
+
+    found = index_shards(find_shards(shards), rebuild=True, digest=True, cache=default_cache())
     samples = sum(len(index) for index in found)
-    classes = len({int(label) for index in found for label in index.labels})
+    classes = len(np.unique(np.concatenate([index.labels for index in found])))
+    mixing = mixing_figure(Order([len(index) for index in found], seed=0, window=window))
     typer.echo(f"{len(found)} shard(s), {samples} samples, {classes} classes: all in order")
+    typer.echo(
+        f"shuffled in windows of {window} shard(s), a sample moves {mixing:.2f} of the way that a full shuffle would"
+        " move it (data.shuffle_window)"
+    )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        for index in found:
+            write_index(index, out / (str(index.path).rpartition("/")[2] + ".idx"))
+        typer.echo(f"{out}: {len(found)} index(es)")
 
 
 app.command("describe")(describe_command)

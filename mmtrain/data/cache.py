@@ -174,6 +174,12 @@ class ShardCache:
                     excess -= size
 
 
+def default_cache(folder: str | None = None, gigabytes: float = 200.0) -> ShardCache:
+    """The cache of this user on this node, or that in ``folder``."""
+    where = Path(folder).expanduser() if folder else Path.home() / ".cache/mmtrain/shards"
+    return ShardCache(where, int(gigabytes * 1e9))
+
+
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
     """Alone among the processes and threads of this machine. The kernel lets go when a process dies."""

@@ -150,7 +150,7 @@ class _Maker:
             with open(shard, "rb") as stream:
                 index = replace(index, digest=hashlib.file_digest(stream, "sha256").hexdigest())
         if not index.fault:
-            self.unwritten = _write(index, index_path(shard))
+            self.unwritten = write_index(index, index_path(shard))
         return index
 
     def _far(self) -> ShardIndex:
@@ -172,7 +172,7 @@ class _Maker:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         index = replace(_walk(local, self.skip), path=address, bytes=local.stat().st_size, digest=digest)
         if not index.fault:
-            self.unwritten = _write(index, kept)
+            self.unwritten = write_index(index, kept)
         return index
 
 
@@ -201,8 +201,8 @@ def _read(file: Path, shard: Path | str) -> ShardIndex | None:
         return None  # a damaged index is as good as a stale one
 
 
-def _write(index: ShardIndex, target: Path) -> str:
-    """Why it could not be written; "" if it was."""
+def write_index(index: ShardIndex, target: Path) -> str:
+    """Write ``target``; returns why it could not be written, "" if it was."""
     # Several ranks may index the same shard at once: each writes its own file, the last rename wins.
     part = target.with_name(f"{target.name}.{os.uname().nodename}.{os.getpid()}.part")
     stamp = np.array([_FORMAT, index.bytes, index.changed], dtype=np.int64)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtrain.config import ClassificationConfig, RunConfig, ShardsDataConfig, SyntheticDataConfig, ViM2Config
-from mmtrain.data.cache import ShardCache
+from mmtrain.data.cache import default_cache
 from mmtrain.data.images import ImageShards
 from mmtrain.data.order import mix64
 from mmtrain.data.shards import is_address
@@ -61,7 +61,7 @@ class Classification(Task):
                 " data=synthetic"
             )
 
-        cache = shard_cache(data) if is_address(data.root) else None
+        cache = default_cache(data.cache, data.cache_gb) if is_address(data.root) else None
 
         def shards(split: str, train: bool) -> ImageShards:
             return ImageShards(
@@ -177,12 +177,6 @@ class Classification(Task):
             "std": data.std,
             "crop_pct": getattr(data, "crop_pct", 1.0),
         }
-
-
-def shard_cache(data: ShardsDataConfig) -> ShardCache:
-    """Where shards from elsewhere are kept on this node."""
-    folder = Path(data.cache).expanduser() if data.cache else Path.home() / ".cache/mmtrain/shards"
-    return ShardCache(folder, int(data.cache_gb * 1e9))
 
 
 def _mix_order(count: int, device: torch.device) -> Tensor:

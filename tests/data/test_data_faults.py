@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmtrain.data import loader
 from mmtrain.data.faults import Fault, FaultLog
 from mmtrain.data.images import ImageShards
 from mmtrain.data.loader import eval_batches, train_batches
@@ -181,16 +182,17 @@ class Deadly:
         return {"number": torch.from_numpy(indices.copy())}
 
 
-def test_a_killed_worker_is_started_again_where_it_was(tmp_path: Path) -> None:
+def test_a_killed_worker_is_started_again_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"seed": 3, "batch_size": 2, "start": 0, "steps": 6, "workers": 1}
     expected = [batch["number"].tolist() for batch in train_batches(Deadly(tmp_path, 0), **options)]
     faults: list[Fault] = []
-    deadly = Deadly(tmp_path, 2)
+    deadly = Deadly(tmp_path, 1)
     assert [b["number"].tolist() for b in train_batches(deadly, on_fault=faults.append, **options)] == expected
-    assert len(faults) == 2
-    assert all("died and was started again" in fault.reason for fault in faults)
+    assert len(faults) == 1
+    assert "died and was started again" in faults[0].reason
     for mark in tmp_path.iterdir():
         mark.unlink()
+    monkeypatch.setattr(loader, "_RESTARTS", 0)  # each takes DataLoader five seconds to see
     with pytest.raises(RuntimeError, match="a data worker died"):
         list(train_batches(Deadly(tmp_path, 99), on_fault=faults.append, **options))
 

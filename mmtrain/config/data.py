@@ -55,6 +55,36 @@ class ShardsDataConfig(ImageDataConfig):
 
 
 @dataclass
+class FFCVDataConfig(ImageDataConfig):
+    """FFCV files ``root``/{train,val,test}.beton, made by ``mmtrain data prepare ffcv``.
+
+    ``augment``: none, light, crop (random resized crop and flip, all compiled) or imagenet (with ``auto_augment`` in
+    timm's notation and ``re_prob``, random erasing, after it). ``workers`` are FFCV's threads; loader processes where
+    the augmentation is not compiled. ``os_cache``: leave it to the system what stays in memory, else read in windows.
+    """
+
+    kind: str = "ffcv"
+    root: str = ""
+    train: str = "train"
+    val: str = "val"
+    test: str | None = None
+    augment: str = "imagenet"
+    crop_pct: float = 0.875
+    hflip: float = 0.5
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    re_prob: float = 0.25
+    os_cache: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kinds = ("none", "light", "crop", "imagenet")
+        require(self.augment in kinds, "data.augment", self.augment, f"choose one of {', '.join(kinds)}")
+        require(0 < self.crop_pct <= 1, "data.crop_pct", self.crop_pct, "it must be a part above 0 and up to 1")
+        for key in ("hflip", "re_prob"):
+            require(0 <= getattr(self, key) <= 1, f"data.{key}", getattr(self, key), "it must be from 0 to 1")
+
+
+@dataclass
 class SyntheticDataConfig(ImageDataConfig):
     """Made-up images of class-dependent patterns: to try a configuration without its data."""
 
@@ -91,4 +121,5 @@ DATA: dict[str, type[DataConfig]] = {
     "shards": ShardsDataConfig,
     "synthetic": SyntheticDataConfig,
     "series": SeriesDataConfig,
+    "ffcv": FFCVDataConfig,
 }

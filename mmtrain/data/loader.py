@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mmtrain.data.order import Order, local_positions, mix64
-from mmtrain.data.source import Source
+from mmtrain.data.source import Source, Streaming
 from mmtrain.errors import UserError
 
 Batch = dict[str, torch.Tensor]
@@ -120,6 +120,8 @@ def train_batches(
                 yield local_positions(start + step * batch_size, batch_size, rank, world, micro, micros)
 
     order = Order(source.block_sizes, seed, window)
+    if isinstance(source, Streaming):
+        return source.batches(arrays(), order, workers=workers, prefetch=prefetch, pin_memory=pin_memory)
     return _iterate(_Batches(_Train(source, order)), arrays, workers, prefetch, pin_memory)
 
 
@@ -148,6 +150,8 @@ def eval_batches(
         for begin in range(rank, length, world * batch_size):
             yield np.arange(begin, min(begin + world * batch_size, length), world, dtype=np.int64)
 
+    if isinstance(source, Streaming):
+        return source.batches(arrays(), None, workers=workers, prefetch=prefetch, pin_memory=pin_memory)
     return _iterate(_Batches(_Evaluate(source)), arrays, workers, prefetch, pin_memory)
 
 

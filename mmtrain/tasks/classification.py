@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmtrain.config import ClassificationConfig, RunConfig, ShardsDataConfig, SyntheticDataConfig, ViM2Config
+from mmtrain.config import (
+    ClassificationConfig,
+    FFCVDataConfig,
+    RunConfig,
+    ShardsDataConfig,
+    SyntheticDataConfig,
+    ViM2Config,
+)
+from mmtrain.data.beton.source import BetonImages, open_beton
 from mmtrain.data.images import ImageShards
 from mmtrain.data.order import mix64
 from mmtrain.data.source import Source
@@ -49,17 +57,35 @@ class Classification(Task):
                 self.num_classes, data.image_size, data.val_length, seed=self.config.seed, first=data.length
             )
             return made, held_out, None
-        if not isinstance(data, ShardsDataConfig):
-            raise UserError(f"task.kind is 'classification', but data.kind is '{data.kind}': use data=shards")
+        if not isinstance(data, ShardsDataConfig | FFCVDataConfig):
+            raise UserError(
+                f"task.kind is 'classification', but data.kind is '{data.kind}': use data=shards or data=ffcv"
+            )
 
         if not Path(data.root).exists():
+            command = "ffcv --root SHARDS" if isinstance(data, FFCVDataConfig) else "images --root IMAGES"
             raise UserError(
-                f"data.root: there is no folder {data.root}. Make it with `mmtrain data prepare images --root IMAGES"
+                f"data.root: there is no folder {data.root}. Make it with `mmtrain data prepare {command}"
                 f" --out {data.root}`, point data.root at yours, or try the configuration on made-up images with"
                 " data=synthetic"
             )
 
-        def shards(split: str, train: bool) -> ImageShards:
+        def images(split: str, train: bool) -> ImageShards | BetonImages:
+            if isinstance(data, FFCVDataConfig):
+                return open_beton(
+                    f"{data.root}/{split}.beton",
+                    image_size=data.image_size,
+                    train=train,
+                    augment=data.augment if train else "none",
+                    mean=data.mean,
+                    std=data.std,
+                    crop_pct=data.crop_pct,
+                    hflip=data.hflip,
+                    auto_augment=data.auto_augment,
+                    re_prob=data.re_prob,
+                    os_cache=data.os_cache,
+                    window=data.shuffle_window,
+                )
             return ImageShards(
                 f"{data.root}/{split}",
                 image_size=data.image_size,
@@ -70,7 +96,7 @@ class Classification(Task):
                 crop_pct=data.crop_pct,
             )
 
-        train = shards(data.train, True)
+        train = images(data.train, True)
         self.classes = train.classes
         found = train.num_classes
         if found is not None and found != self.num_classes:
@@ -78,7 +104,7 @@ class Classification(Task):
                 f"{data.root} has {found} classes, but model.num_classes is {self.num_classes}:"
                 f" set model.num_classes={found}"
             )
-        return train, shards(data.val, False), shards(data.test, False) if data.test else None
+        return train, images(data.val, False), images(data.test, False) if data.test else None
 
     def _mixup(self) -> Any:
         if self.options.mixup == 0 and self.options.cutmix == 0:
@@ -163,7 +189,7 @@ class Classification(Task):
         return [path]
 
     def assets(self) -> dict[str, Any]:
-        data = cast(ShardsDataConfig | SyntheticDataConfig, self.config.data)
+        data = cast(ShardsDataConfig | FFCVDataConfig | SyntheticDataConfig, self.config.data)
         return {
             "classes": self.classes or [str(i) for i in range(self.num_classes)],
             "image_size": data.image_size,

@@ -3,8 +3,8 @@
 "none"      as in evaluation: resize and centre crop.
 "light"     the small random affine of ``transforms``, on the decoded batch.
 "crop"      random resized crop and flip, FFCV's own recipe: all of it compiled.
-"imagenet"  crop and flip compiled, then timm's RandAugment and random erasing, image by image as for the tar shards;
-            with both of them off it is "crop".
+"imagenet"  crop and flip compiled, then timm's RandAugment (without it: its colour jitter) and random erasing, image
+            by image as for the tar shards.
 """
 
 from __future__ import annotations
@@ -80,14 +80,13 @@ def build_augment(
         raise UserError(f"data.image_size={image_size}, data.crop_pct={crop_pct}: a size ≥ 1 and a part in (0, 1]")
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise UserError(f"data.mean and data.std need 3 values, std above 0; got {list(mean)}, {list(std)}")
-    plain = train and augment == "imagenet" and not auto_augment and not re_prob
     table = _table(mean, std)
     if not train or augment == "none":
         return Augment(Recipe(image_size, False, crop_pct, table=table))
     if augment == "light":
         bare = _table([0.0] * 3, [1.0] * 3)
         return Augment(Recipe(image_size, False, crop_pct, table=bare), _Light(image_size, mean, std))
-    if augment == "crop" or plain:
+    if augment == "crop":
         return Augment(Recipe(image_size, True, hflip=hflip, table=table))
     tail = _Tail(image_size, mean, std, auto_augment, re_prob)
     return Augment(Recipe(image_size, True, hflip=hflip), tail, compiled=False)

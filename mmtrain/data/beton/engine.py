@@ -1,7 +1,8 @@
-"""FFCV's Loader of one file, compiled once, asked for batches of given samples and keys.
+"""A beton, its compiled decoder and the memory it is read through: batches of given samples and keys.
 
-The Loader brings the reader, the memory managers and the compiled code; its own iterator is not used, since it knows
-neither keys nor a stream without end, waits for ever if its thread fails, and hands out memory that it writes again.
+Of FFCV this takes the library that decodes and resizes, and the process cache that reads pages ahead. Its Loader is
+left aside: it knows neither keys nor a stream without end, waits for ever when its thread fails, hands out memory that
+it writes again, and alters the array types that numba shares, so that a second Loader may compile without end.
 """
 
 from __future__ import annotations
@@ -9,22 +10,20 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from inspect import signature
 from typing import Any
 
 import numba
 import numpy as np
 import torch
-from ffcv.loader import Loader
-from ffcv.pipeline import PipelineSpec
+from ffcv.memory_managers import ProcessCacheManager
+from ffcv.reader import Reader
 from numpy.typing import NDArray
 
 from mmtrain.data.beton.augment import Recipe
-from mmtrain.data.beton.extra import torch_threads_kept
+from mmtrain.data.beton.decoding import compile_decoder
 from mmtrain.data.beton.format import Beton
-from mmtrain.data.beton.operation import KeyedDecoder
 from mmtrain.errors import UserError
 
 Indices = NDArray[np.int64]
@@ -34,68 +33,67 @@ Request = tuple[Indices, Keys | None]
 
 #: numba's fallback threading layer ends the process when two threads run parallel code at once.
 _one_kernel = threading.Lock()
-#: Compiled code and the names of its arguments for memory: once in a process, since it takes seconds.
-_stages: dict[tuple[Any, ...], tuple[Any, list[str]]] = {}
+#: Once in a process, since compiling takes seconds.
+_decoders: dict[tuple[Any, ...], Callable[..., None]] = {}
 _log = logging.getLogger("mmtrain")
 
 
 class Engine:
     """Batches of ``recipe`` from a beton. ``threads`` and ``os_cache`` never change what comes out.
 
-    ``os_cache``: map the file and leave it to the system what stays in memory; else read the pages of ``windows``
-    requests at a time, ahead of their use, and drop each when it was used for the last time.
+    ``os_cache``: map the file and leave it to the system what stays in memory; else read the pages of the requests that
+    are ``opened`` together, ahead of their use, and drop each page when it was used for the last time.
     """
 
     def __init__(self, beton: Beton, recipe: Recipe, threads: int, os_cache: bool) -> None:
         self.beton, self.recipe, self.os_cache = beton, recipe, os_cache
         self.threads = _at_most(threads)
-        with torch_threads_kept():
-            self.loader = Loader(
-                str(beton.path),
-                batch_size=1,
-                num_workers=self.threads,
-                os_cache=os_cache,
-                indices=np.zeros(1, dtype=np.int64),
-                pipelines={
-                    name: PipelineSpec(name, decoder=KeyedDecoder(recipe)) if name == "image" else None
-                    for name in beton.fields
-                },
-                seed=0,  # without one, it draws one from numpy's global generator
-                drop_last=False,
-            )
-        shared = (_key(recipe), self.threads > 1, os_cache, beton.page_size, *beton.fields)
-        if shared not in _stages:
-            ((stage, _),) = self.loader.code[0]
-            _stages[shared] = stage, [name for name in signature(stage).parameters if "memory_" in name]
-        self._stage, self._memory = _stages[shared]
+        table = None if recipe.table is None else recipe.table.tobytes()
+        key = (recipe.size, recipe.random, recipe.crop_pct, recipe.hflip, table, os_cache, self.threads > 1)
+        if key not in _decoders:
+            _decoders[key] = compile_decoder(recipe, os_cache, self.threads > 1)
+        self._decode = _decoders[key]
+        self._pages = None if os_cache else ProcessCacheManager(Reader(str(beton.path)))
 
     @contextmanager
-    def scheduled(self, requests: Sequence[Request]) -> Iterator[Any]:
-        """The memory that ``run`` reads from while it goes through ``requests`` (with ``os_cache``: any)."""
-        if self.beton.path.stat().st_size < self.beton.stored:
-            raise UserError(f"{self.beton.path}: the file was cut short after the run started; copy it again")
-        context = self.loader.memory_manager.schedule_epoch([indices for indices, _ in requests])
+    def opened(self, requests: Sequence[Request]) -> Iterator[Callable[[int], Any]]:
+        """``state(number)``: the memory that request ``number`` is decoded from; with ``os_cache`` that of any."""
+        try:
+            if self.beton.path.stat().st_size != self.beton.file_size:
+                raise UserError(f"{self.beton.path}: the file has changed after the run started; start again")
+            # copy on write, though nothing is written: numba takes arrays that can be written for another type
+            mapped = np.memmap(self.beton.path, np.uint8, mode="c") if self.os_cache else None
+        except OSError as error:
+            raise UserError(f"{self.beton.path}: cannot be read any more ({error.strerror})") from error
+        if mapped is not None:
+            plain = np.asarray(mapped)
+            yield lambda number: plain
+            return
+        assert self._pages is not None
+        context = self._pages.schedule_epoch([indices for indices, _ in requests])
+        shift = self.beton.page_size.bit_length() - 1
+
+        def state(number: int) -> Any:
+            context.start_batch(number)
+            return context.memory, context.page_to_slot, shift
+
         context.__enter__()
         try:
-            yield context
+            yield state
         finally:
             context.__exit__(None, None, None)
-            for reader in getattr(getattr(context, "executor", None), "threads", []):
+            for reader in context.executor.threads:
                 reader.join()
 
-    def run(self, context: Any, request: Request, images: NDArray[Any]) -> None:
+    def run(self, state: Any, request: Request, images: NDArray[Any]) -> None:
         """Fill ``images`` (``recipe.shape``, ``recipe.dtype``). UserError for an image that cannot be decoded."""
         indices, keys = request
         faults = np.zeros(len(indices), dtype=np.uint8)
-        memory = images, np.zeros(len(indices), dtype=np.uint64) if keys is None else keys, faults
         with _one_kernel:
             if self.threads > 1:
                 numba.set_num_threads(self.threads)
-            self._stage(
-                batch_indices=indices,
-                metadata=self.loader.reader.metadata,
-                storage_state=context.state,
-                **{name: memory if name.startswith("memory_") else None for name in self._memory},
+            self._decode(
+                indices, _no_keys(len(indices)) if keys is None else keys, images, faults, self.beton.rows, state
             )
         if faults.any():
             bad = int(indices[int(np.argmax(faults))])
@@ -105,9 +103,8 @@ class Engine:
             )
 
 
-def _key(recipe: Recipe) -> tuple[Any, ...]:
-    table = None if recipe.table is None else recipe.table.tobytes()
-    return recipe.size, recipe.random, recipe.crop_pct, recipe.hflip, table
+def _no_keys(count: int) -> Keys:
+    return np.zeros(count, dtype=np.uint64)
 
 
 def _at_most(threads: int) -> int:
@@ -125,8 +122,8 @@ def _at_most(threads: int) -> int:
 class Buffers:
     """Arrays for batches that are used again as soon as nobody holds a tensor (or a view of one) made from them.
 
-    Fresh memory costs a page fault every 4 kB, half as much time as filling it. ``pinned``: torch's own cache of pinned
-    memory is asked instead, which also waits for copies to the GPU that are under way.
+    Fresh memory costs a page fault every 4 kB. ``pinned``: torch's own cache of pinned memory is asked instead, which
+    also waits for copies to the GPU that are under way.
     """
 
     KEPT = 8

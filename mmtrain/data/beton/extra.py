@@ -24,7 +24,7 @@ def require_ffcv() -> None:
         raise UserError(f"data.kind=ffcv: {' and '.join(lacking)} cannot be found; {INSTALL}")
     try:
         with torch_threads_kept():
-            import ffcv.loader  # noqa: F401
+            import ffcv.memory_managers  # noqa: F401
     except (ImportError, OSError) as error:  # its library is compiled: OpenCV or libturbojpeg may be gone
         raise UserError(f"data.kind=ffcv: ffcv does not load ({error}); {INSTALL}") from error
 

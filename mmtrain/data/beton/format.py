@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from mmtrain.errors import UserError, nearest
 
 VERSION = 2
+#: ``mode`` of an image stored as JPEG; the others are stored as they are.
+JPG = 0
 #: Block of a file without blocks in its meta.json (one that mmtrain has not written).
 RUN = 1000
 _HEADER = np.dtype(
@@ -35,16 +37,17 @@ _CURE = "copy it again, or make it again with mmtrain data prepare ffcv --force"
 
 @dataclass(frozen=True)
 class Beton:
-    """``fields``: names in the order of the file. ``classes``: None without meta.json. ``page_size``, ``stored`` (all
-    images): bytes. ``largest``: height and width. ``block_sizes``: as a source has them.
+    """``rows``: of each sample its mode (uint8), height, width, place in the file and size in bytes (int64), all (n,).
+    ``page_size``, ``stored`` (all images) and ``file_size``: bytes. ``block_sizes``: as a source has them. ``classes``:
+    None without meta.json.
     """
 
     path: Path
-    fields: list[str]
     labels: NDArray[np.int64]  # (n,)
-    largest: tuple[int, int]
+    rows: tuple[NDArray[Any], ...]
     page_size: int
     stored: int
+    file_size: int
     block_sizes: list[int]
     classes: list[str] | None
 
@@ -91,22 +94,27 @@ def read_beton(path: str | Path) -> Beton:
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error})") from error
     image, label = (rows[f"f{names.index(name)}"] for name in _KINDS)
-    known = np.sort(places["at"])
-    at = np.searchsorted(known, image["at"])
+    places = np.sort(places, order="at")
+    at = np.minimum(np.searchsorted(places["at"], image["at"]), max(0, len(places) - 1))
     ends = places["at"] + places["size"]
     if not len(rows):
         raise UserError(f"{file}: the file holds no samples; {_CURE}")
-    if not len(known) or (known[np.minimum(at, len(known) - 1)] != image["at"]).any() or int(ends.max()) > table:
+    empty = int(min(image["height"].min(), image["width"].min())) < 1
+    if empty or not len(places) or (places["at"][at] != image["at"]).any() or int(ends.max()) > table:
         raise UserError(f"{file}: the table of images is damaged or truncated; {_CURE}")
     labels = label.astype(np.int64)
     meta = _meta(file.parent / "meta.json")
     return Beton(
         path=file,
-        fields=names,
         labels=labels,
-        largest=(int(image["height"].max()), int(image["width"].max())),
+        rows=(
+            np.ascontiguousarray(image["mode"]),
+            *(np.ascontiguousarray(image[name], dtype=np.int64) for name in ("height", "width", "at")),
+            places["size"][at].astype(np.int64),
+        ),
         page_size=int(header["page_size"]),
-        stored=int(places["size"].sum()),
+        stored=int(places["size"][at].sum()),
+        file_size=size,
         block_sizes=_blocks(file, meta, len(rows)),
         classes=_classes(file, meta, labels),
     )

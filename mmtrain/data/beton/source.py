@@ -83,8 +83,8 @@ class BetonImages:
         # One thread: this may be a forked process, where parallel code must not run.
         engine = self._engine(1, True)
         images = np.empty(engine.recipe.shape(len(indices)), engine.recipe.dtype)
-        with engine.scheduled([]) as context:
-            engine.run(context, (np.ascontiguousarray(indices, dtype=np.int64), keys), images)
+        with engine.opened([]) as state:
+            engine.run(state(0), (np.ascontiguousarray(indices, dtype=np.int64), keys), images)
         return self._batch(images, indices, keys)
 
     def compile(self) -> None:

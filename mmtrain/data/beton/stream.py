@@ -81,17 +81,16 @@ class Stream:
 
     def _batches(self) -> Iterator[Any]:
         if self._engine.os_cache:
-            with self._engine.scheduled([]) as context:
+            with self._engine.opened([]) as state:
                 for request, about in self._requests:
-                    yield self._one(context, request, about)
+                    yield self._one(state(0), request, about)
             return
         while segment := list(islice(self._requests, self._segment)):
-            with self._engine.scheduled([request for request, _ in segment]) as context:
+            with self._engine.opened([request for request, _ in segment]) as state:
                 for number, (request, about) in enumerate(segment):
-                    context.start_batch(number)
-                    yield self._one(context, request, about)
+                    yield self._one(state(number), request, about)
 
-    def _one(self, context: Any, request: Request, about: Any) -> Any:
+    def _one(self, state: Any, request: Request, about: Any) -> Any:
         images = self._take(len(request[0]))
-        self._engine.run(context, request, images)
+        self._engine.run(state, request, images)
         return self._finish(request, about, images)

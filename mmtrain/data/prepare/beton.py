@@ -92,7 +92,7 @@ def prepare_beton(
             stream.write("\n")
             os.fsync(stream.fileno())
         for split in splits:
-            read_beton(part / f"{split}.beton")
+            read_beton(part / f"{split}.beton")  # what was written can be read
     return Prepared(out, meta, fresh=True)
 
 

@@ -1,90 +1,88 @@
-"""FFCV's decoder for the data clock: decode, crop, flip and normalise one sample at a time, by the sample's key alone.
+"""The compiled part: decode, crop, flip and normalise one sample at a time, by the sample's key alone.
 
-Beside FFCV's own RandomResizedCropRGBImageDecoder, RandomHorizontalFlip, NormalizeImage and ToTorchImage:
+Beside FFCV's own RandomResizedCropRGBImageDecoder, RandomHorizontalFlip, NormalizeImage and ToTorchImage, with whose
+library it decodes and resizes:
 - the randomness is hashed from the keys, and not numpy's global generator in whichever thread comes by;
 - all four steps are done while the image is in the cache, and the result lies as (C, H, W);
 - an image that cannot be decoded is reported, where FFCV leaves what was in memory before.
 
 Resizing is FFCV's (OpenCV's area interpolation; linear where it enlarges), and so differs from the bicubic of the tar
-shards. Evaluation otherwise has timm's geometry: shorter side to S / crop_pct, then the centre S × S.
+shards; its JPEG decoder takes the fast transform, a few grey levels from Pillow's. Evaluation otherwise has timm's
+geometry: shorter side to S / crop_pct, then the centre S × S.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numba
 import numpy as np
-from ffcv.fields.rgb_image import IMAGE_MODES
 from ffcv.libffcv import imdecode, resize_crop
-from ffcv.pipeline.compiler import Compiler
-from ffcv.pipeline.operation import Operation
-from ffcv.pipeline.state import State
 
 from mmtrain.data.beton.augment import Recipe
 from mmtrain.data.beton.draws import crop_box, flipped
+from mmtrain.data.beton.format import JPG
 
-_compiled = numba.njit(nogil=True, error_model="numpy")
-_JPG = int(IMAGE_MODES["jpg"])
+# No fastmath: the bits must not depend on how the code was compiled.
+_options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+_compiled = numba.njit(**_options)
 _decode_jpg = _compiled(imdecode)
 _resize = _compiled(resize_crop)
 
 
-class KeyedDecoder(Operation):
-    """Its memory, given by ``engine.Engine``: images (``recipe.shape``), keys (B,) uint64, faults (B,) uint8."""
+def compile_decoder(recipe: Recipe, mapped: bool, parallel: bool) -> Callable[..., None]:
+    """``decode(indices, keys, images, faults, rows, state)``, compiled at its first call.
 
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__()
-        self.recipe = recipe
+    int64 (B,), uint64 (B,), ``recipe.shape(B)``, uint8 (B,): 1 for an image that cannot be decoded. ``rows``: those of
+    ``format.Beton``. ``state``: the file's bytes if ``mapped``, else pages (slots, page size), the slot of each page,
+    and log2 of the page size.
+    """
+    read = _read_mapped if mapped else _read_paged
+    cropped, finish = _cropped(recipe), _finisher(recipe)
 
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, None]:
-        size = self.recipe.size
-        return replace(previous_state, jit_mode=True, shape=(size, size, 3), dtype=np.dtype(np.uint8)), None
+    @numba.njit(**_options, parallel=parallel)
+    def decode(indices, keys, images, faults, rows, state):  # type: ignore[no-untyped-def]
+        modes, heights, widths, places, sizes = rows
+        for slot in numba.prange(len(indices)):
+            sample = indices[slot]
+            height, width = heights[sample], widths[sample]
+            content = read(state, places[sample], sizes[sample])
+            fault = 0
+            if modes[sample] == JPG:
+                image = np.empty((height, width, 3), np.uint8)
+                if _decode_jpg(content, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
+                    fault = 1
+            elif content.size == height * width * 3:
+                image = content.reshape(height, width, 3)
+            else:
+                image = np.empty((1, 1, 3), np.uint8)
+                fault = 1
+            if fault == 0:
+                finish(cropped(image, height, width, keys[slot]), keys[slot], images[slot])
+            faults[slot] = fault
 
-    def generate_code(self) -> Callable[..., Any]:
-        read, each = self.memory_read, Compiler.get_iterator()
-        write = _writer(self.recipe)
-
-        def decode(batch_indices, memory, metadata, storage_state):  # type: ignore[no-untyped-def]
-            images, keys, faults = memory
-            for place in each(len(batch_indices)):
-                field = metadata[batch_indices[place]]
-                content = read(field["data_ptr"], storage_state)
-                height, width = np.int64(field["height"]), np.int64(field["width"])
-                faults[place] = write(content, field["mode"], height, width, keys[place], images[place])
-            return faults
-
-        decode.is_parallel = True  # type: ignore[attr-defined]  # how ffcv wants to be told
-        return decode
+    return decode
 
 
-def _writer(recipe: Recipe) -> Callable[..., Any]:
-    """content, mode, height, width, key, target → 0, or 1 for an image that cannot be decoded."""
-    pixels = _cropped(recipe)
-    finish = _finisher(recipe)
+@_compiled
+def _read_mapped(state, place, size):  # type: ignore[no-untyped-def]
+    return state[place : place + size]
 
-    @_compiled
-    def write(content, mode, height, width, key, target):  # type: ignore[no-untyped-def]
-        if mode == _JPG:
-            image = np.empty((height, width, 3), np.uint8)
-            if _decode_jpg(content, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
-                return 1
-        else:
-            if content.size != height * width * 3:
-                return 1
-            image = content.reshape(height, width, 3)
-        finish(pixels(image, height, width, key), key, target)
-        return 0
 
-    return write
+@_compiled
+def _read_paged(state, place, size):  # type: ignore[no-untyped-def]
+    pages, slots, shift = state
+    page = place >> shift
+    begin = place - (page << shift)
+    return pages[np.int64(slots[page]), begin : begin + size]
 
 
 def _cropped(recipe: Recipe) -> Callable[..., Any]:
     """image, height, width, key → (S, S, 3) uint8."""
     size = recipe.size
-    shorter = int(np.floor(size / recipe.crop_pct))
+    shorter = math.floor(size / recipe.crop_pct)
 
     @_compiled
     def at_random(image, height, width, key):  # type: ignore[no-untyped-def]

@@ -58,15 +58,15 @@ def make_images(count: int, source: Path | None = None) -> list[bytes]:
 
 
 def _photo(number: int) -> Image.Image:
-    """Noise with the spectrum of photos: each octave half as strong as the one below it."""
+    """Noise with the spectrum of photos: each octave weaker than the one below it; about 80 kB."""
     rng, total = np.random.default_rng(number), np.zeros((_HIGH, _WIDE, 3), np.float32)
-    for octave in range(1, 9):
+    for octave in range(1, 10):
         small = rng.normal(size=(max(2, 3 * 2**octave // 4), 2**octave, 3)).astype(np.float32)
         grown = [
             np.asarray(Image.fromarray(small[..., c]).resize((_WIDE, _HIGH), Image.Resampling.BICUBIC))
             for c in range(3)
         ]
-        total += np.stack(grown, -1) * 0.6**octave
+        total += np.stack(grown, -1) * 0.8**octave
     return Image.fromarray(np.clip(128 + 70 * total, 0, 255).astype(np.uint8))
 
 

@@ -11,7 +11,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import numba
@@ -89,7 +89,8 @@ class Engine:
         """Fill ``images`` (``recipe.shape``, ``recipe.dtype``). UserError for an image that cannot be decoded."""
         indices, keys = request
         faults = np.zeros(len(indices), dtype=np.uint8)
-        with _one_kernel:
+        # One thread takes no lock: a loader process may have been forked while another thread held it.
+        with _one_kernel if self.threads > 1 else nullcontext():
             if self.threads > 1:
                 numba.set_num_threads(self.threads)
             self._decode(

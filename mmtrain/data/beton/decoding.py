@@ -49,19 +49,17 @@ def compile_decoder(recipe: Recipe, mapped: bool, parallel: bool) -> Callable[..
             sample = indices[slot]
             height, width = heights[sample], widths[sample]
             content = read(state, places[sample], sizes[sample])
-            fault = 0
+            faults[slot] = 1
+            # Two calls: a mapped file cannot be written, which is another type to numba.
             if modes[sample] == JPG:
                 image = np.empty((height, width, 3), np.uint8)
-                if _decode_jpg(content, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
-                    fault = 1
+                if _decode_jpg(content, image, height, width, height, width, 0, 0, 1, 1, False, False) == 0:
+                    finish(cropped(image, height, width, keys[slot]), keys[slot], images[slot])
+                    faults[slot] = 0
             elif content.size == height * width * 3:
-                image = content.reshape(height, width, 3)
-            else:
-                image = np.empty((1, 1, 3), np.uint8)
-                fault = 1
-            if fault == 0:
-                finish(cropped(image, height, width, keys[slot]), keys[slot], images[slot])
-            faults[slot] = fault
+                stored = content.reshape(height, width, 3)
+                finish(cropped(stored, height, width, keys[slot]), keys[slot], images[slot])
+                faults[slot] = 0
 
     return decode
 
@@ -93,8 +91,10 @@ def _cropped(recipe: Recipe) -> Callable[..., Any]:
 
     @_compiled
     def centre(image, height, width, key):  # type: ignore[no-untyped-def]
+        patch = np.empty((size, size, 3), np.uint8)
         if height == size and width == size:
-            return image
+            patch[:] = image
+            return patch
         if height <= width:
             high, wide = shorter, shorter * width // height
         else:
@@ -102,7 +102,6 @@ def _cropped(recipe: Recipe) -> Callable[..., Any]:
         whole = np.empty((high, wide, 3), np.uint8)
         _resize(image, 0, height, 0, width, whole)
         top, left = np.int64(np.round((high - size) / 2)), np.int64(np.round((wide - size) / 2))
-        patch = np.empty((size, size, 3), np.uint8)
         patch[:] = whole[top : top + size, left : left + size]
         return patch
 

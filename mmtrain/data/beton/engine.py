@@ -61,8 +61,7 @@ class Engine:
         try:
             if self.beton.path.stat().st_size != self.beton.file_size:
                 raise UserError(f"{self.beton.path}: the file has changed after the run started; start again")
-            # copy on write, though nothing is written: numba takes arrays that can be written for another type
-            mapped = np.memmap(self.beton.path, np.uint8, mode="c") if self.os_cache else None
+            mapped = np.memmap(self.beton.path, np.uint8, mode="r") if self.os_cache else None
         except OSError as error:
             raise UserError(f"{self.beton.path}: cannot be read any more ({error.strerror})") from error
         if mapped is not None:

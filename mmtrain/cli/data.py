@@ -62,6 +62,37 @@ def prepare_digits_command(
     _tell(prepare_digits(out, image_size, force=force))
 
 
+@prepare.command("ffcv")
+def prepare_ffcv_command(
+    root: Annotated[Path, typer.Option(help="A dataset of tar shards: ROOT/train, and ROOT/val and ROOT/test.")],
+    out: Out,
+    write_mode: Annotated[str, typer.Option(help="jpg, raw (pixels), or proportion (some of each).")] = "jpg",
+    max_resolution: Annotated[int | None, typer.Option(help="Shrink images whose longer side is longer.")] = None,
+    jpeg_quality: Annotated[
+        int | None, typer.Option(help="Encode all anew (default: keep JPEG files that fit as they are, others at 90).")
+    ] = None,
+    compress_probability: Annotated[float, typer.Option(help="Part stored as JPEG, for proportion.")] = 0.5,
+    page_size: Annotated[int, typer.Option(help="MiB, a power of two; the largest image must fit in.")] = 8,
+    workers: Annotated[int | None, typer.Option(help="Processes (default: one per core, at most 8).")] = None,
+    force: Force = False,
+) -> None:
+    """Tar shards into FFCV's files, one for each split: the same samples in the same order."""
+    from mmtrain.data.prepare.beton import prepare_beton
+
+    done = prepare_beton(
+        root,
+        out,
+        write_mode=write_mode,
+        max_resolution=max_resolution,
+        jpeg_quality=jpeg_quality,
+        compress_probability=compress_probability,
+        page_size=page_size,
+        workers=workers,
+        force=force,
+    )
+    _tell(done)
+
+
 @prepare.command("traffic")
 def prepare_traffic_command(out: Out) -> None:
     """Two years of hourly road traffic and weather: OUT/traffic.csv."""
@@ -118,4 +149,5 @@ app.command("describe")(describe_command)
 def _tell(done: Prepared) -> None:
     counts = ", ".join(f"{count} {split}" for split, count in done.meta["counts"].items())
     state = "written" if done.fresh else "was there already, nothing to do"
-    typer.echo(f"{done.out}: {counts}; {len(done.meta['classes'])} classes; {state}")
+    classes = f"{len(done.meta['classes'])} classes" if "classes" in done.meta else "classes without names"
+    typer.echo(f"{done.out}: {counts}; {classes}; {state}")

@@ -1,6 +1,13 @@
 """Configuration: typed schema, YAML files with includes, ``key=value`` overrides. Imports nothing of the package."""
 
-from mmtrain.config.data import DataConfig, PanelDataConfig, SeriesDataConfig, ShardsDataConfig, SyntheticDataConfig
+from mmtrain.config.data import (
+    DataConfig,
+    FFCVDataConfig,
+    PanelDataConfig,
+    SeriesDataConfig,
+    ShardsDataConfig,
+    SyntheticDataConfig,
+)
 from mmtrain.config.load import config_names, from_yaml, load_config, to_yaml
 from mmtrain.config.models import MODELS, ModelConfig, TSM2Config, ViM2Config
 from mmtrain.config.parallel import STRATEGIES, ParallelConfig
@@ -25,6 +32,7 @@ __all__ = [
     "ClusterConfig",
     "DataConfig",
     "EvalConfig",
+    "FFCVDataConfig",
     "ForecastingConfig",
     "ModelConfig",
     "OptimConfig",

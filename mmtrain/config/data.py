@@ -45,28 +45,59 @@ class ImageDataConfig(DataConfig):
 
 
 @dataclass
-class ShardsDataConfig(ImageDataConfig):
-    """WebDataset tar shards under ``root``/{train,val,test}. ``augment``: none, light, crop or imagenet.
+class StoredImagesConfig(ImageDataConfig):
+    """Images in files below ``root``: ``train``, ``val`` and, where there is one, ``test``.
 
-    ``root`` may be an address (``https://...``, ``s3://...``), the splits brace patterns of shards or of folders. What
-    is fetched is kept in ``cache`` (None: ``~/.cache/mmtrain/shards``), up to ``cache_gb`` gigabytes a node.
+    ``augment``: none, light, crop (random resized crop, and mirrored with probability ``hflip``) or imagenet (after
+    that ``auto_augment`` in timm's notation, "" for none, and random erasing with ``re_prob``).
     """
 
-    kind: str = "shards"
     root: str = ""
     train: str = "train"
     val: str = "val"
     test: str | None = None
     augment: str = "imagenet"
     crop_pct: float = 0.875
+    hflip: float = 0.5
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    re_prob: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kinds = ("none", "light", "crop", "imagenet")
+        require(self.augment in kinds, "data.augment", self.augment, f"choose one of {', '.join(kinds)}")
+        require(0 < self.crop_pct <= 1, "data.crop_pct", self.crop_pct, "it must be a part above 0 and up to 1")
+        for key in ("hflip", "re_prob"):
+            require(0 <= getattr(self, key) <= 1, f"data.{key}", getattr(self, key), "it must be from 0 to 1")
+
+
+@dataclass
+class ShardsDataConfig(StoredImagesConfig):
+    """WebDataset tar shards under ``root``/{train,val,test}.
+
+    ``root`` may be an address (``https://...``, ``s3://...``), the splits brace patterns of shards or of folders. What
+    is fetched is kept in ``cache`` (None: ``~/.cache/mmtrain/shards``), up to ``cache_gb`` gigabytes a node.
+    """
+
+    kind: str = "shards"
     cache: str | None = None
     cache_gb: float = 200.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "it must be above 0")
-        kinds = ("none", "light", "crop", "imagenet")
-        require(self.augment in kinds, "data.augment", self.augment, f"choose one of {', '.join(kinds)}")
+
+
+@dataclass
+class FFCVDataConfig(StoredImagesConfig):
+    """FFCV files ``root``/{train,val,test}.beton, made by ``mmtrain data prepare ffcv``.
+
+    ``workers`` are FFCV's threads; with ``augment=imagenet``, which is not compiled, they are loader processes.
+    ``os_cache``: leave it to the system what stays in memory, else read in windows.
+    """
+
+    kind: str = "ffcv"
+    os_cache: bool = True
 
 
 @dataclass
@@ -147,4 +178,5 @@ DATA: dict[str, type[DataConfig]] = {
     "synthetic": SyntheticDataConfig,
     "series": SeriesDataConfig,
     "panel": PanelDataConfig,
+    "ffcv": FFCVDataConfig,
 }

@@ -303,6 +303,7 @@ FREE_ON_RESUME = (
     "tracking",
     "checkpoint",
     "data.workers",
+    "data.os_cache",
     "data.root",
     "train.log_every",
     "train.accumulation",

@@ -38,14 +38,14 @@ def random_crops(
     """
     if not len(keys):
         return []
-    draws = uniform(keys[:, None], np.arange(4 * _TRIES)).reshape(len(keys), 4, _TRIES)
+    draws = uniform(keys[:, None], np.arange(4 * _TRIES)).reshape(len(keys), _TRIES, 4)
     whole = np.asarray(sizes, dtype=np.float64).reshape(-1, 2, 1)
-    area = whole[:, 0] * whole[:, 1] * (scale[0] + (scale[1] - scale[0]) * draws[:, 0])
-    aspect = np.exp(np.log(ratio[0]) + np.log(ratio[1] / ratio[0]) * draws[:, 1])
-    width, height = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    area = whole[:, 0] * whole[:, 1] * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
+    aspect = np.exp(np.log(ratio[0]) + np.log(ratio[1] / ratio[0]) * draws[..., 1])
+    width, height = np.floor(np.sqrt(area * aspect) + 0.5), np.floor(np.sqrt(area / aspect) + 0.5)
     fits = (width <= whole[:, 0]) & (height <= whole[:, 1]) & (np.minimum(width, height) >= 1)
-    left = np.floor(draws[:, 2] * (whole[:, 0] - width + 1))
-    top = np.floor(draws[:, 3] * (whole[:, 1] - height + 1))
+    top = np.floor(draws[..., 2] * (whole[:, 1] - height + 1))
+    left = np.floor(draws[..., 3] * (whole[:, 0] - width + 1))
     boxes = np.stack([left, top, width, height], -1).astype(np.int64)
     first = fits.argmax(1)
     return [
@@ -56,9 +56,9 @@ def random_crops(
 def _middle(size: tuple[int, int], ratio: tuple[float, float]) -> Box:
     width, height = size
     if width / height < ratio[0]:
-        height = round(width / ratio[0])
+        height = min(height, max(1, int(width / ratio[0] + 0.5)))
     elif width / height > ratio[1]:
-        width = round(height * ratio[1])
+        width = min(width, max(1, int(height * ratio[1] + 0.5)))
     return Box((size[0] - width) // 2, (size[1] - height) // 2, width, height)
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmtrain.data.device import Batch, on_device
 from mmtrain.data.faults import Fault
 from mmtrain.data.order import Order, local_positions, mix64
-from mmtrain.data.source import Source, Staged
+from mmtrain.data.source import Source, Staged, Streaming
 from mmtrain.errors import UserError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -154,6 +154,8 @@ def train_batches(
                 yield local_positions(start + step * batch_size, batch_size, rank, world, micro, micros)
 
     order = Order(source.block_sizes, seed, window)
+    if isinstance(source, Streaming):
+        return _streamed(source, arrays(), order, workers, prefetch, device)
     return _iterate(source, _Train(source, order), arrays, workers, prefetch, device, on_fault)
 
 
@@ -184,7 +186,23 @@ def eval_batches(
         for begin in range(rank, length, world * batch_size):
             yield np.arange(begin, min(begin + world * batch_size, length), world, dtype=np.int64)
 
+    if isinstance(source, Streaming):
+        return _streamed(source, arrays(), None, workers, prefetch, device)
     return _iterate(source, _Evaluate(source), arrays, workers, prefetch, device, on_fault)
+
+
+def _streamed(
+    source: Streaming,
+    numbers: Iterator[np.ndarray],
+    order: Order | None,
+    workers: int,
+    prefetch: int,
+    device: torch.device | None,
+) -> Iterator[Batch]:
+    """The batches of a source that makes them itself."""
+    pinned = device is not None and device.type == "cuda"
+    made = source.batches(numbers, order, workers=workers, prefetch=prefetch, pin_memory=pinned)
+    return on_device(made, device, _as_it_is)
 
 
 def _iterate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from mmtrain.data.order import Order
 
 
 @runtime_checkable
@@ -45,4 +47,23 @@ class Staged(Protocol):
 
     def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch as ``fetch`` gives it, on the device where ``load``'s tensors are by now."""
+        ...
+
+
+@runtime_checkable
+class Streaming(Source, Protocol):
+    """A source that makes its batches itself, in place of torch's DataLoader."""
+
+    def batches(
+        self,
+        numbers: Iterator[NDArray[np.int64]],
+        order: Order | None,
+        *,
+        workers: int = 0,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+    ) -> Iterator[dict[str, Tensor]]:
+        """What ``loader.train_batches`` yields for each array of stream positions in ``order``; with ``order=None``
+        what ``loader.eval_batches`` yields for each array of sample indices. Closing the iterator stops what it runs.
+        """
         ...

@@ -143,13 +143,13 @@ class _Light(Transform):
         pixels = self.resize.pixels(images, None).permute(0, 3, 1, 2).contiguous().float().div_(255)
         if keys is None:
             return pixels
-        return functional.grid_sample(pixels, _affine_grid(keys, self.resize.size), align_corners=False)
+        return functional.grid_sample(pixels, affine_grid(keys, self.resize.size), align_corners=False)
 
     def finish(self, pixels: torch.Tensor) -> torch.Tensor:
         return pixels.sub_(self.mean.to(pixels.device)).div_(self.std.to(pixels.device))
 
 
-def _affine_grid(keys: Keys, size: int) -> torch.Tensor:
+def affine_grid(keys: Keys, size: int) -> torch.Tensor:
     """Sampling grid (B, S, S, 2) of a rotation, scale and shift drawn for each key.
 
     Element-wise products and sums only: ``F.affine_grid`` multiplies matrices, whose rounding may depend on how many
@@ -215,18 +215,18 @@ class _ImageNet(_Crop):
     ) -> None:
         super().__init__(size, channels, interpolation, hflip, finish)
         self.re_prob, self.mean, self.std = re_prob, tuple(mean), tuple(std)
-        self.policy = _policy(auto_augment, size, self.mean, interpolation) if auto_augment else None
+        self.policy = policy_of(auto_augment, size, self.mean, interpolation) if auto_augment else None
 
     def crops(self, images: Sequence[Photo | Image], keys: Keys | None) -> NDArray[np.uint8]:
         batch = super().crops(images, keys)
         assert keys is not None
         if self.policy is not None:
-            _augment(self.policy, batch, keys)
+            augment(self.policy, batch, keys)
         erase(batch, keys, self.re_prob, self.mean, self.std)
         return batch
 
 
-def _augment(policy: Any, batch: NDArray[np.uint8], keys: Keys) -> None:
+def augment(policy: Any, batch: NDArray[np.uint8], keys: Keys) -> None:
     """Each image (S, S, 3) of the batch, in place."""
     from PIL import Image
 
@@ -237,7 +237,7 @@ def _augment(policy: Any, batch: NDArray[np.uint8], keys: Keys) -> None:
             row[...] = np.asarray(policy(Image.fromarray(row)))
 
 
-def _policy(name: str, size: int, mean: Sequence[float], interpolation: str) -> Any:
+def policy_of(name: str, size: int, mean: Sequence[float], interpolation: str) -> Any:
     """timm's RandAugment or AutoAugment, with the settings that its own factory gives it."""
     ensure_torchvision()
     from timm.data import auto_augment

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmtrain.config import RunConfig, SeriesDataConfig, ShardsDataConfig, SyntheticDataConfig, TSM2Config, ViM2Config
+from mmtrain.config import (
+    FFCVDataConfig,
+    RunConfig,
+    SeriesDataConfig,
+    ShardsDataConfig,
+    SyntheticDataConfig,
+    TSM2Config,
+    ViM2Config,
+)
 from mmtrain.errors import UserError
 
 #: ImageNet-1k's training split (ILSVRC 2012).
@@ -44,7 +52,7 @@ def describe_dataset(config: RunConfig, samples: int | None = None) -> Dataset:
     if isinstance(data, SeriesDataConfig) != isinstance(config.model, TSM2Config):
         raise UserError(
             f"model '{config.model.name}' cannot train on data.kind={data.kind}: use data=series with tsm2, and"
-            " data=shards or data=synthetic with ViM2"
+            " data=shards, data=ffcv or data=synthetic with ViM2"
         )
     if isinstance(data, SeriesDataConfig):
         return _series(config, data, samples)
@@ -53,17 +61,25 @@ def describe_dataset(config: RunConfig, samples: int | None = None) -> Dataset:
     decoded = 4 * channels * size * size
     if isinstance(data, SyntheticDataConfig):
         return Dataset(*_given(samples, data.length, "data.length"), 0, decoded, "made up, nothing is read")
-    return _shards(config, data, samples, decoded)
+    assert isinstance(data, ShardsDataConfig | FFCVDataConfig)
+    return _images(config, data, samples, decoded)
 
 
 def _given(samples: int | None, found: int | None, origin: str) -> tuple[int | None, str]:
     return (samples, "--samples") if samples is not None else (found, origin)
 
 
-def _shards(config: RunConfig, data: object, samples: int | None, decoded: int) -> Dataset:
-    assert isinstance(data, ShardsDataConfig)
+def _images(config: RunConfig, data: ShardsDataConfig | FFCVDataConfig, samples: int | None, decoded: int) -> Dataset:
     folder = Path(data.root) / data.train
-    if data.root and folder.is_dir():
+    if isinstance(data, FFCVDataConfig):
+        folder = folder.with_name(f"{folder.name}.beton")
+        if data.root and folder.is_file():
+            from mmtrain.data.beton.format import read_beton
+
+            beton = read_beton(folder)
+            size = beton.stored / len(beton)
+            return Dataset(*_given(samples, len(beton), f"counted in {folder}"), size, decoded, f"of {folder}")
+    elif data.root and folder.is_dir():
         from mmtrain.data.shards import find_shards
         from mmtrain.data.tarindex import index_shards
 
@@ -80,7 +96,7 @@ def _shards(config: RunConfig, data: object, samples: int | None, decoded: int) 
 
 
 def _series(config: RunConfig, data: SeriesDataConfig, samples: int | None) -> Dataset:
-    from mmtrain.data.sources import open_data
+    from mmtrain.data.open_series import open_data
 
     model = config.model
     assert isinstance(model, TSM2Config)

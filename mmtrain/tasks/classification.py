@@ -12,13 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmtrain.config import ClassificationConfig, RunConfig, ShardsDataConfig, SyntheticDataConfig, ViM2Config
-from mmtrain.data.cache import default_cache
-from mmtrain.data.images import ImageShards
+from mmtrain.config import ClassificationConfig, RunConfig, ViM2Config
+from mmtrain.config.data import ImageDataConfig
+from mmtrain.data.open_images import open_images
 from mmtrain.data.order import mix64
-from mmtrain.data.shards import is_address
-from mmtrain.data.source import Source
-from mmtrain.data.synthetic import SyntheticImages
 from mmtrain.errors import UserError
 from mmtrain.tasks.base import Batch, StepKey, Task
 
@@ -39,52 +36,12 @@ class Classification(Task):
             raise UserError(f"task.kind is 'classification', but model '{config.model.name}' takes no images")
         self.options = cast(ClassificationConfig, config.task)
         self.num_classes = config.model.num_classes
-        self.classes: list[str] | None = None
-        self.train, self.val, self.test = self._sources()
+        if not isinstance(config.data, ImageDataConfig):
+            raise UserError(
+                f"task.kind is 'classification', but data.kind is '{config.data.kind}': use data=shards or data=ffcv"
+            )
+        self.train, self.val, self.test, self.classes = open_images(config.data, self.num_classes, config.seed)
         self.mixup = self._mixup()
-
-    def _sources(self) -> tuple[Source, Source, Source | None]:
-        data = self.config.data
-        if isinstance(data, SyntheticDataConfig):
-            made = SyntheticImages(self.num_classes, data.image_size, data.length, seed=self.config.seed)
-            held_out = SyntheticImages(
-                self.num_classes, data.image_size, data.val_length, seed=self.config.seed, first=data.length
-            )
-            return made, held_out, None
-        if not isinstance(data, ShardsDataConfig):
-            raise UserError(f"task.kind is 'classification', but data.kind is '{data.kind}': use data=shards")
-
-        if not is_address(data.root) and not Path(data.root).exists():
-            raise UserError(
-                f"data.root: there is no folder {data.root}. Make it with `mmtrain data prepare images --root IMAGES"
-                f" --out {data.root}`, point data.root at yours, or try the configuration on made-up images with"
-                " data=synthetic"
-            )
-
-        cache = default_cache(data.cache, data.cache_gb) if is_address(data.root) else None
-
-        def shards(split: str, train: bool) -> ImageShards:
-            return ImageShards(
-                f"{data.root.rstrip('/')}/{split}",
-                skip=data.faults == "skip",
-                cache=cache,
-                image_size=data.image_size,
-                train=train,
-                augment=data.augment if train else "none",
-                mean=data.mean,
-                std=data.std,
-                crop_pct=data.crop_pct,
-            )
-
-        train = shards(data.train, True)
-        self.classes = train.classes
-        found = train.num_classes
-        if found is not None and found != self.num_classes:
-            raise UserError(
-                f"{data.root} has {found} classes, but model.num_classes is {self.num_classes}:"
-                f" set model.num_classes={found}"
-            )
-        return train, shards(data.val, False), shards(data.test, False) if data.test else None
 
     def _mixup(self) -> Any:
         if self.options.mixup == 0 and self.options.cutmix == 0:
@@ -169,7 +126,7 @@ class Classification(Task):
         return [path]
 
     def assets(self) -> dict[str, Any]:
-        data = cast(ShardsDataConfig | SyntheticDataConfig, self.config.data)
+        data = cast(ImageDataConfig, self.config.data)
         return {
             "classes": self.classes or [str(i) for i in range(self.num_classes)],
             "image_size": data.image_size,

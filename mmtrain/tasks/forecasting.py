@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtrain.config import ForecastingConfig, RunConfig, SeriesDataConfig, TSM2Config
-from mmtrain.data.sources import check_inputs, open_data
+from mmtrain.data.open_series import check_inputs, open_data
 from mmtrain.errors import UserError
 from mmtrain.models.tsm2 import Forecasts
 from mmtrain.tasks.base import Batch, StepKey, Task

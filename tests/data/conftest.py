@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from beton_cases import SIZE, Made, make, picture
 from PIL import Image
 
 Members = list[tuple[str, bytes]]
@@ -63,3 +64,31 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from mmtrain.data.prepare.digits import prepare_digits
 
     return prepare_digits(tmp_path_factory.mktemp("digits") / "set").out
+
+
+@pytest.fixture(scope="session")
+def ffcv() -> None:
+    """Skips where FFCV is not installed, and says how to install it."""
+    from mmtrain.data.beton.extra import require_ffcv
+    from mmtrain.errors import UserError
+
+    try:
+        require_ffcv()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def photos(ffcv: None, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """22 JPEG files of different sizes in blocks of 6, 6, 5 and 5; and 7 to evaluate."""
+    sizes = [(40 + 3 * n % 17, 30 + 5 * n % 23) for n in range(29)]
+    files = [picture(n, size) for n, size in enumerate(sizes)]
+    return make(tmp_path_factory.mktemp("photos"), {"train": files[:22], "val": files[22:]})
+
+
+@pytest.fixture(scope="session")
+def pixels(ffcv: None, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """22 PNG files of the size that is trained on, stored raw."""
+    files = [picture(n, (SIZE, SIZE), "PNG") for n in range(29)]
+    folder = tmp_path_factory.mktemp("pixels")
+    return make(folder, {"train": files[:22], "val": files[22:]}, write_mode="raw")

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from mmtrain.cli.data import app
 from mmtrain.config import SeriesDataConfig, TSM2Config, load_config
 from mmtrain.data.borders import SplitRule
+from mmtrain.data.open_series import check_inputs, open_data
 from mmtrain.data.series import load_series
-from mmtrain.data.sources import check_inputs, open_data
 from mmtrain.data.table import read_table
 from mmtrain.errors import UserError
 

@@ -1,0 +1,151 @@
+"""A beton, its compiled decoder and the memory it is read through: batches of given samples and keys.
+
+Of FFCV this takes the library that decodes and resizes, and the process cache that reads pages ahead. Its Loader is
+left aside: it knows neither keys nor a stream without end, waits for ever when its thread fails, hands out memory that
+it writes again, and alters the array types that numba shares, so that a second Loader may compile without end.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from ffcv.memory_managers import ProcessCacheManager
+from ffcv.reader import Reader
+from numpy.typing import NDArray
+
+from mmtrain.data.beton.augment import Recipe
+from mmtrain.data.beton.decoding import compile_decoder
+from mmtrain.data.beton.format import Beton
+from mmtrain.errors import UserError
+
+Indices = NDArray[np.int64]
+Keys = NDArray[np.uint64]
+#: Samples and their keys (None in evaluation).
+Request = tuple[Indices, Keys | None]
+
+#: numba's fallback threading layer ends the process when two threads run parallel code at once.
+_one_kernel = threading.Lock()
+#: Once in a process, since compiling takes seconds.
+_decoders: dict[tuple[Any, ...], Callable[..., None]] = {}
+_log = logging.getLogger("mmtrain")
+
+
+class Engine:
+    """Batches of ``recipe`` from a beton. ``threads`` and ``os_cache`` never change what comes out.
+
+    ``os_cache``: map the file and leave it to the system what stays in memory; else read the pages of the requests that
+    are ``opened`` together, ahead of their use, and drop each page when it was used for the last time.
+    """
+
+    def __init__(self, beton: Beton, recipe: Recipe, threads: int, os_cache: bool) -> None:
+        self.beton, self.recipe, self.os_cache = beton, recipe, os_cache
+        self.threads = _at_most(threads)
+        table = None if recipe.table is None else recipe.table.tobytes()
+        key = (recipe.size, recipe.random, recipe.crop_pct, recipe.hflip, table, os_cache, self.threads > 1)
+        if key not in _decoders:
+            _decoders[key] = compile_decoder(recipe, os_cache, self.threads > 1)
+        self._decode = _decoders[key]
+        self._pages = None if os_cache else ProcessCacheManager(Reader(str(beton.path)))
+
+    @contextmanager
+    def opened(self, requests: Sequence[Request]) -> Iterator[Callable[[int], Any]]:
+        """``state(number)``: the memory that request ``number`` is decoded from; with ``os_cache`` that of any."""
+        try:
+            if self.beton.path.stat().st_size != self.beton.file_size:
+                raise UserError(f"{self.beton.path}: the file has changed after the run started; start again")
+            mapped = np.memmap(self.beton.path, np.uint8, mode="r") if self.os_cache else None
+        except OSError as error:
+            raise UserError(f"{self.beton.path}: cannot be read any more ({error.strerror})") from error
+        if mapped is not None:
+            plain = np.asarray(mapped)
+            yield lambda number: plain
+            return
+        assert self._pages is not None
+        context = self._pages.schedule_epoch([indices for indices, _ in requests])
+        shift = self.beton.page_size.bit_length() - 1
+
+        def state(number: int) -> Any:
+            context.start_batch(number)
+            return context.memory, context.page_to_slot, shift
+
+        context.__enter__()
+        try:
+            yield state
+        finally:
+            context.__exit__(None, None, None)
+            for reader in context.executor.threads:
+                reader.join()
+
+    def run(self, state: Any, request: Request, images: NDArray[Any]) -> None:
+        """Fill ``images`` (``recipe.shape``, ``recipe.dtype``). UserError for an image that cannot be decoded."""
+        indices, keys = request
+        faults = np.zeros(len(indices), dtype=np.uint8)
+        # One thread takes no lock: a loader process may have been forked while another thread held it.
+        with _one_kernel if self.threads > 1 else nullcontext():
+            if self.threads > 1:
+                numba.set_num_threads(self.threads)
+            self._decode(
+                indices, _no_keys(len(indices)) if keys is None else keys, images, faults, self.beton.rows, state
+            )
+        if faults.any():
+            bad = int(indices[int(np.argmax(faults))])
+            raise UserError(
+                f"{self.beton.path}: image number {bad} cannot be decoded: the file is damaged; copy it again, or make "
+                "it again with mmtrain data prepare ffcv --force"
+            )
+
+
+def _no_keys(count: int) -> Keys:
+    return np.zeros(count, dtype=np.uint64)
+
+
+def _at_most(threads: int) -> int:
+    limit = int(vars(numba.config)["NUMBA_NUM_THREADS"])
+    if threads > limit:
+        _log.warning(
+            "data.workers=%d: numba runs at most %d threads here; set NUMBA_NUM_THREADS=%d to have them all",
+            threads,
+            limit,
+            threads,
+        )
+    return max(1, min(threads, limit))
+
+
+class Buffers:
+    """Arrays for batches that are used again as soon as nobody holds a tensor (or a view of one) made from them.
+
+    Fresh memory costs a page fault every 4 kB. ``pinned``: torch's own cache of pinned memory is asked instead, which
+    also waits for copies to the GPU that are under way.
+    """
+
+    KEPT = 8
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, pinned: bool = False) -> None:
+        self.shape, self.dtype, self.pinned = shape, dtype, pinned
+        self._arrays: list[NDArray[Any]] = [np.empty(shape, dtype)]
+        self._idle = self._holders()[0]
+
+    def take(self, count: int) -> NDArray[Any]:
+        """An array for ``count`` samples, not initialised. The tensor to hand out is ``torch.from_numpy`` of it."""
+        if self.pinned:
+            like = torch.from_numpy(np.empty(0, self.dtype)).dtype
+            return torch.empty((count, *self.shape[1:]), dtype=like, pin_memory=True).numpy()
+        if count != self.shape[0]:  # the last batch of an evaluation
+            return np.empty((count, *self.shape[1:]), self.dtype)
+        with suppress(ValueError):
+            return self._arrays[self._holders().index(self._idle)]
+        made = np.empty(self.shape, self.dtype)
+        if len(self._arrays) < self.KEPT:
+            self._arrays.append(made)
+        return made
+
+    def _holders(self) -> list[int]:
+        return [sys.getrefcount(array) for array in self._arrays]

@@ -150,7 +150,7 @@ def test_brightness_of_crops_is_that_of_torchvisions(photos: Made) -> None:
     shards = ImageShards(photos.shards / "train", train=False, **LOOK)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        theirs = torch.stack([steps(shards._image(number % len(shards))) for number in range(count)])
+        theirs = torch.stack([steps(shards._photo(number % len(shards)).whole()) for number in range(count)])
     same_brightness(drawn(photos.source(augment="crop"), count), theirs)
 
 

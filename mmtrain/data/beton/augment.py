@@ -83,8 +83,8 @@ def build_augment(
     if not train or augment == "none":
         return Augment(Recipe(image_size, False, crop_pct, table=table))
     if augment == "light":
-        bare = _table([0.0] * 3, [1.0] * 3)
-        return Augment(Recipe(image_size, False, crop_pct, table=bare), _Light(image_size, mean, std))
+        parts = torch.arange(256, dtype=torch.float32).div_(255).repeat(3, 1).numpy()
+        return Augment(Recipe(image_size, False, crop_pct, table=parts), _Light(image_size, mean, std))
     if augment == "crop":
         return Augment(Recipe(image_size, True, hflip=hflip, table=table))
     tail = _Tail(image_size, mean, std, auto_augment, re_prob)

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmtrain.data.beton.augment import build_augment
+from mmtrain.data.crop import random_crops, uniform
 from mmtrain.data.images import ImageShards
 from mmtrain.data.order import mix64
-from mmtrain.data.crop import random_crops, uniform
 from mmtrain.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("ffcv")

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from trainer_parts import overhead, restart, saving, sharding
-from trainer_parts.figure import Figure, machine
+from trainer_parts.figure import Figure, line_of, machine, table_of
 
 
 def parts(given: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Iterator[Figure]]]:
@@ -77,29 +76,13 @@ def main() -> None:
         for name in chosen:
             for figure in known[name]():
                 found.append(figure)
-                print(_line(figure), flush=True)
+                print(line_of(figure), flush=True)
     console = Console()
     if not console.is_terminal:
         console.width = 160
-    console.print(_table(found))
+    console.print(table_of(found, "What the trainer must reach"))
     if given.json:
         given.json.write_text(json.dumps({"machine": here, "figures": [f.to_json() for f in found]}, indent=1) + "\n")
-
-
-def _line(figure: Figure) -> str:
-    spread = f" (quartiles {figure.spread[0]:.3f} to {figure.spread[1]:.3f})" if figure.spread else ""
-    return f"{figure.name}: {figure.value:.3f} {figure.unit}{spread}; {figure.how}"
-
-
-def _table(figures: list[Figure]) -> Table:
-    table = Table(title="What the trainer must reach")
-    for name in ("part", "figure", "measured", "target", "met", "how"):
-        table.add_column(name, justify="right" if name in ("measured", "target") else "left", overflow="fold")
-    for f in figures:
-        target = "" if f.target is None else f"{'≥' if f.at_least else '≤'} {f.target:g} {f.unit}"
-        met = {None: "", True: "yes", False: "NO"}[f.met]
-        table.add_row(f.part, f.name, f"{f.value:.3f} {f.unit}", target, met, f.how)
-    return table
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 from trainer_parts.figure import Figure, machine, median_of
 
+from data_parts.photos import HIGH, WIDE, make_images
 from mmtrain.compat import ensure_torchvision
 from mmtrain.data.beton.extra import require_ffcv, torch_threads_kept
 from mmtrain.data.beton.source import open_beton
@@ -35,39 +36,9 @@ from mmtrain.data.prepare.writer import Item, write_dataset
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 SIZE = 224
-_WIDE, _HIGH = 500, 375  # the usual photo of ImageNet
 _CLASSES = 10
 
 Epoch = Callable[[], int]  # reads an epoch, and says how many images that was
-
-
-def make_images(count: int, source: Path | None = None) -> list[bytes]:
-    """JPEG files of 500 × 375: the images found below ``source``, enlarged; else made up, about as large as photos."""
-    files = sorted(p for p in source.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png")) if source else []
-    made = []
-    for number in range(count):
-        if files:
-            with Image.open(files[number * len(files) // count]) as found:
-                image = found.convert("RGB").resize((_WIDE, _HIGH), Image.Resampling.BICUBIC)
-        else:
-            image = _photo(number)
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=90)
-        made.append(buffer.getvalue())
-    return made
-
-
-def _photo(number: int) -> Image.Image:
-    """Noise with the spectrum of photos: each octave weaker than the one below it; about 80 kB."""
-    rng, total = np.random.default_rng(number), np.zeros((_HIGH, _WIDE, 3), np.float32)
-    for octave in range(1, 10):
-        small = rng.normal(size=(max(2, 3 * 2**octave // 4), 2**octave, 3)).astype(np.float32)
-        grown = [
-            np.asarray(Image.fromarray(small[..., c]).resize((_WIDE, _HIGH), Image.Resampling.BICUBIC))
-            for c in range(3)
-        ]
-        total += np.stack(grown, -1) * 0.8**octave
-    return Image.fromarray(np.clip(128 + 70 * total, 0, 255).astype(np.uint8))
 
 
 def measure(
@@ -81,7 +52,7 @@ def measure(
         folder / "shards", {"train": items}, [str(n) for n in range(_CLASSES)], "benchmark", {}, shard_size=128
     )
     beton = prepare_beton(shards.out, folder / "beton", workers=1).out / "train.beton"
-    how = f"{count} JPEG files of {_WIDE} × {_HIGH}, {np.mean([len(f) for f in files]) / 1e3:.0f} kB, {threads} threads"
+    how = f"{count} JPEG files of {WIDE} × {HIGH}, {np.mean([len(f) for f in files]) / 1e3:.0f} kB, {threads} threads"
     ours = _ours(beton, threads, batch, count)
     yield from _compare("bare FFCV", ours, _bare(beton, threads, batch), pairs, how, target=0.95)
     if importlib.util.find_spec("litdata") is None:

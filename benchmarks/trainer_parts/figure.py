@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -63,3 +64,21 @@ def machine() -> dict[str, Any]:
 
 def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).is_file() else []
+
+
+def line_of(figure: Figure) -> str:
+    """One line, for the log."""
+    spread = f" (quartiles {figure.spread[0]:.3f} to {figure.spread[1]:.3f})" if figure.spread else ""
+    return f"{figure.name}: {figure.value:.3f} {figure.unit}{spread}; {figure.how}"
+
+
+def table_of(figures: Sequence[Figure], title: str) -> Table:
+    """All of them, beside their targets."""
+    table = Table(title=title)
+    for name in ("part", "figure", "measured", "target", "met", "how"):
+        table.add_column(name, justify="right" if name in ("measured", "target") else "left", overflow="fold")
+    for f in figures:
+        target = "" if f.target is None else f"{'≥' if f.at_least else '≤'} {f.target:g} {f.unit}"
+        met = {None: "", True: "yes", False: "NO"}[f.met]
+        table.add_row(f.part, f.name, f"{f.value:.3f} {f.unit}", target, met, f.how)
+    return table

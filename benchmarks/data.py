@@ -1,0 +1,91 @@
+"""What the data paths must reach, measured.
+
+    python benchmarks/data.py [--only images,memory,windows,share,panel,ffcv] [--images FOLDER] [--series FOLDER]
+                              [--m5 FOLDER] [--json FILE] [--smoke]
+
+Ratios are medians of readings that alternate, and processor time where several processes are compared; made-up data
+stands in for what is not given. A target that is missed is reported; the exit status is 0 all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from data_parts import images, memory, series
+from rich.console import Console
+from trainer_parts.figure import Figure, line_of, machine, table_of
+
+
+def parts(given: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Iterator[Figure]]]:
+    """The measurements by name, each of which begins when it is called."""
+    smoke = given.smoke
+
+    def ffcv() -> Iterator[Figure]:
+        if importlib.util.find_spec("ffcv") is None:
+            print("ffcv is left out: it is not installed (docs/install.md)", flush=True)
+            return
+        from data_parts import ffcv_part
+
+        sizes = {"pairs": 2, "count": 16, "batch": 8} if smoke else {"pairs": given.rounds, "count": given.count}
+        yield from ffcv_part.measure(folder / "ffcv", images=given.images, threads=given.workers, **sizes)
+
+    return {
+        "images": lambda: images.measure(
+            folder / "images",
+            source=given.images,
+            count=128 if smoke else given.count,
+            rounds=1 if smoke else given.rounds,
+            workers=1 if smoke else given.workers,
+        ),
+        "memory": lambda: memory.measure(
+            folder / "memory",
+            samples=2000 if smoke else 1_281_167,
+            shards=4 if smoke else 1282,
+            epoch=64 if smoke else 1024,
+        ),
+        **series.parts(folder / "series", tiny=smoke, data=given.series, m5=given.m5),
+        "ffcv": ffcv,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--only", help="parts to measure: images, memory, windows, share, panel, ffcv")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="images to enlarge, such as Tiny-ImageNet's")
+    parser.add_argument("--series", type=Path, metavar="FOLDER", help="folder with ETTh1.parquet")
+    parser.add_argument("--m5", type=Path, metavar="FOLDER", help="folder with M5's three files")
+    parser.add_argument("--count", type=int, default=2048, help="images of an epoch, a multiple of 64")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as JSON")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny sizes, to see that it runs; the figures mean nothing"
+    )
+    given = parser.parse_args()
+    here = machine()
+    print("  ".join(f"{key}={value}" for key, value in here.items() if value is not None), flush=True)
+    found: list[Figure] = []
+    with tempfile.TemporaryDirectory() as folder:
+        known = parts(given, Path(folder))
+        chosen = given.only.split(",") if given.only else list(known)
+        if unknown := set(chosen) - set(known):
+            parser.error(f"--only {','.join(sorted(unknown))}: choose from {', '.join(known)}")
+        for name in chosen:
+            for figure in known[name]():
+                found.append(figure)
+                print(line_of(figure), flush=True)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table_of(found, "What the data paths must reach"))
+    if given.json:
+        given.json.write_text(json.dumps({"machine": here, "figures": [f.to_json() for f in found]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,22 +2,22 @@
 
 All make float32 batches of 224 × 224: decode, random resized crop, flip, normalise. "webdataset" is its usual pipeline
 with Pillow and torchvision's transforms, "ImageFolder" torchvision's with a DataLoader. "bare" is our decoding and
-augmentation of images in memory, in one process and without any loader. One epoch of each comes after the other, in
-rounds, and a ratio is that of one round. What counts is processor time, of the training process and of all workers:
-images a second of one core.
+augmentation of images in memory, in one process and without any loader. All run on and on, and take turns; a ratio is
+that of one round. What counts is processor time, of the training process and of all workers: images a second of one
+core.
 """
 
 from __future__ import annotations
 
-import resource
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 from trainer_parts.figure import Figure, median_of
 
 from data_parts.photos import HIGH, WIDE, make_images
@@ -33,7 +33,7 @@ PART = "images"
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 SIZE, BATCH, CLASSES = 224, 64, 10
 
-Epoch = Callable[[], int]  # reads an epoch, and says how many images that was
+Batches = Iterator[torch.Tensor]  # endless
 
 
 def measure(folder: Path, *, source: Path | None, count: int, rounds: int, workers: int) -> Iterator[Figure]:
@@ -51,19 +51,19 @@ def _as_they_are(source: Path, count: int) -> list[bytes]:
 
 
 def _beside(folder: Path, kind: str, files: list[bytes], rounds: int, workers: int) -> Iterator[Figure]:
-    epochs = _contenders(folder, files, workers)
-    spent: dict[str, list[float]] = {name: [] for name in epochs}
-    for epoch in epochs.values():
-        epoch()  # reads the files into memory, imports what is needed
+    contenders = _contenders(folder, files, workers)
+    spent: dict[str, list[float]] = {name: [] for name in contenders}
+    steps = len(files) // BATCH
+    for batches in contenders.values():
+        _take(batches, steps)  # starts workers, reads the files into memory
     for turn in range(rounds):
-        names = list(epochs)[:: 1 if turn % 2 else -1]
-        for name in names:
+        for name in list(contenders)[:: 1 if turn % 2 else -1]:
             begun = _processor_seconds()
-            seen = epochs[name]()
-            spent[name].append((_processor_seconds() - begun) / seen)
+            _take(contenders[name], steps)
+            spent[name].append((_processor_seconds() - begun) / (steps * BATCH))
     how = (
-        f"{kind}, {sum(map(len, files)) / len(files) / 1e3:.0f} kB each, {len(files)} an epoch, median of {rounds} "
-        f"rounds; {workers} workers"
+        f"{kind}, {sum(map(len, files)) / len(files) / 1e3:.0f} kB each, median of {rounds} rounds of {steps} batches "
+        f"of {BATCH}; {workers} workers"
     )
     for name, seconds in spent.items():
         figure = f"{kind}: {name}, a core"
@@ -75,13 +75,32 @@ def _beside(folder: Path, kind: str, files: list[bytes], rounds: int, workers: i
         )
 
 
+def _take(batches: Batches, steps: int) -> None:
+    """As a training loop would."""
+    for images in islice(batches, steps):
+        assert images.shape == (BATCH, 3, SIZE, SIZE)
+        assert images.dtype == torch.float32
+    # the workers of this one fill their queues and wait, as they did when its turn began
+    quiet = _processor_seconds()
+    while True:
+        time.sleep(0.1)
+        before, quiet = quiet, _processor_seconds()
+        if quiet - before < 0.005:
+            return
+
+
 def _processor_seconds() -> float:
-    """Of this process and of its children that are gone: every epoch ends its workers."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
+    """Of this process and of all its workers."""
+    return time.process_time() + sum(
+        int(Path(f"/proc/{child}/schedstat").read_text().split()[0]) / 1e9 for child in _children()
+    )
 
 
-def _contenders(folder: Path, files: list[bytes], workers: int) -> dict[str, Epoch]:
+def _children() -> list[int]:
+    return [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+
+
+def _contenders(folder: Path, files: list[bytes], workers: int) -> dict[str, Batches]:
     items = [Item(number % CLASSES, content=content) for number, content in enumerate(files)]
     shards = write_dataset(
         folder / "shards", {"train": items}, [str(n) for n in range(CLASSES)], "benchmark", {}, shard_size=128
@@ -91,36 +110,17 @@ def _contenders(folder: Path, files: list[bytes], workers: int) -> dict[str, Epo
         target.mkdir(parents=True, exist_ok=True)
         (target / f"{number:06d}.jpg").write_bytes(content)
     return {
-        "ours": _ours(shards.out / "train", len(files), workers),
+        "ours": _ours(shards.out / "train", workers),
         "webdataset": _webdataset(shards.out / "train", workers),
         "ImageFolder": _image_folder(folder / "folder", workers),
         "bare": _bare(files),
     }
 
 
-def _through(batches: Iterable[Any]) -> int:
-    """Take all batches, as a training loop would."""
-    seen = 0
-    for batch in batches:
-        images = batch["image"] if isinstance(batch, dict) else batch[0]
-        assert images.shape[1:] == (3, SIZE, SIZE)
-        assert images.dtype == torch.float32
-        seen += len(images)
-    return seen
-
-
-def _ours(folder: Path, count: int, workers: int) -> Epoch:
+def _ours(folder: Path, workers: int) -> Batches:
     source = ImageShards(folder, image_size=SIZE, train=True, augment="crop", mean=MEAN, std=STD)
-    position = 0
-
-    def epoch() -> int:
-        nonlocal position
-        steps = count // BATCH
-        batches = train_batches(source, seed=0, batch_size=BATCH, start=position, steps=steps, workers=workers)
-        position += steps * BATCH
-        return _through(batches)
-
-    return epoch
+    for batch in train_batches(source, seed=0, batch_size=BATCH, start=0, steps=10**6, workers=workers):
+        yield batch["image"]
 
 
 def _usual_transform() -> Any:
@@ -130,43 +130,29 @@ def _usual_transform() -> Any:
     return Compose([RandomResizedCrop(SIZE), RandomHorizontalFlip(), ToTensor(), Normalize(MEAN, STD)])
 
 
-def _webdataset(folder: Path, workers: int) -> Epoch:
+def _webdataset(folder: Path, workers: int) -> Batches:
     import webdataset
 
     shards = [str(path) for path in sorted(folder.glob("*.tar"))]
-
-    def epoch() -> int:
-        dataset = webdataset.WebDataset(shards, shardshuffle=100).shuffle(1000).decode("pilrgb")
-        dataset = dataset.to_tuple("jpg", "cls").map_tuple(_usual_transform(), int).batched(BATCH)
-        return _through(webdataset.WebLoader(dataset, batch_size=None, num_workers=workers))
-
-    return epoch
+    dataset = webdataset.WebDataset(shards, shardshuffle=100).shuffle(1000).decode("pilrgb")
+    dataset = dataset.to_tuple("jpg", "cls").map_tuple(_usual_transform(), int).repeat().batched(BATCH)
+    for images, _ in webdataset.WebLoader(dataset, batch_size=None, num_workers=workers):
+        yield images
 
 
-def _image_folder(folder: Path, workers: int) -> Epoch:
+def _image_folder(folder: Path, workers: int) -> Batches:
     ensure_torchvision()
     from torchvision.datasets import ImageFolder
 
     dataset = ImageFolder(str(folder), _usual_transform())
-    return lambda: _through(DataLoader(dataset, batch_size=BATCH, shuffle=True, num_workers=workers))
+    sampler = RandomSampler(dataset, replacement=True, num_samples=10**8)
+    for images, _ in DataLoader(dataset, batch_size=BATCH, sampler=sampler, num_workers=workers):
+        yield images
 
 
-def _bare(files: list[bytes]) -> Epoch:
+def _bare(files: list[bytes]) -> Batches:
     transform = build_transform(True, SIZE, "crop", mean=MEAN, std=STD)
-
-    def epoch() -> int:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return _through(
-                {
-                    "image": transform(
-                        [Photo(content) for content in files[begin : begin + BATCH]], mix64(np.arange(BATCH))
-                    )
-                }
-                for begin in range(0, len(files) - BATCH + 1, BATCH)
-            )
-        finally:
-            torch.set_num_threads(threads)
-
-    return epoch
+    keys = mix64(np.arange(BATCH))
+    for _ in repeat(None):
+        for begin in range(0, len(files) - BATCH + 1, BATCH):
+            yield transform([Photo(content) for content in files[begin : begin + BATCH]], keys)

@@ -16,8 +16,9 @@ from mmtrain.data.cache import ShardCache, Unreachable, file_system, said
 from mmtrain.data.faults import Fault
 from mmtrain.data.photo import Photo, Undecodable
 from mmtrain.data.shards import ShardFiles, find_shards
+from mmtrain.data.source import Empty
 from mmtrain.data.tarindex import Damaged, ShardIndex, index_shards
-from mmtrain.data.transforms import build_transform
+from mmtrain.data.transforms import build_transform, new_tensor
 from mmtrain.errors import UserError
 
 #: So many samples after a faulty one are tried in its place.
@@ -33,6 +34,8 @@ class ImageShards:
     ``skip``: what cannot be used does not stop the run. In training the next sample that can be used stands in for it
     (the same one whatever the world size); in evaluation it is left out of the batch. Each is told in ``take_faults``.
     """
+
+    moved = ("image",)
 
     def __init__(
         self,
@@ -77,7 +80,9 @@ class ImageShards:
     def fetch(self, indices: NDArray[np.int64], keys: NDArray[np.uint64] | None) -> dict[str, torch.Tensor]:
         return self.finish(self.load(indices, keys))
 
-    def load(self, indices: NDArray[np.int64], keys: NDArray[np.uint64] | None) -> dict[str, torch.Tensor]:
+    def load(
+        self, indices: NDArray[np.int64], keys: NDArray[np.uint64] | None, empty: Empty = new_tensor
+    ) -> dict[str, torch.Tensor]:
         """As ``fetch``, with the pixels not yet normalised. In evaluation faulty samples are missing, see "kept"."""
         photos: list[Any] = [None] * len(indices)
         used = np.array(indices, dtype=np.int64)
@@ -87,7 +92,7 @@ class ImageShards:
             kept = np.array([photo is not None for photo in photos], dtype=bool)
             try:
                 pixels = self.transform.pixels(
-                    [photo for photo in photos if photo is not None], None if keys is None else keys[kept]
+                    [photo for photo in photos if photo is not None], None if keys is None else keys[kept], empty
                 )
             except Undecodable as error:
                 place = int(np.flatnonzero(kept)[error.place])

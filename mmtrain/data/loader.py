@@ -9,8 +9,9 @@ from __future__ import annotations
 import multiprocessing.util
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmtrain.data.device import Batch, on_device
 from mmtrain.data.faults import Fault
 from mmtrain.data.order import Order, local_positions, mix64
+from mmtrain.data.ring import Mapped, Ring
 from mmtrain.data.source import Source, Staged, Streaming
 from mmtrain.errors import UserError
 
@@ -29,6 +31,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 #: Times that workers which died are started again, where faults are to be survived.
 _RESTARTS = 3
+
+#: Bytes of a tensor that is sent by value.
+_SMALL = 1 << 15
 
 OnFault = Callable[[Fault], None]
 
@@ -49,6 +54,15 @@ class _Made:
     def pin_memory(self) -> _Made:
         """DataLoader asks for this."""
         return _Made({name: tensor.pin_memory() for name, tensor in self.batch.items()}, self.faults)
+
+    def __getstate__(self) -> tuple[dict[str, Any], list[Fault]]:
+        """Small tensors travel by value: a file of shared memory for each would take longer than the batch."""
+        small = {n: t.numpy() for n, t in self.batch.items() if t.nbytes <= _SMALL and t.dtype != torch.bfloat16}
+        return {**self.batch, **small}, self.faults
+
+    def __setstate__(self, state: tuple[dict[str, Any], list[Fault]]) -> None:
+        batch, self.faults = state
+        self.batch = {n: torch.from_numpy(t) if isinstance(t, np.ndarray) else t for n, t in batch.items()}
 
 
 class _Died(RuntimeError):
@@ -73,9 +87,14 @@ class _Batches(Dataset):
         return self.__getitems__(np.asarray([number], dtype=np.int64))
 
 
-def _load(source: Source, indices: np.ndarray, keys: np.ndarray | None) -> Batch:
+def _load(source: Source, indices: np.ndarray, keys: np.ndarray | None, ring: Ring | None) -> Batch:
     """What the source gives, as far as that is a worker's business."""
-    return dict(source.load(indices, keys) if isinstance(source, Staged) else source.fetch(indices, keys))
+    if not isinstance(source, Staged):
+        return dict(source.fetch(indices, keys))
+    if ring is None:
+        return dict(source.load(indices, keys))
+    batch = source.load(indices, keys, ring.empty)
+    return {**batch, **{name: ring.place(batch[name]) for name in source.moved if len(batch[name])}}
 
 
 def _finish(source: Source) -> Callable[[Batch], Batch]:
@@ -93,12 +112,12 @@ class _Train:
         self.source, self.order = source, order
         self.ahead: Callable[[list[int]], None] | None = getattr(source, "ahead", None)
 
-    def __call__(self, positions: np.ndarray) -> Batch:
+    def __call__(self, ring: Ring | None, positions: np.ndarray) -> Batch:
         if self.ahead is not None:
             self.ahead(self.order.coming(int(positions[-1])))
         epochs, indices = self.order.lookup(positions)
         keys = mix64(self.order.seed, epochs, indices)
-        batch = _load(self.source, indices, keys)
+        batch = _load(self.source, indices, keys, ring)
         batch["position"] = torch.from_numpy(positions)
         batch["index"] = torch.from_numpy(indices)
         batch["key"] = torch.from_numpy(keys.view(np.int64))
@@ -111,8 +130,8 @@ class _Evaluate:
     def __init__(self, source: Source) -> None:
         self.source = source
 
-    def __call__(self, indices: np.ndarray) -> Batch:
-        batch = _load(self.source, indices, None)
+    def __call__(self, ring: Ring | None, indices: np.ndarray) -> Batch:
+        batch = _load(self.source, indices, None, ring)
         kept = batch.pop("kept", None)  # not all of them, where faults are left out
         batch["index"] = torch.from_numpy(indices) if kept is None else torch.from_numpy(indices)[kept]
         return batch
@@ -207,7 +226,7 @@ def _streamed(
 
 def _iterate(
     source: Source,
-    build: Callable[[np.ndarray], Batch],
+    build: Callable[[Ring | None, np.ndarray], Batch],
     arrays: Callable[[], Iterator[np.ndarray]],
     workers: int,
     prefetch: int,
@@ -216,7 +235,9 @@ def _iterate(
 ) -> Iterator[Batch]:
     if workers < 0:
         raise UserError(f"data.workers={workers}: give 0 (load in the training process) or more")
-    batches = _Batches(source, build)
+    # a worker has so many batches under way, and one more is being read
+    slots = max(1, prefetch) + 2
+    batches = _Batches(source, partial(build, Ring(slots) if workers else None))
     for fault in getattr(source, "take_faults", list)():  # those found when the source was opened
         if on_fault is not None:
             on_fault(fault)
@@ -238,7 +259,7 @@ def _iterate(
             # DataLoader draws a seed when it starts; from a generator of its own, or it would advance the global one.
             generator=torch.Generator(),
         )
-        return _run(loader)
+        return _mapped(_run(loader), source.moved, slots * workers) if isinstance(source, Staged) else _run(loader)
 
     return on_device(_survive(begin, on_fault), device, _finish(source))
 
@@ -271,6 +292,17 @@ def _here(batches: _Batches, arrays: Iterator[np.ndarray], pinned: bool) -> Iter
     for numbers in arrays:
         made = batches.__getitems__(numbers)
         yield made.pin_memory() if pinned and isinstance(made, _Made) else made
+
+
+def _mapped(all_made: Iterator[_Made | _Failure], moved: Sequence[str], slots: int) -> Iterator[_Made | _Failure]:
+    """The same, with the memory in which they came kept mapped."""
+    mapped = Mapped(slots)
+    with closing(all_made):  # type: ignore[type-var]
+        for made in all_made:
+            if isinstance(made, _Made):
+                for name in moved:
+                    mapped.keep(made.batch[name])
+            yield made
 
 
 def _run(loader: DataLoader) -> Iterator[_Made | _Failure]:

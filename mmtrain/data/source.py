@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from mmtrain.data.order import Order
@@ -34,15 +35,26 @@ class Source(Protocol):
         ...
 
 
+#: Gives an uninitialised tensor of a shape and a dtype.
+Empty = Callable[[Sequence[int], "torch.dtype"], "Tensor"]
+
+
 @runtime_checkable
 class Staged(Protocol):
     """A source that makes its batches in two halves: what moves between processes and devices is small.
 
-    ``fetch`` is ``finish`` of ``load``.
+    ``fetch`` is ``finish`` of ``load``. ``moved`` names the large tensors of ``load``, whose memory is used again as
+    soon as ``finish`` is done: it copies them.
     """
 
-    def load(self, indices: NDArray[np.int64], keys: NDArray[np.uint64] | None) -> dict[str, Tensor]:
-        """As ``fetch``, but what only ``finish`` understands: made by a worker."""
+    moved: Sequence[str]
+
+    def load(
+        self, indices: NDArray[np.int64], keys: NDArray[np.uint64] | None, empty: Empty = ...
+    ) -> dict[str, Tensor]:
+        """As ``fetch``, but what only ``finish`` understands: made by a worker, the tensors in ``moved`` best in
+        memory from ``empty(shape, dtype)``.
+        """
         ...
 
     def finish(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from mmtrain.compat import ensure_torchvision
 from mmtrain.data.crop import Keys, erase, flips, random_crops, uniform
 from mmtrain.data.photo import Photo, Undecodable, resized
 from mmtrain.data.pixels import Normalise
+from mmtrain.data.source import Empty
 from mmtrain.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ SHIFT = 0.08  # of the side, both ways
 SCALE = (0.9, 1.1)
 
 
+def new_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialised."""
+    return torch.empty(tuple(shape), dtype=dtype)
+
+
 class Transform(ABC):
     """B images (decoded or not) and their B keys (None: no randomness wanted) → float32 (B, C, S, S), normalised."""
 
@@ -50,12 +56,15 @@ class Transform(ABC):
         return self.finish(self.pixels(images, keys))
 
     @abstractmethod
-    def pixels(self, images: Sequence[Photo | Image], keys: Keys | None) -> torch.Tensor:
-        """What ``finish`` takes: uint8 (B, S, S, C), or float32 (B, C, S, S) in 0..1. Raises Undecodable."""
+    def pixels(self, images: Sequence[Photo | Image], keys: Keys | None, empty: Empty = new_tensor) -> torch.Tensor:
+        """What ``finish`` takes: uint8 (B, S, S, C), in memory from ``empty``, or float32 (B, C, S, S) in 0..1.
+
+        Raises Undecodable.
+        """
 
     @abstractmethod
     def finish(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalise what ``pixels`` made, on whatever device it is."""
+        """Normalise what ``pixels`` made, on whatever device it is; into other memory."""
 
 
 def build_transform(
@@ -105,8 +114,9 @@ class _Resize(Transform):
         self.options: dict[str, Any] = {"crop_pct": crop_pct, "interpolation": interpolation}
         self._resize: Any = None
 
-    def pixels(self, images: Sequence[Photo | Image], keys: Keys | None) -> torch.Tensor:
-        batch = np.empty((len(images), self.size, self.size, self.channels), dtype=np.uint8)
+    def pixels(self, images: Sequence[Photo | Image], keys: Keys | None, empty: Empty = new_tensor) -> torch.Tensor:
+        made = empty((len(images), self.size, self.size, self.channels), torch.uint8)
+        batch = made.numpy()
         for place, image in enumerate(images):
             try:
                 whole = image.whole() if isinstance(image, Photo) else image
@@ -114,7 +124,7 @@ class _Resize(Transform):
                 raise Undecodable(place, error) from error
             fitting = whole if whole.size == (self.size, self.size) else self.resize(whole)
             batch[place] = np.asarray(fitting).reshape(batch[place].shape)
-        return torch.from_numpy(batch)
+        return made
 
     def finish(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.normalise(pixels)
@@ -139,14 +149,14 @@ class _Light(Transform):
         self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
 
-    def pixels(self, images: Sequence[Photo | Image], keys: Keys | None) -> torch.Tensor:
+    def pixels(self, images: Sequence[Photo | Image], keys: Keys | None, empty: Empty = new_tensor) -> torch.Tensor:
         pixels = self.resize.pixels(images, None).permute(0, 3, 1, 2).contiguous().float().div_(255)
         if keys is None:
             return pixels
         return functional.grid_sample(pixels, affine_grid(keys, self.resize.size), align_corners=False)
 
     def finish(self, pixels: torch.Tensor) -> torch.Tensor:
-        return pixels.sub_(self.mean.to(pixels.device)).div_(self.std.to(pixels.device))
+        return pixels.sub(self.mean.to(pixels.device)).div_(self.std.to(pixels.device))
 
 
 def affine_grid(keys: Keys, size: int) -> torch.Tensor:
@@ -175,15 +185,16 @@ class _Crop(Transform):
         self.size, self.channels, self.interpolation, self.hflip = size, channels, interpolation, hflip
         self.normalise = finish
 
-    def pixels(self, images: Sequence[Photo | Image], keys: Keys | None) -> torch.Tensor:
-        return torch.from_numpy(self.crops(images, keys))
-
-    def crops(self, images: Sequence[Photo | Image], keys: Keys | None) -> NDArray[np.uint8]:
-        """uint8 (B, S, S, C)."""
+    def pixels(self, images: Sequence[Photo | Image], keys: Keys | None, empty: Empty = new_tensor) -> torch.Tensor:
         if keys is None:
             raise ValueError("a random transform needs keys")
+        made = empty((len(images), self.size, self.size, self.channels), torch.uint8)
+        self.fill(made.numpy(), images, keys)
+        return made
+
+    def fill(self, batch: NDArray[np.uint8], images: Sequence[Photo | Image], keys: Keys) -> None:
+        """Make ``batch``, (B, S, S, C)."""
         photos = [Photo.of(image, self.channels) for image in images]
-        batch = np.empty((len(photos), self.size, self.size, self.channels), dtype=np.uint8)
         boxes, mirrored = random_crops(keys, [photo.size for photo in photos]), flips(keys, self.hflip)
         for place, (photo, box, mirror) in enumerate(zip(photos, boxes, mirrored.tolist(), strict=True)):
             try:
@@ -192,7 +203,6 @@ class _Crop(Transform):
                 raise Undecodable(place, error) from error
             made = resized(part, self.size, self.interpolation)
             batch[place] = made[:, ::-1] if mirror else made
-        return batch
 
     def finish(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.normalise(pixels)
@@ -217,13 +227,11 @@ class _ImageNet(_Crop):
         self.re_prob, self.mean, self.std = re_prob, tuple(mean), tuple(std)
         self.policy = policy_of(auto_augment, size, self.mean, interpolation) if auto_augment else None
 
-    def crops(self, images: Sequence[Photo | Image], keys: Keys | None) -> NDArray[np.uint8]:
-        batch = super().crops(images, keys)
-        assert keys is not None
+    def fill(self, batch: NDArray[np.uint8], images: Sequence[Photo | Image], keys: Keys) -> None:
+        super().fill(batch, images, keys)
         if self.policy is not None:
             augment(self.policy, batch, keys)
         erase(batch, keys, self.re_prob, self.mean, self.std)
-        return batch
 
 
 def augment(policy: Any, batch: NDArray[np.uint8], keys: Keys) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler
 from trainer_parts.figure import Figure, median_of
 
+from data_parts.litdata_loader import MEAN, SIZE, STD, is_here, open_litdata
 from data_parts.photos import HIGH, WIDE, make_images
 from mmtrain.compat import ensure_torchvision
 from mmtrain.data.images import ImageShards
@@ -30,8 +31,7 @@ from mmtrain.data.prepare.writer import Item, write_dataset
 from mmtrain.data.transforms import build_transform
 
 PART = "images"
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-SIZE, BATCH, CLASSES = 224, 64, 10
+BATCH, CLASSES = 64, 10
 
 Batches = Iterator[torch.Tensor]  # endless
 
@@ -68,7 +68,10 @@ def _beside(folder: Path, kind: str, files: list[bytes], rounds: int, workers: i
     for name, seconds in spent.items():
         figure = f"{kind}: {name}, a core"
         yield Figure(PART, figure, **median_of([1 / each for each in seconds]), unit="images/s", how=how)
-    for name, target in (("webdataset", 1.5), ("ImageFolder", 1.5), ("bare", 0.9)):
+    targets = {"webdataset": 1.5, "ImageFolder": 1.5, "bare": 0.9, "LitData": None}
+    for name, target in targets.items():
+        if name not in spent:
+            continue
         ratios = [theirs / ours for theirs, ours in zip(spent[name], spent["ours"], strict=True)]
         yield Figure(
             PART, f"{kind}: ours / {name}", **median_of(ratios), unit="x", how=how, target=target, at_least=True
@@ -109,12 +112,13 @@ def _contenders(folder: Path, files: list[bytes], workers: int) -> dict[str, Bat
         target = folder / "folder" / str(number % CLASSES)
         target.mkdir(parents=True, exist_ok=True)
         (target / f"{number:06d}.jpg").write_bytes(content)
-    return {
+    found = {
         "ours": _ours(shards.out / "train", workers),
         "webdataset": _webdataset(shards.out / "train", workers),
         "ImageFolder": _image_folder(folder / "folder", workers),
         "bare": _bare(files),
     }
+    return found | ({"LitData": _litdata(folder / "litdata", files, workers)} if is_here() else {})
 
 
 def _ours(folder: Path, workers: int) -> Batches:
@@ -148,6 +152,12 @@ def _image_folder(folder: Path, workers: int) -> Batches:
     sampler = RandomSampler(dataset, replacement=True, num_samples=10**8)
     for images, _ in DataLoader(dataset, batch_size=BATCH, sampler=sampler, num_workers=workers):
         yield images
+
+
+def _litdata(folder: Path, files: list[bytes], workers: int) -> Batches:
+    loader = open_litdata(folder, files, workers, BATCH)
+    for _ in repeat(None):
+        yield from (images for images, _ in loader if len(images) == BATCH)
 
 
 def _bare(files: list[bytes]) -> Batches:

@@ -1,17 +1,13 @@
 """Forecasting data: windows a second, the loader's share of a step, and a panel of 30,490 series.
 
-    cd benchmarks && python -m data_parts.series [--smoke] [--data FOLDER] [--m5 FOLDER]
-
-``--data`` has ETTh1, ``--m5`` the three files of M5; made-up series of the same size stand in for what is not given.
+Made-up series of the same size stand in for ETTh1 and for M5 where they are not given.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -273,22 +269,3 @@ def parts(
         return panel(root, folder / "panel", tiny=tiny)
 
     return {"windows": measure_windows, "share": measure_share, "panel": measure_panel}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, made-up data; the figures mean nothing")
-    parser.add_argument("--data", type=Path, help="folder with ETTh1.parquet")
-    parser.add_argument("--m5", type=Path, help="folder with M5's three files")
-    parser.add_argument("--only", help="windows, share, panel; separated by commas")
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        known = parts(Path(folder), tiny=given.smoke, data=given.data, m5=given.m5)
-        for name in given.only.split(",") if given.only else known:
-            for figure in known[name]():
-                met = {None: "", True: " (met)", False: " (NOT met)"}[figure.met]
-                print(f"{figure.name}: {figure.value:.3f} {figure.unit}{met}; {figure.how}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -317,15 +316,3 @@ def test_a_run_on_ffcv_is_that_on_the_shards(cli: Any, ffcv: None, digits: Path,
         losses.append([json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)])
     assert len(losses[0]) >= 3
     assert losses[0] == losses[1]
-
-
-@pytest.mark.slow
-def test_the_benchmark_runs(ffcv: None) -> None:
-    root = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join([str(root), str(root / "benchmarks")])
-    command = [sys.executable, "-m", "data_parts.ffcv_part", "--smoke"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=200, env={**os.environ, "PYTHONPATH": path}, cwd=root
-    )
-    assert done.returncode == 0, done.stderr
-    assert "ours / bare FFCV: " in done.stdout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -106,13 +105,3 @@ def test_the_real_m5(tmp_path: Path) -> None:
     assert float(panel.series(12345)[-28:].sum()) == sales.iloc[12345, -28:].sum()
     task = build_task(load_config("tsm2_m5", [f"data.root={tmp_path}"]))
     assert len(task.val) > 30000
-
-
-@pytest.mark.slow
-def test_the_benchmark_runs() -> None:
-    command = [sys.executable, "-m", "data_parts.series", "--smoke"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "benchmarks")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == 9
-    assert sum("windows/s of the loader" in line for line in lines) == 4

@@ -1,0 +1,53 @@
+"""LitData's loader of the same JPEG files, with Pillow and torchvision's transforms; left out where it is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mmtrain.compat import ensure_torchvision
+
+SIZE, CLASSES = 224, 10
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def is_here() -> bool:
+    if importlib.util.find_spec("litdata") is not None:
+        return True
+    print("LitData is left out: it is not installed (pip install litdata)", flush=True)
+    return False
+
+
+class _Augmented:
+    """What LitData's items become, in worker processes which import torchvision themselves."""
+
+    steps: Any = None
+
+    def __call__(self, item: dict[str, Any]) -> tuple[torch.Tensor, int]:
+        if self.steps is None:
+            ensure_torchvision()
+            from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, RandomResizedCrop, ToTensor
+
+            self.steps = Compose([RandomResizedCrop(SIZE), RandomHorizontalFlip(), ToTensor(), Normalize(MEAN, STD)])
+        return self.steps(Image.open(io.BytesIO(item["image"])).convert("RGB")), item["label"]
+
+
+def _item(numbered: tuple[int, bytes]) -> dict[str, Any]:
+    return {"image": numbered[1], "label": numbered[0] % CLASSES}
+
+
+def open_litdata(folder: Path, files: list[bytes], workers: int, batch: int) -> Any:
+    """A loader of one epoch after the other, whose workers stay."""
+    import litdata
+
+    method = multiprocessing.get_start_method()
+    litdata.optimize(_item, list(enumerate(files)), str(folder), chunk_bytes="16MB", num_workers=1)
+    multiprocessing.set_start_method(method, force=True)  # it has set another one for the whole process
+    dataset = litdata.StreamingDataset(str(folder), shuffle=True, transform=_Augmented())
+    return litdata.StreamingDataLoader(dataset, batch_size=batch, num_workers=workers, persistent_workers=True)

@@ -117,6 +117,16 @@ def test_batches_do_not_depend_on_workers_or_ranks(digits: Path, augment: str) -
     assert not torch.equal(again[0]["image"], expected[0]["image"])  # another epoch: other augmentations
 
 
+@pytest.mark.parametrize("augment", ["light", "crop"])
+def test_batches_stay_as_they_are_though_their_memory_is_used_again(digits: Path, augment: str) -> None:
+    source = ImageShards(digits / "train", image_size=32, train=True, augment=augment, mean=[0.3] * 3, std=[0.3] * 3)
+    options: dict[str, Any] = {"seed": 2, "batch_size": 24, "start": 0, "steps": 12}  # more than there are slots
+    held = list(train_batches(source, workers=1, prefetch=1, **options))
+    for one, two in zip(held, train_batches(source, workers=0, **options), strict=True):
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_global_random_states_are_left_alone(digits: Path, workers: int) -> None:
     source = ImageShards(digits / "val", image_size=32, train=True, augment="imagenet", mean=[0.5] * 3, std=[0.5] * 3)

@@ -17,7 +17,7 @@ from mmtrain.train.session import train
 
 @pytest.fixture
 def damaged(vision: Path, digits: Path, tmp_path: Path) -> list[str]:
-    """The overrides for a copy of the digits with two images of the training split spoilt, and one of the test split."""
+    """Overrides for a copy of the digits with two training images spoilt, and one of the test split."""
     copy = tmp_path / "copy"
     shutil.copytree(digits, copy)
     for split, places in (("train", (3, 40)), ("test", (5,))):

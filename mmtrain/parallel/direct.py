@@ -46,12 +46,15 @@ class DirectReduceScatter(ReduceScatter):
     """The sum or the mean over the ranks of this rank's part, added in the order of the ranks.
 
     What comes out is the gradient of the parts, which lives until the step: it does not sit on the buffers that the
-    next module needs.
+    next module needs. While ``deferred`` is set it is there only after the next call, or :meth:`finish`: the ranks send
+    to each other while they go on with the backward pass, and none waits for one that is a little behind.
     """
 
     def __init__(self, transient: Buffers, world: int) -> None:
         self.transient, self.world = transient, world
+        self.deferred = False
         self._last = 0
+        self._under_way: _Reduction | None = None
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         # FSDP2 asks for the input, then for the output
@@ -68,25 +71,42 @@ class DirectReduceScatter(ReduceScatter):
         op: dist.ReduceOp | dist.ReduceOp.RedOpType,
         async_op: bool = False,
     ) -> None:
+        self.finish()
         if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
             dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group)
             return
-        with record_function("direct::reduce_scatter"):
-            self._reduce(output_tensor, input_tensor, group, op)
+        received = self.transient.tensor((group.size() - 1, output_tensor.numel()), output_tensor.dtype)
+        self._under_way = _Reduction(output_tensor, input_tensor, received, group, mean=op == dist.ReduceOp.AVG)
+        if not self.deferred:
+            self.finish()
 
-    def _reduce(
-        self, output: Tensor, whole: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp | dist.ReduceOp.RedOpType
+    def finish(self) -> None:
+        """Wait for the reduction under way, if there is one."""
+        if self._under_way is not None:
+            with record_function("direct::reduce_scatter"):
+                self._under_way.finish()
+            self._under_way = None
+
+
+class _Reduction:
+    """One reduce-scatter, begun when it is made."""
+
+    def __init__(
+        self, output: Tensor, whole: Tensor, received: Tensor, group: dist.ProcessGroup, *, mean: bool
     ) -> None:
-        parts, others = whole.chunk(group.size()), _others(group)
-        received = self.transient.tensor((len(others), output.numel()), output.dtype)
-        arrived = dict(zip(others, received.unbind(), strict=True))
-        _exchange(dict(enumerate(parts)), arrived, group).wait()
-        terms = [arrived.get(n, parts[n]) for n in range(group.size())]
-        torch.add(terms[0], terms[1], out=output)
+        self.output, self.divisor = output, group.size() if mean else 1
+        self.parts, others = dict(enumerate(whole.chunk(group.size()))), _others(group)
+        self.arrived = dict(zip(others, received.unbind(), strict=True))
+        self.work = _exchange(self.parts, self.arrived, group)
+
+    def finish(self) -> None:
+        self.work.wait()
+        terms = [self.arrived.get(n, part) for n, part in self.parts.items()]
+        torch.add(terms[0], terms[1], out=self.output)
         for term in terms[2:]:
-            output.add_(term)
-        if op == dist.ReduceOp.AVG:
-            output.div_(group.size())
+            self.output.add_(term)
+        if self.divisor != 1:
+            self.output.div_(self.divisor)
 
 
 def _others(group: dist.ProcessGroup) -> list[int]:

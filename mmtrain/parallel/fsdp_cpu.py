@@ -24,12 +24,12 @@ from mmtrain.parallel.strategy import Plan
 _LARGE = 2_500_000
 
 
-def shard_over_processors(model: nn.Module, plan: Plan, mesh: DeviceMesh) -> None:
-    """As :func:`mmtrain.parallel.fsdp.shard`, for a mesh of processes on CPUs."""
+def shard_over_processors(model: nn.Module, plan: Plan, mesh: DeviceMesh) -> DirectReduceScatter | None:
+    """As :func:`mmtrain.parallel.fsdp.shard`, for a mesh of processes on CPUs; returns what reduces their gradients."""
     world = mesh.size(mesh.ndim - 1)
     shard(model, plan.blocks, mesh, plan.config, apart=_LARGE if plan.plain else None)
     if world == 1:
-        return
+        return None
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     transient = Buffers()
     gather, reduce = DirectAllGather(transient), DirectReduceScatter(transient, world)
@@ -39,6 +39,7 @@ def shard_over_processors(model: nn.Module, plan: Plan, mesh: DeviceMesh) -> Non
     if plan.plain:
         _keep_whole(_last_half(plan.blocks))
         _gather_ahead(model, plan.blocks)
+    return reduce
 
 
 def _last_half(blocks: Sequence[nn.Module]) -> list[FSDPModule]:

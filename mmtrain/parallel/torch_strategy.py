@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from mmtrain.parallel.direct import DirectReduceScatter
 from mmtrain.parallel.fsdp import shard
 from mmtrain.parallel.fsdp_cpu import shard_over_processors
 from mmtrain.parallel.mesh import mesh_of
@@ -128,8 +129,9 @@ class FullyShardedDataParallel(TorchStrategy):
     def _split(self) -> None:
         plan = self.plan
         self.mesh = mesh_of(plan.ranks, plan.config)
+        self._reduction: DirectReduceScatter | None = None
         if plan.ranks.device.type == "cpu":
-            shard_over_processors(self.model, plan, self.mesh)
+            self._reduction = shard_over_processors(self.model, plan, self.mesh)
         else:
             shard(self.model, plan.blocks, self.mesh, plan.config)
 
@@ -138,6 +140,16 @@ class FullyShardedDataParallel(TorchStrategy):
         root.set_is_last_backward(last)
         root.set_requires_gradient_sync(last)
         return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        reduction = self._reduction
+        if reduction is None:
+            super().backward(loss)
+            return
+        # FSDP2 reads what was reduced at once only where it adds to a gradient that is there, or over the replicas
+        reduction.deferred = self.mesh.ndim == 1 and all(p.grad is None for p in self.parameters.values())
+        super().backward(loss)
+        reduction.finish()
 
     def held(self) -> dict[str, Tensor]:
         # an evaluation leaves some modules whole (the root, and those that stay whole until their backward pass):

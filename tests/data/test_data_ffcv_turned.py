@@ -6,12 +6,14 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pytest
 from beton_cases import LOOK, make, picture
 from PIL import Image
 
 from mmtrain.data.images import ImageShards
 
 
+@pytest.mark.slow
 def test_turned_photos_are_those_of_the_shards(ffcv: None, tmp_path: Path) -> None:
     image = Image.open(io.BytesIO(picture(0, (16, 16))))
     files = []

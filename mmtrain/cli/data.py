@@ -1,4 +1,4 @@
-"""``mmtrain data``: prepare datasets, index shards, look at tables. Heavy imports wait until a command runs."""
+"""``mmtrain data``: fetch, prepare and look at datasets, index shards. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import typer
 from mmtrain.cli import data_get, data_prepare
 from mmtrain.cli.describe import describe_command
 from mmtrain.cli.panels import prepare_m5_command, prepare_panel_command
+from mmtrain.errors import UserError
 
 if TYPE_CHECKING:
     from mmtrain.data.prepare.writer import Prepared
 
-app = typer.Typer(name="data", help="Prepare datasets, index shards, look at tables.", no_args_is_help=True)
+app = typer.Typer(name="data", help="Fetch, prepare and look at datasets; index shards.", no_args_is_help=True)
 prepare = typer.Typer(name="prepare", help="Make a dataset that training can read.", no_args_is_help=True)
 app.add_typer(prepare)
 data_prepare.add_commands(prepare)
@@ -29,7 +30,9 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out."
 def prepare_images_command(
     root: Annotated[Path, typer.Option(help="ROOT/CLASS/IMAGE, or ROOT/train/CLASS/IMAGE and ROOT/val/CLASS/IMAGE.")],
     out: Out,
-    image_size: Annotated[int | None, typer.Option(help="Shrink images whose shorter side is longer.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Shrink images whose shorter side is longer than this (pixels).")
+    ] = None,
     shard_size: Annotated[int, typer.Option(help="Samples in a shard, at most.")] = 1000,
     workers: Annotated[int | None, typer.Option(help="Processes (default: one per core, at most 8).")] = None,
     val_fraction: Annotated[float, typer.Option(help="Part to set aside if there is no val folder.")] = 0.1,
@@ -67,11 +70,13 @@ def prepare_ffcv_command(
     root: Annotated[Path, typer.Option(help="A dataset of tar shards: ROOT/train, and ROOT/val and ROOT/test.")],
     out: Out,
     write_mode: Annotated[str, typer.Option(help="jpg, raw (pixels), or proportion (some of each).")] = "jpg",
-    max_resolution: Annotated[int | None, typer.Option(help="Shrink images whose longer side is longer.")] = None,
+    max_resolution: Annotated[
+        int | None, typer.Option(help="Shrink images whose longer side is longer than this (pixels).")
+    ] = None,
     jpeg_quality: Annotated[
         int | None, typer.Option(help="Encode all anew (default: keep JPEG files that fit as they are, others at 90).")
     ] = None,
-    compress_probability: Annotated[float, typer.Option(help="Part stored as JPEG, for proportion.")] = 0.5,
+    compress_probability: Annotated[float, typer.Option(help="Part to store as JPEG, for proportion.")] = 0.5,
     page_size: Annotated[int, typer.Option(help="MiB, a power of two; the largest image must fit in.")] = 8,
     workers: Annotated[int | None, typer.Option(help="Processes (default: one per core, at most 8).")] = None,
     force: Force = False,
@@ -116,8 +121,10 @@ def index_command(
     shards: Annotated[
         list[str], typer.Argument(help="Shards, folders of shards, shard-{000000..000009}.tar, or addresses of them.")
     ],
-    window: Annotated[int, typer.Option(help="data.shuffle_window, of which the mixing is shown.")] = 8,
-    out: Annotated[Path | None, typer.Option(help="Write the indexes here too, to be put beside far shards.")] = None,
+    window: Annotated[int, typer.Option(help="The data.shuffle_window to show the mixing of.")] = 8,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the indexes here too: copy them beside the shards of an address.")
+    ] = None,
 ) -> None:
     """Make the indexes of tar shards afresh, with checksums, so that no run has to."""
     import numpy as np
@@ -127,14 +134,17 @@ def index_command(
     from mmtrain.data.shards import find_shards
     from mmtrain.data.tarindex import index_shards, write_index
 
-    found = index_shards(find_shards(shards), rebuild=True, digest=True, cache=default_cache())
+    paths = find_shards(shards)
+    if out is not None:
+        _check_names([str(path).rpartition("/")[2] for path in paths], out)
+    found = index_shards(paths, rebuild=True, digest=True, cache=default_cache())
     samples = sum(len(index) for index in found)
     classes = len(np.unique(np.concatenate([index.labels for index in found])))
     mixing = mixing_figure(Order([len(index) for index in found], seed=0, window=window))
     typer.echo(f"{len(found)} shard(s), {samples} samples, {classes} classes: all in order")
     typer.echo(
-        f"shuffled in windows of {window} shard(s), a sample moves {mixing:.2f} of the way that a full shuffle would"
-        " move it (data.shuffle_window)"
+        f"shuffled in windows of {window} shard(s) (data.shuffle_window), neighbours in a shard come {mixing:.3f} times"
+        " as far apart as in a full shuffle"
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -144,6 +154,13 @@ def index_command(
 
 
 app.command("describe")(describe_command)
+
+
+def _check_names(names: list[str], out: Path) -> None:
+    """One folder holds one index of each name."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"--out {out}: several of the shards are called {twice[0]}: index one split at a time")
 
 
 def _tell(done: Prepared) -> None:

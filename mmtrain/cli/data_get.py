@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 
 def get_command(
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="Such as etth1 weather.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME...", help="What to fetch, such as etth1 weather (see --list).")
+    ] = None,
     data_root: Annotated[
         Path | None, typer.Option("--data-root", "--out", help="Where to put them (default: MMTRAIN_DATA, else data).")
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="Show what can be fetched, and stop.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Only check what is there; needs no network.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Only check what is there, without a network.")] = False,
     from_file: Annotated[
         Path | None, typer.Option(help="Take this file, fetched by other means (one name only).")
     ] = None,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 Out = Annotated[Path, typer.Option(help="Folder to write; it appears only when it is complete.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out.")]
-Size = Annotated[int | None, typer.Option(help="Shrink images whose shorter side is longer.")]
+Size = Annotated[int | None, typer.Option(help="Shrink images whose shorter side is longer than this (pixels).")]
 Quality = Annotated[int, typer.Option(help="Of the JPEGs that are made anew, 1 to 100.")]
 ShardSize = Annotated[int, typer.Option(help="Samples in a shard, at most.")]
 Workers = Annotated[int | None, typer.Option(help="Processes (default: one per core, at most 8).")]
@@ -34,7 +34,9 @@ def imagenet_command(
     shard_size: ShardSize = 1000,
     workers: Workers = None,
     expect: Annotated[str, typer.Option(help="full: every image must be there; any: take what is.")] = "full",
-    val_labels: Annotated[Path | None, typer.Option(help="Classes of a flat val folder, one a line.")] = None,
+    val_labels: Annotated[
+        Path | None, typer.Option(help="Classes of a flat val folder, a line an image, or Kaggle's list.")
+    ] = None,
     devkit: Annotated[
         Path | None, typer.Option(help="meta.mat of the devkit, if --val-labels holds its ILSVRC ids.")
     ] = None,
@@ -64,7 +66,9 @@ def segmentation_command(
     root: Annotated[Path, typer.Option(help="Holds images/train and annotations/train, or train and trainannot.")],
     out: Out,
     classes: Annotated[Path | None, typer.Option(help="A file with the classes' names, one a line.")] = None,
-    ignore: Annotated[list[int] | None, typer.Option(help="Numbers that are no class (default: 255).")] = None,
+    ignore: Annotated[
+        list[int] | None, typer.Option(help="A number that is no class (default: 255); may be repeated.")
+    ] = None,
     zero_is_void: Annotated[
         bool, typer.Option("--zero-is-void", help="0 becomes 255 and n becomes n - 1, as is usual for ADE20K.")
     ] = False,

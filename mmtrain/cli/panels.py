@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 Out = Annotated[Path, typer.Option(help="Folder to write; it appears only when it is complete.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out.")]
 Names = Annotated[str | None, typer.Option(metavar="A,B,...")]
-SplitName = Annotated[str | None, typer.Option("--split", help="ratio, date or last (default: what is given below).")]
+SplitName = Annotated[
+    str | None, typer.Option("--split", help="ratio, date or last: only needed where none of the next three is given.")
+]
 Ratios = Annotated[str | None, typer.Option(metavar="A,B,C", help="Parts for training, validation and test.")]
 Dates = Annotated[str | None, typer.Option(metavar="A,B", help="The first dates of validation and of test.")]
 Last = Annotated[str | None, typer.Option(metavar="A,B", help="The last steps of validation and of test.")]
@@ -59,9 +61,9 @@ def split_rule(kind: str | None, ratios: str | None, dates: str | None, last: st
 def prepare_panel_command(
     root: Annotated[Path, typer.Option(help="A CSV or parquet file, or a folder of them.")],
     out: Out,
-    id: Annotated[str | None, typer.Option(help="The column that tells series apart (default: id, unique_id, ...)")] = (
-        None
-    ),
+    id: Annotated[
+        str | None, typer.Option(help="The column that tells series apart (default: id, unique_id, ...).")
+    ] = (None),
     time: Annotated[str, typer.Option(help="The time column, or none: rows as they come.")] = "date",
     columns: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="What to forecast (default: the rest).")
@@ -78,21 +80,26 @@ def prepare_panel_command(
         str | None, typer.Option(help="The step: 15min, h, D, W, M, Q, Y (default: the usual one).")
     ] = None,
     missing: Annotated[str, typer.Option(help="Holes: keep (data.missing=mask), ffill, interpolate or zero.")] = "keep",
-    duplicates: Annotated[str, typer.Option(help="A time twice in a series: error, or last (it counts).")] = "error",
+    duplicates: Annotated[
+        str, typer.Option(help="A time twice in a series: error, or last (the last row counts).")
+    ] = "error",
     split: SplitName = None,
     ratios: Ratios = None,
     dates: Dates = None,
     last: Last = None,
-    shard_mb: Annotated[int, typer.Option(help="MiB of a shard.")] = 64,
+    shard_mb: Annotated[int, typer.Option(help="MiB of a shard, about.")] = 64,
     force: Force = False,
 ) -> None:
     """Tables of many series into memory-mapped shards, for data.kind=panel.
 
     Long (a row for each series and time), wide (a row for each series, a column for each step; no time column), or a
     folder with a file for each series (no id column). The scalers are fitted for the split given (ratio 0.7,0.1,0.2
-    otherwise). For example:
+    otherwise).
 
-        mmtrain data prepare panel --root sales.parquet --out data/sales --id shop --known price --last 28,28
+    \b
+    For example:
+        mmtrain data prepare panel --root sales.csv --out data/sales --id shop \\
+            --columns sold --known price --static city --last 28,28
     """
     from mmtrain.data.borders import SplitRule
     from mmtrain.data.prepare.panel import prepare_panel

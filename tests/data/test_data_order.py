@@ -98,6 +98,13 @@ def test_unshuffled() -> None:
 def test_mixing_figure_tells_shuffled_from_sorted() -> None:
     assert mixing_figure(Order([100] * 100, 0, window=100)) == pytest.approx(1, abs=0.05)
     assert mixing_figure(Order([100] * 100, 0, shuffle=False)) == 0
+    assert mixing_figure(Order([2], 0)) == mixing_figure(Order([1, 0, 1, 1, 1], 0)) == 1
+
+
+@pytest.mark.parametrize("window", [1, 4, 25])
+def test_mixing_figure_is_the_part_of_the_data_in_a_window(window: int) -> None:
+    # moving whole blocks about takes samples far from their places, and mixes nothing
+    assert mixing_figure(Order([100] * 100, 0, window)) == pytest.approx(window / 100, rel=0.2)
 
 
 @settings(deadline=None)

@@ -26,49 +26,55 @@ class Fault:
 
 
 class FaultLog:
-    """The faults of one split, seen by this rank: each once, in a line of ``file``, and limited.
+    """The faults of one split: each once, in a line of this rank's ``file``, and limited over all ranks.
 
     Args:
-        file: JSON lines; what is there already (of the job before) counts.
+        file: JSON lines. What is in it and in its neighbours already, of other ranks and of the job before, counts.
         split: its name, for the lines.
-        total: samples of the split.
-        most: the largest part of them that may be missing.
+        total: samples of the split that are there.
+        most: the largest part of the split that may be missing.
     """
 
     def __init__(self, file: Path, split: str, total: int, most: float) -> None:
         self.file, self.split, self.total, self.most = file, split, total, most
-        self._seen = {(line["index"], line["where"]): int(line["samples"]) for line in self._lines()}
-
-    @property
-    def count(self) -> int:
-        """Samples that are missing."""
-        return sum(self._seen.values())
+        self._mine = set(_read(file, split))
 
     def add(self, fault: Fault) -> None:
         """Note a fault. Raises UserError when they become too many."""
-        if (fault.index, fault.where) in self._seen:
+        if (fault.index, fault.where) in self._mine:
             return
-        self._seen[fault.index, fault.where] = fault.samples
+        self._mine.add((fault.index, fault.where))
         logger.warning("%s: %s; left out (data.faults=skip)", fault.where, fault.reason)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"split": self.split, **asdict(fault)}) + "\n")
-        if self.count > self.most * self.total:
+        missing, total = self.missing()
+        if missing > self.most * total:
             raise UserError(
-                f"{self.count} of {self.total} samples of the {self.split} split cannot be used, the last one: "
+                f"{missing} of {total} samples of the {self.split} split cannot be used, the last one: "
                 f"{fault.where}: {fault.reason}. That is more than data.max_faults={self.most:g} of them: repair the "
-                f"data (all are listed in {self.file}), or raise data.max_faults"
+                f"data (all are listed in {self.file.parent}), or raise data.max_faults"
             )
 
-    def _lines(self) -> list[dict[str, Any]]:
-        if not self.file.is_file():
-            return []
-        found = []
-        for line in self.file.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue  # cut off by a kill
-            if entry.get("split") == self.split:
-                found.append(entry)
-        return found
+    def missing(self) -> tuple[int, int]:
+        """Samples that cannot be used, of all that there should be, as far as any rank has seen."""
+        seen: dict[tuple[int, str], int] = {}
+        for file in self.file.parent.glob(f"{self.file.stem.rpartition('_')[0]}_*{self.file.suffix}"):
+            seen |= _read(file, self.split)
+        lost = sum(samples for (index, _), samples in seen.items() if index < 0)
+        return sum(seen.values()), self.total + lost
+
+
+def _read(file: Path, split: str) -> dict[tuple[int, str], int]:
+    """Samples that each fault in ``file`` stands for."""
+    if not file.is_file():
+        return {}
+    found = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            entry: dict[str, Any] = json.loads(line)
+        except ValueError:
+            continue  # cut off by a kill
+        if entry.get("split") == split:
+            found[int(entry["index"]), str(entry["where"])] = int(entry["samples"])
+    return found

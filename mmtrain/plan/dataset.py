@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmtrain.config import (
@@ -28,7 +28,7 @@ _VARIATES = 7
 class Dataset:
     """``samples``: None where nobody knows. ``origin``: where that number is from.
 
-    ``stored``: bytes of a sample as it is read, ``decoded``: as it goes to the GPU; ``bytes_origin``: where the first
+    ``stored``: bytes of a sample as it is read, ``decoded``: as it goes to the GPU, in ``form``; ``bytes_origin``: where the first
     is from. ``variates``: series of a window.
     """
 
@@ -38,6 +38,7 @@ class Dataset:
     decoded: int
     bytes_origin: str
     variates: int = _VARIATES
+    form: str = "float32"
 
 
 def describe_dataset(config: RunConfig, samples: int | None = None) -> Dataset:
@@ -62,6 +63,8 @@ def describe_dataset(config: RunConfig, samples: int | None = None) -> Dataset:
     if isinstance(data, SyntheticDataConfig):
         return Dataset(*_given(samples, data.length, "data.length"), 0, decoded, "made up, nothing is read")
     assert isinstance(data, ShardsDataConfig | FFCVDataConfig)
+    if isinstance(data, ShardsDataConfig) and data.augment != "light":  # bytes, normalised on the device
+        return replace(_images(config, data, samples, decoded // 4), form="uint8")
     return _images(config, data, samples, decoded)
 
 

@@ -64,7 +64,7 @@ def _lines(plan: Plan) -> list[str]:
     lines.append(
         f"data rate{told}: {rate:,.0f} samples/s, {rate * data.stored / _MB:,.0f} MB/s to read"
         f" ({data.stored / 1e3:,.0f} kB a sample: {data.bytes_origin}), {rate * data.decoded / _MB:,.0f} MB/s decoded"
-        f" (float32); a node needs 1/{plan.nodes} of it"
+        f" ({data.form}); a node needs 1/{plan.nodes} of it"
     )
     lines.append(_recipe(plan, told))
     time = basis.time

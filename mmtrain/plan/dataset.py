@@ -28,8 +28,8 @@ _VARIATES = 7
 class Dataset:
     """``samples``: None where nobody knows. ``origin``: where that number is from.
 
-    ``stored``: bytes of a sample as it is read, ``decoded``: as it goes to the GPU, in ``form``; ``bytes_origin``: where the first
-    is from. ``variates``: series of a window.
+    ``stored``: bytes of a sample as it is read, ``decoded``: as it goes to the GPU, in ``form``; ``bytes_origin``: where
+    the first is from. ``variates``: series of a window.
     """
 
     samples: int | None

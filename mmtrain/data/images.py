@@ -120,7 +120,7 @@ class ImageShards:
     def _stand_in(self, index: int) -> tuple[Photo | None, int]:
         if not self.train:
             return None, index
-        for step in range(1, min(_STAND_INS, len(self))):
+        for step in range(1, min(_STAND_INS + 1, len(self))):
             other = (index + step) % len(self)
             try:
                 photo = self._photo(other)
@@ -138,7 +138,8 @@ class ImageShards:
     def _note(self, index: int, error: Exception) -> None:
         """Remember a fault; raise it as a UserError where one is to stop the run."""
         if isinstance(error, UserError):
-            if not self.skip:
+            # what is neither is no fault of the data: a full disk would have every sample left out
+            if not self.skip or not isinstance(error, Damaged | Unreachable):
                 raise error
             path = self.paths[self._block(index)]
             self._faults.append(Fault(index, self._name(index), str(error).removeprefix(f"{path}: ")))

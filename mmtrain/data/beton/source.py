@@ -53,6 +53,8 @@ def open_beton(
     if train:
         warn_of_thrashing(source.beton, os_cache, window)
     if not built.compiled:
+        if not os_cache:
+            _log.warning("data.os_cache=false does nothing with data.augment=%s: its processes map the file", augment)
         _log.info(
             "%s: data.augment=%s works on one image after the other in Python, in data.workers processes; "
             "data.augment=crop (crop and flip alone) is all compiled, and data.workers are threads then",

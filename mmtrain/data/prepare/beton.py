@@ -82,7 +82,7 @@ def prepare_beton(
         "settings": settings,
         "format": FORMAT,
     }
-    with complete_or_absent(out, force=force) as part:
+    with complete_or_absent(out, force=force, resume=False) as part:
         with progress(f"writing {out.name}", sum(counts.values())) as advance:
             for split, shards in splits.items():
                 for count in _write(part / f"{split}.beton", shards, encoding, workers):

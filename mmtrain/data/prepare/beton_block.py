@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmtrain.data.beton.extra import require_ffcv
-from mmtrain.data.decode import decode
+from mmtrain.data.decode import decode, orientation
 from mmtrain.data.order import mix64
 from mmtrain.data.prepare.writer import _die_with_parent
 from mmtrain.data.tarindex import ShardIndex
@@ -172,13 +172,15 @@ class _Encoder:
         return "jpg" if chance < self.encoding.compress_probability else "raw"
 
     def _can_stay(self, content: bytes, size: tuple[int, int]) -> bool:
-        """Whether FFCV reads the file itself as PIL does: a JPEG in grey or YCbCr that is not to be shrunk."""
+        """Whether FFCV reads the file itself as PIL does: an upright JPEG in grey or YCbCr that is not to be shrunk."""
         from ffcv.libffcv import imdecode
         from PIL import Image
 
         most = self.encoding.max_resolution
         if self.encoding.jpeg_quality is not None or (most is not None and max(size) > most):
             return False
+        if orientation(content) != 1:
+            return False  # FFCV does not look at EXIF
         with Image.open(io.BytesIO(content)) as header:
             if header.format != "JPEG" or header.mode not in ("RGB", "L"):
                 return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 from mmtrain.cli import data_get, data_prepare
 from mmtrain.cli.describe import describe_command
 from mmtrain.cli.panels import prepare_m5_command, prepare_panel_command
+from mmtrain.errors import UserError
 
 if TYPE_CHECKING:
     from mmtrain.data.prepare.writer import Prepared
@@ -127,7 +129,16 @@ def index_command(
     from mmtrain.data.shards import find_shards
     from mmtrain.data.tarindex import index_shards, write_index
 
-    found = index_shards(find_shards(shards), rebuild=True, digest=True, cache=default_cache())
+    paths = find_shards(shards)
+    targets = [] if out is None else [out / (str(path).rpartition("/")[2] + ".idx") for path in paths]
+    if twice := [target.name for target, count in Counter(targets).items() if count > 1]:
+        raise UserError(f"--out {out}: two of the shards would be {twice[0]}: give a folder for each split, one by one")
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from error
+    found = index_shards(paths, rebuild=True, digest=True, cache=default_cache())
     samples = sum(len(index) for index in found)
     classes = len(np.unique(np.concatenate([index.labels for index in found])))
     mixing = mixing_figure(Order([len(index) for index in found], seed=0, window=window))
@@ -137,9 +148,9 @@ def index_command(
         " move it (data.shuffle_window)"
     )
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        for index in found:
-            write_index(index, out / (str(index.path).rpartition("/")[2] + ".idx"))
+        for target, index in zip(targets, found, strict=True):
+            if fault := write_index(index, target):
+                raise UserError(f"--out {out}: {target.name} cannot be written ({fault}); give another folder")
         typer.echo(f"{out}: {len(found)} index(es)")
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmtrain.data.borders import SplitRule
+from mmtrain.data.calendar import calendar_features
 from mmtrain.data.panel import open_panel
 from mmtrain.data.panel_data import PanelData
 from mmtrain.data.source import Source
@@ -150,3 +151,14 @@ def test_other_splits_fit_the_scalers_again(tmp_path: Path, caplog: pytest.LogCa
     assert parts.borders.tolist() == [[18, 24, 30], [24, 32, 40]]
     with pytest.raises(UserError, match=r"train split \(data.split=date"):
         opened(tmp_path / "panel", split="date", dates=["2023-01-15", "2024-01-22"])
+
+
+def test_what_the_calendar_says_goes_on_behind_the_data(tmp_path: Path) -> None:
+    """Also where fewer steps are known than are forecast."""
+    prepared(tmp_path, [30, 12])
+    data = opened(tmp_path / "panel", calendar=True, horizon=3, steps=2)
+    stop = data.panel.lengths + 3  # a forecast of 3 steps
+    found = data.inputs.known(np.arange(2), stop - 2)
+    for series in range(2):
+        stamps = data.panel.stamps(series, int(stop[series]) - 2, int(stop[series]))
+        assert found[series].tolist() == calendar_features(stamps, data.inputs.calendar_names).tolist()

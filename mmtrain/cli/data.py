@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from mmtrain.cli import data_get, data_prepare
 from mmtrain.cli.describe import describe_command
+from mmtrain.cli.options import Force, Out, Workers
 from mmtrain.cli.panels import prepare_m5_command, prepare_panel_command
 from mmtrain.errors import UserError
-
-if TYPE_CHECKING:
-    from mmtrain.data.prepare.writer import Prepared
 
 app = typer.Typer(name="data", help="Prepare datasets, index shards, look at tables.", no_args_is_help=True)
 prepare = typer.Typer(name="prepare", help="Make a dataset that training can read.", no_args_is_help=True)
@@ -23,9 +21,6 @@ data_prepare.add_commands(prepare)
 app.command("get")(data_get.get_command)
 app.command("digest")(data_get.digest_command)
 
-Out = Annotated[Path, typer.Option(help="Folder to write; it appears only when it is complete.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out.")]
-
 
 @prepare.command("images")
 def prepare_images_command(
@@ -33,7 +28,7 @@ def prepare_images_command(
     out: Out,
     image_size: Annotated[int | None, typer.Option(help="Shrink images whose shorter side is longer.")] = None,
     shard_size: Annotated[int, typer.Option(help="Samples in a shard, at most.")] = 1000,
-    workers: Annotated[int | None, typer.Option(help="Processes (default: one per core, at most 8).")] = None,
+    workers: Workers = None,
     val_fraction: Annotated[float, typer.Option(help="Part to set aside if there is no val folder.")] = 0.1,
     test_fraction: Annotated[float, typer.Option(help="Part to set aside if there are only class folders.")] = 0.1,
     force: Force = False,
@@ -51,7 +46,7 @@ def prepare_images_command(
         test_fraction=test_fraction,
         force=force,
     )
-    _tell(done)
+    data_prepare.tell(done)
 
 
 @prepare.command("digits")
@@ -61,7 +56,7 @@ def prepare_digits_command(
     """The 1,797 real hand-written digits of scikit-learn."""
     from mmtrain.data.prepare.digits import prepare_digits
 
-    _tell(prepare_digits(out, image_size, force=force))
+    data_prepare.tell(prepare_digits(out, image_size, force=force))
 
 
 @prepare.command("ffcv")
@@ -75,7 +70,7 @@ def prepare_ffcv_command(
     ] = None,
     compress_probability: Annotated[float, typer.Option(help="Part stored as JPEG, for proportion.")] = 0.5,
     page_size: Annotated[int, typer.Option(help="MiB, a power of two; the largest image must fit in.")] = 8,
-    workers: Annotated[int | None, typer.Option(help="Processes (default: one per core, at most 8).")] = None,
+    workers: Workers = None,
     force: Force = False,
 ) -> None:
     """Tar shards into FFCV's files, one for each split: the same samples in the same order."""
@@ -92,7 +87,7 @@ def prepare_ffcv_command(
         workers=workers,
         force=force,
     )
-    _tell(done)
+    data_prepare.tell(done)
 
 
 @prepare.command("traffic")
@@ -155,10 +150,3 @@ def index_command(
 
 
 app.command("describe")(describe_command)
-
-
-def _tell(done: Prepared) -> None:
-    counts = ", ".join(f"{count} {split}" for split, count in done.meta["counts"].items())
-    state = "written" if done.fresh else "was there already, nothing to do"
-    classes = f"{len(done.meta['classes'])} classes" if "classes" in done.meta else "classes without names"
-    typer.echo(f"{done.out}: {counts}; {classes}; {state}")

@@ -62,7 +62,7 @@ class ImageShards:
         self.labels: NDArray[np.int64] = np.concatenate([shard.labels for shard in shards])
         self._ends = np.cumsum(self.block_sizes)
         self.cache, self._files = cache, ShardFiles(shards, cache)
-        self.classes = read_classes(self.paths[0])
+        self.classes = read_classes(_meta_of(self.paths[0]))
         self.num_classes = None if self.classes is None else len(self.classes)
         if self.num_classes is not None and int(self.labels.max(initial=-1)) >= self.num_classes:
             first = int(np.argmax(self.labels >= self.num_classes))
@@ -173,12 +173,13 @@ def _missing(shards: Sequence[ShardIndex]) -> list[Fault]:
     return [Fault(-1, str(shard.path), shard.fault, max(1, usual - len(shard))) for shard in shards if shard.fault]
 
 
-def read_classes(shard: Path | str) -> list[str] | None:
-    """The names of the classes from the ``meta.json`` of a dataset, of which ``shard`` is one file."""
-    if isinstance(shard, str):
-        meta: Path | str = shard.rsplit("/", 2)[0] + "/meta.json"
-    else:
-        meta = shard.parent.parent / "meta.json"
+def _meta_of(shard: Path | str) -> Path | str:
+    """The ``meta.json`` of the dataset of which ``shard`` is one file."""
+    return shard.rsplit("/", 2)[0] + "/meta.json" if isinstance(shard, str) else shard.parent.parent / "meta.json"
+
+
+def read_classes(meta: Path | str) -> list[str] | None:
+    """The names of the classes in a ``meta.json``; None if it is not there. Raises UserError if it is damaged."""
     try:
         text = _text(meta)
         return None if text is None else [str(name) for name in json.loads(text)["classes"]]

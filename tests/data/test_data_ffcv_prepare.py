@@ -171,11 +171,12 @@ class _Deadly:
 
 @pytest.mark.slow
 def test_a_worker_that_dies_is_an_error_and_no_hang(ffcv: None, photos: Made, tmp_path: Path) -> None:
-    from mmtrain.data.prepare.beton_block import Encoding, Job, encode_blocks
+    from mmtrain.data.prepare.beton_block import Encoding, Job, encode_block
+    from mmtrain.data.prepare.pool import run_jobs
 
     job = Job(_Deadly(), 0, tmp_path / "part", Encoding("jpg", None, None, 0.5, 2 << 20))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"a worker process died.*--workers"):
-        list(encode_blocks([job, job], 2))
+        list(run_jobs(encode_block, [job, job], 2, ordered=True))
 
 
 def test_a_dataset_without_meta_json(

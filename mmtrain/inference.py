@@ -155,13 +155,16 @@ def forecast(trained: TrainedModel, path: Path, back: int = 0, missing: str = "e
         raise UserError(f"{trained.folder} was trained on a panel: give a folder made by mmtrain data prepare panel")
     known = trained.assets["columns"]
     chosen, beside = cast(Any, trained.config.data).columns, trained.assets.get("known", {"columns": []})
-    table = read_table(
-        path,
-        columns=chosen,
-        missing=missing,
-        time_column=cast(Any, trained.config.data).time_column,
-        known=beside["columns"],
-    )
+    try:
+        table = read_table(
+            path,
+            columns=chosen,
+            missing=missing,
+            time_column=cast(Any, trained.config.data).time_column,
+            known=beside["columns"],
+        )
+    except UserError as error:  # what is a key in training is a flag here
+        raise UserError(str(error).replace("data.missing=", "--missing ")) from None
     _check_columns(path, list(table.columns), known)
     values = table.values[:, [list(table.columns).index(name) for name in known]]
     lookback, horizon = trained.assets["lookback"], trained.assets["horizon"]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from mmtrain.cli import data_get, data_prepare
 from mmtrain.cli.describe import describe_command
+from mmtrain.cli.options import Force, Out, Workers
 from mmtrain.cli.panels import prepare_m5_command, prepare_panel_command
 from mmtrain.errors import UserError
-
-if TYPE_CHECKING:
-    from mmtrain.data.prepare.writer import Prepared
 
 app = typer.Typer(name="data", help="Fetch, prepare and look at datasets; index shards.", no_args_is_help=True)
 prepare = typer.Typer(name="prepare", help="Make a dataset that training can read.", no_args_is_help=True)
@@ -21,9 +20,6 @@ app.add_typer(prepare)
 data_prepare.add_commands(prepare)
 app.command("get")(data_get.get_command)
 app.command("digest")(data_get.digest_command)
-
-Out = Annotated[Path, typer.Option(help="Folder to write; it appears only when it is complete.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out.")]
 
 
 @prepare.command("images")
@@ -34,7 +30,7 @@ def prepare_images_command(
         int | None, typer.Option(help="Shrink images whose shorter side is longer than this (pixels).")
     ] = None,
     shard_size: Annotated[int, typer.Option(help="Samples in a shard, at most.")] = 1000,
-    workers: Annotated[int | None, typer.Option(help="Processes (default: one per core, at most 8).")] = None,
+    workers: Workers = None,
     val_fraction: Annotated[float, typer.Option(help="Part to set aside if there is no val folder.")] = 0.1,
     test_fraction: Annotated[float, typer.Option(help="Part to set aside if there are only class folders.")] = 0.1,
     force: Force = False,
@@ -52,7 +48,7 @@ def prepare_images_command(
         test_fraction=test_fraction,
         force=force,
     )
-    _tell(done)
+    data_prepare.tell(done)
 
 
 @prepare.command("digits")
@@ -62,7 +58,7 @@ def prepare_digits_command(
     """The 1,797 real hand-written digits of scikit-learn."""
     from mmtrain.data.prepare.digits import prepare_digits
 
-    _tell(prepare_digits(out, image_size, force=force))
+    data_prepare.tell(prepare_digits(out, image_size, force=force))
 
 
 @prepare.command("ffcv")
@@ -78,7 +74,7 @@ def prepare_ffcv_command(
     ] = None,
     compress_probability: Annotated[float, typer.Option(help="Part to store as JPEG, for proportion.")] = 0.5,
     page_size: Annotated[int, typer.Option(help="MiB, a power of two; the largest image must fit in.")] = 8,
-    workers: Annotated[int | None, typer.Option(help="Processes (default: one per core, at most 8).")] = None,
+    workers: Workers = None,
     force: Force = False,
 ) -> None:
     """Tar shards into FFCV's files, one for each split: the same samples in the same order."""
@@ -95,7 +91,7 @@ def prepare_ffcv_command(
         workers=workers,
         force=force,
     )
-    _tell(done)
+    data_prepare.tell(done)
 
 
 @prepare.command("traffic")
@@ -135,8 +131,14 @@ def index_command(
     from mmtrain.data.tarindex import index_shards, write_index
 
     paths = find_shards(shards)
+    targets = [] if out is None else [out / (str(path).rpartition("/")[2] + ".idx") for path in paths]
+    if twice := [target.name for target, count in Counter(targets).items() if count > 1]:
+        raise UserError(f"--out {out}: two of the shards would be {twice[0]}: give a folder for each split, one by one")
     if out is not None:
-        _check_names([str(path).rpartition("/")[2] for path in paths], out)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from error
     found = index_shards(paths, rebuild=True, digest=True, cache=default_cache())
     samples = sum(len(index) for index in found)
     classes = len(np.unique(np.concatenate([index.labels for index in found])))
@@ -147,24 +149,10 @@ def index_command(
         " as far apart as in a full shuffle"
     )
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        for index in found:
-            write_index(index, out / (str(index.path).rpartition("/")[2] + ".idx"))
+        for target, index in zip(targets, found, strict=True):
+            if fault := write_index(index, target):
+                raise UserError(f"--out {out}: {target.name} cannot be written ({fault}); give another folder")
         typer.echo(f"{out}: {len(found)} index(es)")
 
 
 app.command("describe")(describe_command)
-
-
-def _check_names(names: list[str], out: Path) -> None:
-    """One folder holds one index of each name."""
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(f"--out {out}: several of the shards are called {twice[0]}: index one split at a time")
-
-
-def _tell(done: Prepared) -> None:
-    counts = ", ".join(f"{count} {split}" for split, count in done.meta["counts"].items())
-    state = "written" if done.fresh else "was there already, nothing to do"
-    classes = f"{len(done.meta['classes'])} classes" if "classes" in done.meta else "classes without names"
-    typer.echo(f"{done.out}: {counts}; {classes}; {state}")

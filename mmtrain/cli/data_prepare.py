@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mmtrain.cli.options import Force, Out, Workers
+
 if TYPE_CHECKING:
     from mmtrain.data.prepare.writer import Prepared
 
-Out = Annotated[Path, typer.Option(help="Folder to write; it appears only when it is complete.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out.")]
 Size = Annotated[int | None, typer.Option(help="Shrink images whose shorter side is longer than this (pixels).")]
 Quality = Annotated[int, typer.Option(help="Of the JPEGs that are made anew, 1 to 100.")]
 ShardSize = Annotated[int, typer.Option(help="Samples in a shard, at most.")]
-Workers = Annotated[int | None, typer.Option(help="Processes (default: one per core, at most 8).")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be used: OUT/skipped.txt lists it.")]
 
 
@@ -130,6 +129,7 @@ def tell(done: Prepared) -> None:
     """What is in the dataset, in a line; and what is not."""
     counts = ", ".join(f"{count} {split}" for split, count in done.meta["counts"].items())
     state = "written" if done.fresh else "was there already, nothing to do"
-    typer.echo(f"{done.out}: {counts}; {len(done.meta['classes'])} classes; {state}")
+    classes = f"{len(done.meta['classes'])} classes" if "classes" in done.meta else "classes without names"
+    typer.echo(f"{done.out}: {counts}; {classes}; {state}")
     if skipped := done.meta.get("skipped"):
         typer.echo(f"{skipped} could not be used and were left out: {done.out / 'skipped.txt'}", err=True)

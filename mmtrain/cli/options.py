@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,4 +13,7 @@ Overrides = Annotated[
 ]
 RunDir = Annotated[str | None, typer.Option(help="The run folder (default: run_root/name).")]
 Run = Annotated[str, typer.Argument(help="A run folder, such as runs/vim2_digits.")]
+Out = Annotated[Path, typer.Option(help="Folder to write; it appears only when it is complete.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out.")]
+Workers = Annotated[int | None, typer.Option(help="Processes (default: one per core, at most 8).")]
 Checkpoint = Annotated[str, typer.Option(help="best, last or a step.")]

@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mmtrain.cli.options import Force, Out
 from mmtrain.errors import UserError
 
 if TYPE_CHECKING:
     from mmtrain.data.borders import SplitRule
     from mmtrain.data.prepare.panel import PreparedPanel
 
-Out = Annotated[Path, typer.Option(help="Folder to write; it appears only when it is complete.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out.")]
-Names = Annotated[str | None, typer.Option(metavar="A,B,...")]
 SplitName = Annotated[
     str | None, typer.Option("--split", help="ratio, date or last: only needed where none of the next three is given.")
 ]

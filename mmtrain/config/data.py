@@ -99,6 +99,12 @@ class FFCVDataConfig(StoredImagesConfig):
     kind: str = "ffcv"
     os_cache: bool = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("://" not in self.root, "data.root", self.root, "betons are read from a folder of this machine")
+        cure = "an image of a beton that cannot be decoded stops the run: use stop, or data.kind=shards"
+        require(self.faults == "stop", "data.faults", self.faults, cure)
+
 
 @dataclass
 class SyntheticDataConfig(ImageDataConfig):
@@ -107,6 +113,11 @@ class SyntheticDataConfig(ImageDataConfig):
     kind: str = "synthetic"
     length: int = 2048
     val_length: int = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("length", "val_length"):
+            require(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "it must be at least 1 (images)")
 
 
 @dataclass

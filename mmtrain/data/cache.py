@@ -5,19 +5,19 @@ Any address that fsspec knows will do: ``https://``, ``s3://`` (with s3fs), ``gs
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
+from mmtrain.data.lock import exclusive
 from mmtrain.errors import UserError
 
 logger = logging.getLogger("mmtrain")
@@ -43,7 +43,7 @@ class ShardCache:
 
     def __init__(self, folder: Path, limit: int, pause: float = 1.0) -> None:
         self.folder, self.limit, self.pause = folder, limit, pause
-        self._ahead: ThreadPoolExecutor | None = None
+        self._ahead: SimpleQueue[tuple[str, int | None, str]] | None = None
         self._asked: set[str] = set()
         self._owner = os.getpid()
 
@@ -61,11 +61,22 @@ class ShardCache:
         if not fresh and self._good(target, size):
             return target
         self._make_folder()
-        with _locked(target.with_name(target.name + ".lock")):
+        with exclusive(target.with_name(target.name + ".lock"), wait=True, tell=False):
             if fresh or not self._good(target, size):  # another process may have fetched it meanwhile
                 self._download(address, target, size, digest)
         self._make_room(target)
         return target
+
+    def open(self, address: str, *, size: int | None = None, digest: str = "", fresh: bool = False) -> BufferedReader:
+        """The local file of ``fetch``, open: what is removed to make room stays readable."""
+        for _ in range(_ATTEMPTS):
+            local = self.fetch(address, size=size, digest=digest, fresh=fresh)
+            with suppress(FileNotFoundError):  # another process or thread has made room meanwhile
+                return open(local, "rb")
+        raise Unreachable(
+            f"{address}: is removed from {self.folder} as soon as it is there: the limit of {self.limit / 1e9:g} GB is "
+            "too small for the shards that are read at once; raise data.cache_gb"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ahead": None, "_asked": set()}
@@ -73,16 +84,19 @@ class ShardCache:
     def ahead(self, address: str, *, size: int | None = None, digest: str = "") -> None:
         """Begin to fetch, in the background; what goes wrong is said when the file is wanted."""
         if self._owner != os.getpid() or self._ahead is None:  # threads do not survive a fork
-            self._ahead, self._asked, self._owner = ThreadPoolExecutor(1, "mmtrain-ahead"), set(), os.getpid()
+            self._ahead, self._asked, self._owner = SimpleQueue(), set(), os.getpid()
+            # daemon: the end of the process waits for no fetch
+            threading.Thread(target=self._fetch_quietly, args=(self._ahead,), name="mmtrain-ahead", daemon=True).start()
         if address in self._asked and self.place(address).exists():
             return
         self._asked.add(address)
+        self._ahead.put((address, size, digest))
 
-        def quietly() -> None:
+    def _fetch_quietly(self, wanted: SimpleQueue[tuple[str, int | None, str]]) -> None:
+        while True:
+            address, size, digest = wanted.get()
             with suppress(UserError, OSError):
                 self.fetch(address, size=size, digest=digest)
-
-        self._ahead.submit(quietly)
 
     def size(self, address: str) -> int | None:
         """Bytes behind ``address``; None where that is not told."""
@@ -156,7 +170,7 @@ class ShardCache:
 
     def _make_room(self, kept: Path) -> None:
         """Remove what was used longest ago, beyond the limit."""
-        with _locked(self.folder / "room.lock"):
+        with exclusive(self.folder / "room.lock", wait=True, tell=False):
             files = []
             for path in self.folder.iterdir():
                 if path.suffix in (".lock", ".part", ".idx"):
@@ -178,14 +192,6 @@ def default_cache(folder: str | None = None, gigabytes: float = 200.0) -> ShardC
     """The cache of this user on this node, or that in ``folder``."""
     where = Path(folder).expanduser() if folder else Path.home() / ".cache/mmtrain/shards"
     return ShardCache(where, int(gigabytes * 1e9))
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Alone among the processes and threads of this machine. The kernel lets go when a process dies."""
-    with open(file, "w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 _systems = threading.local()

@@ -16,9 +16,10 @@ from mmtrain.data.photo import Box
 
 Keys = NDArray[np.uint64]
 
-_TRIES = 10
+#: Of a random resized crop: part of the area, width over height, tries before the middle of the image.
+SCALE, RATIO, TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
 #: Draws of a key: crops take the first 4 · tries, then the flip; erasing and everything else begins at 64.
-_FLIP, _ERASE = 4 * _TRIES, 64
+FLIP_DRAW, _ERASE = 4 * TRIES, 64
 
 
 def uniform(keys: Keys, number: int | NDArray[np.int64]) -> NDArray[np.float64]:
@@ -29,8 +30,8 @@ def uniform(keys: Keys, number: int | NDArray[np.int64]) -> NDArray[np.float64]:
 def random_crops(
     keys: Keys,
     sizes: Sequence[tuple[int, int]],
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    scale: tuple[float, float] = SCALE,
+    ratio: tuple[float, float] = RATIO,
 ) -> list[Box]:
     """For each key and (width, height) a box of ``scale`` of the area, its width to height log-uniform in ``ratio``.
 
@@ -38,7 +39,7 @@ def random_crops(
     """
     if not len(keys):
         return []
-    draws = uniform(keys[:, None], np.arange(4 * _TRIES)).reshape(len(keys), _TRIES, 4)
+    draws = uniform(keys[:, None], np.arange(4 * TRIES)).reshape(len(keys), TRIES, 4)
     whole = np.asarray(sizes, dtype=np.float64).reshape(-1, 2, 1)
     area = whole[:, 0] * whole[:, 1] * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
     aspect = np.exp(np.log(ratio[0]) + np.log(ratio[1] / ratio[0]) * draws[..., 1])
@@ -64,7 +65,7 @@ def _middle(size: tuple[int, int], ratio: tuple[float, float]) -> Box:
 
 def flips(keys: Keys, probability: float) -> NDArray[np.bool_]:
     """Which samples are mirrored."""
-    return uniform(keys, _FLIP) < probability
+    return uniform(keys, FLIP_DRAW) < probability
 
 
 def erase(
@@ -77,7 +78,7 @@ def erase(
     """
     side = pixels.shape[1]
     for n in np.flatnonzero(uniform(keys, _ERASE) < probability).tolist():
-        for attempt in range(_TRIES):
+        for attempt in range(TRIES):
             at = _ERASE + 1 + 4 * attempt + np.arange(4)
             share, slant, x, y = uniform(keys[n], at).tolist()
             area, aspect = side * side * (0.02 + (1 / 3 - 0.02) * share), 0.3 ** (1 - 2 * slant)

@@ -12,8 +12,6 @@ from mmtrain.errors import UserError
 
 logger = logging.getLogger("mmtrain")
 
-POLICIES = ("stop", "skip")
-
 
 @dataclass(frozen=True)
 class Fault:
@@ -46,8 +44,9 @@ class FaultLog:
         self._mine.add((fault.index, fault.where))
         logger.warning("%s: %s; left out (data.faults=skip)", fault.where, fault.reason)
         self.file.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"split": self.split, **asdict(fault)})
         with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"split": self.split, **asdict(fault)}) + "\n")
+            stream.write(f"{'' if self._ends() else chr(10)}{line}\n")
         missing, total = self.missing()
         if missing > self.most * total:
             raise UserError(
@@ -64,17 +63,20 @@ class FaultLog:
         lost = sum(samples for (index, _), samples in seen.items() if index < 0)
         return sum(seen.values()), self.total + lost
 
+    def _ends(self) -> bool:
+        """Whether the last line is whole: a kill may have cut it off."""
+        content = self.file.read_bytes() if self.file.is_file() else b""
+        return not content or content.endswith(b"\n")
+
 
 def _read(file: Path, split: str) -> dict[tuple[int, str], int]:
-    """Samples that each fault in ``file`` stands for."""
-    if not file.is_file():
-        return {}
+    """Samples that each fault in ``file`` stands for, as far as its lines can be read."""
     found = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
         try:
             entry: dict[str, Any] = json.loads(line)
-        except ValueError:
+            if entry["split"] == split:
+                found[int(entry["index"]), str(entry["where"])] = int(entry["samples"])
+        except (ValueError, TypeError, KeyError):
             continue  # cut off by a kill
-        if entry.get("split") == split:
-            found[int(entry["index"]), str(entry["where"])] = int(entry["samples"])
     return found

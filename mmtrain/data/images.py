@@ -65,7 +65,7 @@ class ImageShards:
         self.labels: NDArray[np.int64] = np.concatenate([shard.labels for shard in shards])
         self._ends = np.cumsum(self.block_sizes)
         self.cache, self._files = cache, ShardFiles(shards, cache)
-        self.classes = read_classes(self.paths[0])
+        self.classes = read_classes(_meta_of(self.paths[0]))
         self.num_classes = None if self.classes is None else len(self.classes)
         if self.num_classes is not None and int(self.labels.max(initial=-1)) >= self.num_classes:
             first = int(np.argmax(self.labels >= self.num_classes))
@@ -125,7 +125,7 @@ class ImageShards:
     def _stand_in(self, index: int) -> tuple[Photo | None, int]:
         if not self.train:
             return None, index
-        for step in range(1, min(_STAND_INS, len(self))):
+        for step in range(1, min(_STAND_INS + 1, len(self))):
             other = (index + step) % len(self)
             try:
                 photo = self._photo(other)
@@ -143,7 +143,8 @@ class ImageShards:
     def _note(self, index: int, error: Exception) -> None:
         """Remember a fault; raise it as a UserError where one is to stop the run."""
         if isinstance(error, UserError):
-            if not self.skip:
+            # what is neither is no fault of the data: a full disk would have every sample left out
+            if not self.skip or not isinstance(error, Damaged | Unreachable):
                 raise error
             path = self.paths[self._block(index)]
             self._faults.append(Fault(index, self._name(index), str(error).removeprefix(f"{path}: ")))
@@ -177,12 +178,13 @@ def _missing(shards: Sequence[ShardIndex]) -> list[Fault]:
     return [Fault(-1, str(shard.path), shard.fault, max(1, usual - len(shard))) for shard in shards if shard.fault]
 
 
-def read_classes(shard: Path | str) -> list[str] | None:
-    """The names of the classes from the ``meta.json`` of a dataset, of which ``shard`` is one file."""
-    if isinstance(shard, str):
-        meta: Path | str = shard.rsplit("/", 2)[0] + "/meta.json"
-    else:
-        meta = shard.parent.parent / "meta.json"
+def _meta_of(shard: Path | str) -> Path | str:
+    """The ``meta.json`` of the dataset of which ``shard`` is one file."""
+    return shard.rsplit("/", 2)[0] + "/meta.json" if isinstance(shard, str) else shard.parent.parent / "meta.json"
+
+
+def read_classes(meta: Path | str) -> list[str] | None:
+    """The names of the classes in a ``meta.json``; None if it is not there. Raises UserError if it is damaged."""
     try:
         text = _text(meta)
         return None if text is None else [str(name) for name in json.loads(text)["classes"]]

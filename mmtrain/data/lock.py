@@ -15,13 +15,13 @@ _log = logging.getLogger("mmtrain")
 
 
 @contextmanager
-def exclusive(path: Path, *, wait: bool) -> Iterator[None]:
-    """Hold the lock file ``path``, which is there only as long as it is held.
+def exclusive(path: Path, *, wait: bool, tell: bool = True) -> Iterator[None]:
+    """Hold the lock file ``path``, which is there only as long as it is held, against other processes and threads.
 
-    The kernel lets go of it when the process ends, however that happens. ``wait``: until it is free; otherwise
-    BlockingIOError is raised if another process holds it. Raises UserError where files cannot be locked.
+    The kernel lets go of it when the process ends, however that happens. ``wait``: until it is free (``tell``: and say
+    so); otherwise BlockingIOError is raised if another holds it. Raises UserError where files cannot be locked.
     """
-    handle = _acquire(path, wait)
+    handle = _acquire(path, wait, tell)
     try:
         yield
     finally:
@@ -30,7 +30,7 @@ def exclusive(path: Path, *, wait: bool) -> Iterator[None]:
         os.close(handle)
 
 
-def _acquire(path: Path, wait: bool) -> int:
+def _acquire(path: Path, wait: bool, tell: bool) -> int:
     while True:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -42,7 +42,8 @@ def _acquire(path: Path, wait: bool) -> int:
             except BlockingIOError:
                 if not wait:
                     raise
-                _log.info("%s: waiting for another process", path)
+                if tell:
+                    _log.info("%s: waiting for another process", path)
                 fcntl.flock(handle, fcntl.LOCK_EX)
             if _is_at(handle, path):
                 return handle

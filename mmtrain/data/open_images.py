@@ -44,12 +44,12 @@ def open_images(data: ImageDataConfig, num_classes: int, seed: int) -> Images:
         held_out = SyntheticImages(num_classes, data.image_size, data.val_length, seed=seed, first=data.length)
         return Images(made, held_out, None, None)
     assert isinstance(data, StoredImagesConfig)
-    if not is_address(data.root) and not Path(data.root).exists():
+    if not data.root or (not is_address(data.root) and not Path(data.root).exists()):
         command = "ffcv --root SHARDS" if isinstance(data, FFCVDataConfig) else "images --root IMAGES"
         raise UserError(
-            f"data.root: there is no folder {data.root}. Make it with `mmtrain data prepare {command}"
-            f" --out {data.root}`, point data.root at yours, or try the configuration on made-up images with"
-            " data=synthetic"
+            f"data.root: {f'there is no folder {data.root}' if data.root else 'it is not set'}. Make one with `mmtrain"
+            f" data prepare {command} --out {data.root or 'FOLDER'}`, point data.root at yours, or try the"
+            " configuration on made-up images with data=synthetic"
         )
     train = _split(data, data.train, train=True)
     found = train.num_classes

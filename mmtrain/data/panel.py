@@ -221,6 +221,7 @@ def _check(panel: Panel) -> None:
             shape = (int(wanted[number]), width)
             fits = array.shape == shape and array.dtype == np.float32
             _need(panel, fits, f"{name}-{number:05d}.npy holds {array.dtype} {array.shape}, not float32 {shape}")
+    _need(panel, panel.shared.ndim == 3, f"shared.npy has shape {panel.shared.shape}")
     groups, places, width = panel.shared.shape
     last = int((panel.first + panel.rows).max())
     fits = width == len(panel.shared_columns) and (not width or (places >= last and int(panel.groups.max()) < groups))

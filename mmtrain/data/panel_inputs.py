@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +49,7 @@ class PanelInputs:
         self.mean, self.std = scalers.known.mean[chosen], scalers.known.std[chosen]
         self.names = [*calendar, *(own[i] for i in self.own), *(shared[i] for i in self.shared)]
         self.static = encode_static(panel, self.columns)
+        self._of_places: Floats | None = None
 
     @property
     def known_width(self) -> int:
@@ -61,12 +61,13 @@ class PanelInputs:
         """C_S."""
         return self.static.shape[1]
 
-    @cached_property
-    def _of_places(self) -> Floats:
-        """(T, ·) the calendar features of each place of the timeline."""
+    def _until(self, stop: int) -> Floats:
+        """(at least ``stop``, ·) the calendar features of the places of the timeline: a forecast goes on behind it."""
         assert self.panel.timeline is not None
-        count = int((self.panel.first + self.panel.rows).max()) + self.steps  # a forecast may go beyond the last row
-        return calendar_features(self.panel.timeline.stamps(0, count), self.calendar_names)
+        if self._of_places is None or len(self._of_places) < stop:
+            count = max(stop, int((self.panel.first + self.panel.rows).max()))
+            self._of_places = calendar_features(self.panel.timeline.stamps(0, count), self.calendar_names)
+        return self._of_places
 
     def known(self, series: Int64s, start: Int64s) -> Floats:
         """What is known of ``steps`` rows of each series from row ``start`` (B,) on: (B, T_Z, C_Z), standardised."""
@@ -75,7 +76,7 @@ class PanelInputs:
         place = panel.first[series] + start
         low, high = len(self.calendar_names), len(self.calendar_names) + len(self.own)
         if low:
-            made[:, :, :low] = runs(self._of_places, place, self.steps)
+            made[:, :, :low] = runs(self._until(int(place.max(initial=0)) + self.steps), place, self.steps)
         if self.own:
             shards = panel.shards[series]
             for shard in np.unique(shards).tolist():

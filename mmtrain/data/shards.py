@@ -151,8 +151,8 @@ class ShardFiles:
         path, size, changed, digest = self.shards[block]
         if isinstance(path, str):
             assert self.cache is not None
-            local = self.cache.fetch(path, size=size, digest=digest)
-            return os.open(local, os.O_RDONLY | os.O_CLOEXEC)
+            with self.cache.open(path, size=size, digest=digest) as stream:
+                return os.dup(stream.fileno())
         try:
             handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:

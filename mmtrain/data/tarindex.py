@@ -18,10 +18,12 @@ import re
 import tarfile
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -145,9 +147,10 @@ class _Maker:
             if found is not None and not found.changed_since(stat) and (found.digest or not self.digest):
                 return found
             self.state = "changed" if found is None or found.changed_since(stat) else "made"
-        index = replace(_walk(shard, self.skip), bytes=stat.st_size, changed=stat.st_mtime_ns)
-        if self.digest:
-            with open(shard, "rb") as stream:
+        with _opened(shard) as stream:
+            index = replace(_walk(shard, stream, self.skip), bytes=stat.st_size, changed=stat.st_mtime_ns)
+            if self.digest:
+                stream.seek(0)
                 index = replace(index, digest=hashlib.file_digest(stream, "sha256").hexdigest())
         if not index.fault:
             self.unwritten = write_index(index, index_path(shard))
@@ -167,13 +170,19 @@ class _Maker:
         if found is not None and size in (None, found.bytes):
             return found
         self.state = "made" if found is None else "changed"
-        local = self.cache.fetch(address, fresh=found is not None)
-        with open(local, "rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        index = replace(_walk(local, self.skip), path=address, bytes=local.stat().st_size, digest=digest)
+        with self.cache.open(address, fresh=found is not None) as stream:
+            digest, size = hashlib.file_digest(stream, "sha256").hexdigest(), os.fstat(stream.fileno()).st_size
+            index = replace(_walk(address, stream, self.skip), bytes=size, digest=digest)
         if not index.fault:
             self.unwritten = write_index(index, kept)
         return index
+
+
+def _opened(shard: Path) -> BufferedReader:
+    try:
+        return shard.open("rb")
+    except OSError as error:
+        raise Damaged(f"{shard}: cannot read the shard ({error.strerror})") from error
 
 
 def _without(shard: Path | str, error: Exception) -> str:
@@ -187,7 +196,7 @@ def _read(file: Path, shard: Path | str) -> ShardIndex | None:
             known, size, changed = archive["stamp"].tolist()
             if known != _FORMAT:
                 return None
-            return ShardIndex(
+            found = ShardIndex(
                 shard,
                 archive["keys"],
                 archive["offsets"],
@@ -197,8 +206,20 @@ def _read(file: Path, shard: Path | str) -> ShardIndex | None:
                 changed=0 if isinstance(shard, str) else changed,
                 digest=str(archive["digest"]) if "digest" in archive else "",
             )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None  # a damaged index is as good as a stale one
+    return found if _fits(found) else None
+
+
+def _fits(index: ShardIndex) -> bool:
+    """Whether an index, which may come from elsewhere, points into its shard."""
+    numbers = (index.offsets, index.sizes, index.labels)
+    if index.keys.dtype.kind != "U" or any(array.dtype != np.int64 for array in numbers):
+        return False
+    if not index.keys.ndim == 1 == len({array.shape for array in (index.keys, *numbers)}):
+        return False
+    inside = (index.offsets <= index.bytes) & (index.sizes <= index.bytes - index.offsets)
+    return bool(inside.all()) and all(int(array.min(initial=0)) >= 0 for array in numbers)
 
 
 def write_index(index: ShardIndex, target: Path) -> str:
@@ -225,8 +246,10 @@ class _Sample:
     json: int | None = None
 
 
-def _walk(shard: Path, skip: bool) -> ShardIndex:
+def _walk(shard: Path | str, stream: BinaryIO, skip: bool) -> ShardIndex:
     """Read the headers of all members. With ``skip`` what is damaged is left out and told in ``fault``."""
+    size = os.fstat(stream.fileno()).st_size
+    stream.seek(0)
     samples: dict[str, _Sample] = {}
     faults: list[str] = []
 
@@ -236,7 +259,7 @@ def _walk(shard: Path, skip: bool) -> ShardIndex:
         faults.append(_without(shard, UserError(message)))
 
     try:
-        with open(shard, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+        with tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
                 try:
                     _check_name(shard, member.name)
@@ -247,7 +270,7 @@ def _walk(shard: Path, skip: bool) -> ShardIndex:
                 archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
             _check_end(shard, stream, archive.offset)
     except tarfile.TarError as error:
-        what = "is empty" if shard.stat().st_size == 0 else f"is truncated or not an uncompressed tar ({error})"
+        what = "is empty" if size == 0 else f"is truncated or not an uncompressed tar ({error})"
         damaged(f"{shard}: the shard {what}; {_CURE_SHARD}")
     except Damaged as error:
         damaged(str(error))
@@ -255,10 +278,10 @@ def _walk(shard: Path, skip: bool) -> ShardIndex:
         raise Damaged(f"{shard}: cannot read the shard ({error.strerror})") from error
     if not samples:
         damaged(f"{shard}: the shard holds no samples; {_CURE_SHARD}, or delete it")
-    return replace(_collect(shard, samples, damaged), fault="; ".join(faults))
+    return replace(_collect(shard, size, samples, damaged), fault="; ".join(faults))
 
 
-def _check_name(shard: Path, name: str) -> None:
+def _check_name(shard: Path | str, name: str) -> None:
     if name.startswith("/") or ".." in PurePosixPath(name).parts:
         raise Damaged(
             f"{shard}: member {name!r} points outside of the archive. Nothing is ever extracted, but no tool for "
@@ -266,7 +289,7 @@ def _check_name(shard: Path, name: str) -> None:
         )
 
 
-def _check_end(shard: Path, stream: BinaryIO, offset: int) -> None:
+def _check_end(shard: Path | str, stream: BinaryIO, offset: int) -> None:
     """tarfile takes a damaged or missing header after the first member for the end of the archive; we do not."""
     if os.fstat(stream.fileno()).st_size - offset < tarfile.BLOCKSIZE:
         raise Damaged(f"{shard}: the shard is truncated: its end-of-archive mark is missing; {_CURE_SHARD}")
@@ -279,7 +302,7 @@ def _check_end(shard: Path, stream: BinaryIO, offset: int) -> None:
             )
 
 
-def _add(samples: dict[str, _Sample], shard: Path, stream: BinaryIO, member: tarfile.TarInfo) -> None:
+def _add(samples: dict[str, _Sample], shard: Path | str, stream: BinaryIO, member: tarfile.TarInfo) -> None:
     folder, _, name = member.name.rpartition("/")
     stem, _, suffix = name.partition(".")
     key = f"{folder}/{stem}" if folder else stem
@@ -312,7 +335,7 @@ def _label(content: bytes, field: str) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
-def _collect(shard: Path, samples: dict[str, _Sample], damaged: Callable[[str], None]) -> ShardIndex:
+def _collect(shard: Path | str, size: int, samples: dict[str, _Sample], damaged: Callable[[str], None]) -> ShardIndex:
     whole: dict[str, tuple[int, int, int]] = {}  # key → offset, size, label
     for key, sample in samples.items():
         label = sample.cls if sample.cls is not None else sample.json
@@ -324,7 +347,7 @@ def _collect(shard: Path, samples: dict[str, _Sample], damaged: Callable[[str], 
                 f'{shard}: sample {key!r} has no label: add a .cls member with the class number, or "label" to its '
                 f".json; {_CURE_SHARD}"
             )
-        elif sum(sample.image) > shard.stat().st_size:
+        elif sum(sample.image) > size:
             damaged(f"{shard}: the shard is truncated within sample {key!r}; {_CURE_SHARD}")
         else:
             whole[key] = (*sample.image, label)

@@ -67,6 +67,18 @@ class Transform(ABC):
         """Normalise what ``pixels`` made, on whatever device it is; into other memory."""
 
 
+def check_options(
+    image_size: int, augment: str, mean: Sequence[float], std: Sequence[float], crop_pct: float, channels: int = 3
+) -> None:
+    """Raise UserError for options of ``build_transform`` that make no sense, by their keys."""
+    if augment not in AUGMENTS:
+        raise UserError(f"data.augment={augment!r}: one of {', '.join(AUGMENTS)}{nearest(augment, AUGMENTS)}")
+    if image_size < 1 or not 0 < crop_pct <= 1:
+        raise UserError(f"data.image_size={image_size}, data.crop_pct={crop_pct}: a size ≥ 1 and a part in (0, 1]")
+    if len(mean) != channels or len(std) != channels or min(std) <= 0:
+        raise UserError(f"data.mean and data.std need {channels} value(s), std above 0; got {list(mean)}, {list(std)}")
+
+
 def build_transform(
     train: bool,
     image_size: int,
@@ -87,12 +99,7 @@ def build_transform(
     to "crop" and "imagenet", ``auto_augment`` (timm's notation, "" for none) and ``re_prob`` (random erasing) to the
     latter.
     """
-    if augment not in AUGMENTS:
-        raise UserError(f"data.augment={augment!r}: one of {', '.join(AUGMENTS)}{nearest(augment, AUGMENTS)}")
-    if image_size < 1 or not 0 < crop_pct <= 1:
-        raise UserError(f"data.image_size={image_size}, data.crop_pct={crop_pct}: a size ≥ 1 and a part in (0, 1]")
-    if len(mean) != channels or len(std) != channels or min(std) <= 0:
-        raise UserError(f"data.mean and data.std need {channels} value(s), std above 0; got {list(mean)}, {list(std)}")
+    check_options(image_size, augment, mean, std, crop_pct, channels)
     if interpolation not in INTERPOLATIONS:
         raise UserError(f"interpolation {interpolation!r}: one of {', '.join(INTERPOLATIONS)}")
     if train and augment == "imagenet" and channels != 3:

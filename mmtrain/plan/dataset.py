@@ -28,8 +28,8 @@ _VARIATES = 7
 class Dataset:
     """``samples``: None where nobody knows. ``origin``: where that number is from.
 
-    ``stored``: bytes of a sample as it is read, ``decoded``: as it goes to the GPU, in ``form``; ``bytes_origin``: where
-    the first is from. ``variates``: series of a window.
+    ``stored``: bytes of a sample as it is read (``bytes_origin``: where that is from), ``decoded``: as it goes to the
+    GPU, in ``form``. ``variates``: series of a window.
     """
 
     samples: int | None
@@ -86,7 +86,8 @@ def _images(config: RunConfig, data: ShardsDataConfig | FFCVDataConfig, samples:
         from mmtrain.data.shards import find_shards
         from mmtrain.data.tarindex import index_shards
 
-        indexes = index_shards(find_shards(folder))
+        skip = data.faults == "skip"
+        indexes = index_shards(find_shards(folder, missing=skip), skip=skip)
         found = sum(len(index) for index in indexes)
         size = sum(float(index.sizes.sum()) for index in indexes) / max(found, 1)
         return Dataset(*_given(samples, found, f"counted in {folder}"), size, decoded, f"of the shards in {folder}")
@@ -108,9 +109,9 @@ def _series(config: RunConfig, data: SeriesDataConfig, samples: int | None) -> D
         series = open_data(data, model)
         variates = len(series.columns)
         given = _given(samples, len(series.train), f"windows of {series.path}")
-    except UserError:
+    except UserError as error:
         what = "table" if data.kind == "series" else data.kind
-        why = f"unknown, since the {what} {data.path} cannot be read: give --samples"
+        why = f"unknown, since the {what} {data.path} cannot be used ({error}): give --samples"
         given = _given(samples, None, why)
     steps = (model.future_length or model.lookback + model.horizon) * model.future_features
     window = 4 * variates * (model.lookback + model.horizon + steps + model.static_features)

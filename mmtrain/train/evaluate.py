@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -87,8 +87,11 @@ def _batches(
             yield stand_in, False
 
 
-def _first(source: Source, device: torch.device) -> Batch:
-    return {name: t.to(device) for name, t in source.fetch(np.zeros(1, dtype=np.int64), None).items()}
+def _first(source: Source, device: torch.device) -> Batch | None:
+    """The first sample that can be used; None without any."""
+    batches = eval_batches(source, batch_size=1, device=device)
+    with closing(batches):  # type: ignore[type-var]
+        return next(batches, None)
 
 
 def _agree(names: list[str], totals: torch.Tensor, ranks: Ranks) -> tuple[list[str], torch.Tensor]:

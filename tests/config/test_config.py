@@ -75,6 +75,11 @@ def test_wrong_values_are_refused_by_key(override: str, words: tuple[str, ...]) 
     assert all(word in text for word in words), text
 
 
+@pytest.mark.parametrize("key", ["data.length", "data.val_length"])
+def test_made_up_images_are_at_least_one(key: str) -> None:
+    assert f"{key} is 0: it must be at least 1" in message("data=synthetic", f"{key}=0")
+
+
 def test_an_unknown_configuration_lists_what_there_is() -> None:
     text = message(config="nonsense")
     assert all(name in text for name in config_names())

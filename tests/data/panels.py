@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from mmtrain.config import PanelDataConfig
 from mmtrain.data.borders import SplitRule
 from mmtrain.data.panel_data import PanelData, load_panel
 from mmtrain.data.prepare.panel import PreparedPanel, prepare_panel
+from mmtrain.data.prepare.panel_writer import PanelWriter
 
 LAST = SplitRule("last", last=(4, 4))
 
@@ -47,3 +49,15 @@ def prepared(
 
 def opened(folder: Path, lookback: int = 6, horizon: int = 3, steps: int = 0, **keys: Any) -> PanelData:
     return load_panel(PanelDataConfig(path=str(folder), **keys), lookback, horizon, steps)
+
+
+def in_shards(folder: Path, lengths: list[int], shard_rows: int = 1 << 20, **keys: Any) -> PanelData:
+    """Prepared in shards of about so many rows, and opened."""
+    sound = PanelWriter.__init__
+
+    def small(self: PanelWriter, *args: Any, **options: Any) -> None:
+        sound(self, *args, **{**options, "shard_bytes": 8 * shard_rows})
+
+    with mock.patch.object(PanelWriter, "__init__", small):
+        prepared(folder, lengths)
+    return opened(folder / "panel", **keys)

@@ -7,17 +7,20 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from mmtrain.data import loader
+from mmtrain.data import images, loader
 from mmtrain.data.faults import Fault, FaultLog
 from mmtrain.data.images import ImageShards
 from mmtrain.data.loader import eval_batches, train_batches
 from mmtrain.errors import UserError
+from mmtrain.parallel.ranks import Ranks
+from mmtrain.train import evaluate
 
 GREY: dict[str, Any] = {"image_size": 8, "mean": [0.5] * 3, "std": [0.25] * 3}
 
@@ -214,3 +217,54 @@ def test_faults_are_limited_listed_once_and_remembered(tmp_path: Path) -> None:
         again.add(Fault(9, "a.tar, sample '9'", "no image"))
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(line["split"], line["index"]) for line in lines] == [("train", 4), ("val", 1), ("train", 9)]
+
+
+def test_the_limit_is_one_for_all_ranks(tmp_path: Path) -> None:
+    logs = [FaultLog(tmp_path / f"data_faults_rank_{rank:05d}.jsonl", "train", 1000, 0.002) for rank in range(3)]
+    shard = Fault(-1, "c.tar", "gone")  # every rank sees it: it counts once
+    for log in logs:
+        log.add(shard)
+    logs[0].add(Fault(4, "a.tar, sample '4'", "no image"))
+    with pytest.raises(UserError, match="3 of 1001 samples of the train split"):
+        logs[1].add(Fault(7, "a.tar, sample '7'", "no image"))
+
+
+def test_a_line_that_a_kill_cut_off_spoils_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "data_faults_rank_00000.jsonl"
+    file.write_text('{"split": "train", "index": 1, "where": "a", "reason": "b", "samples": 1}\n{"split": "tra')
+    FaultLog(file, "train", 100, 0.5).add(Fault(7, "a.tar, sample '7'", "no image"))
+    assert FaultLog(file, "train", 100, 0.5).missing() == (2, 100)
+
+
+def test_as_many_stand_ins_are_tried_as_the_message_says(
+    make_tar: Callable, samples: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "_STAND_INS", 3)
+    members = samples(6)
+    for bad in (1, 2, 3):
+        members = damage(members, f"00000{bad}.png", b"no image")
+    source = ImageShards(make_tar(members).parent, train=True, augment="crop", skip=True, **GREY)
+    assert source.fetch(np.array([1]), source_key(1))["label"].tolist() == [4 % 3]
+    source = ImageShards(
+        make_tar(damage(members, "000004.png", b"x")).parent, train=True, augment="crop", skip=True, **GREY
+    )
+    with pytest.raises(UserError, match=r"sample '000001': cannot be used, and nor can the 3 samples after it"):
+        source.fetch(np.array([1]), source_key(1))
+
+
+def test_ranks_that_only_keep_step_are_given_a_sample_that_can_be_used(make_tar: Callable, samples: Callable) -> None:
+    """With FSDP all ranks make as many forward passes; one on an empty batch would fail."""
+    folder = make_tar(damage(samples(5), "000000.png", b"no image"), "val/shard-000000.tar").parent
+    source = ImageShards(folder, train=False, skip=True, **GREY)
+    config: Any = SimpleNamespace(eval=SimpleNamespace(batch_size=2), data=SimpleNamespace(workers=0))
+    ranks = Ranks(3, 4, torch.device("cpu"))
+    made = list(evaluate._batches(source, config, Ranks(0, 4, ranks.device), True, lambda fault: None))
+    assert [(batch["index"].tolist(), counts) for batch, counts in made] == [([4], True)]
+    source = ImageShards(
+        make_tar(damage(samples(2), "000000.png", b"x"), "val/shard-000000.tar").parent, train=False, skip=True, **GREY
+    )
+    for rank in (0, 3):
+        ((batch, counts),) = evaluate._batches(source, config, Ranks(rank, 4, ranks.device), True, lambda fault: None)
+        assert not counts
+        assert batch is not None
+        assert len(batch["image"]) == 1

@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from beton_cases import CLASSES, LOOK, Made, make_shards, picture
+from beton_cases import CLASSES, LOOK, Made, make, make_shards, picture
 from PIL import Image
 
 from mmtrain.config import FFCVDataConfig, load_config
 from mmtrain.data.beton.extra import require_ffcv
 from mmtrain.data.beton.format import read_beton
 from mmtrain.data.beton.source import open_beton
+from mmtrain.data.decode import decode
 from mmtrain.data.loader import eval_batches
 from mmtrain.data.prepare.beton import prepare_beton
 from mmtrain.errors import UserError
@@ -169,11 +170,12 @@ class _Deadly:
 
 @pytest.mark.slow
 def test_a_worker_that_dies_is_an_error_and_no_hang(ffcv: None, photos: Made, tmp_path: Path) -> None:
-    from mmtrain.data.prepare.beton_block import Encoding, Job, encode_blocks
+    from mmtrain.data.prepare.beton_block import Encoding, Job, encode_block
+    from mmtrain.data.prepare.pool import run_jobs
 
     job = Job(_Deadly(), 0, tmp_path / "part", Encoding("jpg", None, None, 0.5, 2 << 20))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"a worker process died.*--workers"):
-        list(encode_blocks([job, job], 2))
+        list(run_jobs(encode_block, [job, job], 2, ordered=True))
 
 
 def test_a_dataset_without_meta_json(
@@ -281,7 +283,9 @@ def test_the_configurations_resolve_and_are_planned(photos: Made, size: str) -> 
     assert found.stored == pytest.approx(np.mean([len(content) for content in stored(photos.beton / "train.beton")]))
 
 
-@pytest.mark.parametrize("value", ["augment=crops", "crop_pct=0", "hflip=2", "re_prob=-1"])
+@pytest.mark.parametrize(
+    "value", ["augment=crops", "crop_pct=0", "hflip=2", "re_prob=-1", "faults=skip", "root=https://example.org/set"]
+)
 def test_wrong_values_are_refused_by_key(value: str) -> None:
     with pytest.raises(UserError, match=rf"data\.{value.split('=')[0]} is"):
         load_config("vim2_tiny_in1k_ffcv", [f"data.{value}"])
@@ -316,3 +320,49 @@ def test_a_run_on_ffcv_is_that_on_the_shards(cli: Any, ffcv: None, digits: Path,
         losses.append([json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)])
     assert len(losses[0]) >= 3
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_photo_that_its_camera_turned_is_stored_upright(ffcv: None, tmp_path: Path, orientation: int) -> None:
+    """FFCV does not look at EXIF: a file kept as it is would be another image than from the shards."""
+    turned, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    Image.open(io.BytesIO(picture(0, (40, 40)))).save(turned, "JPEG", quality=95, exif=exif)
+    made = make(tmp_path, {"train": [turned.getvalue(), picture(1, (40, 40))]})
+    upright = [np.asarray(decode(content).resize((16, 16)), float) for content in order_of_shards(made.shards)]
+    images = made.source(train=False, mean=[0.0] * 3, std=[1.0] * 3).fetch(np.arange(2), None)["image"]
+    for image, expected in zip(images.permute(0, 2, 3, 1).numpy() * 255, upright, strict=True):
+        assert abs(image - expected).mean() < 12
+
+
+def test_what_a_killed_preparation_left_is_not_taken_for_its_own(photos: Made, tmp_path: Path) -> None:
+    left = tmp_path / ".out.partial-whole"
+    left.mkdir()
+    for name in ("test.beton", "train.beton.000007"):
+        shutil.copy(photos.beton / "val.beton", left / name)
+    done = prepare_beton(photos.shards, tmp_path / "out", page_size=2, workers=1)
+    assert sorted(file.name for file in done.out.iterdir()) == ["meta.json", "train.beton", "val.beton"]
+
+
+def test_pages_of_no_possible_size_are_refused(copy: Path) -> None:
+    content = bytearray(copy.read_bytes())
+    content[4:8] = (3 << 20).to_bytes(4, "little")
+    copy.write_bytes(content)
+    with pytest.raises(UserError, match="pages of 3145728 bytes, which is no power of two"):
+        read_beton(copy)
+
+
+def test_places_that_wrap_around_are_refused(copy: Path) -> None:
+    """A place near 2^64 plus a size is a small number."""
+    content = copy.read_bytes()
+    last = np.frombuffer(content[-24:], "<u8")
+    moved = np.array([last[0], 2**64 - 10, 20], "<u8")
+    rows = content[:-24].replace(last[1].tobytes(), moved[1].tobytes())
+    copy.write_bytes(rows + moved.tobytes())
+    with pytest.raises(UserError, match="the table of images is damaged"):
+        read_beton(copy)
+
+
+def test_what_betons_cannot_do_is_said(photos: Made, caplog: pytest.LogCaptureFixture) -> None:
+    photos.source(augment="imagenet", os_cache=False)
+    assert "data.os_cache=false does nothing with data.augment=imagenet" in caplog.text

@@ -20,9 +20,11 @@ import pytest
 import torch
 from PIL import Image
 
+from mmtrain.config import ShardsDataConfig
 from mmtrain.data.decode import decode
 from mmtrain.data.images import ImageShards, find_shards
 from mmtrain.data.loader import eval_batches
+from mmtrain.data.open_images import open_images
 from mmtrain.data.order import mix64
 from mmtrain.data.source import Source
 from mmtrain.data.transforms import _posterize, build_transform
@@ -265,3 +267,10 @@ def test_torchvision_and_timm_import_after_the_shim() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "1000"
+
+
+def test_a_root_that_is_missing_or_not_set_is_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.root: there is no folder .*nowhere\. Make one with"):
+        open_images(ShardsDataConfig(root=str(tmp_path / "nowhere")), 3, 0)
+    with pytest.raises(UserError, match=r"data\.root: it is not set\. Make one with .*--out FOLDER"):
+        open_images(ShardsDataConfig(), 3, 0)

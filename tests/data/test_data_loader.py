@@ -9,15 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mmtrain.data.images import ImageShards
 from mmtrain.data.loader import eval_batches, train_batches
@@ -56,67 +53,6 @@ def test_micro_batches_come_in_order_with_their_position_index_and_key() -> None
         assert batch["number"].tolist() == batch["index"].tolist()
 
 
-runs = st.lists(
-    st.tuples(st.sampled_from([(1, 1), (2, 1), (1, 2), (3, 2), (4, 3), (6, 1)]), st.integers(1, 4)),
-    min_size=1,
-    max_size=5,
-)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), runs, st.integers(1, 3))
-def test_stopping_anywhere_and_going_on_with_another_world(sizes: list[int], legs: list, window: int) -> None:
-    source, consumed, batch = Numbers(sizes), 0, 12
-    seen: list[int] = []
-    for (world, micros), steps in legs:
-        positions, numbers = [], []
-        for rank in range(world):
-            options: dict[str, Any] = {"rank": rank, "world": world, "micros": micros, "window": window}
-            for part in train_batches(source, seed=1, batch_size=batch, start=consumed, steps=steps, **options):
-                positions += part["position"].tolist()
-                numbers += part["number"].tolist()
-        assert sorted(positions) == list(range(consumed, consumed + steps * batch))
-        seen += [number for _, number in sorted(zip(positions, numbers, strict=True))]
-        consumed += steps * batch
-    whole = next(train_batches(source, seed=1, batch_size=consumed, start=0, steps=1, window=window))["number"]
-    assert seen == whole.tolist()
-    for begin in range(0, consumed - len(source) + 1, len(source)):  # every full epoch: each sample exactly once
-        assert sorted(seen[begin : begin + len(source)]) == list(range(len(source)))
-
-
-def test_resume_with_other_worlds_and_workers_sees_each_sample_once() -> None:
-    source, seen, consumed = Numbers([10, 3, 17, 9, 21]), Counter[int](), 0  # 60 samples
-    for world, workers, steps in ((2, 2, 2), (1, 0, 1), (3, 1, 2)):
-        for rank in range(world):
-            for batch in train_batches(
-                source, seed=3, batch_size=12, start=consumed, steps=steps, rank=rank, world=world, workers=workers
-            ):
-                seen.update(batch["number"].tolist())
-        consumed += steps * 12
-    assert consumed == 60
-    assert seen == Counter(range(60))
-
-
-@pytest.mark.parametrize("augment", ["light", "imagenet"])
-def test_batches_do_not_depend_on_workers_or_ranks(digits: Path, augment: str) -> None:
-    source = ImageShards(digits / "train", image_size=32, train=True, augment=augment, mean=[0.5] * 3, std=[0.25] * 3)
-    options: dict[str, Any] = {"seed": 2, "batch_size": 30, "start": 1250, "steps": 3}  # over the end of epoch 0
-    expected = list(train_batches(source, **options))
-    for workers in (1, 3):
-        found = list(train_batches(source, workers=workers, **options))
-        assert len(found) == 3
-        for one, other in zip(expected, found, strict=True):
-            assert one.keys() == other.keys()
-            assert all(torch.equal(one[name], other[name]) for name in one)
-    images = {int(p): image for batch in expected for p, image in zip(batch["position"], batch["image"], strict=True)}
-    for rank in range(5):
-        for batch in train_batches(source, rank=rank, world=5, micros=3, **options):
-            for position, image in zip(batch["position"].tolist(), batch["image"], strict=True):
-                assert torch.equal(image, images[position])
-    again = list(train_batches(source, **{**options, "start": 1250 + 1259}))
-    assert not torch.equal(again[0]["image"], expected[0]["image"])  # another epoch: other augmentations
-
-
 @pytest.mark.parametrize("augment", ["light", "crop"])
 def test_batches_stay_as_they_are_though_their_memory_is_used_again(digits: Path, augment: str) -> None:
     source = ImageShards(digits / "train", image_size=32, train=True, augment=augment, mean=[0.3] * 3, std=[0.3] * 3)
@@ -147,24 +83,6 @@ def test_the_global_random_states_are_left_alone(digits: Path, workers: int) -> 
     for _ in eval_batches(Numbers([5]), batch_size=2, workers=workers):
         pass
     assert draw() == expected
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize(("length", "batch"), [(10, 3), (12, 4), (3, 8), (1, 1)])
-def test_evaluation_takes_each_sample_once(world: int, length: int, batch: int) -> None:
-    seen: list[int] = []
-    for rank in range(world):
-        for part in eval_batches(Numbers([length]), batch_size=batch, rank=rank, world=world):
-            assert 0 < len(part["index"]) <= batch
-            assert part["index"].tolist() == part["number"].tolist()
-            assert all(number % world == rank for number in part["number"].tolist())
-            seen += part["number"].tolist()
-    assert sorted(seen) == list(range(length))
-
-
-def test_evaluation_with_workers_keeps_the_order() -> None:
-    seen = [n for part in eval_batches(Numbers([20, 3]), batch_size=4, workers=2) for n in part["number"].tolist()]
-    assert seen == list(range(23))
 
 
 def _kill() -> None:

@@ -87,6 +87,9 @@ def test_missing_parts_are_named(m5: Path, tmp_path: Path) -> None:
     prices.iloc[:-1].to_parquet(m5 / "prices_cents_wide.parquet")
     with pytest.raises(UserError, match="20 rows of sales and 19 of prices"):
         prepare_m5(m5, tmp_path / "out")
+    (m5 / "prices_cents_wide.parquet").write_bytes(b"PAR1 nonsense PAR1")
+    with pytest.raises(UserError, match=r"prices_cents_wide\.parquet: cannot be read as a table"):
+        prepare_m5(m5, tmp_path / "out")
     (m5 / "prices_cents_wide.parquet").unlink()
     with pytest.raises(UserError, match=r"it lacks prices_cents_wide\.parquet"):
         prepare_m5(m5, tmp_path / "out")

@@ -1,9 +1,8 @@
-"""Windows of panels: against plain slicing, and through the data clock for any world, stop and batch."""
+"""Windows of panels, against plain slicing."""
 
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtrain.data import panel_windows
 from mmtrain.data.borders import SplitRule
-from mmtrain.data.loader import eval_batches, train_batches
+from mmtrain.data.calendar import calendar_features
 from mmtrain.data.panel import open_panel
 from mmtrain.data.panel_data import PanelData
-from mmtrain.data.panel_windows import PanelWindows
-from mmtrain.data.series import SeriesWindows
 from mmtrain.data.source import Source
 from mmtrain.errors import UserError
-from tests.data.panels import opened, prepared
+from tests.data.panels import in_shards, opened, prepared
 
-WORLDS = (1, 2, 3, 4, 8)
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=6).map(lambda found: [*found, 24])
 KEYS: dict[str, Any] = {"known": ["price"], "static": ["kind", "size"], "calendar": True}
 
 
 def panel(folder: Path, lengths: list[int], shard_rows: int = 1 << 20, **keys: Any) -> PanelData:
-    """Opened, in shards of about so many rows."""
-    from unittest import mock
-
-    from mmtrain.data.prepare.panel_writer import PanelWriter
-
-    sound = PanelWriter.__init__
-
-    def small(self: PanelWriter, *args: Any, **options: Any) -> None:
-        sound(self, *args, **{**options, "shard_bytes": 8 * shard_rows})
-
-    with mock.patch.object(PanelWriter, "__init__", small):
-        prepared(folder, lengths)
-    return opened(folder / "panel", **{**KEYS, **keys})
+    return in_shards(folder, lengths, shard_rows, **{**KEYS, **keys})
 
 
 @settings(max_examples=25, deadline=None)
@@ -110,94 +93,6 @@ def test_series_too_short_are_left_out_and_counted_once(tmp_path: Path, caplog: 
         opened(tmp_path / "panel", lookback=60)
 
 
-@pytest.fixture(scope="module")
-def uneven(tmp_path_factory: pytest.TempPathFactory) -> PanelData:
-    """Series of 5 to 61 rows in several shards and blocks."""
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(panel_windows, "BLOCK", 20)
-    yield panel(tmp_path_factory.mktemp("uneven"), [61, 5, 33, 17, 48, 20, 19, 40], 64)
-    monkeypatch.undo()
-
-
-def table() -> SeriesWindows:
-    return SeriesWindows(np.random.default_rng(0).normal(size=(90, 3)).astype(np.float32), 3, 88, 6, 3)
-
-
-def sources(uneven: PanelData) -> list[PanelWindows | SeriesWindows]:
-    return [uneven.train, table()]
-
-
-def test_there_are_several_blocks_and_shards(uneven: PanelData) -> None:
-    assert len(uneven.train.block_sizes) > 2
-    assert len(uneven.panel.values) > 2
-    assert sum(uneven.train.block_sizes) == len(uneven.train)
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    st.integers(1, 3), st.lists(st.tuples(st.sampled_from(WORLDS), st.integers(1, 4)), max_size=5), st.integers(1, 9)
-)
-def test_an_epoch_is_every_window_once_wherever_it_stops(
-    uneven: PanelData, each: int, legs: list[tuple[int, int]], window: int
-) -> None:
-    size = 24 * each  # every world divides it
-    for source in sources(uneven):
-        seen: list[int] = []
-        consumed = 0
-        for world, steps in [*legs, (1, 10**6)]:
-            steps = min(steps, -(-(len(source) - consumed) // size))
-            parts: list[tuple[int, int]] = []
-            for rank in range(world):
-                stream = train_batches(
-                    source, seed=3, batch_size=size, start=consumed, steps=steps, rank=rank, world=world, window=window
-                )
-                for batch in stream:
-                    parts += zip(batch["position"].tolist(), batch["index"].tolist(), strict=True)
-            seen += [index for _, index in sorted(parts)]
-            consumed += steps * size
-            if consumed >= len(source):
-                break
-        assert Counter(seen[: len(source)]) == Counter(range(len(source)))
-
-
-def test_the_global_batch_is_the_same_for_every_world(uneven: PanelData) -> None:
-    for source in sources(uneven):
-        made = []
-        for world in WORLDS:
-            steps: list[list[Any]] = [[] for _ in range(6)]
-            for rank in range(world):
-                stream = train_batches(source, seed=1, batch_size=24, start=48, steps=6, rank=rank, world=world)
-                for step, batch in enumerate(stream):
-                    rows = zip(batch["position"].tolist(), batch["past"], batch["future"], strict=True)
-                    steps[step] += [
-                        (position, past.numpy().tobytes(), f.numpy().tobytes()) for position, past, f in rows
-                    ]
-            made.append([sorted(step) for step in steps])
-        assert all(steps == made[0] for steps in made[1:])
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.sampled_from(WORLDS), st.integers(1, 30))
-def test_evaluation_is_every_window_once(uneven: PanelData, world: int, size: int) -> None:
-    for source in (uneven.val, uneven.test, table()):
-        seen = [
-            index
-            for rank in range(world)
-            for batch in eval_batches(source, batch_size=size, rank=rank, world=world)
-            for index in batch["index"].tolist()
-        ]
-        assert sorted(seen) == list(range(len(source)))
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_workers_change_nothing(uneven: PanelData, workers: int) -> None:
-    def run(workers: int) -> list[dict[str, bytes]]:
-        stream = train_batches(uneven.train, seed=1, batch_size=12, start=6, steps=5, rank=1, world=2, workers=workers)
-        return [{key: value.contiguous().numpy().tobytes() for key, value in batch.items()} for batch in stream]
-
-    assert run(workers) == run(0)
-
-
 def test_what_is_known_can_be_the_horizon_alone(tmp_path: Path) -> None:
     prepared(tmp_path, [30])
     whole = opened(tmp_path / "panel", known=["price"]).train.fetch(np.arange(5), None)["known"]
@@ -256,3 +151,14 @@ def test_other_splits_fit_the_scalers_again(tmp_path: Path, caplog: pytest.LogCa
     assert parts.borders.tolist() == [[18, 24, 30], [24, 32, 40]]
     with pytest.raises(UserError, match=r"train split \(data.split=date"):
         opened(tmp_path / "panel", split="date", dates=["2023-01-15", "2024-01-22"])
+
+
+def test_what_the_calendar_says_goes_on_behind_the_data(tmp_path: Path) -> None:
+    """Also where fewer steps are known than are forecast."""
+    prepared(tmp_path, [30, 12])
+    data = opened(tmp_path / "panel", calendar=True, horizon=3, steps=2)
+    stop = data.panel.lengths + 3  # a forecast of 3 steps
+    found = data.inputs.known(np.arange(2), stop - 2)
+    for series in range(2):
+        stamps = data.panel.stamps(series, int(stop[series]) - 2, int(stop[series]))
+        assert found[series].tolist() == calendar_features(stamps, data.inputs.calendar_names).tolist()

@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 from mmtrain.cli.data import app
 from mmtrain.data.images import ImageShards
+from mmtrain.data.prepare import folder as folder_module
 from mmtrain.data.prepare import traffic
 from mmtrain.data.prepare.digits import prepare_digits
 from mmtrain.data.prepare.images import prepare_images
@@ -288,3 +290,41 @@ def test_the_command_module_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={**os.environ})
     assert done.returncode == 0, done.stderr
+
+
+def test_indexes_are_written_elsewhere_all_of_them_or_not_at_all(
+    make_tar: Callable, samples: Callable, tmp_path: Path
+) -> None:
+    train, val = (make_tar(samples(2), f"{split}/shard-000000.tar") for split in ("train", "val"))
+    run, out = CliRunner().invoke, tmp_path / "indexes"
+    done = run(app, ["index", str(train), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert [file.name for file in out.iterdir()] == ["shard-000000.tar.idx"]
+    both = run(app, ["index", str(train), str(val), "--out", str(out)])
+    assert "two of the shards would be shard-000000.tar.idx" in str(both.exception)
+    (tmp_path / "file").touch()
+    failed = run(app, ["index", str(train), "--out", str(tmp_path / "file")])
+    assert isinstance(failed.exception, UserError)
+    (out / "shard-000000.tar.idx").unlink()
+    (out / "shard-000000.tar.idx").mkdir()
+    failed = run(app, ["index", str(train), "--out", str(out)])
+    assert "shard-000000.tar.idx cannot be written" in str(failed.exception)
+
+
+def test_what_another_process_wrote_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = folder_module.exclusive
+
+    @contextmanager
+    def late(path: Path, *, wait: bool) -> Iterator[None]:
+        with sound(path, wait=wait):
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out/meta.json").write_text("theirs")
+            yield
+
+    monkeypatch.setattr(folder_module, "exclusive", late)
+    with (
+        pytest.raises(UserError, match="another process has written it meanwhile"),
+        folder_module.complete_or_absent(tmp_path / "out", force=False) as part,
+    ):
+        (part / "meta.json").write_text("ours")
+    assert (tmp_path / "out/meta.json").read_text() == "theirs"

@@ -6,6 +6,8 @@ import http.server
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -245,3 +247,63 @@ def test_a_cache_that_cannot_be_written(server: Server, far: list[Path]) -> None
         ShardCache(Path("/proc/x"), 10**9, pause=0).fetch(f"{server.address}/train/{far[0].name}")
     with pytest.raises(Unreachable):
         ShardCache(Path("/proc/x"), 10**9, pause=0).size("http://127.0.0.1:1/x.tar")
+
+
+def test_a_lock_that_cannot_be_made(server: Server, far: list[Path], cache: ShardCache) -> None:
+    (cache.folder / "room.lock").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"room\.lock: cannot be written"):
+        cache.fetch(f"{server.address}/train/{far[0].name}")
+
+
+def test_a_shard_that_is_removed_before_it_is_open(
+    server: Server, far: list[Path], cache: ShardCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process makes room between fetching and opening."""
+    sound, lost = ShardCache.fetch, Counter[str]()
+
+    def fetch(self: ShardCache, address: str, **options: Any) -> Path:
+        found = sound(self, address, **options)
+        lost[address] += 1
+        if lost[address] <= times and address.endswith(".tar"):
+            found.unlink()
+        return found
+
+    monkeypatch.setattr(ShardCache, "fetch", fetch)
+    times = 2
+    source = source_of(server, cache)
+    assert source.fetch(np.arange(20), np.arange(20, dtype=np.uint64))["label"].tolist() == [n % 3 for n in range(20)]
+    times = 10**6
+    with pytest.raises(Unreachable, match=r"is removed from .*raise data\.cache_gb"):
+        cache.open(f"{server.address}/train/{far[0].name}")
+
+
+def test_a_cache_smaller_than_a_shard_still_works(server: Server, far: list[Path], tmp_path: Path) -> None:
+    source = source_of(server, ShardCache(tmp_path / "small", 1, pause=0.01))
+    batches = train_batches(source, seed=1, batch_size=5, start=0, steps=4)
+    assert sorted(index for batch in batches for index in batch["index"].tolist()) == list(range(20))
+
+
+def test_what_hinders_the_cache_is_no_fault_of_the_samples(
+    server: Server, far: list[Path], cache: ShardCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_of(server, cache, skip=True)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for file in cache.folder.glob("*.tar"):
+        file.unlink()
+    monkeypatch.setattr(ShardCache, "_copy", full)
+    with pytest.raises(UserError, match=r"data\.cache=.*: cannot be written \(No space left on device\)"):
+        source.fetch(np.arange(4), np.arange(4, dtype=np.uint64))
+    assert not source.take_faults()
+
+
+def test_the_end_of_a_process_waits_for_no_fetch(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from mmtrain.data.cache import ShardCache\n"
+        "ShardCache.fetch = lambda self, address, **options: time.sleep(60)\n"
+        f"cache = ShardCache(Path({str(tmp_path)!r}), 1)\n"
+        "cache.ahead('http://a/1.tar'); cache.ahead('http://a/2.tar')"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 0

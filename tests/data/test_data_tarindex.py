@@ -98,6 +98,37 @@ def test_a_damaged_index_is_made_again(make_tar: Make, samples: Callable) -> Non
     index_shard(shard)
     index_path(shard).write_bytes(b"PK\x03\x04 nonsense")
     assert len(index_shard(shard)) == 3
+    with open(index_path(shard), "wb") as stream:
+        np.save(stream, np.zeros(3))  # an array, and no archive of them
+    assert len(index_shard(shard)) == 3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"labels": np.zeros(2, np.int64)},
+        {"labels": np.array([0.0, 1.0, 2.0])},
+        {"sizes": np.array([1, 1, -1])},
+        {"offsets": np.array([0, 0, 10**9])},
+        {"sizes": np.array([1, 1, 2**63 - 1])},
+        {"keys": np.array([1, 2, 3])},
+        {"stamp": np.int64(1)},
+    ],
+)
+def test_an_index_that_does_not_point_into_its_shard_is_made_again(
+    make_tar: Make, samples: Callable, wrong: dict
+) -> None:
+    """An index may come from elsewhere."""
+    shard = make_tar(samples(3))
+    sound = index_shard(shard)
+    with np.load(index_path(shard)) as archive:
+        arrays = {**archive, **wrong}
+    with open(index_path(shard), "wb") as stream:
+        np.savez(stream, **arrays)
+    found = index_shard(shard)
+    for name in ("keys", "offsets", "sizes", "labels"):
+        assert getattr(found, name).dtype == getattr(sound, name).dtype
+        assert getattr(found, name).tolist() == getattr(sound, name).tolist()
 
 
 def test_a_folder_that_cannot_be_written_is_said_once(

@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from mmtrain.config import RunConfig, load_config
+from mmtrain.data.tarindex import index_shard
 from mmtrain.errors import UserError
 from mmtrain.plan import GPUS, Plan, find_gpu, plan_run
 from mmtrain.plan.clock import _transfer_time
@@ -136,6 +138,21 @@ def test_lengths_and_rates(waves: Path, digits: Path) -> None:
     missing = describe_dataset(load_config("tsm2_etth1", ["data.root=/nowhere"]))
     assert missing.samples is None
     assert "--samples" in missing.origin
+    assert "ETTh1: no such file" in missing.origin
+
+
+def test_what_training_leaves_out_is_not_planned_with(digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits, tmp_path / "set")
+    shards = sorted((tmp_path / "set/train").glob("*.tar"))
+    shards[0].write_bytes(b"")
+    whole, left = (
+        describe_dataset(load_config("vim2_digits", ["data.faults=skip", f"data.root={root}"]))
+        for root in (digits, tmp_path / "set")
+    )
+    assert whole.samples is not None
+    assert left.samples == whole.samples - len(index_shard(digits / "train" / shards[0].name))
+    with pytest.raises(UserError, match="is empty"):
+        describe_dataset(load_config("vim2_digits", [f"data.root={tmp_path / 'set'}"]))
 
 
 # ---------------------------------------------------------------- the command line

@@ -229,6 +229,8 @@ def test_a_table_is_forecast_as_in_evaluation(table_run: Path, tmp_path: Path) -
     assert made.values == pytest.approx(task.series.scaler.inverse(expected), rel=1e-4, abs=1e-5)
     with pytest.raises(UserError, match=r"the model needs price for the 4 step\(s\) behind the last row"):
         forecast(trained, file, missing="mask")
+    with pytest.raises(UserError, match=r"'a' has 3 hole\(s\).*or set --missing ffill \(or interpolate, zero, mask\)"):
+        forecast(trained, file, back=4)
     table = pd.read_csv(file)
     ahead = pd.date_range(table["date"].iloc[-1], periods=5, freq="h")[1:]
     more = pd.concat([table, pd.DataFrame({"date": ahead.astype(str), "price": [200 % 7, 201 % 7, 202 % 7, 203 % 7]})])

@@ -19,9 +19,8 @@ from torch.nn import functional
 
 from mmtrain.data.crop import Keys, erase
 from mmtrain.data.pixels import Normalise
-from mmtrain.data.transforms import AUGMENTS, affine_grid, policy_of
+from mmtrain.data.transforms import affine_grid, check_options, policy_of
 from mmtrain.data.transforms import augment as augment_images
-from mmtrain.errors import UserError, nearest
 
 #: A decoded batch (``Recipe.shape``) and its keys → float32 (B, 3, S, S), normalised.
 Finish = Callable[[NDArray[Any], Keys | None], torch.Tensor]
@@ -73,12 +72,7 @@ def build_augment(
     re_prob: float = 0.25,
 ) -> Augment:
     """The recipe of one split; the options are those of ``transforms.build_transform``."""
-    if augment not in AUGMENTS:
-        raise UserError(f"data.augment={augment!r}: one of {', '.join(AUGMENTS)}{nearest(augment, AUGMENTS)}")
-    if image_size < 1 or not 0 < crop_pct <= 1:
-        raise UserError(f"data.image_size={image_size}, data.crop_pct={crop_pct}: a size ≥ 1 and a part in (0, 1]")
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise UserError(f"data.mean and data.std need 3 values, std above 0; got {list(mean)}, {list(std)}")
+    check_options(image_size, augment, mean, std, crop_pct)
     table = _table(mean, std)
     if not train or augment == "none":
         return Augment(Recipe(image_size, False, crop_pct, table=table))

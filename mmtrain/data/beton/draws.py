@@ -10,12 +10,7 @@ import math
 import numba
 import numpy as np
 
-#: Of torchvision's and timm's random resized crop: part of the area, width over height, tries before the centre crop.
-SCALE = (0.08, 1.0)
-RATIO = (3 / 4, 4 / 3)
-TRIES = 10
-#: Each try takes four draws; the flip comes after them.
-FLIP_DRAW = 4 * TRIES
+from mmtrain.data.crop import FLIP_DRAW, RATIO, SCALE, TRIES
 
 _GOLDEN, _FIRST, _SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _27, _30, _31, _11 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(11)

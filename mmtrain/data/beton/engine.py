@@ -8,15 +8,13 @@ it writes again, and alters the array types that numba shares, so that a second 
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numba
 import numpy as np
-import torch
 from ffcv.memory_managers import ProcessCacheManager
 from ffcv.reader import Reader
 from numpy.typing import NDArray
@@ -117,35 +115,3 @@ def _at_most(threads: int) -> int:
             threads,
         )
     return max(1, min(threads, limit))
-
-
-class Buffers:
-    """Arrays for batches that are used again as soon as nobody holds a tensor (or a view of one) made from them.
-
-    Fresh memory costs a page fault every 4 kB. ``pinned``: torch's own cache of pinned memory is asked instead, which
-    also waits for copies to the GPU that are under way.
-    """
-
-    KEPT = 8
-
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, pinned: bool = False) -> None:
-        self.shape, self.dtype, self.pinned = shape, dtype, pinned
-        self._arrays: list[NDArray[Any]] = [np.empty(shape, dtype)]
-        self._idle = self._holders()[0]
-
-    def take(self, count: int) -> NDArray[Any]:
-        """An array for ``count`` samples, not initialised. The tensor to hand out is ``torch.from_numpy`` of it."""
-        if self.pinned:
-            like = torch.from_numpy(np.empty(0, self.dtype)).dtype
-            return torch.empty((count, *self.shape[1:]), dtype=like, pin_memory=True).numpy()
-        if count != self.shape[0]:  # the last batch of an evaluation
-            return np.empty((count, *self.shape[1:]), self.dtype)
-        with suppress(ValueError):
-            return self._arrays[self._holders().index(self._idle)]
-        made = np.empty(self.shape, self.dtype)
-        if len(self._arrays) < self.KEPT:
-            self._arrays.append(made)
-        return made
-
-    def _holders(self) -> list[int]:
-        return [sys.getrefcount(array) for array in self._arrays]

@@ -86,7 +86,9 @@ def read_beton(path: str | Path) -> Beton:
             _check_fields(file, kinds)
             row = np.dtype([("", _ROWS[kind]) for kind in kinds.values()], align=True)
             rows = _read(stream, file, row, int(header["samples"]))
-            table = int(header["table"])
+            table, page = int(header["table"]), int(header["page_size"])
+            if not page or page & (page - 1):
+                raise UserError(f"{file}: pages of {page} bytes, which is no power of two: not a .beton; {_CURE}")
             if not table or table > size or (size - table) % _PLACE.itemsize:
                 raise UserError(f"{file}: the file is truncated or was never finished ({size} bytes); {_CURE}")
             stream.seek(table)
@@ -100,7 +102,8 @@ def read_beton(path: str | Path) -> Beton:
     if not len(rows):
         raise UserError(f"{file}: the file holds no samples; {_CURE}")
     empty = int(min(image["height"].min(), image["width"].min())) < 1
-    if empty or not len(places) or (places["at"][at] != image["at"]).any() or int(ends.max()) > table:
+    beyond = (places["at"] > table) | (places["size"] > table) | (ends > table)  # a sum alone may wrap around
+    if empty or not len(places) or (places["at"][at] != image["at"]).any() or beyond.any():
         raise UserError(f"{file}: the table of images is damaged or truncated; {_CURE}")
     labels = label.astype(np.int64)
     meta = _meta(file.parent / "meta.json")
@@ -112,7 +115,7 @@ def read_beton(path: str | Path) -> Beton:
             *(np.ascontiguousarray(image[name], dtype=np.int64) for name in ("height", "width", "at")),
             places["size"][at].astype(np.int64),
         ),
-        page_size=int(header["page_size"]),
+        page_size=page,
         stored=int(places["size"][at].sum()),
         file_size=size,
         block_sizes=_blocks(file, meta, len(rows)),

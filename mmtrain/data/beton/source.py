@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mmtrain.buffers import Buffers
 from mmtrain.data.beton.augment import Augment, build_augment
 from mmtrain.data.beton.extra import require_ffcv
 from mmtrain.data.beton.format import read_beton
@@ -53,6 +54,8 @@ def open_beton(
     if train:
         warn_of_thrashing(source.beton, os_cache, window)
     if not built.compiled:
+        if not os_cache:
+            _log.warning("data.os_cache=false does nothing with data.augment=%s: its processes map the file", augment)
         _log.info(
             "%s: data.augment=%s works on one image after the other in Python, in data.workers processes; "
             "data.augment=crop (crop and flip alone) is all compiled, and data.workers are threads then",
@@ -130,14 +133,17 @@ class StreamedBeton(BetonImages):
     def _run(
         self, numbers: Iterator[NDArray[np.int64]], order: Order | None, threads: int, ahead: int, pinned: bool
     ) -> Iterator[Batch]:
-        from mmtrain.data.beton.engine import Buffers
         from mmtrain.data.beton.stream import Stream
 
         first = next(numbers, None)
         if first is None:
             return
         engine = self._engine(threads, self.os_cache)
-        buffers = Buffers(engine.recipe.shape(len(first)), engine.recipe.dtype, pinned)
+        buffers, kind = Buffers(), torch.from_numpy(np.empty(0, engine.recipe.dtype)).dtype
+
+        def take(count: int) -> NDArray[Any]:
+            shape = engine.recipe.shape(count)
+            return (torch.empty(shape, dtype=kind, pin_memory=True) if pinned else buffers.tensor(shape, kind)).numpy()
 
         def requests() -> Iterator[tuple[Request, NDArray[np.int64]]]:
             for part in chain([first], numbers):
@@ -156,7 +162,7 @@ class StreamedBeton(BetonImages):
                 batch["key"] = torch.from_numpy(keys.view(np.int64))
             return batch
 
-        stream = Stream(engine, requests(), buffers.take, finish, ahead=ahead, segment=self._segment(order, len(first)))
+        stream = Stream(engine, requests(), take, finish, ahead=ahead, segment=self._segment(order, len(first)))
         try:
             yield from stream
         finally:

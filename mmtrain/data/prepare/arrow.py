@@ -47,6 +47,14 @@ def schema_of(file: Path) -> pa.Schema:
             return reader.schema
 
 
+def rows_of(file: Path) -> int:
+    """The number of rows of a parquet file."""
+    import pyarrow.parquet as pq
+
+    with _readable(file), pq.ParquetFile(file) as parquet:
+        return int(parquet.metadata.num_rows)
+
+
 def batches(
     file: Path, names: Sequence[str], text: Collection[str] = (), rows: int = 1 << 16
 ) -> Iterator[pa.RecordBatch]:

@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 
 from mmtrain.data.beton.extra import require_ffcv
 from mmtrain.data.beton.format import read_beton
-from mmtrain.data.prepare.beton_block import Block, Encoding, Job, encode_blocks
+from mmtrain.data.images import read_classes
+from mmtrain.data.prepare.beton_block import Block, Encoding, Job, encode_block
 from mmtrain.data.prepare.folder import complete_or_absent
+from mmtrain.data.prepare.pool import run_jobs
 from mmtrain.data.prepare.progress import progress
 from mmtrain.data.prepare.writer import FORMAT, Prepared, existing
 from mmtrain.data.shards import find_shards
@@ -74,15 +76,16 @@ def prepare_beton(
     require_ffcv()
     encoding = Encoding(write_mode, max_resolution, jpeg_quality, compress_probability, page_size << 20)
     workers = min(8, os.cpu_count() or 1) if workers is None else max(1, workers)
+    classes = read_classes(root / "meta.json")
     meta = {
-        **_classes(root / "meta.json"),
+        **({} if classes is None else {"classes": classes}),
         "counts": counts,
         "blocks": {split: [len(shard) for shard in shards] for split, shards in splits.items()},
         "source": source,
         "settings": settings,
         "format": FORMAT,
     }
-    with complete_or_absent(out, force=force) as part:
+    with complete_or_absent(out, force=force, resume=False) as part:
         with progress(f"writing {out.name}", sum(counts.values())) as advance:
             for split, shards in splits.items():
                 for count in _write(part / f"{split}.beton", shards, encoding, workers):
@@ -123,17 +126,6 @@ def _check(
         raise UserError(f"--page-size {page_size}: MiB, a power of two from 2 to 2048")
 
 
-def _classes(file: Path) -> dict[str, list[str]]:
-    if not file.is_file():
-        return {}
-    try:
-        return {"classes": [str(name) for name in json.loads(file.read_text(encoding="utf-8"))["classes"]]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f'{file}: not readable as JSON with a list "classes" ({error}); prepare the dataset again'
-        ) from error
-
-
 def _write(target: Path, shards: list[ShardIndex], encoding: Encoding, workers: int) -> Iterator[int]:
     """Samples written, shard by shard."""
     from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
@@ -161,7 +153,7 @@ def _write(target: Path, shards: list[ShardIndex], encoding: Encoding, workers: 
         for number, (shard, first) in enumerate(zip(shards, firsts, strict=False))
     ]
     with open(target, "wb") as stream:
-        for job, block in zip(jobs, encode_blocks(jobs, workers), strict=True):
+        for job, block in zip(jobs, run_jobs(encode_block, jobs, workers, ordered=True), strict=True):
             here = slice(job.first, job.first + len(job.shard))
             _place(block, at, rows[here], table[here], job.first)
             at = _append(stream, at, job.target, encoding.page_size)

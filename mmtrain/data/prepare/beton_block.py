@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -16,7 +12,6 @@ from numpy.typing import NDArray
 from mmtrain.data.beton.extra import require_ffcv
 from mmtrain.data.decode import decode, orientation
 from mmtrain.data.order import mix64
-from mmtrain.data.prepare.writer import _die_with_parent
 from mmtrain.data.tarindex import ShardIndex
 from mmtrain.errors import UserError
 
@@ -53,27 +48,6 @@ def fields() -> dict[str, tuple[int, Any]]:
 
     numbers = {kind: number for number, kind in TYPE_ID_HANDLER.items()}
     return {"image": (numbers[RGBImageField], RGBImageField()), "label": (numbers[IntField], IntField())}
-
-
-def encode_blocks(jobs: list[Job], workers: int) -> Iterator[Block]:
-    """The blocks in order; the pages of each are in ``job.target`` then."""
-    workers = min(workers, len(jobs))
-    if workers <= 1:
-        yield from map(encode_block, jobs)
-        return
-    # spawn: a fork would inherit the threads' locks of whatever this process has loaded.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent) as pool:
-        try:
-            for done in [pool.submit(encode_block, job) for job in jobs]:
-                yield done.result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a worker process died: most often for lack of memory (use fewer --workers), or because a script calls "
-                "this outside of `if __name__ == '__main__':` (or use workers=1)"
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def encode_block(job: Job) -> Block:
@@ -179,9 +153,11 @@ class _Encoder:
         most = self.encoding.max_resolution
         if self.encoding.jpeg_quality is not None or (most is not None and max(size) > most):
             return False
+        if orientation(content) != 1:
+            return False  # FFCV does not look at EXIF
         with Image.open(io.BytesIO(content)) as header:
-            if header.format != "JPEG" or header.mode not in ("RGB", "L") or orientation(content) != 1:
-                return False  # FFCV knows nothing of EXIF
+            if header.format != "JPEG" or header.mode not in ("RGB", "L"):
+                return False
         width, height = size
         target = np.empty((height, width, 3), dtype=np.uint8)
         source = np.frombuffer(content, dtype=np.uint8)

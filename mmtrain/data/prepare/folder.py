@@ -28,8 +28,7 @@ def complete_or_absent(
     process at a time writes ``out``.
     """
     out = out.absolute()
-    occupied = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    if occupied and not force:
+    if _occupied(out) and not force:
         raise UserError(f"{out}: exists and is not a finished dataset; give another --out, or --force to replace it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -37,9 +36,15 @@ def complete_or_absent(
         raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
     try:
         with exclusive(out.with_name(f".{out.name}.lock"), wait=False):
+            if _occupied(out) and not force:
+                raise UserError(f"{out}: another process has written it meanwhile; start again to check what it wrote")
             yield from _filled(out, recipe, keep, resume)
     except BlockingIOError as error:
         raise UserError(f"{out}: another process is writing it; wait for it, or give another --out") from error
+
+
+def _occupied(out: Path) -> bool:
+    return out.exists() and (not out.is_dir() or any(out.iterdir()))
 
 
 def _filled(out: Path, recipe: str, keep: bool, resume: bool) -> Iterator[Path]:
@@ -76,7 +81,7 @@ def _leave(part: Path) -> None:
 
 def _replace(part: Path, out: Path) -> None:
     old = None
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if _occupied(out):
         old = out.with_name(f".{out.name}.old-{uuid.uuid4().hex}")
         out.rename(old)
     os.replace(part, out)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mmtrain.data.borders import SplitRule
 from mmtrain.data.holes import fill_column
-from mmtrain.data.prepare.arrow import numbers_of
+from mmtrain.data.prepare.arrow import batches, numbers_of, rows_of, schema_of
 from mmtrain.data.prepare.panel import PreparedPanel, write_panel
 from mmtrain.data.prepare.panel_writer import Layout, Series
 from mmtrain.data.table import read_frame
@@ -97,10 +97,8 @@ def _shared(calendar: pd.DataFrame) -> NDArray[np.float32]:
 
 
 def _series(root: Path, calendar: pd.DataFrame) -> Iterator[Series]:
-    import pyarrow.parquet as pq
-
-    sales, prices = (pq.ParquetFile(root / name) for name in FILES[:2])
-    there, weeks = set(sales.schema_arrow.names), list(prices.schema_arrow.names)
+    sales, prices = (root / name for name in FILES[:2])
+    there, weeks = set(schema_of(sales).names), schema_of(prices).names
     days = [name for name in calendar["d"] if name in there]
     if lacking := [name for name in ("id", *STATIC) if name not in there]:
         raise UserError(f"{root / FILES[0]}: columns {', '.join(lacking)} are missing: not the sales of M5")
@@ -110,15 +108,15 @@ def _series(root: Path, calendar: pd.DataFrame) -> Iterator[Series]:
     of_day = [week.get(f"w{number}", -1) for number in calendar["wm_yr_wk"]]
     if -1 in of_day:
         raise UserError(f"{root / FILES[1]}: a week of the calendar is missing: not the prices of M5")
-    if sales.metadata.num_rows != prices.metadata.num_rows:
-        raise UserError(f"{root}: {sales.metadata.num_rows} rows of sales and {prices.metadata.num_rows} of prices")
+    if (sold_rows := rows_of(sales)) != (priced_rows := rows_of(prices)):
+        raise UserError(f"{root}: {sold_rows} rows of sales and {priced_rows} of prices")
     state = {name: place for place, name in enumerate(STATES)}
-    batches = sales.iter_batches(_BATCH, columns=["id", *STATIC, *days]), prices.iter_batches(_BATCH)
+    both = batches(sales, ["id", *STATIC, *days], rows=_BATCH), batches(prices, weeks, rows=_BATCH)
     carried = 0
-    for sold, priced in zip(*batches, strict=True):
-        price = numbers_of(priced, weeks)[:, of_day] / np.float32(100)
+    for sold, priced in zip(*both, strict=True):
+        price = numbers_of(priced, weeks, prices)[:, of_day] / np.float32(100)
         values = np.full((sold.num_rows, len(calendar)), np.nan, np.float32)
-        values[:, : len(days)] = numbers_of(sold, days)
+        values[:, : len(days)] = numbers_of(sold, days, sales)
         text = {name: sold.column(name).to_pylist() for name in ("id", *STATIC)}
         for row in range(sold.num_rows):
             begin = int(np.argmax((price[row] > 0) | (values[row] > 0)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +9,10 @@ from typing import Any
 
 from mmtrain.data.borders import SplitRule
 from mmtrain.data.panel import FORMAT, KIND
+from mmtrain.data.prepare.existing import existing_meta
 from mmtrain.data.prepare.folder import complete_or_absent
 from mmtrain.data.prepare.panel_writer import Layout, PanelWriter, Series
 from mmtrain.errors import UserError
-
-_log = logging.getLogger("mmtrain")
 
 
 @dataclass(frozen=True)
@@ -124,8 +121,9 @@ def write_panel(
 ) -> PreparedPanel:
     """Write ``out`` complete or not at all; a panel made of the same source with the same settings is left alone."""
     settings = {**settings, "split": split.to_json()}
-    if (done := _existing(out, source, settings, force=force)) is not None:
-        return done
+    made_as = {"kind": KIND, "format": FORMAT}
+    if (found := existing_meta(out, source, settings, made_as, force=force)) is not None:
+        return PreparedPanel(out, found, fresh=False)
     with complete_or_absent(out, force=force, resume=False) as part:
         layout, series = open_source_in(part)
         writer = PanelWriter(part, layout, missing=missing, shard_bytes=shard_bytes)
@@ -133,23 +131,3 @@ def write_panel(
             writer.add(one)
         meta = writer.finish(split, {"source": source, "settings": settings})
     return PreparedPanel(out, meta, fresh=True)
-
-
-def _existing(out: Path, source: str, settings: Mapping[str, Any], *, force: bool) -> PreparedPanel | None:
-    file = out / "meta.json"
-    if force or not file.is_file():
-        return None
-    try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
-        made_of = {"source": meta["source"], **meta["settings"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: not that of a prepared panel ({error}); give --force or another --out") from error
-    wanted = {"source": source, **settings}
-    different = [
-        f"{key} {made_of.get(key)!r}, not {wanted[key]!r}" for key in wanted if made_of.get(key) != wanted[key]
-    ]
-    if (meta.get("kind"), meta.get("format")) != (KIND, FORMAT):
-        different.append(f"format {meta.get('kind')} {meta.get('format')}, not {KIND} {FORMAT}")
-    if different:
-        raise UserError(f"{out}: holds a dataset made with {'; '.join(different)}; give --force or another --out")
-    return PreparedPanel(out, meta, fresh=False)

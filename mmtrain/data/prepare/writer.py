@@ -9,16 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
-import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -26,8 +20,10 @@ import numpy as np
 
 from mmtrain.data.order import mix64
 from mmtrain.data.prepare.encode import BadSample, ClassEncoder, Encoder, Item
+from mmtrain.data.prepare.existing import existing_meta
 from mmtrain.data.prepare.finished import Finished, Ledger, recipe_digest, sources_digest
 from mmtrain.data.prepare.folder import complete_or_absent
+from mmtrain.data.prepare.pool import run_jobs
 from mmtrain.data.prepare.progress import progress
 from mmtrain.data.tarindex import index_shard
 from mmtrain.errors import UserError
@@ -55,25 +51,8 @@ class _Job(NamedTuple):
 
 def existing(out: Path, source: str, settings: Mapping[str, Any], *, force: bool) -> Prepared | None:
     """The dataset at ``out`` if it is complete and was made from the same source with the same settings."""
-    file = out / "meta.json"
-    if force or not file.is_file():
-        return None
-    try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
-        made_of = {"source": meta["source"], **meta["settings"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{file}: not the meta.json of a prepared dataset ({error}); give --force or another --out"
-        ) from error
-    wanted = {"source": source, **settings}
-    different = [
-        f"{key} {made_of.get(key)!r}, not {wanted[key]!r}" for key in wanted if made_of.get(key) != wanted[key]
-    ]
-    if meta.get("format") != FORMAT:
-        different.append(f"format {meta.get('format')}, not {FORMAT}")
-    if different:
-        raise UserError(f"{out}: holds a dataset made with {'; '.join(different)}; give --force or another --out")
-    return Prepared(out, meta, fresh=False)
+    meta = existing_meta(out, source, settings, {"format": FORMAT}, force=force)
+    return None if meta is None else Prepared(out, meta, fresh=False)
 
 
 def write_dataset(
@@ -176,49 +155,13 @@ def _write_all(
 ) -> dict[str, Finished]:
     done: dict[str, Finished] = {}
     with progress(title, sum(len(job.items) for job in jobs)) as advance:
-        for entry in _run(jobs, workers):
+        for entry in run_jobs(_write_shard, jobs, workers, ordered=False):
             done[entry.name] = entry
             fresh = entry != known.get(entry.name)
             if fresh:
                 ledger.add(entry)
             advance(entry.samples + len(entry.skipped), fresh=fresh)
     return done
-
-
-def _run(jobs: list[_Job], workers: int) -> Iterator[Finished]:
-    """Shards, as they are finished."""
-    workers = min(workers, len(jobs))
-    if workers <= 1:
-        yield from map(_write_shard, jobs)
-        return
-    # spawn: a fork would inherit the threads' locks of whatever this process has loaded.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent) as pool:
-        try:
-            for done in as_completed([pool.submit(_write_shard, job) for job in jobs]):
-                yield done.result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a worker process died: most often for lack of memory (use fewer --workers), or because a script calls "
-                "this outside of `if __name__ == '__main__':` (or use workers=1)"
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _die_with_parent() -> None:
-    """Workers of a killed process would wait for work for ever. An interrupt is the parent's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-    sentinel = parent.sentinel
-
-    def watch() -> None:
-        connection.wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _write_shard(job: _Job) -> Finished:

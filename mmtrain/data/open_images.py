@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +19,6 @@ from mmtrain.data.shards import is_address
 from mmtrain.data.source import Source
 from mmtrain.data.synthetic import SyntheticImages
 from mmtrain.errors import UserError
-
-_log = logging.getLogger("mmtrain")
 
 
 class Images(NamedTuple):
@@ -75,12 +72,6 @@ def _split(data: StoredImagesConfig, name: str, *, train: bool) -> ImageShards |
     }
     path = f"{data.root.rstrip('/')}/{name}"
     if isinstance(data, FFCVDataConfig):
-        if train and data.faults == "skip":
-            _log.warning(
-                "%s: data.faults=skip restarts workers that die, but an image that cannot be decoded stops the run:"
-                " leaving images out needs data.kind=shards",
-                f"{path}.beton",
-            )
         return open_beton(f"{path}.beton", os_cache=data.os_cache, window=data.shuffle_window, **options)
     assert isinstance(data, ShardsDataConfig)
     cache = default_cache(data.cache, data.cache_gb) if is_address(path) else None

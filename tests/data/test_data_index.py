@@ -24,7 +24,7 @@ def test_indexes_of_one_name_do_not_replace_each_other(cli: Any, make_tar: Calla
     out = train.parents[1] / "indexes"
     done = cli("data", "index", train.parent, val.parent, "--out", out)
     assert done.returncode == 2
-    assert "several of the shards are called shard-000000.tar: index one split at a time" in done.stderr
+    assert "two of the shards would be shard-000000.tar.idx: give a folder for each split" in done.stderr
     assert not out.exists()
     assert cli("data", "index", train.parent, "--out", out).returncode == 0
     assert (out / "shard-000000.tar.idx").read_bytes() == index_path(train).read_bytes()

@@ -194,7 +194,7 @@ def configuration(kind: str, folder: Path, log_every: int, tiny: bool) -> RunCon
         model += ["train.ema_decay=null", f"train.batch_size={2 if tiny else 16}"]
         return load_config("vim2_digits", [*common, *model])
     write_series(folder / "series.csv")
-    series = [f"data.path={folder / 'series.csv'}", "data.split=ratio", f"train.batch_size={2 if tiny else 16}"]
+    series = [f"data.path={folder / 'series.csv'}", "data.split=ratio", f"train.batch_size={2 if tiny else 24}"]
     return load_config("tsm2_etth1", [*common, *series])
 
 

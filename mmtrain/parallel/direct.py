@@ -24,6 +24,10 @@ from torch.profiler import record_function
 from mmtrain.buffers import Buffers
 
 
+#: Elements of a gradient that is not deferred, since what is sent and received would be in memory for long: 10 MB.
+_MOST_DEFERRED = 2_500_000
+
+
 class DirectAllGather(AllGather):
     """Every rank's part, in the order of the ranks."""
 
@@ -77,7 +81,7 @@ class DirectReduceScatter(ReduceScatter):
             return
         received = self.transient.tensor((group.size() - 1, output_tensor.numel()), output_tensor.dtype)
         self._under_way = _Reduction(output_tensor, input_tensor, received, group, mean=op == dist.ReduceOp.AVG)
-        if not self.deferred:
+        if not self.deferred or input_tensor.numel() > _MOST_DEFERRED:
             self.finish()
 
     def finish(self) -> None:

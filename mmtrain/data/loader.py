@@ -87,14 +87,20 @@ class _Batches(Dataset):
         return self.__getitems__(np.asarray([number], dtype=np.int64))
 
 
-def _load(source: Source, indices: np.ndarray, keys: np.ndarray | None, ring: Ring | None) -> Batch:
-    """What the source gives, as far as that is a worker's business."""
-    if not isinstance(source, Staged):
-        return dict(source.fetch(indices, keys))
-    if ring is None:
-        return dict(source.load(indices, keys))
-    batch = source.load(indices, keys, ring.empty)
-    return {**batch, **{name: ring.place(batch[name]) for name in source.moved if len(batch[name])}}
+class _Load:
+    """What the source gives for samples, as far as that is a worker's business."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.staged = source if isinstance(source, Staged) else None  # the question takes longer than a small batch
+
+    def __call__(self, indices: np.ndarray, keys: np.ndarray | None, ring: Ring | None) -> Batch:
+        if self.staged is None:
+            return dict(self.source.fetch(indices, keys))
+        if ring is None:
+            return dict(self.staged.load(indices, keys))
+        batch = self.staged.load(indices, keys, ring.empty)
+        return {**batch, **{name: ring.place(batch[name]) for name in self.staged.moved if len(batch[name])}}
 
 
 def _finish(source: Source) -> Callable[[Batch], Batch]:
@@ -109,15 +115,17 @@ class _Train:
     """Positions → a training batch."""
 
     def __init__(self, source: Source, order: Order) -> None:
-        self.source, self.order = source, order
+        self.load, self.order = _Load(source), order
         self.ahead: Callable[[list[int]], None] | None = getattr(source, "ahead", None)
 
     def __call__(self, ring: Ring | None, positions: np.ndarray) -> Batch:
         if self.ahead is not None:
             self.ahead(self.order.coming(int(positions[-1])))
         epochs, indices = self.order.lookup(positions)
-        keys = mix64(self.order.seed, epochs, indices)
-        batch = _load(self.source, indices, keys, ring)
+        # a batch seldom reaches over the end of an epoch, and one number is hashed faster than many
+        epoch = int(epochs[0]) if len(epochs) and epochs[0] == epochs[-1] else epochs
+        keys = mix64(self.order.seed, epoch, indices)
+        batch = self.load(indices, keys, ring)
         batch["position"] = torch.from_numpy(positions)
         batch["index"] = torch.from_numpy(indices)
         batch["key"] = torch.from_numpy(keys.view(np.int64))
@@ -128,10 +136,10 @@ class _Evaluate:
     """Sample indices → an evaluation batch."""
 
     def __init__(self, source: Source) -> None:
-        self.source = source
+        self.load = _Load(source)
 
     def __call__(self, ring: Ring | None, indices: np.ndarray) -> Batch:
-        batch = _load(self.source, indices, None, ring)
+        batch = self.load(indices, None, ring)
         kept = batch.pop("kept", None)  # not all of them, where faults are left out
         batch["index"] = torch.from_numpy(indices) if kept is None else torch.from_numpy(indices)[kept]
         return batch
@@ -277,7 +285,7 @@ def _survive(begin: Callable[[int], Iterator[_Made | _Failure]], on_fault: OnFau
                     for fault in made.faults:
                         if on_fault is not None:
                             on_fault(fault)
-                    if not any(len(tensor) == 0 for tensor in made.batch.values()):
+                    if made.batch["index"].shape[0]:
                         yield made.batch
             return
         except _Died as error:

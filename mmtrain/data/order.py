@@ -42,8 +42,11 @@ def mix64(*values: int | np.integer | np.ndarray) -> UInt64s:
     so ``mix64(0)`` is the first output of splitmix64 seeded with 0. Each step is a bijection: for fixed leading values,
     different last values never collide. Scalars give an array of shape (1,).
     """
-    state = np.zeros(1, dtype=np.uint64)
-    for value in values:
+    start, rest = 0, list(values)
+    while rest and isinstance(rest[0], int | np.integer):  # plain integers are faster than arrays of one
+        start = _mixed(start ^ (int(rest.pop(0)) & _MASK))
+    state = np.array([start], dtype=np.uint64)
+    for value in rest:
         state = (state ^ _as_uint64(int(value) if isinstance(value, np.integer) else value)) + np.uint64(
             0x9E3779B97F4A7C15
         )
@@ -51,6 +54,14 @@ def mix64(*values: int | np.integer | np.ndarray) -> UInt64s:
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         state = state ^ (state >> np.uint64(31))
     return state
+
+
+def _mixed(state: int) -> int:
+    """One step of ``mix64``."""
+    state = (state + 0x9E3779B97F4A7C15) & _MASK
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+    return state ^ (state >> 31)
 
 
 class _Epoch(NamedTuple):

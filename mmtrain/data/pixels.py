@@ -21,11 +21,23 @@ class Normalise:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """uint8 (B, H, W, C) → float32 (B, C, H, W), on the same device."""
-        b, h, w, c = pixels.shape
-        cpu = pixels.device.type == "cpu"
-        # a batch of 64 photos is 38 MB: fresh pages for it would cost five times what the arithmetic does
-        out = _buffers.tensor((b, c, h, w), torch.float32) if cpu else torch.empty(b, c, h, w, device=pixels.device)
-        scale, shift = (value.float().to(pixels.device).view(-1, 1, 1) for value in (self.scale, self.shift))
-        for source, target in zip(pixels, out, strict=True) if cpu else ((pixels, out),):
-            target.copy_(source.movedim(-1, -3)).mul_(scale).add_(shift)
-        return out
+        scale, shift = self.scale.float(), self.shift.float()
+        if pixels.device.type == "cpu":
+            return _by_planes(pixels, scale, shift)
+        wide = pixels.movedim(-1, 1).to(torch.float32, memory_format=torch.contiguous_format)
+        return wide.mul_(scale.to(wide.device).view(-1, 1, 1)).add_(shift.to(wide.device).view(-1, 1, 1))
+
+
+def _by_planes(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """A plane that stays in the cache at a time, and by numpy: torch would wake threads for each, which the workers
+    need. The memory is used again, for fresh pages (38 MB for 64 photos) cost five times what the arithmetic does.
+    """
+    b, h, w, c = pixels.shape
+    out = _buffers.tensor((b, c, h, w), torch.float32)
+    for source, target in zip(pixels.numpy(), out.numpy(), strict=True):
+        for channel, (factor, term) in enumerate(zip(scale.numpy(), shift.numpy(), strict=True)):
+            plane = target[channel]
+            plane[...] = source[..., channel]
+            plane *= factor
+            plane += term
+    return out

@@ -23,7 +23,6 @@ from torch.profiler import record_function
 
 from mmtrain.buffers import Buffers
 
-
 #: Elements of a gradient that is not deferred, since what is sent and received would be in memory for long: 10 MB.
 _MOST_DEFERRED = 2_500_000
 

@@ -1,8 +1,9 @@
 """The public tables that ``mmtrain data get`` knows: addresses, licences, and what each must hold.
 
-``sha256`` and ``size`` are those of the file at the address; None where they were never compared with the official
-file: the content is checked instead. ``digest`` is the digest of the values and stamps (``mmtrain.data.get.digest``,
-``mmtrain data digest FILE``), the same for a CSV and a parquet file.
+``sha256`` and ``size`` are those of the file at the address; None where they are not known, and the content alone is
+checked. Those of ETT are what the package tsdm (``tsdm.datasets.ett``) pins for the same addresses. ``digest`` is the
+digest of the values and stamps (``mmtrain.data.get.digest``, ``mmtrain data digest FILE``), the same for a CSV and a
+parquet file.
 
 Mirrors are the copies that the authors of the benchmark's library (thuml/Time-Series-Library) publish.
 """
@@ -66,7 +67,7 @@ def _numbered(count: int) -> tuple[str, ...]:
     return (*(str(number) for number in range(count - 1)), "OT")
 
 
-def _ett(stem: str, digest: str) -> Dataset:
+def _ett(stem: str, sha256: str, digest: str) -> Dataset:
     hourly = stem.startswith("ETTh")
     return Dataset(
         stem.lower(),
@@ -76,7 +77,7 @@ def _ett(stem: str, digest: str) -> Dataset:
         "2016-07-01 00:00:00",
         "2018-06-26 19:00:00" if hourly else "2018-06-26 19:45:00",
         HOUR if hourly else 15 * MINUTE,
-        (Source(f"{_ETT}{stem}.csv"), Source(f"{_THUML}ETT-small/{stem}.csv")),
+        (Source(f"{_ETT}{stem}.csv", sha256=sha256), Source(f"{_THUML}ETT-small/{stem}.csv")),
         "CC BY-ND 4.0",
         _INFORMER,
         digest,
@@ -84,10 +85,26 @@ def _ett(stem: str, digest: str) -> Dataset:
 
 
 _DATASETS = (
-    _ett("ETTh1", "08ee3c79f2d74cd782cef997238da90e8ef3486a53044d5d6246c7fd3ee27075"),
-    _ett("ETTh2", "af8ab5a823df7f720aee6d92f0004444efddf63d9db2e41b85862331f418cc0a"),
-    _ett("ETTm1", "4ca98c9dff4de09b2a564f419a464d1da07c478e643b05e9637aa473bc9994d8"),
-    _ett("ETTm2", "53a401e373baa981bb328484f63c06f4a12960369cce8557632f0b7b2cb49a7e"),
+    _ett(
+        "ETTh1",
+        "f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066",
+        "08ee3c79f2d74cd782cef997238da90e8ef3486a53044d5d6246c7fd3ee27075",
+    ),
+    _ett(
+        "ETTh2",
+        "a3dc2c597b9218c7ce1cd55eb77b283fd459a1d09d753063f944967dd6b9218b",
+        "af8ab5a823df7f720aee6d92f0004444efddf63d9db2e41b85862331f418cc0a",
+    ),
+    _ett(
+        "ETTm1",
+        "6ce1759b1a18e3328421d5d75fadcb316c449fcd7cec32820c8dafda71986c9e",
+        "4ca98c9dff4de09b2a564f419a464d1da07c478e643b05e9637aa473bc9994d8",
+    ),
+    _ett(
+        "ETTm2",
+        "db973ca252c6410a30d0469b13d696cf919648d0f3fd588c60f03fdbdbadd1fd",
+        "53a401e373baa981bb328484f63c06f4a12960369cce8557632f0b7b2cb49a7e",
+    ),
     Dataset(
         "weather",
         "weather",

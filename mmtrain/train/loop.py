@@ -163,7 +163,7 @@ class Trainer:
         self.tracker.before_step()
         seed_step(config.seed, state.step, self.ranks.rank)
         rate = learning_rate(config.optim, state.step, self.schedule.steps, self.schedule.warmup)
-        if not self.strategy.evaluator.training:  # an evaluation was before; going through all modules takes a while
+        if not self.strategy.model.training:  # an evaluation was before; going through all modules takes a while
             self.strategy.runner.train()
         loss = self._backward(batches)
         self._beat("agree")

@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data_parts import images, memory, series
-from rich.console import Console
-from trainer_parts.figure import Figure, line_of, machine, table_of
+from trainer_parts.figure import Figure, measure_parts
 
 
 def parts(given: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Iterator[Figure]]]:
@@ -67,24 +64,7 @@ def main() -> None:
         "--smoke", action="store_true", help="tiny sizes, to see that it runs; the figures mean nothing"
     )
     given = parser.parse_args()
-    here = machine()
-    print("  ".join(f"{key}={value}" for key, value in here.items() if value is not None), flush=True)
-    found: list[Figure] = []
-    with tempfile.TemporaryDirectory() as folder:
-        known = parts(given, Path(folder))
-        chosen = given.only.split(",") if given.only else list(known)
-        if unknown := set(chosen) - set(known):
-            parser.error(f"--only {','.join(sorted(unknown))}: choose from {', '.join(known)}")
-        for name in chosen:
-            for figure in known[name]():
-                found.append(figure)
-                print(line_of(figure), flush=True)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160
-    console.print(table_of(found, "What the data paths must reach"))
-    if given.json:
-        given.json.write_text(json.dumps({"machine": here, "figures": [f.to_json() for f in found]}, indent=1) + "\n")
+    measure_parts(parser, given, lambda folder: parts(given, folder), "What the data paths must reach")
 
 
 if __name__ == "__main__":

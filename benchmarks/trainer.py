@@ -9,15 +9,12 @@ spreads them (the quartiles are printed). A target that is missed is reported; t
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from trainer_parts import overhead, restart, saving, sharding
-from trainer_parts.figure import Figure, line_of, machine, table_of
+from trainer_parts.figure import Figure, measure_parts
 
 
 def parts(given: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Iterator[Figure]]]:
@@ -65,24 +62,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
-    here = machine()
-    print("  ".join(f"{key}={value}" for key, value in here.items() if value is not None), flush=True)
-    found: list[Figure] = []
-    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        known = parts(given, Path(folder))
-        chosen = given.only.split(",") if given.only else list(known)
-        if unknown := set(chosen) - set(known):
-            parser.error(f"--only {','.join(sorted(unknown))}: choose from {', '.join(known)}")
-        for name in chosen:
-            for figure in known[name]():
-                found.append(figure)
-                print(line_of(figure), flush=True)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160
-    console.print(table_of(found, "What the trainer must reach"))
-    if given.json:
-        given.json.write_text(json.dumps({"machine": here, "figures": [f.to_json() for f in found]}, indent=1) + "\n")
+    measure_parts(parser, given, lambda folder: parts(given, folder), "What the trainer must reach", given.folder)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
 
@@ -82,3 +86,34 @@ def table_of(figures: Sequence[Figure], title: str) -> Table:
         met = {None: "", True: "yes", False: "NO"}[f.met]
         table.add_row(f.part, f.name, f"{f.value:.3f} {f.unit}", target, met, f.how)
     return table
+
+
+def measure_parts(
+    parser: argparse.ArgumentParser,
+    given: argparse.Namespace,
+    parts: Callable[[Path], dict[str, Callable[[], Iterator[Figure]]]],
+    title: str,
+    within: Path | None = None,
+) -> None:
+    """Measure those of ``parts(folder)`` that ``--only`` names, tell each figure, and all beside their targets.
+
+    ``given`` has ``only`` and ``json``; the folder is a temporary one, below ``within``.
+    """
+    here = machine()
+    print("  ".join(f"{key}={value}" for key, value in here.items() if value is not None), flush=True)
+    found: list[Figure] = []
+    with tempfile.TemporaryDirectory(dir=within) as folder:
+        known = parts(Path(folder))
+        chosen = given.only.split(",") if given.only else list(known)
+        if unknown := set(chosen) - set(known):
+            parser.error(f"--only {','.join(sorted(unknown))}: choose from {', '.join(known)}")
+        for name in chosen:
+            for figure in known[name]():
+                found.append(figure)
+                print(line_of(figure), flush=True)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table_of(found, title))
+    if given.json:
+        given.json.write_text(json.dumps({"machine": here, "figures": [f.to_json() for f in found]}, indent=1) + "\n")

@@ -148,22 +148,36 @@ class _Resize(Transform):
         return image
 
 
+class Affine:
+    """The small random affine of a batch float32 (B, C, S, S) in 0..1, and its normalisation."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
+
+    def move(self, pixels: torch.Tensor, keys: Keys | None) -> torch.Tensor:
+        """Without keys, ``pixels`` itself."""
+        if keys is None:
+            return pixels
+        return functional.grid_sample(pixels, affine_grid(keys, pixels.shape[-1]), align_corners=False)
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Into other memory."""
+        return pixels.sub(self.mean.to(pixels.device)).div_(self.std.to(pixels.device))
+
+
 class _Light(Transform):
     """Random affine on the decoded batch."""
 
     def __init__(self, resize: _Resize, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.resize = resize
-        self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
-        self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
+        self.resize, self.affine = resize, Affine(mean, std)
 
     def pixels(self, images: Sequence[Photo | Image], keys: Keys | None, empty: Empty = new_tensor) -> torch.Tensor:
         pixels = self.resize.pixels(images, None).permute(0, 3, 1, 2).contiguous().float().div_(255)
-        if keys is None:
-            return pixels
-        return functional.grid_sample(pixels, affine_grid(keys, self.resize.size), align_corners=False)
+        return self.affine.move(pixels, keys)
 
     def finish(self, pixels: torch.Tensor) -> torch.Tensor:
-        return pixels.sub(self.mean.to(pixels.device)).div_(self.std.to(pixels.device))
+        return self.affine.normalise(pixels)
 
 
 def affine_grid(keys: Keys, size: int) -> torch.Tensor:

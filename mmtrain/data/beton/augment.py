@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional
 
 from mmtrain.data.crop import Keys, erase
 from mmtrain.data.pixels import Normalise
-from mmtrain.data.transforms import affine_grid, check_options, policy_of
+from mmtrain.data.transforms import Affine, check_options, policy_of
 from mmtrain.data.transforms import augment as augment_images
 
 #: A decoded batch (``Recipe.shape``) and its keys → float32 (B, 3, S, S), normalised.
@@ -78,7 +77,7 @@ def build_augment(
         return Augment(Recipe(image_size, False, crop_pct, table=table))
     if augment == "light":
         parts = torch.arange(256, dtype=torch.float32).div_(255).repeat(3, 1).numpy()
-        return Augment(Recipe(image_size, False, crop_pct, table=parts), _Light(image_size, mean, std))
+        return Augment(Recipe(image_size, False, crop_pct, table=parts), _Light(mean, std))
     if augment == "crop":
         return Augment(Recipe(image_size, True, hflip=hflip, table=table))
     tail = _Tail(image_size, mean, std, auto_augment, re_prob)
@@ -92,17 +91,13 @@ def _table(mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float32]:
 
 
 class _Light:
-    """Random affine on a batch in 0..1."""
+    """The random affine of the tar shards' path on a batch in 0..1."""
 
-    def __init__(self, size: int, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.size = size
-        self.mean, self.std = (torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (mean, std))
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.affine = Affine(mean, std)
 
     def __call__(self, images: NDArray[Any], keys: Keys | None) -> torch.Tensor:
-        pixels = torch.from_numpy(images)
-        if keys is not None:
-            pixels = functional.grid_sample(pixels, affine_grid(keys, self.size), align_corners=False)
-        return pixels.sub_(self.mean).div_(self.std)
+        return self.affine.normalise(self.affine.move(torch.from_numpy(images), keys))
 
 
 class _Tail:

@@ -25,10 +25,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from mmtrain.durable import sync
 from mmtrain.errors import SharedError
 from mmtrain.parallel.collective import PATIENT
 from mmtrain.parallel.ranks import Ranks
-from mmtrain.train.manifest import MANIFEST, Entries, entries_of, sync, verify, write_manifest
+from mmtrain.train.manifest import MANIFEST, Entries, entries_of, verify, write_manifest
 from mmtrain.train.staging import Stage
 from mmtrain.train.tensor_files import write_tensors
 

@@ -15,6 +15,7 @@ from mmtrain.data.get.convert import table_to_csv
 from mmtrain.data.get.http import Patience, discard, download
 from mmtrain.data.get.registry import Dataset, Source
 from mmtrain.data.lock import exclusive
+from mmtrain.durable import sync
 from mmtrain.errors import UserError
 
 _log = logging.getLogger("mmtrain")
@@ -112,7 +113,7 @@ def _from(
         checked = check_table(made, dataset)
         _same_as_before(final, checked.sha256)
         os.replace(made, final)
-        _sync(final.parent)
+        sync(final.parent)
         discard(part)
     except UserError as error:
         if local is None:
@@ -143,15 +144,6 @@ def _copy(raw: Path, target: Path, *, move: bool) -> None:
             stream.write(chunk)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """A rename is durable once its folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _keep(checked: Checked, origin: str) -> Fetched:

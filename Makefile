@@ -52,4 +52,4 @@ $(TRAFFIC): | $(STAMP)
 	$(BIN)/mmtrain data prepare traffic --out data/traffic
 
 clean:
-	rm -rf $(VENV) data runs build *.egg-info mmtrain/ops/*.so
+	rm -rf $(VENV) data runs build *.egg-info mmtrain/ops/cpu/*.so

@@ -15,9 +15,9 @@ from setuptools.command.build_ext import build_ext
 
 
 def load_builder() -> ModuleType:
-    """mmtrain/ops/build.py by its path: importing the package would need torch."""
+    """mmtrain/ops/cpu/build.py by its path: importing the package would need torch."""
     spec = importlib.util.spec_from_file_location(
-        "mmtrain_build", Path(__file__).parent / "mmtrain" / "ops" / "build.py"
+        "mmtrain_build", Path(__file__).parent / "mmtrain" / "ops" / "cpu" / "build.py"
     )
     assert spec is not None
     assert spec.loader is not None
@@ -30,7 +30,7 @@ builder = load_builder()
 
 
 class BuildKernels(build_ext):
-    """Compile mmtrain/ops/_kernels.so: a plain shared library, so its name carries no Python version."""
+    """Compile mmtrain/ops/cpu/_kernels.so: a plain shared library, so its name carries no Python version."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")[:-1]) / builder.LIBRARY_NAME)
@@ -45,8 +45,8 @@ class BuildKernels(build_ext):
             )
 
 
-sources = sorted(f"mmtrain/ops/csrc/{path.name}" for path in builder.SOURCES.iterdir())
+sources = sorted(f"mmtrain/ops/cpu/csrc/{path.name}" for path in builder.SOURCES.iterdir())
 setup(
-    ext_modules=[Extension("mmtrain.ops._kernels", sources=sources, optional=True)],
+    ext_modules=[Extension("mmtrain.ops.cpu._kernels", sources=sources, optional=True)],
     cmdclass={"build_ext": BuildKernels},
 )

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from mmtrain.config.models import preset
 from mmtrain.models import build_model, create_model
 from mmtrain.ops import Direction, scan_backend, selective_scan
-from mmtrain.parallel.heap import keep_freed_memory
+from mmtrain.parallel.ranks import keep_freed_memory
 
 TIMM = ("swin_tiny_patch4_window7_224", "convnext_tiny", "vit_small_patch16_224")
 
@@ -79,7 +79,7 @@ def unfused() -> Iterator[None]:
         mock.patch("mmtrain.models.s6.selective_mix", unfused_mix),
         mock.patch("mmtrain.models.mixers.selective_mix", unfused_mix),
         mock.patch("mmtrain.models.averaging.weighted_sum", chained_sum),
-        mock.patch("mmtrain.models.linear.linear", F.linear),
+        mock.patch("mmtrain.models.mixers.linear", F.linear),
         mock.patch("mmtrain.models.stochastic.keyed_dropout", torch_dropout),
     ):
         yield

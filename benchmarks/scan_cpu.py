@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from mmtrain.ops import backend_report, scan_backend, selective_scan
-from mmtrain.ops.library import run_exponentials
+from mmtrain.ops.cpu.library import run_exponentials
 
 SIZES = [(224, 63, 64), (4, 3136, 192), (8, 196, 768)]  # Bt, L, D
 MORE_SIZES = [(448, 63, 64), (4000, 7, 64), (256, 192, 49)]

@@ -206,10 +206,10 @@ def draw_tsm2(path: Path) -> None:
 
 def draw_run(run: Path, out: Path) -> list[Path]:
     """The averaging weights and the selection of one finished run."""
-    from mmtrain.inference import load_trained
+    from mmtrain.inference.trained import load_trained
     from mmtrain.inspect.averaging import averaging_matrices, draw_averaging
     from mmtrain.inspect.selection import image_selection, window_selection
-    from mmtrain.inspect.selection_plots import draw_image_selection, draw_window_selection
+    from mmtrain.plotting.selection import draw_image_selection, draw_window_selection
 
     trained = load_trained(run)
     images = trained.config.task.kind == "classification"

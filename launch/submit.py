@@ -8,7 +8,6 @@ python launch/submit.py --resume runs/vim2_base_in1k --nodes 2
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -54,7 +53,7 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run; touch nothing.")] = False,
 ) -> None:
     """Train a configuration. Starting a run in a folder that has checkpoints resumes it."""
-    from where import choose, job_settings, seeds_of, settings_of
+    from mmtrain.cluster.settings import choose, job_settings, seeds_of, settings_of
 
     asked: dict[str, object] = {
         "nodes": nodes,
@@ -69,34 +68,33 @@ def submit(
     resolved, source, given, run_dir = settings_of(config, resume, given, job_settings(asked), run_dir)
     where = choose(cluster, local, debug, nodes)
     if where == "debug":
-        from local_job import run_here
+        from mmtrain.cluster.local import run_here
 
         run_here(resolved, run_dir, debug=True, dry_run=dry_run)
     elif where == "local":
-        from local_job import run_local
+        from mmtrain.cluster.local import run_local
 
         run_local(resolved, 1 if local is None else local, source, given, run_dir, dry_run=dry_run, restarts=restarts)
     elif dry_run:
-        from slurm_job import describe
+        from mmtrain.cluster.job import describe
 
         print(describe(resolved, run_dir))
     else:
-        from mmtrain.launch.slurm import has_slurm
+        from mmtrain.runs.slurm import has_slurm
 
         if not has_slurm():
             raise UserError(
                 "there is no sbatch on this machine, so nothing was submitted: run on a Slurm login node, or use"
                 " --local N (processes here), --debug (two steps in front) or --dry-run (what would run)"
             )
-        from slurm_job import submit as submit_slurm
+        from mmtrain.cluster.job import submit as submit_slurm
 
         print(submit_slurm(resolved, run_dir, seeds_of(array_seeds)))
         if follow:
-            from where import follow_run
+            from mmtrain.cluster.settings import follow_run
 
             follow_run(resolved, run_dir)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
     run_app(app)

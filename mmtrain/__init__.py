@@ -1,7 +1,5 @@
 """mmtrain: distributed training for MambaMixer models (ViM2 for vision, TSM2 for forecasting)."""
 
-from mmtrain import _timm_hook
+from mmtrain.version import __version__
 
-__version__ = "0.1.0"
-
-_timm_hook.install()
+__all__ = ["__version__"]

@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """scikit-learn's digits as shards, 16 × 16 pixels."""
-    from mmtrain.data.prepare.digits import prepare_digits
+    from mmtrain.data.prepare.demo import prepare_digits
 
     out = tmp_path_factory.mktemp("data") / "digits"
     prepare_digits(out, 16)

@@ -20,10 +20,10 @@ from trainer_parts.figure import Figure, median_of
 
 from data_parts.litdata_loader import MEAN, SIZE, STD, is_here, open_litdata
 from data_parts.photos import HIGH, WIDE, make_images
-from mmtrain.data.beton.extra import require_ffcv, torch_threads_kept
-from mmtrain.data.beton.source import open_beton
-from mmtrain.data.loader import train_batches
-from mmtrain.data.prepare.beton import prepare_beton
+from mmtrain.data.core.loader import train_batches
+from mmtrain.data.ffcv.format import require_ffcv, torch_threads_kept
+from mmtrain.data.ffcv.source import open_beton
+from mmtrain.data.prepare.ffcv import prepare_beton
 from mmtrain.data.prepare.writer import Item, write_dataset
 
 _CLASSES = 10

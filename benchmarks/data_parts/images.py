@@ -22,13 +22,13 @@ from trainer_parts.figure import Figure, median_of
 
 from data_parts.litdata_loader import MEAN, SIZE, STD, is_here, open_litdata
 from data_parts.photos import HIGH, WIDE, make_images
-from mmtrain.compat import ensure_torchvision
-from mmtrain.data.images import ImageShards
-from mmtrain.data.loader import train_batches
-from mmtrain.data.order import mix64
-from mmtrain.data.photo import Photo
+from mmtrain.data.core.loader import train_batches
+from mmtrain.data.core.order import mix64
+from mmtrain.data.images.photo import Photo
+from mmtrain.data.images.source import ImageShards
+from mmtrain.data.images.transforms import build_transform
 from mmtrain.data.prepare.writer import Item, write_dataset
-from mmtrain.data.transforms import build_transform
+from mmtrain.torchvision_compat import ensure_torchvision
 
 PART = "images"
 BATCH, CLASSES = 64, 10

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mmtrain.compat import ensure_torchvision
+from mmtrain.torchvision_compat import ensure_torchvision
 
 SIZE, CLASSES = 224, 10
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

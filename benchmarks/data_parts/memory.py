@@ -14,8 +14,8 @@ import numpy as np
 from trainer_parts.figure import Figure
 
 from data_parts.photos import make_images
+from mmtrain.data.images.tar_index import ShardIndex, index_path, write_index
 from mmtrain.data.prepare.writer import Item, write_dataset
-from mmtrain.data.tarindex import ShardIndex, index_path, write_index
 
 PART = "memory"
 _MIB = 1 << 20
@@ -94,8 +94,8 @@ def _in_its_own_process(what: str, folder: Path, count: int, workers: int) -> di
 
 
 def _main(what: str, folder: Path, count: int, workers: int) -> None:
-    from mmtrain.data.images import ImageShards
-    from mmtrain.data.loader import train_batches
+    from mmtrain.data.core.loader import train_batches
+    from mmtrain.data.images.source import ImageShards
 
     mean, std = [0.5] * 3, [0.25] * 3
     source = ImageShards(folder, image_size=224, train=True, augment="crop", mean=mean, std=std)

@@ -21,11 +21,11 @@ from trainer_parts.overhead import BareLoop
 
 from data_parts.made import write_m5, write_table
 from mmtrain.config import load_config
-from mmtrain.data.calendar import calendar_features
-from mmtrain.data.loader import train_batches
-from mmtrain.data.series import SeriesData, load_series
+from mmtrain.data.core.loader import train_batches
+from mmtrain.data.series.table_source import SeriesData, load_series
+from mmtrain.data.series.timeline import calendar_features
 from mmtrain.models.stochastic import sample_keys
-from mmtrain.parallel.heap import keep_freed_memory
+from mmtrain.parallel.ranks import keep_freed_memory
 from mmtrain.tasks import Batch, build_task
 from mmtrain.tasks.base import StepKey
 
@@ -217,8 +217,8 @@ _OPEN = (
     + """
 import torch
 from mmtrain.config import PanelDataConfig
-from mmtrain.data.loader import train_batches
-from mmtrain.data.panel_data import load_panel
+from mmtrain.data.core.loader import train_batches
+from mmtrain.data.series.panel_source import load_panel
 before, begin = now(), time.perf_counter()
 config = PanelDataConfig(path=sys.argv[1], known=["price", "snap"], calendar=True, static=["dept_id", "store_id"])
 data = load_panel(config, int(sys.argv[2]), int(sys.argv[3]))

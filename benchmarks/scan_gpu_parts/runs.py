@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtrain.ops import upstream
-from mmtrain.ops.triton.door import directional_scan_triton, selective_scan_triton
+from mmtrain.ops.triton.api import directional_scan_triton, selective_scan_triton
 from scan_gpu_parts.shapes import Inputs, Shape, walk
 
 Run = Callable[[Inputs], Tensor]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from mmtrain.ops.triton import aot, tuning
-from mmtrain.ops.triton.door import causal_conv1d_triton
+from mmtrain.ops.triton.api import causal_conv1d_triton
 from mmtrain.ops.triton.tuning import Launch
 from scan_gpu_parts.measure import seconds
 from scan_gpu_parts.runs import ours

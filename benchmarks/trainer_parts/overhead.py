@@ -20,16 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtrain.config import RunConfig, load_config
-from mmtrain.data.loader import train_batches
+from mmtrain.data.core.loader import train_batches
 from mmtrain.log import log_to_file
 from mmtrain.models import build_model
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.parallel.watchdog import Watchdog
+from mmtrain.runs.folder import RunFolder
 from mmtrain.tasks import Batch, build_task
 from mmtrain.train.loop import Trainer
 from mmtrain.train.optim import learning_rate
-from mmtrain.train.run_folder import RunFolder
-from mmtrain.train.tracking import Tracker
+from mmtrain.train.trackers.tracker import Tracker
 from trainer_parts.figure import Figure, median_of
 
 

@@ -21,7 +21,7 @@ from mmtrain.parallel.ranks import Ranks
 from mmtrain.parallel.strategy import Strategy
 from mmtrain.tasks import Batch, StepKey, Task, build_task
 from mmtrain.train.build import blueprint, spread_model
-from mmtrain.train.checkpoint import CheckpointStore
+from mmtrain.train.checkpoint.store import CheckpointStore
 from trainer_parts.figure import Figure, median_of
 
 

@@ -9,11 +9,10 @@ import typer
 
 from mmtrain.cli import data, runs
 from mmtrain.cli.doctor import doctor_command
-from mmtrain.cli.model import model_command
+from mmtrain.cli.model import model_command, plan_command
 from mmtrain.cli.options import Checkpoint, Overrides, Run
-from mmtrain.cli.plan import plan_command
 from mmtrain.cli.predict import predict_command
-from mmtrain.cli.report import report_command
+from mmtrain.cli.runs import report_command
 from mmtrain.cli.train import train_command
 
 app = typer.Typer(
@@ -44,7 +43,7 @@ def eval_command(
     """Measure a trained run on a whole split of its data (overrides such as data.root=… may move the data)."""
     import json
 
-    from mmtrain.cli.evaluate import evaluate_run
+    from mmtrain.cli.predict import evaluate_run
 
     print(json.dumps(evaluate_run(run, split, checkpoint, overrides or []), indent=1))
 
@@ -60,7 +59,7 @@ def export_command(
 ) -> None:
     """Write a trained model, with the configuration and what prediction needs beside it."""
     from mmtrain.export import export_trained
-    from mmtrain.inference import load_trained
+    from mmtrain.inference.trained import load_trained
 
     path = export_trained(load_trained(run, checkpoint), out, format)
     print(f"{path}: {', '.join(sorted(p.name for p in path.iterdir()))}")

@@ -1,25 +1,129 @@
-"""``mmtrain data``: fetch, prepare and look at datasets, index shards. Heavy imports wait until a command runs."""
+"""``mmtrain data get`` and ``mmtrain data digest``: public tables, and what a table holds.
+
+``mmtrain data``: fetch, prepare and look at datasets, index shards. Heavy imports wait until a command runs.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmtrain.cli import data_get, data_prepare
+from mmtrain.cli import prepare as data_prepare
 from mmtrain.cli.describe import describe_command
 from mmtrain.cli.options import Force, Out, Workers
-from mmtrain.cli.panels import prepare_m5_command, prepare_panel_command
+from mmtrain.cli.prepare import prepare_m5_command, prepare_panel_command
 from mmtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from mmtrain.data.download.fetch import Fetched
+    from mmtrain.data.download.registry import Dataset
+
+
+def get_command(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME...", help="What to fetch, such as etth1 weather (see --list).")
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option("--data-root", "--out", help="Where to put them (default: MMTRAIN_DATA, else data).")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Show what can be fetched, and stop.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Only check what is there, without a network.")] = False,
+    from_file: Annotated[
+        Path | None, typer.Option(help="Take this file, fetched by other means (one name only).")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Fetch again what is there.")] = False,
+) -> None:
+    """Fetch public forecasting tables and check them; what is there already is only checked."""
+    from mmtrain.data.download.fetch import data_root as find_root
+    from mmtrain.data.download.fetch import get_dataset, verify_dataset
+    from mmtrain.data.download.registry import DATASETS, find_dataset
+
+    if list_:
+        _show(list(DATASETS.values()))
+        return
+    if not names:
+        raise UserError(f"name what to fetch: {', '.join(DATASETS)} (mmtrain data get --list)")
+    if from_file is not None and (len(names) > 1 or verify):
+        raise UserError("--from-file goes with one name, and not with --verify")
+    root = find_root(data_root)
+    faults = []
+    for dataset in [find_dataset(name) for name in names]:
+        try:
+            if verify:
+                _tell(verify_dataset(dataset, root), dataset)
+            else:
+                told = _Ticker(dataset.name)
+                _tell(get_dataset(dataset, root, force=force, from_file=from_file, told=told), dataset)
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise UserError("\n".join(faults))
+
+
+def digest_command(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="CSV or parquet files.")],
+) -> None:
+    """The digest of a table's columns, stamps and float32 values: the same for CSV and parquet."""
+    from mmtrain.data.download.check import read_content
+
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: no such file")
+        typer.echo(f"{read_content(file).digest}  {file}")
+
+
+class _Ticker:
+    """Bytes so far, on a terminal only."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.shown = name, 0
+
+    def __call__(self, done: int, length: int | None) -> None:
+        if not sys.stderr.isatty() or abs(done - self.shown) < 1 << 18:
+            return
+        self.shown = done
+        of = f" of {length / 1e6:.1f}" if length else ""
+        print(f"\r{self.name}: {done / 1e6:.1f}{of} MB", end="\r", file=sys.stderr, flush=True)
+
+
+def _tell(got: Fetched, dataset: Dataset) -> None:
+    content = got.checked.content
+    origin = f"from {got.origin}" if got.origin else "was there already"
+    typer.echo(f"{got.path}: {content.rows} rows, {len(content.columns)} columns; {origin}")
+    typer.echo(f"  checked: {got.checked.how}")
+    kept = "as the first time" if got.known else f"kept in {got.path.name}.sha256 to compare with later"
+    typer.echo(f"  SHA-256 {got.checked.sha256} ({kept})")
+    typer.echo(f"  licence: {dataset.licence}; {dataset.citation}")
+    if dataset.note:
+        typer.echo(f"  note: {dataset.note}")
+
+
+def _show(datasets: list[Dataset]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "file", "rows", "columns", "from", "to", "step", "checked by", "licence", "address")
+    for dataset in datasets:
+        sure = "digest" if dataset.digest else "shape"
+        if all(source.sha256 for source in dataset.sources):
+            sure = "SHA-256"
+        step = f"{dataset.step // 86400} d" if dataset.step >= 86400 else f"{dataset.step // 60} min"
+        figures = (str(dataset.rows), str(len(dataset.columns)), dataset.first[:10], dataset.last[:10], step, sure)
+        table.add_row(dataset.name, dataset.stem, *figures, dataset.licence, dataset.sources[0].url)
+    width = None if sys.stdout.isatty() else 320  # a pipe has no width: lines must not be cut
+    Console(width=width).print(table, highlight=False)
+
 
 app = typer.Typer(name="data", help="Fetch, prepare and look at datasets; index shards.", no_args_is_help=True)
 prepare = typer.Typer(name="prepare", help="Make a dataset that training can read.", no_args_is_help=True)
 app.add_typer(prepare)
 data_prepare.add_commands(prepare)
-app.command("get")(data_get.get_command)
-app.command("digest")(data_get.digest_command)
+app.command("get")(get_command)
+app.command("digest")(digest_command)
 
 
 @prepare.command("images")
@@ -56,7 +160,7 @@ def prepare_digits_command(
     out: Out, image_size: Annotated[int, typer.Option(help="Side in pixels.")] = 32, force: Force = False
 ) -> None:
     """The 1,797 real hand-written digits of scikit-learn."""
-    from mmtrain.data.prepare.digits import prepare_digits
+    from mmtrain.data.prepare.demo import prepare_digits
 
     data_prepare.tell(prepare_digits(out, image_size, force=force))
 
@@ -78,7 +182,7 @@ def prepare_ffcv_command(
     force: Force = False,
 ) -> None:
     """Tar shards into FFCV's files, one for each split: the same samples in the same order."""
-    from mmtrain.data.prepare.beton import prepare_beton
+    from mmtrain.data.prepare.ffcv import prepare_beton
 
     done = prepare_beton(
         root,
@@ -97,7 +201,7 @@ def prepare_ffcv_command(
 @prepare.command("traffic")
 def prepare_traffic_command(out: Out) -> None:
     """Two years of hourly road traffic and weather: OUT/traffic.csv."""
-    from mmtrain.data.prepare.traffic import prepare_traffic
+    from mmtrain.data.prepare.demo import prepare_traffic
 
     report = prepare_traffic(out)
     typer.echo(
@@ -125,10 +229,10 @@ def index_command(
     """Make the indexes of tar shards afresh, with checksums, so that no run has to."""
     import numpy as np
 
-    from mmtrain.data.cache import default_cache
-    from mmtrain.data.order import Order, mixing_figure
-    from mmtrain.data.shards import find_shards
-    from mmtrain.data.tarindex import index_shards, write_index
+    from mmtrain.data.core.order import Order, mixing_figure
+    from mmtrain.data.images.cache import default_cache
+    from mmtrain.data.images.shards import find_shards
+    from mmtrain.data.images.tar_index import index_shards, write_index
 
     paths = find_shards(shards)
     targets = [] if out is None else [out / (str(path).rpartition("/")[2] + ".idx") for path in paths]

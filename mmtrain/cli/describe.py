@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmtrain.cli.panels import Dates, Last, Ratios, SplitName, split_rule
+from mmtrain.cli.prepare import Dates, Last, Ratios, SplitName, split_rule
 from mmtrain.errors import UserError
 
 if TYPE_CHECKING:
-    from mmtrain.data.borders import SplitRule
-    from mmtrain.data.describe_panel import PanelReport
+    from mmtrain.data.series.describe import PanelReport
+    from mmtrain.data.series.split import SplitRule
 
 
 def describe_command(
@@ -56,7 +56,7 @@ def _describe_table(file: str, root: Path | None, plot: Path | None, rule: Split
     from rich.console import Console
     from rich.table import Table
 
-    from mmtrain.data.describe import describe_table
+    from mmtrain.data.series.describe import describe_table
 
     report = describe_table(file, root)
     console = Console()
@@ -75,17 +75,17 @@ def _describe_table(file: str, root: Path | None, plot: Path | None, rule: Split
         table.add_row(column.name, column.kind, str(column.holes), *figures)
     console.print(table)
     if plot is not None:
-        from mmtrain.series_plots import draw_table
+        from mmtrain.plotting.series import draw_table
 
         _draw(plot, lambda: draw_table(plot, report, rule))
 
 
 def _describe_panel(path: Path, id: str | None, plot: Path | None, rule: SplitRule | None) -> None:
-    from mmtrain.data.borders import SplitRule
-    from mmtrain.data.describe_panel import describe_panel
-    from mmtrain.data.panel import is_panel, open_panel
     from mmtrain.data.prepare.panel import prepare_panel
-    from mmtrain.series_plots import draw_panel
+    from mmtrain.data.series.describe import describe_panel
+    from mmtrain.data.series.panel import is_panel, open_panel
+    from mmtrain.data.series.split import SplitRule
+    from mmtrain.plotting.series import draw_panel
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = path

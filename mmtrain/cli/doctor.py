@@ -60,7 +60,7 @@ def doctor_command(
 def _check_ranks(folder: Path) -> None:
     """``srun mmtrain doctor --ranks``: the checks that a job makes before its first step, on their own."""
     if "SLURM_PROCID" in os.environ and "RANK" not in os.environ:
-        from mmtrain.launch.slurm_task import torch_variables
+        from mmtrain.cluster.task import torch_variables
 
         os.environ.update(torch_variables(os.environ))
     from mmtrain.parallel.preflight import check_ranks

@@ -1,4 +1,7 @@
-"""``mmtrain model``: what a model is made of and costs, and what a trained one has learned to select."""
+"""``mmtrain plan``: what a run would need, before it is started.
+
+``mmtrain model``: what a model is made of and costs, and what a trained one has learned to select.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,41 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmtrain.cli.options import Checkpoint, Overrides
+from mmtrain.cli.options import Checkpoint, Config, Overrides
 from mmtrain.errors import UserError
 
 if TYPE_CHECKING:
-    from mmtrain.inference import TrainedModel
-    from mmtrain.inspect.resolve import Subject
-    from mmtrain.inspect.stages import StageRow
+    from mmtrain.inference.trained import TrainedModel
+    from mmtrain.inspect.stages import StageRow, Subject
+
+
+def plan_command(
+    config: Config,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes (default: cluster.nodes).")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs a node (default: cluster.gpus_per_node).")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Which GPU, such as h100 (default: cluster.gpu).")] = None,
+    samples: Annotated[int | None, typer.Option(help="Training samples, where the data is not at hand.")] = None,
+) -> None:
+    """Plan a run without any GPU: memory, traffic and step time under each strategy, data rate, GPU-hours."""
+    from rich.console import Console
+
+    from mmtrain.config import load_config
+    from mmtrain.plan import plan_run
+    from mmtrain.plan.report import render
+
+    resolved = load_config(config, overrides or [])
+    cluster = resolved.cluster
+    plan = plan_run(
+        resolved,
+        cluster.nodes if nodes is None else nodes,
+        cluster.gpus_per_node if gpus_per_node is None else gpus_per_node,
+        cluster.gpu if gpu is None else gpu,
+        samples=samples,
+    )
+    console = Console()
+    print(render(plan, console.width if console.is_terminal else 120))
+
 
 logger = logging.getLogger("mmtrain")
 
@@ -37,7 +68,7 @@ def model_command(
     checkpoint: Checkpoint = "best",
 ) -> None:
     """Show parameters and FLOPs stage by stage; of a run or export folder also draw averaging.png and selection.png."""
-    from mmtrain.inspect.resolve import resolve
+    from mmtrain.inspect.stages import resolve
 
     subject = resolve(name, overrides or [])
     if subject.folder is None and (out or series or image):
@@ -128,7 +159,7 @@ def _variates(subject: Subject) -> int:
 
 
 def _draw(subject: Subject, folder: Path, out: Path, series: Path | None, image: Path | None, checkpoint: str) -> None:
-    from mmtrain.inference import load_trained
+    from mmtrain.inference.trained import load_trained
     from mmtrain.inspect.averaging import averaging_matrices, draw_averaging
 
     trained = load_trained(folder, checkpoint)
@@ -153,7 +184,7 @@ def _selection(
 ) -> Callable[[Path], None] | None:
     """How to draw the selection, or None, with a warning, where there is nothing to draw it from."""
     from mmtrain.inspect.selection import image_selection, window_selection
-    from mmtrain.inspect.selection_plots import draw_image_selection, draw_window_selection
+    from mmtrain.plotting.selection import draw_image_selection, draw_window_selection
 
     forecasts = image is None if series is not None or image is not None else _is_forecaster(trained)
     flag = "--series FILE" if forecasts else "--image FILE"

@@ -1,4 +1,7 @@
-"""``mmtrain predict``: images to classes, or a table to a forecast."""
+"""What ``mmtrain eval`` does.
+
+``mmtrain predict``: images to classes, or a table to a forecast.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,39 @@ from mmtrain.cli.options import Checkpoint
 from mmtrain.errors import UserError
 
 if TYPE_CHECKING:
-    from mmtrain.inference import TrainedModel
+    from mmtrain.inference.trained import TrainedModel
+
+
+def evaluate_run(run: str, split: str, checkpoint: str, overrides: list[str]) -> dict[str, float]:
+    """The metrics of a trained run on ``split``, with the run's configuration and ``overrides`` of its data."""
+    import torch
+
+    from mmtrain.config import load_config
+    from mmtrain.inference.trained import load_trained
+    from mmtrain.parallel.ranks import Ranks
+    from mmtrain.tasks import build_task
+    from mmtrain.train.evaluate import evaluate
+
+    trained = load_trained(run, checkpoint)
+    changed = [item for item in overrides if not item.startswith(("data.", "eval.", "device", "threads"))]
+    if changed:
+        raise UserError(f"eval takes overrides of data, eval, device and threads only, not {', '.join(changed)}")
+    config = load_config(trained.folder / "config.yaml", overrides)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    task = build_task(config)
+    sources = {"train": task.train, "val": task.val, "test": task.test}
+    source = sources.get(split)
+    if source is None:
+        there = ", ".join(name for name, found in sources.items() if found is not None)
+        raise UserError(f"--split {split}: this run has no such split (it has {there})")
+    cuda = config.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    if split == "train":
+        raise UserError("--split train: training samples are augmented; give val or test")
+    found = evaluate(task, trained.model.to(device), source, config, Ranks(0, 1, device))
+    assert found is not None  # nobody asks it to stop
+    return found
 
 
 def predict_command(
@@ -27,7 +62,7 @@ def predict_command(
     checkpoint: Checkpoint = "best",
 ) -> None:
     """Classify images (top 5 with probabilities), or forecast a series (CSV and a picture)."""
-    from mmtrain.inference import load_trained
+    from mmtrain.inference.trained import load_trained
 
     trained = load_trained(model, checkpoint)
     for path in files:
@@ -45,7 +80,7 @@ def predict_command(
 
 
 def _classify(trained: TrainedModel, files: list[Path]) -> None:
-    from mmtrain.inference import classify
+    from mmtrain.inference.trained import classify
 
     for path, ranking in zip(files, classify(trained, files), strict=True):
         print(path)
@@ -56,7 +91,7 @@ def _classify(trained: TrainedModel, files: list[Path]) -> None:
 def _forecast_panel(trained: TrainedModel, folder: Path, out: Path, back: int, missing: str) -> None:
     import numpy as np
 
-    from mmtrain.panel_forecast import draw_some, forecast_panel
+    from mmtrain.inference.panels import draw_some, forecast_panel
 
     made = forecast_panel(trained, folder, back, missing)
     try:
@@ -78,8 +113,8 @@ def _forecast(trained: TrainedModel, file: Path, out: Path, back: int, missing: 
     import numpy as np
     import pandas as pd
 
-    from mmtrain.inference import forecast
-    from mmtrain.plots import draw_forecast
+    from mmtrain.inference.trained import forecast
+    from mmtrain.plotting.runs import draw_forecast
 
     made = forecast(trained, file, back, missing)
     table = pd.DataFrame(made.values, columns=made.columns)

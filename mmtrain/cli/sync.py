@@ -34,7 +34,7 @@ def sync_runs(runs: list[Path], *, dry_run: bool = False) -> None:
     Raises:
         UserError: for folders without records, without a key, and with all parts that could not be uploaded.
     """
-    from mmtrain.train.run_folder import RunFolder
+    from mmtrain.runs.folder import RunFolder
 
     parts: list[Path] = []
     for path in runs:
@@ -76,7 +76,7 @@ def _growing(part: Path) -> bool:
 
 def _upload(parts: list[Path]) -> None:
     try:
-        from mmtrain.train.trackers.wandb_run import has_key
+        from mmtrain.train.trackers.wandb import has_key
 
         key = has_key()
     except ImportError:

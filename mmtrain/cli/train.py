@@ -36,8 +36,8 @@ def train_command(
         print(to_yaml(resolved), end="")
         return
     if slurm:
-        from mmtrain.launch.slurm_task import SlurmTask
-        from mmtrain.train.run_folder import run_path
+        from mmtrain.cluster.task import SlurmTask
+        from mmtrain.runs.folder import run_path
 
         SlurmTask(resolved, str(run_path(resolved, run_dir).resolve()))()
     else:
@@ -46,7 +46,7 @@ def train_command(
 
 def run_training(config: RunConfig, run_dir: str | Path | None = None, debug: bool = False) -> None:
     """Train, say how it ended and what to do next. Exits with 128 + signal after a signal stopped it."""
-    from mmtrain.train.run_folder import run_path
+    from mmtrain.runs.folder import run_path
     from mmtrain.train.session import train
 
     if debug:
@@ -70,8 +70,8 @@ def run_training(config: RunConfig, run_dir: str | Path | None = None, debug: bo
 
 def _note_end(run: Path, reason: str) -> None:
     """Note how a run without Slurm ended; what a Slurm job comes to is noted when all its tasks have ended."""
-    from mmtrain.launch import journal
-    from mmtrain.launch.outcome import newest_step
+    from mmtrain.runs import journal
+    from mmtrain.runs.journal import newest_step
 
     if os.environ.get("RANK", "0") == "0" and "SLURM_JOB_ID" not in os.environ and (run / journal.NAME).exists():
         with contextlib.suppress(OSError):  # a folder that cannot be written was why the run ended, and was told

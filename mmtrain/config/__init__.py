@@ -10,14 +10,15 @@ from mmtrain.config.data import (
 )
 from mmtrain.config.load import config_names, from_yaml, load_config, to_yaml
 from mmtrain.config.models import MODELS, ModelConfig, TSM2Config, ViM2Config
-from mmtrain.config.parallel import STRATEGIES, ParallelConfig
 from mmtrain.config.schema import (
+    STRATEGIES,
     CheckpointConfig,
     ClassificationConfig,
     ClusterConfig,
     EvalConfig,
     ForecastingConfig,
     OptimConfig,
+    ParallelConfig,
     RunConfig,
     TaskConfig,
     TrackingConfig,

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from mmtrain.inspect.kinds import mixer_labels
 from mmtrain.models.averaging import MixerStack
+from mmtrain.models.kinds import mixer_labels
 
 #: Up to so many rows every weight is written into its cell.
 _ANNOTATED = 10

@@ -1,4 +1,6 @@
-"""The selective token and channel mixers (paper, section "The MambaMixer block").
+"""The linear layer of the models.
+
+The selective token and channel mixers (paper, section "The MambaMixer block").
 
 Every mixer maps x to Linear_out(scan(SiLU(Conv(Linear(x)))) ⊗ SiLU(Linear(x))), without adding x.
 """
@@ -11,9 +13,15 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmtrain.models.linear import Linear
 from mmtrain.models.s6 import S6, DirectionalScan
-from mmtrain.ops import selective_mix
+from mmtrain.ops import linear, selective_mix
+
+
+class Linear(nn.Linear):
+    """``torch.nn.Linear`` by :func:`mmtrain.ops.linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
 
 
 class SequenceMixer(nn.Module):

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from mmtrain.config import ViM2Config
 from mmtrain.models.averaging import MixerStack
 from mmtrain.models.initialise import initialise, reset_module
-from mmtrain.models.linear import Linear
-from mmtrain.models.mixers import FeatureMLP, ImageChannelMixer, ImageTokenMixer
+from mmtrain.models.mixers import FeatureMLP, ImageChannelMixer, ImageTokenMixer, Linear
 from mmtrain.models.stochastic import DropPath, name_streams
 
 # which scans each block variant has: of the tokens, whether they share a convolution, of the channels

@@ -26,7 +26,8 @@ from collections.abc import Iterator
 import torch
 
 from mmtrain.errors import UserError, nearest
-from mmtrain.ops import build, library, upstream
+from mmtrain.ops import upstream
+from mmtrain.ops.cpu import build, library
 
 logger = logging.getLogger("mmtrain")
 

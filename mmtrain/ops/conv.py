@@ -9,7 +9,7 @@ from torch import Tensor
 from mmtrain.errors import UserError
 from mmtrain.ops import backend, gpu
 from mmtrain.ops.checks import check_floats, check_shape, layout_like
-from mmtrain.ops.conv_cpu import causal_conv1d_fwd
+from mmtrain.ops.cpu.conv import causal_conv1d_fwd
 
 OP = "causal_conv1d"
 

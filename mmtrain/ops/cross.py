@@ -10,7 +10,7 @@ from torch import Tensor
 from mmtrain.errors import UserError
 from mmtrain.ops import backend, gpu
 from mmtrain.ops.checks import check_floats, check_shape
-from mmtrain.ops.cross_cpu import cross_scan_fwd
+from mmtrain.ops.cpu.cross import cross_scan_fwd
 from mmtrain.ops.orders import NAMES, ORDERS, codes
 from mmtrain.ops.scan import selective_scan
 
@@ -78,7 +78,7 @@ def cross_selective_scan(
     skip, bias = (None if t is None else t.to(compute) for t in (D, delta_bias))
     chosen = backend.choose(u.device.type, float64)
     if chosen in gpu.BACKENDS and backend.has_triton():
-        from mmtrain.ops.triton.door import directional_scan_triton
+        from mmtrain.ops.triton.api import directional_scan_triton
 
         places = [t.flatten(-2) for t in (u[:, None], delta, B, C)]
         sizes = (u.shape[2], u.shape[3], numbers)

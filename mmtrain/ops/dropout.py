@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mmtrain.ops import backend, library
-from mmtrain.ops.library import DropoutArgs
+from mmtrain.ops import backend
+from mmtrain.ops.cpu import library
+from mmtrain.ops.cpu.library import DropoutArgs
 
 #: Weyl steps of an odd constant, so that neighbouring elements start far apart.
 STEP = -0x61C88647

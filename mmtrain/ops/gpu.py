@@ -40,7 +40,7 @@ def scan(
         _tell("scan", obstacle)
     if A.shape[1] > MOST_STATES:
         raise UserError(f"selective_scan: A has {A.shape[1]} states, the Triton kernel takes up to {MOST_STATES}")
-    from mmtrain.ops.triton.door import selective_scan_triton
+    from mmtrain.ops.triton.api import selective_scan_triton
 
     return selective_scan_triton(u, delta, A, B, C, *rest)
 
@@ -54,7 +54,7 @@ def convolution(chosen: str, x: Tensor, weight: Tensor, bias: Tensor | None, sil
         _tell("conv", obstacle)
     if weight.shape[1] > MOST_TAPS:
         raise UserError(f"causal_conv1d: weight has {weight.shape[1]} taps, the Triton kernel takes up to {MOST_TAPS}")
-    from mmtrain.ops.triton.door import causal_conv1d_triton
+    from mmtrain.ops.triton.api import causal_conv1d_triton
 
     return causal_conv1d_triton(x, weight, bias, silu, reverse)
 

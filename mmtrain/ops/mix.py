@@ -14,7 +14,7 @@ from mmtrain.errors import UserError
 from mmtrain.ops import backend, gpu
 from mmtrain.ops.checks import check_floats, check_shape
 from mmtrain.ops.conv import causal_conv1d
-from mmtrain.ops.mix_cpu import selective_mix_fwd
+from mmtrain.ops.cpu.mix import selective_mix_fwd
 from mmtrain.ops.orders import NAMES, ORDERS, codes
 from mmtrain.ops.scan import selective_scan
 
@@ -173,7 +173,7 @@ def _one_launch(x: Tensor, directions: Sequence[Direction]) -> bool:
 
 def _by_grid(x: Tensor, directions: Sequence[Direction], height: int) -> Tensor:
     """The mean of all directions by one launch that walks the grid in every order: nothing is permuted."""
-    from mmtrain.ops.triton.door import directional_scan_triton
+    from mmtrain.ops.triton.api import directional_scan_triton
 
     batch, length, channels = x.shape
     first = directions[0]

@@ -11,9 +11,8 @@ from torch import Tensor
 from mmtrain.errors import UserError
 from mmtrain.ops import backend, gpu
 from mmtrain.ops.checks import check_floats, check_shape, layout_like
-from mmtrain.ops.scan_cpu import selective_scan_fwd
-from mmtrain.ops.scan_parallel import selective_scan_parallel
-from mmtrain.ops.scan_reference import selective_scan_reference
+from mmtrain.ops.cpu.scan import selective_scan_fwd
+from mmtrain.ops.reference import selective_scan_parallel, selective_scan_reference
 
 OP = "selective_scan"
 

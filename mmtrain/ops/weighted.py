@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mmtrain.ops import backend, library
-from mmtrain.ops.library import WeightedSumArgs
+from mmtrain.ops import backend
+from mmtrain.ops.cpu import library
+from mmtrain.ops.cpu.library import WeightedSumArgs
 
 
 def weighted_sum(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:

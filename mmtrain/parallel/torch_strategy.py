@@ -13,10 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mmtrain.parallel.direct import DirectReduceScatter
-from mmtrain.parallel.fsdp import shard
-from mmtrain.parallel.fsdp_cpu import shard_over_processors
-from mmtrain.parallel.mesh import mesh_of
+from mmtrain.parallel.fsdp import mesh_of, shard
+from mmtrain.parallel.fsdp_cpu import DirectReduceScatter, shard_over_processors
 from mmtrain.parallel.strategy import MODEL, MOMENTS, Fill, Parts, Plan, Strategy, norm_of
 
 

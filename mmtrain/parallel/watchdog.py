@@ -31,8 +31,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from mmtrain.parallel.collective import dump_flight_recorder, from_collective
+from mmtrain.parallel.rank_status import Place, Status, missing
 from mmtrain.parallel.ranks import Ranks
-from mmtrain.parallel.whereabouts import Place, Status, missing
 
 logger = logging.getLogger("mmtrain")
 

@@ -77,14 +77,14 @@ def _images(config: RunConfig, data: ShardsDataConfig | FFCVDataConfig, samples:
     if isinstance(data, FFCVDataConfig):
         folder = folder.with_name(f"{folder.name}.beton")
         if data.root and folder.is_file():
-            from mmtrain.data.beton.format import read_beton
+            from mmtrain.data.ffcv.format import read_beton
 
             beton = read_beton(folder)
             size = beton.stored / len(beton)
             return Dataset(*_given(samples, len(beton), f"counted in {folder}"), size, decoded, f"of {folder}")
     elif data.root and folder.is_dir():
-        from mmtrain.data.shards import find_shards
-        from mmtrain.data.tarindex import index_shards
+        from mmtrain.data.images.shards import find_shards
+        from mmtrain.data.images.tar_index import index_shards
 
         skip = data.faults == "skip"
         indexes = index_shards(find_shards(folder, missing=skip), skip=skip)
@@ -100,7 +100,7 @@ def _images(config: RunConfig, data: ShardsDataConfig | FFCVDataConfig, samples:
 
 
 def _series(config: RunConfig, data: SeriesDataConfig, samples: int | None) -> Dataset:
-    from mmtrain.data.open_series import open_data
+    from mmtrain.data.open import open_data
 
     model = config.model
     assert isinstance(model, TSM2Config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from mmtrain.plan.clock import ASSUMPTIONS
+from mmtrain.plan.costs import ASSUMPTIONS
 from mmtrain.plan.results import FILL, Plan, StrategyPlan
 
 _GIB, _MB = 2**30, 1e6

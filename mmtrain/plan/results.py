@@ -1,12 +1,44 @@
-"""What a plan says, as data. Sizes in bytes, times in seconds."""
+"""How the global batch falls on ranks and micro-batches, and what to say where it does not.
+
+What a plan says, as data. Sizes in bytes, times in seconds.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from mmtrain.plan.cut import BatchCut
+from mmtrain.config import RunConfig
+from mmtrain.errors import UserError
 from mmtrain.plan.dataset import Dataset
 from mmtrain.plan.gpus import Gpu
+from mmtrain.train.build import micro_batches
+
+
+@dataclass(frozen=True)
+class BatchCut:
+    """``samples`` a rank and micro-batch, ``micros`` micro-batches a step.
+
+    ``problem``: why a run would refuse this batch, or ""; the plan is then one of ``samples`` all the same, which is
+    the share rounded down, but at least 1.
+    """
+
+    total: int
+    samples: int
+    micros: int
+    problem: str = ""
+
+
+def cut_batch(config: RunConfig, world: int) -> BatchCut:
+    """How a run on ``world`` ranks would cut its batch; with the words by which it would refuse to."""
+    train = config.train
+    batch, most = train.batch_size, train.micro_batch
+    try:
+        micros = micro_batches(config, world)
+        return BatchCut(batch, batch // (world * micros), micros)
+    except UserError as error:
+        samples = max(batch // (world * train.accumulation), 1)
+        return BatchCut(batch, min(samples, most or samples), train.accumulation, f"{error} (the run would be refused)")
+
 
 #: The share of a GPU's memory that a plan may fill. The rest is for what it does not count: the CUDA context, buffers
 #: of NCCL, workspaces of kernels, and what the allocator loses to fragmentation.

@@ -1,20 +1,260 @@
-"""One micro-batch, forward and backward, on the meta device: its activations, FLOPs and memory traffic."""
+"""What autocast does on a GPU, done on the meta device, of which torch knows no autocast.
+
+Activation checkpointing on the model that is planned.
+
+Watches a step on the meta device: what is alive at any time, and what each operation computes and moves.
+
+One micro-batch, forward and backward, on the meta device: its activations, FLOPs and memory traffic.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import flop_registry
 
+import mmtrain.ops  # noqa: F401 - defines torch.ops.mmtrain
 from mmtrain.config import ModelConfig, TrainConfig, TSM2Config
 from mmtrain.inspect.stages import example_inputs
 from mmtrain.models import build_model
+from mmtrain.models.averaging import MixerStack
 from mmtrain.ops.backend import scan_backend
-from mmtrain.plan.autocast import meta_autocast
-from mmtrain.plan.recompute import checkpoint_activations
-from mmtrain.plan.tracing import Costs, StepTrace
+
+#: PyTorch, "Automatic Mixed Precision", Autocast Op Reference: those of its lists that the models and losses call.
+NARROWED: frozenset[Callable[..., Any]] = frozenset({F.linear, F.conv1d, F.conv2d, torch.matmul, torch.mm, torch.bmm})
+WIDENED_ON_CUDA: frozenset[Callable[..., Any]] = frozenset(
+    {F.layer_norm, F.softplus, F.cross_entropy, F.mse_loss, F.l1_loss, torch.exp, torch.Tensor.cumsum, torch.Tensor.sum}
+)
+
+
+class MetaAutocast(TorchFunctionMode):
+    """Casts the floating-point arguments of ``narrowed`` functions to ``dtype``, those of ``widened`` to float32.
+
+    A weight is cast once a use, as autocast's cache does within one forward pass, so that the narrow copies which a
+    backward pass keeps are counted.
+    """
+
+    def __init__(self, dtype: torch.dtype, widened: frozenset[Callable[..., Any]] = WIDENED_ON_CUDA) -> None:
+        super().__init__()
+        self.dtype, self.widened = dtype, widened
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        target = self.dtype if func in NARROWED else torch.float32 if func in self.widened else None
+        if target is None:
+            return func(*args, **(kwargs or {}))
+
+        def cast(value: Any) -> Any:
+            floats = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+            return value.to(target) if floats else value
+
+        return func(*(cast(a) for a in args), **{key: cast(value) for key, value in (kwargs or {}).items()})
+
+
+def meta_autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """A context in which ``model``, on the meta device and for planning only, runs as under autocast to ``dtype``
+    (None: float32).
+
+    The residual stream is widened by hooks, since a :class:`MixerStack` on the meta device asks for no autocast; and
+    each branch carries the mode with it, since a branch that is computed again in the backward pass is out of it.
+    """
+    if dtype is None:
+        return nullcontext()
+    mode = MetaAutocast(dtype)
+    for stack in [module for module in model.modules() if isinstance(module, MixerStack)]:
+        stack.register_forward_pre_hook(lambda _, args: (args[0].float(),))
+        stack._branch = _within(mode, stack._branch)  # type: ignore[method-assign, assignment]
+    return mode
+
+
+def _within(mode: MetaAutocast, branch: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
+    def run(stream: Tensor, i: int) -> Tensor:
+        with mode:
+            return branch(stream, i)
+
+    return run
+
+
+_aten = torch.ops.aten
+#: What the selective mode keeps: results of matrix products, convolutions and scans.
+_KEPT = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten.convolution.default,
+    torch.ops.mmtrain.linear_fwd.default,
+    torch.ops.mmtrain.selective_mix_fwd.default,
+    torch.ops.mmtrain.selective_scan_fwd.default,
+}
+
+
+def checkpoint_activations(model: nn.Module, train: TrainConfig) -> None:
+    """Set ``train.checkpointing`` up in every stack of mixers of ``model``."""
+    stacks = [module for module in model.modules() if isinstance(module, MixerStack)]
+    if train.checkpointing == "full":
+        for stack in stacks:
+            stack.checkpoint_every = train.checkpointing_every
+    elif train.checkpointing == "selective":
+        for stack in stacks:
+            branch = _selective(stack._branch, train.checkpointing_every)
+            stack._branch = branch  # type: ignore[method-assign, assignment]
+
+
+def _selective(branch: Callable[[Tensor, int], Tensor], every: int) -> Callable[[Tensor, int], Tensor]:
+    contexts = partial(create_selective_checkpoint_contexts, _policy)
+
+    def run(stream: Tensor, i: int) -> Tensor:
+        if i % every:
+            return branch(stream, i)
+        return checkpoint(branch, stream, i, use_reentrant=False, context_fn=contexts)
+
+    return run
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+#: Run on the matrix units. Convolutions do not count as such: nearly all of these models' are depthwise.
+_MATRIX = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm}
+_FREE = {_aten._unsafe_view, _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.detach}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One operation: FLOPs, the bytes it reads and writes, and the dtype of a matrix product ("" for the rest)."""
+
+    flops: int
+    moved: int
+    matrix: str = ""
+
+
+@dataclass
+class Costs:
+    """The operations of a pass, those of one kind and size counted together."""
+
+    counts: Counter[Cost] = field(default_factory=Counter)
+    scan_flops: int = 0
+
+    @property
+    def flops(self) -> int:
+        return sum(cost.flops * count for cost, count in self.counts.items())
+
+    @property
+    def matrix_flops(self) -> int:
+        return sum(cost.flops * count for cost, count in self.counts.items() if cost.matrix)
+
+    @property
+    def moved(self) -> int:
+        return sum(cost.moved * count for cost, count in self.counts.items())
+
+    @property
+    def kernels(self) -> int:
+        return self.counts.total()
+
+
+class StepTrace(TorchDispatchMode):
+    """Within the context every operation is noted in :attr:`costs`, and the bytes of all it makes in :attr:`live`.
+
+    Storages are counted once, however many views they have, from their first operation to their last reference. Those
+    of ``model``'s parameters are not counted, nor are gradients once they stand in ``.grad``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.costs = Costs()
+        self.live = self.peak = 0
+        self._sizes: dict[int, int] = {}
+        self._watched: dict[int, weakref.finalize[..., Any]] = {}
+        self._foreign = {p.untyped_storage()._cdata for p in model.parameters()}
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(self._gradient_is_done)
+
+    def watch(self, tensor: Tensor) -> None:
+        """Count the storage of ``tensor`` until it goes."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes or key in self._foreign:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        self._watched[key] = weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        self._watched.pop(key, None)
+        self.live -= self._sizes.pop(key, 0)
+
+    def _gradient_is_done(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        storage = parameter.grad.untyped_storage()
+        self.live -= self._sizes.get(storage._cdata, 0)
+        if storage._cdata in self._sizes:
+            self._sizes[storage._cdata] = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        out = _channels_last(packet, args, func(*args, **kwargs))
+        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        for tensor in outputs:
+            self.watch(tensor)
+        if not func.is_view and packet not in _FREE:
+            inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            flops = _flops(packet, args, kwargs, out)
+            if "selective_scan" in str(packet):
+                self.costs.scan_flops += flops
+            matrix = str(inputs[0].dtype).removeprefix("torch.") if packet in _MATRIX else ""
+            self.costs.counts[Cost(flops, sum(map(_bytes, [*inputs, *outputs])), matrix)] += 1
+        return out
+
+
+def _channels_last(packet: Any, args: Any, out: Any) -> Any:
+    """``out`` of a convolution, or of its backward pass, in the layout that its input has.
+
+    So it is on the CPU and on GPUs; on the meta device it is always contiguous, and every scan would copy it.
+    """
+    if packet is _aten.convolution and _is_channels_last(args[0]):
+        return out.contiguous(memory_format=torch.channels_last)
+    if packet is _aten.convolution_backward and out[0] is not None and _is_channels_last(args[1]):
+        return out[0].contiguous(memory_format=torch.channels_last), *out[1:]
+    return out
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Whether channels run fastest in x (B, C, H, W), which may be a slice of something wider."""
+    return x.ndim == 4 and x.stride(1) == 1 and x.shape[1] > 1
+
+
+def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """By the rules of torch's FLOP counter, but for the gradients of a convolution.
+
+    Its rule counts the weight gradient of a depthwise convolution as that of a dense one; each of the two gradients
+    takes as many operations as the convolution itself.
+    """
+    if packet is _aten.convolution_backward:
+        grad, _, weight, *_, mask = args
+        return 2 * grad.numel() * weight[0].numel() * sum(mask[:2])
+    rule = flop_registry.get(packet)
+    return int(rule(*args, **kwargs, out_val=out)) if rule is not None else 0
+
+
+def _bytes(tensor: Tensor) -> int:
+    """What reading ``tensor`` moves: of an expanded one, its storage alone."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmtrain.launch.folder import Line
-from mmtrain.launch.status import METRICS, number
 from mmtrain.report.figures import Chart, Series, draw
 from mmtrain.report.html import Markup, dot, element, joined, note
 from mmtrain.report.model import Shown
+from mmtrain.runs.reader import Line
+from mmtrain.runs.status import METRICS, number
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmtrain.launch.folder import Line
-from mmtrain.launch.status import number
 from mmtrain.report.html import Markup, dot, folded, joined, table
 from mmtrain.report.model import Shown
+from mmtrain.runs.reader import Line
+from mmtrain.runs.status import number
 
 #: Written when a rank of a Slurm job has raised an error.
 _FAILURE = "failure.txt"

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmtrain.launch.folder import Facts
-from mmtrain.launch.status import Status
+from mmtrain.runs.reader import Facts
+from mmtrain.runs.status import Status
 
 #: One colour a run, as far as they go.
 COLORS = ("#2e6f95", "#d1495b", "#3a8f5c", "#c9852c", "#6c5b9e", "#5b6770", "#b0508f", "#1c9aa0")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from mmtrain.cli.runs_table import figure
-from mmtrain.launch.status import number
 from mmtrain.report.html import Markup, dot, joined, note, table
 from mmtrain.report.model import Shown
+from mmtrain.runs.status import number
+from mmtrain.runs.table import figure
 
 _PHASES = ("data", "forward", "backward", "optimizer", "communication", "other")
 #: What is measured, by its key in a line of metrics, with what it is called and its factor.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmtrain.cli.runs_table import COLUMNS
 from mmtrain.report.html import Markup, dot, element, joined, table
 from mmtrain.report.model import Shown
+from mmtrain.runs.table import COLUMNS
 
 _MOODS = {
     "good": ("finished", "running"),

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmtrain.errors import UserError
-from mmtrain.launch.folder import read
-from mmtrain.launch.status import look, status
 from mmtrain.report import config, curves, jobs, pictures, speed, summary
 from mmtrain.report.html import page
 from mmtrain.report.model import Shown, distinct_names
+from mmtrain.runs.reader import read
+from mmtrain.runs.status import look, status
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mmtrain.config import RunConfig
-from mmtrain.data.source import Source
+from mmtrain.data.core.source import Source
 from mmtrain.models import build_model
 
 Batch = dict[str, Tensor]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from mmtrain.config import ClassificationConfig, RunConfig, ViM2Config
 from mmtrain.config.data import ImageDataConfig
-from mmtrain.data.open_images import open_images
-from mmtrain.data.order import mix64
+from mmtrain.data.core.order import mix64
+from mmtrain.data.open import open_images
 from mmtrain.errors import UserError
 from mmtrain.tasks.base import Batch, StepKey, Task
 
@@ -46,7 +46,7 @@ class Classification(Task):
     def _mixup(self) -> Any:
         if self.options.mixup == 0 and self.options.cutmix == 0:
             return None
-        from mmtrain.compat import ensure_torchvision
+        from mmtrain.torchvision_compat import ensure_torchvision
 
         ensure_torchvision()
         from timm.data import Mixup
@@ -107,7 +107,7 @@ class Classification(Task):
     @torch.no_grad()
     def illustrate(self, model: nn.Module, folder: Path) -> list[Path]:
         """The confusion matrix of (at most some thousand) samples of the test split, where the classes are few."""
-        from mmtrain.plots import draw_confusion
+        from mmtrain.plotting.runs import draw_confusion
 
         if self.test is None or self.num_classes > _DRAWN_CLASSES:
             return []

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtrain.config import ForecastingConfig, RunConfig, SeriesDataConfig, TSM2Config
-from mmtrain.data.open_series import check_inputs, open_data
+from mmtrain.data.open import check_inputs, open_data
 from mmtrain.errors import UserError
 from mmtrain.models.tsm2 import Forecasts
 from mmtrain.tasks.base import Batch, StepKey, Task
@@ -100,7 +100,7 @@ class Forecasting(Task):
     @torch.no_grad()
     def illustrate(self, model: nn.Module, folder: Path) -> list[Path]:
         """The last window of the test split: history, forecast and truth, in the units of the data."""
-        from mmtrain.plots import draw_forecast
+        from mmtrain.plotting.runs import draw_forecast
 
         source = self.series.test
         index = len(source) - 1

@@ -1,20 +1,85 @@
-"""From a task and a configuration to a model spread over the ranks, its values not set yet."""
+"""Activation checkpointing: what is kept for the backward pass and what is computed again.
+
+How a global batch is cut: the same steps on any number of ranks.
+
+From a task and a configuration to a model spread over the ranks, its values not set yet.
+"""
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from mmtrain.config import RunConfig
-from mmtrain.models.averaging import model_blocks
+import mmtrain.ops  # noqa: F401 - defines torch.ops.mmtrain
+from mmtrain.config import RunConfig, TrainConfig
+from mmtrain.errors import SharedError, UserError
+from mmtrain.models.averaging import MixerStack, model_blocks
 from mmtrain.parallel.build import build_strategy
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.parallel.strategy import Plan, Strategy
 from mmtrain.tasks import Task
-from mmtrain.train.activations import checkpoint_activations
-from mmtrain.train.micro_batches import micro_batches
 from mmtrain.train.optim import build_optimizer
 from mmtrain.train.precision import autocast_dtype
+
+_aten = torch.ops.aten
+#: What the selective mode keeps: results that cost much to compute and little to hold.
+_KEPT = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten.convolution.default,
+    torch.ops.mmtrain.linear_fwd.default,
+    torch.ops.mmtrain.selective_mix_fwd.default,
+    torch.ops.mmtrain.selective_scan_fwd.default,
+}
+
+
+def checkpoint_activations(model: nn.Module, config: TrainConfig) -> None:
+    """Set up the mode that ``train.checkpointing`` names.
+
+    Raises:
+        UserError: for a model that has no hooks for it.
+    """
+    if config.checkpointing == "none":
+        return
+    switch = getattr(model, "set_grad_checkpointing", None)
+    if switch is None:
+        raise UserError(f"train.checkpointing is '{config.checkpointing}', but {type(model).__name__} cannot recompute")
+    switch(True, config.checkpointing_every)
+    if config.checkpointing == "selective":
+        for module in model.modules():
+            if isinstance(module, MixerStack):
+                module.checkpoint_contexts = partial(create_selective_checkpoint_contexts, _policy)
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def micro_batches(config: RunConfig, world: int) -> int:
+    """Micro-batches a step: the fewest, and at least ``train.accumulation``, that cut the batch evenly over ``world``
+    ranks into pieces of at most ``train.micro_batch`` samples.
+
+    Raises:
+        SharedError: when the ranks do not divide the batch, with the numbers that do.
+    """
+    batch, most = config.train.batch_size, config.train.micro_batch
+    for parts in range(config.train.accumulation, batch // world + 1):
+        size, rest = divmod(batch, world * parts)
+        if rest == 0 and (most is None or size <= most):
+            return parts
+    unit = world * config.train.accumulation
+    fits = [n for n in range(1, batch + 1) if batch % n == 0 and batch // n >= config.train.accumulation]
+    near = [n for n in (batch // unit * unit, (batch // unit + 1) * unit) if n]
+    raise SharedError(
+        f"train.batch_size is {batch}, which {world} ranks and train.accumulation={config.train.accumulation} do not"
+        f" divide: use so many ranks: {', '.join(map(str, fits[-12:])) or 'none fits'}; or a"
+        f" batch that is a multiple of {unit} (use {' or '.join(map(str, near))})"
+    )
 
 
 def spread_model(config: RunConfig, task: Task, ranks: Ranks) -> Strategy:

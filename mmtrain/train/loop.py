@@ -22,31 +22,28 @@ import torch
 from torch import Tensor
 
 from mmtrain.config import RunConfig
-from mmtrain.data.faults import FaultLog
-from mmtrain.data.loader import OnFault, train_batches
+from mmtrain.data.core.faults import FaultLog
+from mmtrain.data.core.loader import OnFault, train_batches
 from mmtrain.errors import SharedError
 from mmtrain.models.stochastic import sample_keys
 from mmtrain.parallel.collective import collective_timeout, set_timeout
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.parallel.watchdog import Watchdog
+from mmtrain.runs.folder import RunFolder
 from mmtrain.tasks import Batch, StepKey, Task
-from mmtrain.train.agreement import Agreement, agree
-from mmtrain.train.build import blueprint, spread_model
-from mmtrain.train.diagnose import first_bad
+from mmtrain.train.build import blueprint, micro_batches, spread_model
+from mmtrain.train.checkpoint.tensor_files import read_weights
 from mmtrain.train.evaluate import evaluate
+from mmtrain.train.guards import Agreement, agree, first_bad, is_spike
 from mmtrain.train.meter import Meter
-from mmtrain.train.micro_batches import micro_batches
 from mmtrain.train.optim import learning_rate
 from mmtrain.train.precision import autocast_dtype, initial_loss_scale, seed_step, update_loss_scale
 from mmtrain.train.preemption import StopRequest
 from mmtrain.train.profiling import StepProfiler
-from mmtrain.train.run_folder import RunFolder
 from mmtrain.train.snapshots import Snapshots
-from mmtrain.train.spikes import is_spike
 from mmtrain.train.state import Schedule, TrainState
-from mmtrain.train.tensor_files import read_weights
 from mmtrain.train.timing import exposed_reduction
-from mmtrain.train.tracking import Tracker
+from mmtrain.train.trackers.tracker import Tracker
 
 logger = logging.getLogger("mmtrain")
 

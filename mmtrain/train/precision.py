@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mmtrain.config import TrainConfig
-from mmtrain.data.order import mix64
+from mmtrain.data.core.order import mix64
 from mmtrain.train.state import TrainState
 
 #: Good steps in a row after which the loss scale of fp16 doubles.

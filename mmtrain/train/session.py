@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from mmtrain.config import RunConfig
-from mmtrain.launch import journal
 from mmtrain.log import log_to_file
 from mmtrain.parallel.build import check as check_strategy
 from mmtrain.parallel.build import needs_group, resolve
@@ -18,14 +17,14 @@ from mmtrain.parallel.collective import collective_timeout, from_collective
 from mmtrain.parallel.preflight import check_ranks
 from mmtrain.parallel.ranks import Ranks, joined
 from mmtrain.parallel.watchdog import Watchdog
+from mmtrain.runs import journal
+from mmtrain.runs.folder import RunFolder, run_path
 from mmtrain.tasks import Task, build_task
-from mmtrain.train.build import blueprint
+from mmtrain.train.build import blueprint, micro_batches
 from mmtrain.train.loop import Outcome, Trainer
-from mmtrain.train.micro_batches import micro_batches
 from mmtrain.train.precision import set_up_arithmetic
-from mmtrain.train.run_folder import RunFolder, run_path
 from mmtrain.train.trackers import check_installed
-from mmtrain.train.tracking import Tracker
+from mmtrain.train.trackers.tracker import Tracker
 
 logger = logging.getLogger("mmtrain")
 

@@ -13,11 +13,11 @@ from mmtrain.errors import UserError
 from mmtrain.models.initialise import initial_weights
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.parallel.strategy import Parts, Strategy
-from mmtrain.train.checkpoint import CheckpointStore
-from mmtrain.train.ema import WeightAverage
-from mmtrain.train.run_folder import RunFolder
+from mmtrain.runs.folder import RunFolder
+from mmtrain.train.checkpoint.store import CheckpointStore
+from mmtrain.train.checkpoint.tensor_files import read_tensors
+from mmtrain.train.optim import WeightAverage
 from mmtrain.train.state import TrainState
-from mmtrain.train.tensor_files import read_tensors
 
 
 class Snapshots:

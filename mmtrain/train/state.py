@@ -9,7 +9,7 @@ from typing import Any
 
 from mmtrain.config import RunConfig
 from mmtrain.errors import UserError
-from mmtrain.train.checkpoint import load_state
+from mmtrain.train.checkpoint.store import load_state
 
 
 @dataclass

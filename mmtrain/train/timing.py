@@ -1,19 +1,68 @@
-"""Where the time of a step goes: data, forward, backward, optimizer, communication, and the rest.
+"""Borders in time, on a CPU and on a GPU.
 
-On a GPU its own time is split (:mod:`mmtrain.train.clocks`), and read once a window: no step waits for the GPU.
+On a CPU a border is a reading of the clock. On a GPU it is an event put into the stream, so what is measured is when
+the GPU came past it: work that the CPU only queued is counted where it runs, and a wait for data that the GPU did not
+notice, being busy still, counts as nothing.
+
+Where the time of a step goes: data, forward, backward, optimizer, communication, and the rest.
+
+On a GPU its own time is split (:mod:`mmtrain.train.timing`), and read once a window: no step waits for the GPU.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from mmtrain.train.clocks import Clock, clock_of
+
+class Clock(Protocol):
+    """Borders in time, cheap to set and read later."""
+
+    def now(self) -> Any:
+        """A border."""
+
+    def gaps(self, borders: list[Any]) -> list[float]:
+        """Seconds between each border and the next; the borders are not used again."""
+
+
+class HostClock:
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def gaps(self, borders: list[float]) -> list[float]:
+        return [after - before for before, after in pairwise(borders)]
+
+
+class CudaClock:
+    """Events in the current stream of ``device``, used again once they are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._free: list[torch.cuda.Event] = []
+
+    def now(self) -> torch.cuda.Event:
+        event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def gaps(self, borders: list[torch.cuda.Event]) -> list[float]:
+        borders[-1].synchronize()
+        gaps = [before.elapsed_time(after) / 1000 for before, after in pairwise(borders)]
+        self._free += borders
+        return gaps
+
+
+def clock_of(device: torch.device) -> Clock:
+    """The clock of what ``device`` does."""
+    return CudaClock(device) if device.type == "cuda" else HostClock()
+
 
 #: The phases of a step; what is in none of them is "other".
 PHASES = ("data", "forward", "backward", "optimizer", "communication")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmtrain.plots import draw_confusion
+from mmtrain.plotting.runs import draw_confusion
 from mmtrain.report.config import differing, flattened
 from mmtrain.report.figures import thinned
 from mmtrain.report.model import distinct_names

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from mmtrain.cli import logs
-from mmtrain.cli.runs_table import COLUMNS, span, table
-from mmtrain.launch.status import survey
+from mmtrain.cli import runs
+from mmtrain.runs.status import survey
+from mmtrain.runs.table import COLUMNS, span, table
 from tests.conftest import ROOT, Cli, Done
 from tests.launch.made import BEGIN, HERE, make_run, noted
 
@@ -129,7 +129,7 @@ def test_a_run_here_is_stopped_by_a_signal(cli: Cli, tmp_path: Path, process: su
 
 
 def test_what_does_not_run_cannot_be_stopped(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmtrain.launch.slurm.has_slurm", lambda: False)
+    monkeypatch.setattr("mmtrain.runs.slurm.has_slurm", lambda: False)
     refused(cli("runs", "stop", tmp_path), "no run folder")
     run = make_run(tmp_path / "run")
     refused(cli("runs", "stop", run), "jobs.jsonl", "Ctrl-C")
@@ -222,8 +222,8 @@ def test_follow_goes_on_with_what_is_written(
         with log.open("a") as file:
             file.write(text)
 
-    monkeypatch.setattr(logs.time, "sleep", sleep)
-    logs.show_logs(str(run), 0, follow=True)
+    monkeypatch.setattr(runs.time, "sleep", sleep)
+    runs.show_logs(str(run), 0, follow=True)
     assert capsys.readouterr().out == f"== {log} ==\none\ntwo\nthree\n"
 
 

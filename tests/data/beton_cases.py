@@ -37,7 +37,7 @@ class Made:
     beton: Path
 
     def source(self, split: str = "train", *, train: bool = True, **options: Any) -> Any:
-        from mmtrain.data.beton.source import open_beton
+        from mmtrain.data.ffcv.source import open_beton
 
         return open_beton(self.beton / f"{split}.beton", train=train, **{**LOOK, **options})
 
@@ -50,7 +50,7 @@ def make_shards(folder: Path, splits: dict[str, list[bytes]], shard_size: int) -
 
 
 def make(folder: Path, splits: dict[str, list[bytes]], *, shard_size: int = 6, **options: Any) -> Made:
-    from mmtrain.data.prepare.beton import prepare_beton
+    from mmtrain.data.prepare.ffcv import prepare_beton
 
     shards = make_shards(folder / "shards", splits, shard_size)
     return Made(shards, prepare_beton(shards, folder / "beton", **{"page_size": 2, "workers": 1, **options}).out)

@@ -61,7 +61,7 @@ def samples() -> Callable[..., Members]:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits as shards: 1,259 / 179 / 359 real scans, 32 × 32."""
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'mmtrain[demo]'")
-    from mmtrain.data.prepare.digits import prepare_digits
+    from mmtrain.data.prepare.demo import prepare_digits
 
     return prepare_digits(tmp_path_factory.mktemp("digits") / "set").out
 
@@ -69,7 +69,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def ffcv() -> None:
     """Skips where FFCV is not installed, and says how to install it."""
-    from mmtrain.data.beton.extra import require_ffcv
+    from mmtrain.data.ffcv.format import require_ffcv
     from mmtrain.errors import UserError
 
     try:

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 
 from mmtrain.config import PanelDataConfig
-from mmtrain.data.borders import SplitRule
-from mmtrain.data.panel_data import PanelData, load_panel
 from mmtrain.data.prepare.panel import PreparedPanel, prepare_panel
 from mmtrain.data.prepare.panel_writer import PanelWriter
+from mmtrain.data.series.panel_source import PanelData, load_panel
+from mmtrain.data.series.split import SplitRule
 
 LAST = SplitRule("last", last=(4, 4))
 

@@ -18,14 +18,14 @@ from beton_cases import LOOK, Made, make_shards, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtrain.data import panel_windows
-from mmtrain.data.cache import ShardCache
-from mmtrain.data.images import ImageShards
-from mmtrain.data.loader import eval_batches, train_batches
-from mmtrain.data.order import Order, mix64
-from mmtrain.data.series import SeriesWindows
-from mmtrain.data.source import Source
-from mmtrain.data.synthetic import SyntheticImages
+from mmtrain.data.core.loader import eval_batches, train_batches
+from mmtrain.data.core.order import Order, mix64
+from mmtrain.data.core.source import Source
+from mmtrain.data.images.cache import ShardCache
+from mmtrain.data.images.source import ImageShards
+from mmtrain.data.images.synthetic import SyntheticImages
+from mmtrain.data.series import panel_source
+from mmtrain.data.series.table_source import SeriesWindows
 from tests.data.panels import in_shards, opened
 
 WORLDS = (1, 2, 3, 4, 8)
@@ -83,7 +83,7 @@ def of_shards(root: Path, augment: str, cache: ShardCache | None = None) -> Kind
 
 def of_panel(folder: Path) -> Kind:
     patch = pytest.MonkeyPatch()
-    patch.setattr(panel_windows, "BLOCK", 20)
+    patch.setattr(panel_source, "BLOCK", 20)
     try:
         data = in_shards(folder, [61, 5, 33, 17, 48, 20, 19, 40], 64, known=["price"], static=["size"], calendar=True)
         small = opened(folder / "panel", lookback=30, horizon=4)

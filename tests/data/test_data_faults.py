@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from mmtrain.data import images, loader
-from mmtrain.data.faults import Fault, FaultLog
-from mmtrain.data.images import ImageShards
-from mmtrain.data.loader import eval_batches, train_batches
+from mmtrain.data.core import loader
+from mmtrain.data.core.faults import Fault, FaultLog
+from mmtrain.data.core.loader import eval_batches, train_batches
+from mmtrain.data.images import source as images
+from mmtrain.data.images.source import ImageShards
 from mmtrain.errors import UserError
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.train import evaluate
@@ -73,7 +74,7 @@ def test_a_damaged_image_is_left_out_and_nothing_else_moves(
 
 
 def source_key(index: int) -> np.ndarray:
-    from mmtrain.data.order import mix64
+    from mmtrain.data.core.order import mix64
 
     return mix64(3, 0, index)
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from beton_cases import LOOK, Made
 
-from mmtrain.data.images import ImageShards
-from mmtrain.data.loader import train_batches
-from mmtrain.data.source import Source, Streaming
+from mmtrain.data.core.loader import train_batches
+from mmtrain.data.core.source import Source, Streaming
+from mmtrain.data.images.source import ImageShards
 
 
 def test_a_beton_is_a_source_that_streams(photos: Made) -> None:

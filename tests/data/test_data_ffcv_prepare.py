@@ -19,12 +19,11 @@ from beton_cases import CLASSES, LOOK, Made, make, make_shards, picture
 from PIL import Image
 
 from mmtrain.config import FFCVDataConfig, load_config
-from mmtrain.data.beton.extra import require_ffcv
-from mmtrain.data.beton.format import read_beton
-from mmtrain.data.beton.source import open_beton
-from mmtrain.data.decode import decode
-from mmtrain.data.loader import eval_batches
-from mmtrain.data.prepare.beton import prepare_beton
+from mmtrain.data.core.loader import eval_batches
+from mmtrain.data.ffcv.format import read_beton, require_ffcv
+from mmtrain.data.ffcv.source import open_beton
+from mmtrain.data.images.photo import decode
+from mmtrain.data.prepare.ffcv import prepare_beton
 from mmtrain.errors import UserError
 from mmtrain.plan.dataset import describe_dataset
 
@@ -32,8 +31,8 @@ FILES = [picture(n, (30 + n, 40 - n)) for n in range(8)]
 
 
 def order_of_shards(shards: Path, split: str = "train") -> list[bytes]:
-    from mmtrain.data.images import find_shards
-    from mmtrain.data.tarindex import index_shards
+    from mmtrain.data.images.source import find_shards
+    from mmtrain.data.images.tar_index import index_shards
 
     found = []
     for shard in index_shards(find_shards(shards / split)):
@@ -170,7 +169,7 @@ class _Deadly:
 
 @pytest.mark.slow
 def test_a_worker_that_dies_is_an_error_and_no_hang(ffcv: None, photos: Made, tmp_path: Path) -> None:
-    from mmtrain.data.prepare.beton_block import Encoding, Job, encode_block
+    from mmtrain.data.prepare.ffcv import Encoding, Job, encode_block
     from mmtrain.data.prepare.pool import run_jobs
 
     job = Job(_Deadly(), 0, tmp_path / "part", Encoding("jpg", None, None, 0.5, 2 << 20))  # type: ignore[arg-type]

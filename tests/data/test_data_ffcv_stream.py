@@ -16,9 +16,9 @@ import pytest
 import torch
 from beton_cases import LOOK, Made, make, picture
 
-from mmtrain.data.beton import memory
-from mmtrain.data.beton.format import read_beton
-from mmtrain.data.loader import eval_batches, train_batches
+from mmtrain.data.core.loader import eval_batches, train_batches
+from mmtrain.data.ffcv import source as memory
+from mmtrain.data.ffcv.format import read_beton
 from mmtrain.errors import UserError
 
 
@@ -40,7 +40,8 @@ def test_leaving_early_stops_the_threads(photos: Made) -> None:
 @pytest.mark.slow
 def test_exit_in_the_middle_of_a_run_is_quiet(photos: Made) -> None:
     code = (
-        "import sys; from mmtrain.data.beton.source import open_beton; from mmtrain.data.loader import train_batches\n"
+        "import sys; from mmtrain.data.ffcv.source import open_beton\n"
+        "from mmtrain.data.core.loader import train_batches\n"
         f"source = open_beton({str(photos.beton / 'train.beton')!r}, train=True, augment='crop', **{LOOK!r})\n"
         "batches = train_batches(source, seed=0, batch_size=8, start=0, steps=10**6, workers=2)\n"
         "next(batches); sys.exit(7)"

@@ -16,13 +16,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mmtrain.data.get import fetch, http
-from mmtrain.data.get.check import check_table, file_sha256
-from mmtrain.data.get.digest import canonical_digest, read_content
-from mmtrain.data.get.fetch import get_dataset, verify_dataset
-from mmtrain.data.get.http import Patience
-from mmtrain.data.get.registry import DATASETS, Dataset, Source, find_dataset
-from mmtrain.data.table import read_table
+from mmtrain.data.download import fetch, http
+from mmtrain.data.download.check import canonical_digest, check_table, file_sha256, read_content
+from mmtrain.data.download.fetch import get_dataset, verify_dataset
+from mmtrain.data.download.http import Patience
+from mmtrain.data.download.registry import DATASETS, Dataset, Source, find_dataset
+from mmtrain.data.series.table import read_table
 from mmtrain.errors import UserError
 from tests.data.served import Server, serving
 

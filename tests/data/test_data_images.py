@@ -21,13 +21,13 @@ import torch
 from PIL import Image
 
 from mmtrain.config import ShardsDataConfig
-from mmtrain.data.decode import decode
-from mmtrain.data.images import ImageShards, find_shards
-from mmtrain.data.loader import eval_batches
-from mmtrain.data.open_images import open_images
-from mmtrain.data.order import mix64
-from mmtrain.data.source import Source
-from mmtrain.data.transforms import _posterize, build_transform
+from mmtrain.data.core.loader import eval_batches
+from mmtrain.data.core.order import mix64
+from mmtrain.data.core.source import Source
+from mmtrain.data.images.photo import decode
+from mmtrain.data.images.source import ImageShards, find_shards
+from mmtrain.data.images.transforms import _posterize, build_transform
+from mmtrain.data.open import open_images
 from mmtrain.errors import UserError
 
 GREY: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.25] * 3}
@@ -92,7 +92,7 @@ def test_fetch_reads_normalises_and_keeps_the_order(make_tar: Callable) -> None:
 
 
 def test_evaluation_resizes_and_crops_like_timm() -> None:
-    from mmtrain.compat import ensure_torchvision
+    from mmtrain.torchvision_compat import ensure_torchvision
 
     ensure_torchvision()
     from timm.data import create_transform
@@ -258,7 +258,7 @@ def test_indexes_are_made_silently(make_tar: Callable, samples: Callable, caplog
 
 def test_torchvision_and_timm_import_after_the_shim() -> None:
     code = (
-        "from mmtrain.compat import ensure_torchvision as e; e(); e()\n"
+        "from mmtrain.torchvision_compat import ensure_torchvision as e; e(); e()\n"
         "import torch, torchvision, timm\n"
         "from torchvision.transforms import v2\n"
         "assert hasattr(torch.ops.torchvision, 'nms')\n"

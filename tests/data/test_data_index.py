@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mmtrain.data.tarindex import index_path, index_shard
+from mmtrain.data.images.tar_index import index_path, index_shard
 
 
 def test_the_mixing_follows_the_window(cli: Any, make_tar: Callable, samples: Callable) -> None:

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from mmtrain.data.images import ImageShards
-from mmtrain.data.loader import eval_batches, train_batches
-from mmtrain.data.order import mix64
-from mmtrain.data.source import Source
+from mmtrain.data.core.loader import eval_batches, train_batches
+from mmtrain.data.core.order import mix64
+from mmtrain.data.core.source import Source
+from mmtrain.data.images.source import ImageShards
 from mmtrain.errors import UserError
 
 
@@ -140,7 +140,8 @@ def test_leaving_early_stops_the_workers() -> None:
 
 def test_exit_in_the_middle_of_a_run_does_not_wait_for_workers() -> None:
     code = (
-        "import sys; from mmtrain.data.loader import eval_batches; from mmtrain.data.synthetic import SyntheticImages\n"
+        "import sys; from mmtrain.data.core.loader import eval_batches\n"
+        "from mmtrain.data.images.synthetic import SyntheticImages\n"
         "batches = eval_batches(SyntheticImages(2, 8, 500, seed=0), batch_size=2, workers=2)\n"
         "next(batches); sys.exit(7)"
     )

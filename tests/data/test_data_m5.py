@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from mmtrain.cli.data import app
 from mmtrain.config import load_config
-from mmtrain.data.panel import open_panel
 from mmtrain.data.prepare.m5 import prepare_m5
+from mmtrain.data.series.panel import open_panel
 from mmtrain.errors import UserError
 from mmtrain.tasks import build_task
 from tests.conftest import ROOT

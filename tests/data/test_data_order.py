@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtrain.data.order import Order, local_positions, mix64, mixing_figure
+from mmtrain.data.core.order import Order, local_positions, mix64, mixing_figure
 from mmtrain.errors import UserError
 
 blocks = st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) > 0)

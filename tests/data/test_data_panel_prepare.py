@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from mmtrain.cli.data import app
-from mmtrain.data.borders import SplitRule
-from mmtrain.data.packed import pack, unpack
-from mmtrain.data.panel import Panel, open_panel
 from mmtrain.data.prepare.panel import prepare_panel
+from mmtrain.data.series.panel import Panel, open_panel
+from mmtrain.data.series.panel_inputs import pack, unpack
+from mmtrain.data.series.split import SplitRule
 from mmtrain.errors import UserError
 from tests.data.panels import LAST, long_frame, opened, prepared, write
 

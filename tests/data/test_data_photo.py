@@ -12,14 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from mmtrain import buffers
-from mmtrain.compat import ensure_torchvision
-from mmtrain.data.crop import erase, flips, random_crops
-from mmtrain.data.decode import decode
-from mmtrain.data.order import mix64
-from mmtrain.data.photo import Box, Photo, resized
-from mmtrain.data.pixels import Normalise
-from mmtrain.data.transforms import build_transform
+from mmtrain.data.core import buffers
+from mmtrain.data.core.order import mix64
+from mmtrain.data.images.photo import Box, Photo, decode, erase, flips, random_crops, resized
+from mmtrain.data.images.transforms import Normalise, build_transform
+from mmtrain.torchvision_compat import ensure_torchvision
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -19,12 +19,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mmtrain.cli.data import app
-from mmtrain.data.images import ImageShards
-from mmtrain.data.prepare import folder as folder_module
-from mmtrain.data.prepare import traffic
-from mmtrain.data.prepare.digits import prepare_digits
+from mmtrain.data.images.source import ImageShards
+from mmtrain.data.images.tar_index import index_shard
+from mmtrain.data.prepare import demo
+from mmtrain.data.prepare import output as folder_module
+from mmtrain.data.prepare.demo import prepare_digits
 from mmtrain.data.prepare.images import prepare_images
-from mmtrain.data.tarindex import index_shard
 from mmtrain.errors import UserError
 
 GREY = {"mean": [0.5] * 3, "std": [0.5] * 3}
@@ -203,19 +203,19 @@ def fake_autots(root: Path, table: pd.DataFrame) -> None:
 
 def hours(rows: int = 200) -> pd.DataFrame:
     table = pd.DataFrame({"datetime": pd.date_range("2016-10-01", periods=rows, freq="h")})
-    for place, name in enumerate(traffic.COLUMNS):
+    for place, name in enumerate(demo.COLUMNS):
         table[name] = np.arange(rows) * (place + 1.0)
     return table.assign(weather_main="Clear")
 
 
 def test_traffic_fills_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = hours()
-    table.loc[[10, 11, 50], list(traffic.COLUMNS)] = np.nan
+    table.loc[[10, 11, 50], list(demo.COLUMNS)] = np.nan
     table.loc[100, "rain_1h"] = 1e6
     fake_autots(tmp_path, table)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "autots", raising=False)
-    report = traffic.prepare_traffic(tmp_path / "out")
+    report = demo.prepare_traffic(tmp_path / "out")
     assert (report.rows, report.holes, report.longest, report.outliers, report.fresh) == (
         200,
         3,
@@ -224,24 +224,24 @@ def test_traffic_fills_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         True,
     )
     written = pd.read_csv(report.file)
-    assert list(written.columns) == ["date", *traffic.COLUMNS]
+    assert list(written.columns) == ["date", *demo.COLUMNS]
     assert written["traffic_volume"].tolist() == [5.0 * hour for hour in range(200)]
     assert written["date"][1] == "2016-10-01 01:00:00"
-    assert not traffic.prepare_traffic(tmp_path / "out").fresh
+    assert not demo.prepare_traffic(tmp_path / "out").fresh
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["traffic.csv"]
 
 
 def test_traffic_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(traffic.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'mmtrain\[demo\]'"):
-        traffic.prepare_traffic(tmp_path)
+        demo.prepare_traffic(tmp_path)
 
 
 def test_traffic_with_gaps_in_time_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_autots(tmp_path, hours().drop(index=[5]))
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="1 irregular"):
-        traffic.prepare_traffic(tmp_path / "out")
+        demo.prepare_traffic(tmp_path / "out")
 
 
 def test_the_real_traffic_file(tmp_path: Path) -> None:
@@ -249,10 +249,10 @@ def test_the_real_traffic_file(tmp_path: Path) -> None:
 
     if importlib.util.find_spec("autots") is None:
         pytest.skip("AutoTS is not installed: pip install 'mmtrain[demo]'")
-    report = traffic.prepare_traffic(tmp_path)
+    report = demo.prepare_traffic(tmp_path)
     assert report.rows == 17520
     assert "autots" not in sys.modules
-    from mmtrain.data.series import load_series
+    from mmtrain.data.series.table_source import load_series
 
     data = load_series(report.file, 336, 96)
     assert data.table.columns[-1] == "traffic_volume"

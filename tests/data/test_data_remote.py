@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 import torch
 
-from mmtrain.data import cache as cache_module
-from mmtrain.data.cache import ShardCache, Unreachable
-from mmtrain.data.images import ImageShards
-from mmtrain.data.loader import eval_batches, train_batches
-from mmtrain.data.shards import find_shards
-from mmtrain.data.tarindex import index_shards
+from mmtrain.data.core.loader import eval_batches, train_batches
+from mmtrain.data.images import cache as cache_module
+from mmtrain.data.images.cache import ShardCache, Unreachable
+from mmtrain.data.images.shards import find_shards
+from mmtrain.data.images.source import ImageShards
+from mmtrain.data.images.tar_index import index_shards
 from mmtrain.errors import UserError
 
 pytest.importorskip("aiohttp", reason="shards over http: pip install 'mmtrain[remote]'")
@@ -301,7 +301,7 @@ def test_what_hinders_the_cache_is_no_fault_of_the_samples(
 
 def test_the_end_of_a_process_waits_for_no_fetch(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from mmtrain.data.cache import ShardCache\n"
+        "import sys, time; from pathlib import Path; from mmtrain.data.images.cache import ShardCache\n"
         "ShardCache.fetch = lambda self, address, **options: time.sleep(60)\n"
         f"cache = ShardCache(Path({str(tmp_path)!r}), 1)\n"
         "cache.ahead('http://a/1.tar'); cache.ahead('http://a/2.tar')"

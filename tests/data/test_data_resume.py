@@ -17,10 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtrain.data.lock import exclusive
+from mmtrain.data.core.lock import exclusive
 from mmtrain.data.prepare import writer
-from mmtrain.data.prepare.encode import ClassEncoder, Item
-from mmtrain.data.prepare.finished import Finished, Ledger
+from mmtrain.data.prepare.encode import ClassEncoder, Finished, Item, Ledger
 from mmtrain.data.prepare.images import prepare_images
 from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.errors import UserError

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtrain.data.describe import describe_table
-from mmtrain.data.series import SeriesWindows, load_series
-from mmtrain.data.source import Source
-from mmtrain.data.split import Scaler, Split, guess_split
-from mmtrain.data.table import read_table
+from mmtrain.data.core.source import Source
+from mmtrain.data.series.describe import describe_table
+from mmtrain.data.series.split import Scaler, Split, guess_split
+from mmtrain.data.series.table import read_table
+from mmtrain.data.series.table_source import SeriesWindows, load_series
 from mmtrain.errors import UserError
 
 

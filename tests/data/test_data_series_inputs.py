@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from mmtrain.cli.data import app
 from mmtrain.config import SeriesDataConfig, TSM2Config, load_config
-from mmtrain.data.borders import SplitRule
-from mmtrain.data.open_series import check_inputs, open_data
-from mmtrain.data.series import load_series
-from mmtrain.data.table import read_table
+from mmtrain.data.open import check_inputs, open_data
+from mmtrain.data.series.split import SplitRule
+from mmtrain.data.series.table import read_table
+from mmtrain.data.series.table_source import load_series
 from mmtrain.errors import UserError
 
 

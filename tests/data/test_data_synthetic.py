@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from mmtrain.data.order import mix64
-from mmtrain.data.source import Source
-from mmtrain.data.synthetic import SyntheticImages
+from mmtrain.data.core.order import mix64
+from mmtrain.data.core.source import Source
+from mmtrain.data.images.synthetic import SyntheticImages
 from mmtrain.errors import UserError
 
 

@@ -15,9 +15,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from mmtrain.data.images.targets import read_detection, read_mask, read_samples
 from mmtrain.data.prepare.coco import prepare_coco
 from mmtrain.data.prepare.segmentation import prepare_segmentation
-from mmtrain.data.targets import read_detection, read_mask, read_samples
 from mmtrain.errors import UserError
 from tests.conftest import ROOT
 from tests.data.conftest import png

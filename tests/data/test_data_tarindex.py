@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmtrain.data import tarindex
-from mmtrain.data.tarindex import index_path, index_shard, index_shards
+from mmtrain.data.images import tar_index
+from mmtrain.data.images.tar_index import index_path, index_shard, index_shards
 from mmtrain.errors import UserError
 
 Make = Callable[..., Path]
@@ -60,7 +60,7 @@ def test_the_index_is_read_again_without_walking(
     shard = make_tar(samples(5))
     made = index_shard(shard)
     assert index_path(shard).is_file()
-    monkeypatch.setattr(tarindex, "_walk", lambda shard: pytest.fail("walked an indexed shard"))
+    monkeypatch.setattr(tar_index, "_walk", lambda shard: pytest.fail("walked an indexed shard"))
     read = index_shard(shard)
     for name in ("keys", "offsets", "sizes", "labels"):
         assert np.array_equal(getattr(made, name), getattr(read, name))
@@ -138,7 +138,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(
         raise OSError(errno.EROFS, "Read-only file system")
 
     shards = [make_tar(samples(2), f"train/{name}.tar") for name in "ab"]
-    monkeypatch.setattr(tarindex.os, "replace", refuse)
+    monkeypatch.setattr(tar_index.os, "replace", refuse)
     with caplog.at_level(logging.WARNING, "mmtrain"):
         assert [len(index) for index in index_shards(shards)] == [2, 2]
     assert len(caplog.records) == 1

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmtrain.data.calendar import FEATURES, calendar_features, calendar_names
-from mmtrain.data.timeline import Step, Steps, Timeline, step_of
+from mmtrain.data.series.timeline import FEATURES, Step, Steps, Timeline, calendar_features, calendar_names, step_of
 from mmtrain.errors import UserError
 
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mmtrain import export
 from mmtrain.config import RunConfig, to_yaml
 from mmtrain.config.data import DATA
 from mmtrain.config.schema import TASKS
 from mmtrain.errors import UserError
-from mmtrain.export import artifact, export_onnx, export_torch, export_trained, onnx_graph
-from mmtrain.inference import TrainedModel, load_trained
+from mmtrain.export import export_onnx, export_torch, export_trained
+from mmtrain.inference.trained import TrainedModel, load_trained
 from mmtrain.models import create_model
 
 TINY_VIM2: dict[str, Any] = {"dims": [8], "token_mixers": [2], "channel_expand": [2], "num_classes": 4, "state": 4}
@@ -87,7 +88,7 @@ def test_the_named_sizes_export_as_they_are(name: str, tmp_path: Path) -> None:
     model = create_model(name)
     x = torch.randn(2, 3, 8, 8) if name == "vim2_nano" else torch.randn(2, 512, 7)
     made = export_torch(model, x, tmp_path / "model.pt2")
-    assert made.error <= artifact.TOLERANCE * max(1, answer(model, x).abs().max().item())
+    assert made.error <= export.TOLERANCE * max(1, answer(model, x).abs().max().item())
 
 
 def test_auxiliary_inputs_and_a_fixed_batch(tmp_path: Path) -> None:
@@ -137,7 +138,7 @@ def test_bad_targets_and_examples_are_refused(tmp_path: Path, monkeypatch: pytes
     for example in ((x, torch.ones(3, 3)), torch.ones(()), (None,), torch.ones(0, 3)):
         with pytest.raises(UserError, match="dimension 0"):
             export_torch(model, example, tmp_path / "new.pt2")
-    monkeypatch.setattr(onnx_graph.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(UserError, match=r"needs onnxscript, .*pip install 'mmtrain\[export\]'"):
         export_onnx(model, x, tmp_path / "new.onnx")
 

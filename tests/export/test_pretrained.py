@@ -19,9 +19,9 @@ from mmtrain.config import RunConfig
 from mmtrain.config.data import DATA
 from mmtrain.config.schema import TASKS
 from mmtrain.errors import UserError
-from mmtrain.inference import load_trained
+from mmtrain.inference.pretrained import from_pretrained, save_pretrained
+from mmtrain.inference.trained import load_trained
 from mmtrain.models import create_model
-from mmtrain.models.pretrained import from_pretrained, save_pretrained
 
 
 def small(**options: Any) -> nn.Module:

@@ -72,7 +72,7 @@ def conv_inputs(width: int, dtype: torch.dtype, channels_last: bool) -> list[Ten
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("reverse", [True, False])
 def test_conv_matches_float64_and_itself(width: int, dtype: torch.dtype, channels_last: bool, reverse: bool) -> None:
-    from mmtrain.ops.triton.door import causal_conv1d_triton
+    from mmtrain.ops.triton.api import causal_conv1d_triton
 
     tensors = conv_inputs(width, dtype, channels_last)
     doubles = [t.detach().double().requires_grad_() for t in tensors]
@@ -101,7 +101,7 @@ class Scanned(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (Bt, L, 32)."""
-        from mmtrain.ops.triton.door import directional_scan_triton
+        from mmtrain.ops.triton.api import directional_scan_triton
 
         u = F.silu(self.before(x))
         delta = self.steps(u).unflatten(-1, (2, 32)).permute(0, 2, 3, 1)
@@ -128,7 +128,7 @@ def test_compiles_into_one_graph() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reverse", [True, False])
 def test_agrees_with_mamba(dtype: torch.dtype, reverse: bool) -> None:
-    from mmtrain.ops.triton.door import selective_scan_triton
+    from mmtrain.ops.triton.api import selective_scan_triton
 
     case = Case((0,), batch=2, channels=64, height=1, width=300, state=16, groups=2, gate=True, dtype=dtype)
     t = inputs(case, "cuda")

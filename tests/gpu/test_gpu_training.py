@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mmtrain.config import load_config
-from mmtrain.inference import load_trained
+from mmtrain.inference.trained import load_trained
 from mmtrain.train.loop import Outcome
 from mmtrain.train.session import train
 

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mmtrain.config import MODELS
-from mmtrain.inference import export, load_trained
+from mmtrain.inference.trained import export, load_trained
 from tests.conftest import Done
 
 Look = Callable[..., Done]

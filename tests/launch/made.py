@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.config import load_config, to_yaml
-from mmtrain.launch import journal
+from mmtrain.runs import journal
 
 #: When the first line of every run made here was written, in Unix seconds.
 BEGIN = 1_790_000_000.0

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mmtrain.launch import after, journal
-from mmtrain.launch.outcome import Place, newest_step
-from mmtrain.launch.slurm import parse_duration
+from mmtrain.cluster import requeue
+from mmtrain.runs import journal
+from mmtrain.runs.journal import Place, newest_step
+from mmtrain.runs.slurm import parse_duration
 
 HERE = Place("7", 1)
 
@@ -22,23 +23,23 @@ def _fail(run: Path, rank: int, follows: bool, error: str = "ValueError: no") ->
 
 
 def test_the_reason_is_what_the_tasks_left(tmp_path: Path) -> None:
-    assert after.reason_of(tmp_path, HERE, 1000, 120) == "lost"
+    assert requeue.reason_of(tmp_path, HERE, 1000, 120) == "lost"
     HERE.leave_note(tmp_path, "SIGUSR2")
-    assert after.reason_of(tmp_path, HERE, 1000, 120) == "preempted"
-    assert after.reason_of(tmp_path, HERE, 1000, 120) == "lost"  # a note counts once
+    assert requeue.reason_of(tmp_path, HERE, 1000, 120) == "preempted"
+    assert requeue.reason_of(tmp_path, HERE, 1000, 120) == "lost"  # a note counts once
     HERE.leave_note(tmp_path, "SIGUSR2")
-    assert after.reason_of(tmp_path, HERE, 130, 120) == "timeout"
+    assert requeue.reason_of(tmp_path, HERE, 130, 120) == "timeout"
     HERE.leave_note(tmp_path, "SIGUSR2")
-    assert after.reason_of(tmp_path, HERE, None, 120) == "preempted"  # no time limit
+    assert requeue.reason_of(tmp_path, HERE, None, 120) == "preempted"  # no time limit
     _fail(tmp_path, 3, follows=True)
-    assert after.reason_of(tmp_path, HERE, 1000, 120) == "lost"  # a rank that lost its connection is not the cause
+    assert requeue.reason_of(tmp_path, HERE, 1000, 120) == "lost"  # a rank that lost its connection is not the cause
     _fail(tmp_path, 2, follows=False)
-    assert after.reason_of(tmp_path, HERE, 1000, 120) == "failed"
-    assert after.reason_of(tmp_path, Place("7", 2), 1000, 120) == "lost"  # that was another start
-    (tmp_path / after.STOP).touch()
-    assert after.reason_of(tmp_path, HERE, 1000, 120) == "stopped"
+    assert requeue.reason_of(tmp_path, HERE, 1000, 120) == "failed"
+    assert requeue.reason_of(tmp_path, Place("7", 2), 1000, 120) == "lost"  # that was another start
+    (tmp_path / requeue.STOP).touch()
+    assert requeue.reason_of(tmp_path, HERE, 1000, 120) == "stopped"
     (tmp_path / "result.json").write_text("{}")
-    assert after.reason_of(tmp_path, HERE, 1000, 120) == "finished"
+    assert requeue.reason_of(tmp_path, HERE, 1000, 120) == "finished"
 
 
 def test_causes_come_before_those_that_only_lost_their_connection(tmp_path: Path) -> None:
@@ -50,20 +51,20 @@ def test_causes_come_before_those_that_only_lost_their_connection(tmp_path: Path
 
 @pytest.mark.parametrize("reason", ["finished", "stopped", "failed"])
 def test_what_is_over_does_not_come_back(tmp_path: Path, reason: str) -> None:
-    assert not after.comes_back(tmp_path, reason, None, 3)
+    assert not requeue.comes_back(tmp_path, reason, None, 3)
 
 
 def test_a_preemption_always_comes_back(tmp_path: Path) -> None:
     for _ in range(50):
         journal.note(tmp_path, "ended", job="7", restart=0, reason="preempted", step=0, requeued=True)
-    assert after.comes_back(tmp_path, "preempted", 0, 0)
+    assert requeue.comes_back(tmp_path, "preempted", 0, 0)
 
 
 def test_time_limits_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert after.comes_back(tmp_path, "timeout", 1, 3)
+    assert requeue.comes_back(tmp_path, "timeout", 1, 3)
     journal.note(tmp_path, "ended", job="7", restart=0, reason="timeout", step=9, requeued=True)
-    assert after.comes_back(tmp_path, "timeout", None, 3)
-    assert not after.comes_back(tmp_path, "timeout", 1, 3)
+    assert requeue.comes_back(tmp_path, "timeout", None, 3)
+    assert not requeue.comes_back(tmp_path, "timeout", 1, 3)
     assert "cluster.max_timeouts" in capsys.readouterr().out
 
 
@@ -75,12 +76,12 @@ def test_losses_are_counted_while_there_is_no_progress(tmp_path: Path, capsys: p
     lose(10)
     lose(10)
     assert newest_step(tmp_path) == 10
-    assert after.comes_back(tmp_path, "lost", None, 3)
+    assert requeue.comes_back(tmp_path, "lost", None, 3)
     lose(10)
-    assert not after.comes_back(tmp_path, "lost", None, 3)
+    assert not requeue.comes_back(tmp_path, "lost", None, 3)
     assert "cluster.max_losses" in capsys.readouterr().out
     (tmp_path / "checkpoints/step_00000020").mkdir()
-    assert after.comes_back(tmp_path, "lost", None, 3)  # it got further
+    assert requeue.comes_back(tmp_path, "lost", None, 3)  # it got further
 
 
 @pytest.mark.parametrize(
@@ -117,10 +118,10 @@ def test_nodes_at_fault_are_left_out_where_that_is_wanted(tmp_path: Path) -> Non
     _fail(tmp_path, 2, follows=False)
     report = HERE.failures(tmp_path) / "rank_00002.json"
     report.write_text(json.dumps({**json.loads(report.read_text()), "bad_nodes": ["node3"]}))
-    assert after.bad_nodes(tmp_path, HERE) == ["node3"]
-    assert after.reason_of(tmp_path, HERE, 1000, 120) == "bad_nodes"
-    assert not after.comes_back(tmp_path, "bad_nodes", None, 3)
-    assert after.comes_back(tmp_path, "bad_nodes", None, 3, replace_nodes=True)
+    assert requeue.bad_nodes(tmp_path, HERE) == ["node3"]
+    assert requeue.reason_of(tmp_path, HERE, 1000, 120) == "bad_nodes"
+    assert not requeue.comes_back(tmp_path, "bad_nodes", None, 3)
+    assert requeue.comes_back(tmp_path, "bad_nodes", None, 3, replace_nodes=True)
     for _ in range(3):
         journal.note(tmp_path, "ended", job="7", restart=0, reason="bad_nodes", step=0, requeued=True)
-    assert not after.comes_back(tmp_path, "bad_nodes", None, 3, replace_nodes=True)
+    assert not requeue.comes_back(tmp_path, "bad_nodes", None, 3, replace_nodes=True)

@@ -6,21 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from mmtrain.cluster.job import describe
 from mmtrain.config import load_config
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_signal_and_the_margin_are_those_of_the_configuration(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "launch"))
-    import slurm_job
-
     job = ["cluster.gpus_per_node=0", "cluster.nodes=2"]
-    usual = slurm_job.describe(load_config("vim2_digits", job), str(tmp_path / "run"))
+    usual = describe(load_config("vim2_digits", job), str(tmp_path / "run"))
     assert "#SBATCH --signal=USR2@120" in usual
-    other = slurm_job.describe(
+    other = describe(
         load_config("vim2_digits", [*job, "cluster.signal=TERM", "cluster.margin=300"]), str(tmp_path / "run")
     )
     assert "#SBATCH --signal=TERM@300" in other

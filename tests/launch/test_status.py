@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from mmtrain.launch import status as told
-from mmtrain.launch.folder import find_runs, read
-from mmtrain.launch.processes import runs_training
-from mmtrain.launch.status import World, state_of, status
+from mmtrain.runs import status as told
+from mmtrain.runs.reader import find_runs, read
+from mmtrain.runs.status import World, runs_training, state_of, status
 from tests.conftest import ROOT
 from tests.launch.made import BEGIN, HERE, make_run, noted, write
 
@@ -241,7 +240,5 @@ def test_a_slurm_that_does_not_answer_makes_no_run_lost(
 
 
 def test_no_torch_is_needed() -> None:
-    code = (
-        "import sys, mmtrain.cli.runs, mmtrain.cli.runs_table, mmtrain.launch.stop, mmtrain.report, mmtrain.cli.logs\n"
-    )
+    code = "import sys, mmtrain.cli.runs, mmtrain.runs.table, mmtrain.cluster.stop, mmtrain.report, mmtrain.cli.runs\n"
     subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True, cwd=ROOT)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def where() -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(ROOT / "launch/where.py")))
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "mmtrain/cluster/settings.py")))
 
 
 @pytest.fixture

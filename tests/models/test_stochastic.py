@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmtrain.data.order import mix64
+from mmtrain.data.core.order import mix64
 from mmtrain.models.stochastic import DropPath, SampleDropout, sample_keys
 
 

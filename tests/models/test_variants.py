@@ -11,7 +11,7 @@ import torch
 
 from mmtrain.config import MODELS, config_names, load_config
 from mmtrain.config.models import BLOCKS
-from mmtrain.data.order import mix64
+from mmtrain.data.core.order import mix64
 from mmtrain.errors import UserError
 from mmtrain.models import build_model, create_model
 from mmtrain.models.mixers import ImageChannelMixer, ImageTokenMixer
@@ -125,7 +125,7 @@ def test_the_head_can_be_replaced() -> None:
 
 
 def test_layer_decay_groups_run_from_the_stem_to_the_head() -> None:
-    from mmtrain.compat import ensure_torchvision
+    from mmtrain.torchvision_compat import ensure_torchvision
 
     ensure_torchvision()
     from timm.optim import param_groups_layer_decay
@@ -156,7 +156,11 @@ def test_layer_decay_groups_run_from_the_stem_to_the_head() -> None:
 
 
 @pytest.mark.parametrize(
-    "order", ["import mmtrain; import timm", "import mmtrain, mmtrain.compat as c; c.ensure_torchvision(); import timm"]
+    "order",
+    [
+        "import mmtrain.timm; import timm",
+        "import mmtrain.torchvision_compat as c; c.ensure_torchvision(); import timm, mmtrain.timm",
+    ],
 )
 @pytest.mark.slow
 def test_timm_knows_the_models_once_mmtrain_is_imported(order: str) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from scan_cases import available_isas
 
-from mmtrain.ops import backend, library
+from mmtrain.ops import backend
+from mmtrain.ops.cpu import library
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])

@@ -12,7 +12,7 @@ from triton_cases import error
 
 from mmtrain.ops.conv import causal_conv1d_reference
 from mmtrain.ops.triton import tuning
-from mmtrain.ops.triton.door import causal_conv1d_triton
+from mmtrain.ops.triton.api import causal_conv1d_triton
 from mmtrain.ops.triton.tuning import Launch
 
 SMALL = {"conv_forward": Launch(4, 1, 4), "conv_backward": Launch(4, 1, 2)}

@@ -10,14 +10,7 @@ import torch
 from torch import Tensor
 
 from mmtrain.errors import UserError
-from mmtrain.ops import (
-    Direction,
-    causal_conv1d,
-    cross_selective_scan,
-    scan_backend,
-    selective_mix,
-    selective_scan,
-)
+from mmtrain.ops import Direction, causal_conv1d, cross_selective_scan, scan_backend, selective_mix, selective_scan
 from mmtrain.ops.orders import NAMES
 
 

@@ -11,7 +11,7 @@ from triton_cases import Case, assert_close, error, expected, found, inputs
 
 from mmtrain.ops import scan_backend, selective_scan
 from mmtrain.ops.triton import scan_launch, tuning
-from mmtrain.ops.triton.door import directional_scan_triton, selective_scan_triton
+from mmtrain.ops.triton.api import directional_scan_triton, selective_scan_triton
 from mmtrain.ops.triton.scan import directional_scan_fwd
 from mmtrain.ops.triton.tuning import Launch
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmtrain.ops import library, scan_backend, selective_scan
+from mmtrain.ops import scan_backend, selective_scan
+from mmtrain.ops.cpu import library
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 

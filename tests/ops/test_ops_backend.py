@@ -11,7 +11,8 @@ import torch
 from scan_cases import Case, inputs, run
 
 from mmtrain.errors import UserError
-from mmtrain.ops import backend_report, build, causal_conv1d, scan_backend, selective_scan
+from mmtrain.ops import backend_report, causal_conv1d, scan_backend, selective_scan
+from mmtrain.ops.cpu import build
 
 
 def small(**replaced: Any) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def test_without_a_compiler(
 ) -> None:
     case = Case(length=40)
     expected = run(case, inputs(case))
-    from mmtrain.ops import library
+    from mmtrain.ops.cpu import library
 
     library.load.cache_clear()
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
@@ -138,7 +139,7 @@ def test_report_tells_what_runs(fresh: None) -> None:
 def test_narrower_isa_by_environment(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMTRAIN_SCAN_ISA", "baseline")
     assert backend_report()["isa"] == "baseline"
-    from mmtrain.ops import library
+    from mmtrain.ops.cpu import library
 
     library.load.cache_clear()
     monkeypatch.setenv("MMTRAIN_SCAN_ISA", "avx1024")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mmtrain.ops import build, library
+from mmtrain.ops.cpu import build, library
 
 ROOT = Path(build.__file__).parents[2]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scan_cases import Case, assert_close, in_float64, inputs, run
 from torch import Tensor
 
-from mmtrain.ops import backend_report, causal_conv1d, scan_backend, scan_parallel, selective_scan
-from mmtrain.ops.scan_parallel import CHUNK, linear_recurrence
+from mmtrain.ops import backend_report, causal_conv1d, reference, scan_backend, selective_scan
+from mmtrain.ops.reference import CHUNK, linear_recurrence
 
 
 def compare(case: Case) -> None:
@@ -103,7 +103,7 @@ def test_the_states_of_a_long_sequence_are_not_kept() -> None:
 
 
 def test_it_is_chosen_by_name_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan_parallel, "linear_recurrence", lambda a, b, initial=None: torch.zeros_like(b))
+    monkeypatch.setattr(reference, "linear_recurrence", lambda a, b, initial=None: torch.zeros_like(b))
     tensors = {n: t.detach() for n, t in inputs(Case(full=False)).items()}
     assert selective_scan(**tensors).any()
     with scan_backend("parallel"):

@@ -17,11 +17,11 @@ from mmtrain.config import RunConfig
 from mmtrain.parallel.torch_strategy import local
 from mmtrain.tasks import Batch, StepKey
 from mmtrain.tasks.forecasting import Forecasting
+from mmtrain.train.checkpoint.tensor_files import write_tensors
 from mmtrain.train.loop import Trainer
 from mmtrain.train.session import train
 from mmtrain.train.snapshots import Snapshots
 from mmtrain.train.state import TrainState
-from mmtrain.train.tensor_files import write_tensors
 
 #: Where a resumed run leaves a copy of what it has loaded.
 LOADED = "loaded"

@@ -8,10 +8,10 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import mmtrain.inference
+import mmtrain.inference.trained
 import mmtrain.tasks
 import mmtrain.train.session  # noqa: F401
-from mmtrain.compat import ensure_torchvision
+from mmtrain.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
 with contextlib.suppress(ImportError):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtrain.train.tensor_files import SafeReader, read_tensors
+from mmtrain.train.checkpoint.tensor_files import SafeReader, read_tensors
 from tests.parallel.cases import STEPS
 
 #: fp32 sums in another order: 1e-7 a step, and twenty steps that build on each other.

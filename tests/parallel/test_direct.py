@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmtrain.parallel.direct import Buffers, DirectAllGather, DirectReduceScatter
+from mmtrain.parallel.fsdp_cpu import Buffers, DirectAllGather, DirectReduceScatter
 from mmtrain.parallel.ranks import joined
 from tests.parallel.gang import Gang
 

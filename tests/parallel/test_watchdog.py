@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from mmtrain.parallel.collective import collective_timeout, from_collective
+from mmtrain.parallel.rank_status import Place, Status, missing
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.parallel.watchdog import EXIT_HANG, Watchdog
-from mmtrain.parallel.whereabouts import Place, Status, missing
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,10 +16,8 @@ from mmtrain.config.models import preset
 from mmtrain.models.averaging import model_blocks
 from mmtrain.parallel.fsdp import shard
 from mmtrain.plan import plan_run
-from mmtrain.plan.fake import fake_group
-from mmtrain.plan.memory import zero3_local, zero12_padded
+from mmtrain.plan.costs import fake_group, fsdp_units, zero3_local, zero12_padded
 from mmtrain.plan.results import Memory
-from mmtrain.plan.shard import fsdp_units
 from mmtrain.plan.step import meta_model
 from tests.conftest import ROOT
 from tests.plan.real_runs import settings

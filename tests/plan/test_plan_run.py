@@ -15,14 +15,13 @@ from typing import Any
 import pytest
 
 from mmtrain.config import RunConfig, load_config
-from mmtrain.data.tarindex import index_shard
+from mmtrain.data.images.tar_index import index_shard
 from mmtrain.errors import UserError
 from mmtrain.plan import GPUS, Plan, find_gpu, plan_run
-from mmtrain.plan.clock import _transfer_time
-from mmtrain.plan.cut import cut_batch
+from mmtrain.plan.costs import Transfer, _transfer_time
 from mmtrain.plan.dataset import describe_dataset
 from mmtrain.plan.report import render
-from mmtrain.plan.wire import Transfer
+from mmtrain.plan.results import cut_batch
 from tests.conftest import ROOT, Cli
 
 SMALL = ["model=vim2_nano", "data.image_size=16"]
@@ -182,12 +181,12 @@ def test_a_dry_run_shows_the_plan(cli: Cli) -> None:
 
 def test_submitting_what_cannot_run_warns(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
-    import slurm_job
+    from mmtrain.cluster import job
 
     with caplog.at_level(logging.WARNING, "mmtrain"):
-        slurm_job.warn_of_misfits(images("cluster.nodes=2"))
+        job.warn_of_misfits(images("cluster.nodes=2"))
         assert not caplog.records
-        slurm_job.warn_of_misfits(images("train.batch_size=100"))
+        job.warn_of_misfits(images("train.batch_size=100"))
     assert "train.batch_size is 100" in caplog.text
 
 

@@ -14,7 +14,7 @@ from mmtrain.config.models import preset
 from mmtrain.inspect.stages import stage_table, total
 from mmtrain.models import build_model
 from mmtrain.ops.backend import fusion
-from mmtrain.plan import autocast as plan_autocast
+from mmtrain.plan import step as plan_autocast
 from mmtrain.plan.step import Shape, StepCosts, trace_step
 
 VIM2 = preset("vim2_nano", drop_path=0.2)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmtrain.launch import journal
+from mmtrain.runs import journal
 from mmtrain.train.preemption import StopRequest
 from tests.slurm.cluster import Cluster
 
@@ -22,7 +22,7 @@ srun --kill-on-bad-exit=1 bash -c '
     [ "$SLURM_PROCID" = 0 ] && echo "{{}}" > "{run}/result.json"
   fi
   exit 0'
-{python} -m mmtrain.launch.after "{run}" $?
+{python} -m mmtrain.cluster.requeue "{run}" $?
 """
 
 

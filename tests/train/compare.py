@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from mmtrain.train.checkpoint import load_state
-from mmtrain.train.tensor_files import SafeReader, read_tensors
+from mmtrain.train.checkpoint.store import load_state
+from mmtrain.train.checkpoint.tensor_files import SafeReader, read_tensors
 
 
 def last_checkpoint(folder: Path) -> Path:

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import mmtrain.train.checkpoint as checkpoint
+import mmtrain.train.checkpoint.store as checkpoint
 import mmtrain.train.session  # noqa: F401 - so that a server which preloads this module has imported all
-from mmtrain.data.series import SeriesWindows
+from mmtrain.data.series.table_source import SeriesWindows
 from mmtrain.models.tsm2 import TSM2
 from mmtrain.tasks import Batch, StepKey
 from mmtrain.tasks.forecasting import Forecasting
-from mmtrain.train.checkpoint import CheckpointStore
-from mmtrain.train.staging import Stage
+from mmtrain.train.checkpoint.store import CheckpointStore
+from mmtrain.train.checkpoint.tensor_files import Stage
 
 
 @dataclass(frozen=True)

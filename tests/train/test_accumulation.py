@@ -11,7 +11,7 @@ from ranks_apart import run_ranks
 
 from mmtrain.config import load_config
 from mmtrain.errors import UserError
-from mmtrain.train.micro_batches import micro_batches
+from mmtrain.train.build import micro_batches
 
 
 @pytest.mark.parametrize(

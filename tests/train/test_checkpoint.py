@@ -15,9 +15,8 @@ import torch
 
 from mmtrain.errors import UserError
 from mmtrain.parallel.ranks import Ranks
-from mmtrain.train.checkpoint import CheckpointStore, load_state
-from mmtrain.train.manifest import verify
-from mmtrain.train.tensor_files import read_tensors
+from mmtrain.train.checkpoint.store import CheckpointStore, load_state, verify
+from mmtrain.train.checkpoint.tensor_files import read_tensors
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

@@ -13,7 +13,7 @@ from compare import last_checkpoint, same_end
 from faults import Kill, NoManifest, NoStaging, SmallFiles
 from ranks_apart import Ended, Fault, run_ranks
 
-from mmtrain.train.manifest import verify
+from mmtrain.train.checkpoint.store import verify
 
 OPTIONS = ("train.max_steps=12", "eval.every_steps=6", "checkpoint.every_steps=2", "train.ema_decay=0.9")
 #: The disk of these tests, in KiB: three checkpoints fit and the fourth does not.
@@ -104,7 +104,7 @@ def test_a_best_checkpoint_that_is_damaged_is_said_and_the_last_is_tested(
 
 
 def _claim(checkpoint: Path, was: str, now: str) -> None:
-    from mmtrain.train.manifest import entries_of, write_manifest
+    from mmtrain.train.checkpoint.store import entries_of, write_manifest
 
     state = checkpoint / "state.json"
     state.write_text(state.read_text().replace(was, now))

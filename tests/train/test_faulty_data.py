@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mmtrain.config import load_config
-from mmtrain.data.tarindex import index_shard
+from mmtrain.data.images.tar_index import index_shard
 from mmtrain.errors import UserError
 from mmtrain.report import write_report
 from mmtrain.train.session import train

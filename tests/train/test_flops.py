@@ -10,8 +10,7 @@ from mmtrain.config import RunConfig, SyntheticDataConfig, TSM2Config, ViM2Confi
 from mmtrain.config.models import preset
 from mmtrain.errors import UserError
 from mmtrain.train import flops
-from mmtrain.train.flops import Utilization, sample_flops
-from mmtrain.train.peaks import peak_by_name, peak_flops
+from mmtrain.train.flops import Utilization, peak_by_name, peak_flops, sample_flops
 
 
 def linear(rows: int, inside: int, out: int) -> int:

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from mmtrain.config import load_config
-from mmtrain.data.borders import SplitRule
 from mmtrain.data.prepare.panel import prepare_panel
+from mmtrain.data.series.split import SplitRule
 from mmtrain.errors import UserError
-from mmtrain.inference import forecast, load_trained
+from mmtrain.inference.panels import forecast_panel
+from mmtrain.inference.trained import forecast, load_trained
 from mmtrain.models.tsm2 import Forecasts
-from mmtrain.panel_forecast import forecast_panel
 from mmtrain.tasks import StepKey, build_task
 from mmtrain.tasks.forecasting import Forecasting
 from mmtrain.train.session import train

@@ -53,8 +53,8 @@ def test_two_bad_steps_in_a_row_end_both_ranks_with_one_message(
 def test_a_bad_sample_is_named_in_whichever_micro_batch_it_is(
     series: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmtrain.data.order import Order
-    from mmtrain.data.series import SeriesWindows
+    from mmtrain.data.core.order import Order
+    from mmtrain.data.series.table_source import SeriesWindows
 
     monkeypatch.setattr(SeriesWindows, "fetch", SeriesWindows.fetch)  # put back afterwards
     config = load_config(series, (*SHORT, "train.max_bad_steps=1"))

@@ -19,9 +19,8 @@ from mmtrain.inspect.averaging import averaging_matrices
 from mmtrain.models import build_model
 from mmtrain.models.averaging import MixerStack, WeightedAverage
 from mmtrain.parallel.ranks import Ranks
-from mmtrain.train import stragglers
-from mmtrain.train.health import averaging_norms, memory_peak
-from mmtrain.train.stragglers import Straggler, StragglerWatch, slowest
+from mmtrain.train import meter
+from mmtrain.train.meter import Straggler, StragglerWatch, averaging_norms, memory_peak, slowest
 
 SIZES = {"dims": [8, 16], "token_mixers": [4, 2], "channel_expand": [1, 1], "num_classes": 3}
 
@@ -138,8 +137,8 @@ def test_alone_nobody_is_slow() -> None:
 
 def test_the_warning_comes_once_in_a_while(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now, seconds = [1000.0], [1.0, 1.0, 1.25]
-    monkeypatch.setattr(stragglers.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(stragglers, "stragglers", lambda ranks, busy: slowest(seconds))
+    monkeypatch.setattr(meter.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(meter, "stragglers", lambda ranks, busy: slowest(seconds))
     watch, other = (StragglerWatch(Ranks(rank, 3, torch.device("cpu"))) for rank in (0, 1))
     with caplog.at_level(logging.WARNING, "mmtrain"):
         watch.check(1.0)

@@ -8,8 +8,7 @@ from torch import nn
 
 from mmtrain.config import OptimConfig
 from mmtrain.models import create_model
-from mmtrain.train.ema import WeightAverage
-from mmtrain.train.optim import build_optimizer, learning_rate
+from mmtrain.train.optim import WeightAverage, build_optimizer, learning_rate
 
 
 def test_state_parameters_gains_and_averages_do_not_decay() -> None:

@@ -12,7 +12,7 @@ from ranks_apart import run_ranks
 from mmtrain.config import load_config
 from mmtrain.errors import UserError
 from mmtrain.tasks.forecasting import Forecasting
-from mmtrain.train.checkpoint import load_state
+from mmtrain.train.checkpoint.store import load_state
 from mmtrain.train.session import train
 
 BATCH = 32

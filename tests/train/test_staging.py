@@ -8,9 +8,8 @@ import torch
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
 from mmtrain.parallel.ranks import Ranks, joined
-from mmtrain.train.checkpoint import CheckpointStore
-from mmtrain.train.staging import Stage
-from mmtrain.train.tensor_files import read_tensors
+from mmtrain.train.checkpoint.store import CheckpointStore
+from mmtrain.train.checkpoint.tensor_files import Stage, read_tensors
 
 
 def parts(value: float) -> dict[str, dict[str, torch.Tensor]]:

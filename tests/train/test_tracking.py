@@ -16,9 +16,9 @@ from ranks_apart import run_ranks
 
 from mmtrain.config import load_config
 from mmtrain.errors import UserError
+from mmtrain.runs import folder as run_folder
+from mmtrain.runs.folder import LIMIT, code_diff
 from mmtrain.tasks.forecasting import Forecasting
-from mmtrain.train import run_folder
-from mmtrain.train.code_diff import LIMIT, code_diff
 from mmtrain.train.loop import Outcome
 from mmtrain.train.session import train
 
@@ -193,7 +193,7 @@ def test_without_a_key_the_run_is_recorded_offline_and_says_so_once(
 
 def test_a_key_in_the_netrc_file_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
-    from mmtrain.train.trackers.wandb_run import has_key
+    from mmtrain.train.trackers.wandb import has_key
 
     assert not has_key()
     file = tmp_path / "netrc"

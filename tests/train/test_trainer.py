@@ -11,9 +11,9 @@ import torch
 
 from mmtrain.config import load_config
 from mmtrain.errors import UserError
-from mmtrain.inference import load_trained
+from mmtrain.inference.trained import load_trained
+from mmtrain.train.checkpoint.store import verify
 from mmtrain.train.loop import Outcome
-from mmtrain.train.manifest import verify
 from mmtrain.train.session import train
 
 

@@ -17,7 +17,7 @@ from mmtrain.errors import UserError
 
 @dataclass(frozen=True)
 class BoxEncoder:
-    """An image and the annotations of that image (``.json``, see ``mmtrain.data.targets.read_detection``)."""
+    """An image and the annotations of that image (``.json``, see ``mmtrain.data.images.targets.read_detection``)."""
 
     quality: int = QUALITY
     labelled: ClassVar[bool] = False

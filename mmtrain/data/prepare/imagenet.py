@@ -10,9 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmtrain.data.prepare.encode import QUALITY, ClassEncoder, Item
+from mmtrain.data.prepare.imagenet_classes import (
+    WNID,
+    official_wnids,
+    read_devkit,
+    read_lines,
+    read_names,
+    read_val_labels,
+)
 from mmtrain.data.prepare.images import SUFFIXES
-from mmtrain.data.prepare.synsets import WNID, official_wnids, read_devkit, read_lines, read_names
-from mmtrain.data.prepare.val_labels import read_val_labels
 from mmtrain.data.prepare.writer import Prepared, existing, write_dataset
 from mmtrain.errors import UserError
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmtrain.data.borders import SplitRule
-from mmtrain.data.holes import fill_column
 from mmtrain.data.prepare.arrow import batches, numbers_of, rows_of, schema_of
 from mmtrain.data.prepare.panel import PreparedPanel, write_panel
 from mmtrain.data.prepare.panel_writer import Layout, Series
-from mmtrain.data.table import read_frame
-from mmtrain.data.timeline import UNITS, Step, Timeline
+from mmtrain.data.series.split import SplitRule
+from mmtrain.data.series.table import read_frame
+from mmtrain.data.series.timeline import UNITS, Step, Timeline
+from mmtrain.data.series.windows import fill_column
 from mmtrain.errors import UserError
 
 if TYPE_CHECKING:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmtrain.data.borders import SplitRule
-from mmtrain.data.panel import FORMAT, KIND
-from mmtrain.data.prepare.existing import existing_meta
-from mmtrain.data.prepare.folder import complete_or_absent
+from mmtrain.data.prepare.output import complete_or_absent, existing_meta
 from mmtrain.data.prepare.panel_writer import Layout, PanelWriter, Series
+from mmtrain.data.series.panel import FORMAT, KIND
+from mmtrain.data.series.split import SplitRule
 from mmtrain.errors import UserError
 
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from mmtrain.data.prepare.arrow import batches, numbers_of, schema_of, table_files
 from mmtrain.data.prepare.panel_writer import Layout, Series
-from mmtrain.data.table import TIME_NAMES, read_table
-from mmtrain.data.timeline import Step, Timeline, step_of
+from mmtrain.data.series.table import TIME_NAMES, read_table
+from mmtrain.data.series.timeline import Step, Timeline, step_of
 from mmtrain.errors import UserError, nearest
 
 if TYPE_CHECKING:

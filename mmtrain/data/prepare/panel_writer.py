@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mmtrain.data.borders import SplitRule
-from mmtrain.data.holes import FILLS, fill_column
-from mmtrain.data.panel import FORMAT, KIND, Panel, open_panel
-from mmtrain.data.panel_scalers import fit_scalers
-from mmtrain.data.timeline import Timeline
+from mmtrain.data.series.panel import FORMAT, KIND, Panel, open_panel
+from mmtrain.data.series.panel_inputs import fit_scalers
+from mmtrain.data.series.split import SplitRule
+from mmtrain.data.series.timeline import Timeline
+from mmtrain.data.series.windows import FILLS, fill_column
 from mmtrain.errors import UserError, nearest
 
 Floats = NDArray[np.float32]

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmtrain.data.prepare.encode import QUALITY, BadSample, Encoded, Item, encode_image, read_file, shrunk, to_bytes
+from mmtrain.data.prepare.imagenet_classes import read_lines
 from mmtrain.data.prepare.images import SUFFIXES
-from mmtrain.data.prepare.synsets import read_lines
 from mmtrain.data.prepare.writer import Prepared, existing, write_dataset
 from mmtrain.errors import UserError
 

@@ -18,14 +18,20 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from mmtrain.data.order import mix64
-from mmtrain.data.prepare.encode import BadSample, ClassEncoder, Encoder, Item
-from mmtrain.data.prepare.existing import existing_meta
-from mmtrain.data.prepare.finished import Finished, Ledger, recipe_digest, sources_digest
-from mmtrain.data.prepare.folder import complete_or_absent
-from mmtrain.data.prepare.pool import run_jobs
-from mmtrain.data.prepare.progress import progress
-from mmtrain.data.tarindex import index_shard
+from mmtrain.data.core.order import mix64
+from mmtrain.data.images.tar_index import index_shard
+from mmtrain.data.prepare.encode import (
+    BadSample,
+    ClassEncoder,
+    Encoder,
+    Finished,
+    Item,
+    Ledger,
+    recipe_digest,
+    sources_digest,
+)
+from mmtrain.data.prepare.output import complete_or_absent, existing_meta
+from mmtrain.data.prepare.pool import progress, run_jobs
 from mmtrain.errors import UserError
 
 FORMAT = 1

@@ -24,11 +24,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from mmtrain.ops.triton import tuning
-from mmtrain.ops.triton.kernels.conv import conv_backward, conv_forward
-from mmtrain.ops.triton.kernels.merge import gate_backward, merge_directions
-from mmtrain.ops.triton.kernels.scan_backward import scan_backward
-from mmtrain.ops.triton.kernels.scan_forward import scan_forward
-from mmtrain.ops.triton.kernels.scan_split import split_carry, split_local
+from mmtrain.ops.triton.conv_kernels import conv_backward, conv_forward, gate_backward, merge_directions
+from mmtrain.ops.triton.scan_backward_kernels import scan_backward
+from mmtrain.ops.triton.scan_kernels import scan_forward, split_carry, split_local
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = ("fp32", "bf16", "fp16")

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mmtrain.ops.triton import tuning
-from mmtrain.ops.triton.kernels.conv import conv_backward, conv_forward
-from mmtrain.ops.triton.layout import minor, on_its_device, returned
+from mmtrain.ops.triton.conv_kernels import conv_backward, conv_forward
+from mmtrain.ops.triton.tuning import minor, on_its_device, returned
 
 WIDEST = 8  # taps
 SEGMENT = 128  # positions that a backward program walks in one go

@@ -13,17 +13,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mmtrain.ops.triton import tuning
-from mmtrain.ops.triton.layout import minor, returned
-from mmtrain.ops.triton.scan_launch import (
-    Problem,
-    Sums,
-    batch_slices,
-    dense,
-    merge,
-    run_backward,
-    run_forward,
-    ungate,
-)
+from mmtrain.ops.triton.scan_launch import Problem, Sums, batch_slices, dense, merge, run_backward, run_forward, ungate
+from mmtrain.ops.triton.tuning import minor, returned
 
 
 def _problem(u: Tensor, B: Tensor, softplus: bool, height: int, width: int, orders: list[int]) -> Problem:
@@ -49,7 +40,7 @@ def directional_scan_fwd(
     save: bool,
     want_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See the module's head, and :mod:`mmtrain.ops.triton.door` for the arguments."""
+    """See the module's head, and :mod:`mmtrain.ops.triton.api` for the arguments."""
     problem = _problem(u, B, delta_softplus, height, width, orders)
     batch, directions, dim, length = delta.shape
     out = u.new_empty(batch, length, dim)

@@ -14,12 +14,10 @@ import triton
 from torch import Tensor
 
 from mmtrain.ops.triton import tuning
-from mmtrain.ops.triton.kernels.merge import gate_backward, merge_directions
-from mmtrain.ops.triton.kernels.scan_backward import scan_backward
-from mmtrain.ops.triton.kernels.scan_forward import scan_forward
-from mmtrain.ops.triton.kernels.scan_split import split_carry, split_local
-from mmtrain.ops.triton.layout import on_its_device
-from mmtrain.ops.triton.tuning import Launch
+from mmtrain.ops.triton.conv_kernels import gate_backward, merge_directions
+from mmtrain.ops.triton.scan_backward_kernels import scan_backward
+from mmtrain.ops.triton.scan_kernels import scan_forward, split_carry, split_local
+from mmtrain.ops.triton.tuning import Launch, on_its_device
 
 BUFFER_BYTES = 512 * 2**20  # per-direction results are kept for so many batch entries at a time
 MERGE_BLOCK = 1024

@@ -1,4 +1,6 @@
-"""Launch configurations: how many channels, warps and positions at a time, by kernel, state size and architecture.
+"""Memory layouts (the kernels read and write channels-last), and the GPU to launch on.
+
+Launch configurations: how many channels, warps and positions at a time, by kernel, state size and architecture.
 
 They are looked up in ``launch_table.json``, never searched for while training runs: a search in the middle of a
 training step takes seconds, differs from rank to rank, and may pick another order of summation in another run.
@@ -10,11 +12,47 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
+    """With the GPU of its first tensor as the current one: Triton launches there, wherever the tensors are."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        tensor = next(a for a in args if isinstance(a, Tensor))
+        with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+            return function(*args, **kwargs)
+
+    return run
+
+
+def minor(tensor: Tensor) -> Tensor:
+    """``tensor``, or a copy, with its last dimension but one adjacent in memory."""
+    if tensor.stride(-2) == 1 or tensor.shape[-2] == 1:
+        return tensor
+    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def positions_adjacent(tensor: Tensor) -> bool:
+    """Whether (..., D, L) is laid out along positions; then the result is, too."""
+    return tensor.stride(-1) == 1 and tensor.stride(-2) != 1
+
+
+def returned(dense: Tensor, like: Tensor) -> Tensor:
+    """(..., L, D) dense as (..., D, L) in the layout of ``like``."""
+    out = dense.transpose(-1, -2)
+    return out.contiguous() if positions_adjacent(like) else out
+
 
 TABLE = Path(__file__).with_name("launch_table.json")
 STATES = (1, 4, 16, 64, 256)  # classes of state size: the smallest that holds N

@@ -6,11 +6,9 @@ import importlib.util
 
 from mmtrain.config import RunConfig
 from mmtrain.errors import SharedError
-from mmtrain.train.run_folder import RunFolder
-from mmtrain.train.trackers.base import Outlet
-from mmtrain.train.trackers.json_lines import JsonLines, read_metrics
-from mmtrain.train.trackers.tensorboard import TensorBoard
-from mmtrain.train.trackers.wandb_run import WandbRun
+from mmtrain.runs.folder import RunFolder
+from mmtrain.train.trackers.base import JsonLines, Outlet, TensorBoard, read_metrics
+from mmtrain.train.trackers.wandb import WandbRun
 
 __all__ = ["JsonLines", "Outlet", "TensorBoard", "WandbRun", "check_installed", "open_outlets", "read_metrics"]
 

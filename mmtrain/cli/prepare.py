@@ -1,0 +1,283 @@
+"""``mmtrain data prepare panel`` and ``m5``: many series into memory-mapped shards.
+
+``mmtrain data prepare`` for the public image datasets.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmtrain.cli.options import Force, Out, Workers
+from mmtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from mmtrain.data.prepare.panel import PreparedPanel
+    from mmtrain.data.prepare.writer import Prepared
+    from mmtrain.data.series.split import SplitRule
+
+SplitName = Annotated[
+    str | None, typer.Option("--split", help="ratio, date or last: only needed where none of the next three is given.")
+]
+Ratios = Annotated[str | None, typer.Option(metavar="A,B,C", help="Parts for training, validation and test.")]
+Dates = Annotated[str | None, typer.Option(metavar="A,B", help="The first dates of validation and of test.")]
+Last = Annotated[str | None, typer.Option(metavar="A,B", help="The last steps of validation and of test.")]
+
+
+def names(text: str | None) -> list[str]:
+    """From "a,b"."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def split_rule(kind: str | None, ratios: str | None, dates: str | None, last: str | None) -> SplitRule | None:
+    """The split of the options; None where none is given.
+
+    Raises:
+        UserError: for options that contradict each other, or hold no numbers.
+    """
+    from mmtrain.data.series.split import SplitRule
+
+    given = {"ratio": ratios, "date": dates, "last": last}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1 or (kind in given and named and named != [kind]):
+        raise UserError(f"--split {kind or ''}: give one of --ratios, --dates and --last")
+    kind = kind or (named[0] if named else None)
+    if kind is None:
+        return None
+    if kind in ("etth", "ettm"):
+        return SplitRule(kind)
+    if kind not in given:
+        raise UserError(f"--split {kind}: choose ratio, date or last (a table also etth or ettm)")
+    parts = names(given[kind])
+    if kind != "ratio" and not parts:
+        raise UserError(f"--split {kind}: give --{'dates' if kind == 'date' else 'last'} A,B")
+    try:
+        numbers = [] if kind == "date" else [float(part) if kind == "ratio" else int(part) for part in parts]
+    except ValueError:
+        raise UserError(f"--{'ratios' if kind == 'ratio' else 'last'} {given[kind]}: numbers with commas") from None
+    return SplitRule.make(kind, numbers or [0.7, 0.1, 0.2], parts, numbers)
+
+
+def prepare_panel_command(
+    root: Annotated[Path, typer.Option(help="A CSV or parquet file, or a folder of them.")],
+    out: Out,
+    id: Annotated[
+        str | None, typer.Option(help="The column that tells series apart (default: id, unique_id, ...).")
+    ] = (None),
+    time: Annotated[str, typer.Option(help="The time column, or none: rows as they come.")] = "date",
+    columns: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="What to forecast (default: the rest).")
+    ] = None,
+    known: Annotated[str | None, typer.Option(metavar="A,B,...", help="Columns known in advance.")] = None,
+    static: Annotated[str | None, typer.Option(metavar="A,B,...", help="Columns that do not change in a series.")] = (
+        None
+    ),
+    calendar: Annotated[
+        Path | None, typer.Option(help="A table of dates and of columns known in advance, the same for all series.")
+    ] = None,
+    start: Annotated[str | None, typer.Option(help="Wide: the time of the first step, such as 2011-01-29.")] = None,
+    step: Annotated[
+        str | None, typer.Option(help="The step: 15min, h, D, W, M, Q, Y (default: the usual one).")
+    ] = None,
+    missing: Annotated[str, typer.Option(help="Holes: keep (data.missing=mask), ffill, interpolate or zero.")] = "keep",
+    duplicates: Annotated[
+        str, typer.Option(help="A time twice in a series: error, or last (the last row counts).")
+    ] = "error",
+    split: SplitName = None,
+    ratios: Ratios = None,
+    dates: Dates = None,
+    last: Last = None,
+    shard_mb: Annotated[int, typer.Option(help="MiB of a shard, about.")] = 64,
+    force: Force = False,
+) -> None:
+    """Tables of many series into memory-mapped shards, for data.kind=panel.
+
+    Long (a row for each series and time), wide (a row for each series, a column for each step; no time column), or a
+    folder with a file for each series (no id column). The scalers are fitted for the split given (ratio 0.7,0.1,0.2
+    otherwise).
+
+    \b
+    For example:
+        mmtrain data prepare panel --root sales.csv --out data/sales --id shop \\
+            --columns sold --known price --static city --last 28,28
+    """
+    from mmtrain.data.prepare.panel import prepare_panel
+    from mmtrain.data.series.split import SplitRule
+
+    done = prepare_panel(
+        root,
+        out,
+        split=split_rule(split, ratios, dates, last) or SplitRule("ratio", parts=(0.7, 0.1, 0.2)),
+        id_column=id,
+        time_column=None if time == "none" else time,
+        columns=names(columns) or None,
+        known=names(known),
+        static=names(static),
+        calendar=calendar,
+        start=start,
+        step=step,
+        missing=missing,
+        duplicates=duplicates,
+        shard_mb=shard_mb,
+        force=force,
+    )
+    _tell(done)
+
+
+def prepare_m5_command(
+    root: Annotated[Path, typer.Option(help="Folder with sales.parquet, prices_cents_wide.parquet, calendar.csv.")],
+    out: Out,
+    days: Annotated[int, typer.Option(help="Days of the test split, and of validation before it.")] = 28,
+    force: Force = False,
+) -> None:
+    """M5: daily sales of 30,490 products with prices, events and SNAP days, for configs/tsm2_m5.yaml.
+
+    sales.parquet has the columns id, item_id, dept_id, cat_id, store_id, state_id, d_1, d_2, ... (M5's
+    sales_train_evaluation.csv as parquet); prices_cents_wide.parquet a row for each of its rows and a column w11101,
+    ... for each week, in cents, 0 where there is none (from sell_prices.csv); calendar.csv is M5's own.
+    """
+    from mmtrain.data.prepare.m5 import prepare_m5
+
+    _tell(prepare_m5(root, out, days=days, force=force))
+
+
+def _tell(done: PreparedPanel) -> None:
+    counts = done.meta["counts"]
+    notes = {
+        "holes": "holes kept (data.missing=mask)",
+        "filled": "holes filled",
+        "known_filled": "holes in known columns filled",
+        "ahead": "rows known ahead",
+        "empty": "empty series left out",
+    }
+    said = "".join(f"; {counts[key]} {text}" for key, text in notes.items() if counts[key])
+    state = "written" if done.fresh else "was there already, nothing to do"
+    typer.echo(
+        f"{done.out}: {counts['series']} series of {counts['shortest']} to {counts['longest']} rows, {counts['rows']} "
+        f"in all, {done.meta['shards']} shard(s){said}; {state}"
+    )
+
+
+Size = Annotated[int | None, typer.Option(help="Shrink images whose shorter side is longer than this (pixels).")]
+Quality = Annotated[int, typer.Option(help="Of the JPEGs that are made anew, 1 to 100.")]
+ShardSize = Annotated[int, typer.Option(help="Samples in a shard, at most.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be used: OUT/skipped.txt lists it.")]
+
+
+def add_commands(prepare: typer.Typer) -> None:
+    """Register the commands of this module."""
+    prepare.command("imagenet")(imagenet_command)
+    prepare.command("segmentation")(segmentation_command)
+    prepare.command("coco")(coco_command)
+
+
+def imagenet_command(
+    root: Annotated[Path, typer.Option(help="Holds train/WNID and val, or Kaggle's ILSVRC/Data/CLS-LOC.")],
+    out: Out,
+    image_size: Size = None,
+    quality: Quality = 95,
+    shard_size: ShardSize = 1000,
+    workers: Workers = None,
+    expect: Annotated[str, typer.Option(help="full: every image must be there; any: take what is.")] = "full",
+    val_labels: Annotated[
+        Path | None, typer.Option(help="Classes of a flat val folder, a line an image, or Kaggle's list.")
+    ] = None,
+    devkit: Annotated[
+        Path | None, typer.Option(help="meta.mat of the devkit, if --val-labels holds its ILSVRC ids.")
+    ] = None,
+    skip_bad: SkipBad = False,
+    force: Force = False,
+) -> None:
+    """ImageNet (ILSVRC 2012) into tar shards; goes on where it was interrupted."""
+    from mmtrain.data.prepare.imagenet import prepare_imagenet
+
+    done = prepare_imagenet(
+        root,
+        out,
+        image_size=image_size,
+        quality=quality,
+        shard_size=shard_size,
+        workers=workers,
+        expect=expect,
+        val_labels=val_labels,
+        devkit=devkit,
+        skip_bad=skip_bad,
+        force=force,
+    )
+    tell(done)
+
+
+def segmentation_command(
+    root: Annotated[Path, typer.Option(help="Holds images/train and annotations/train, or train and trainannot.")],
+    out: Out,
+    classes: Annotated[Path | None, typer.Option(help="A file with the classes' names, one a line.")] = None,
+    ignore: Annotated[
+        list[int] | None, typer.Option(help="A number that is no class (default: 255); may be repeated.")
+    ] = None,
+    zero_is_void: Annotated[
+        bool, typer.Option("--zero-is-void", help="0 becomes 255 and n becomes n - 1, as is usual for ADE20K.")
+    ] = False,
+    image_size: Size = None,
+    quality: Quality = 95,
+    shard_size: ShardSize = 1000,
+    workers: Workers = None,
+    skip_bad: SkipBad = False,
+    force: Force = False,
+) -> None:
+    """Images and masks (a class number for each pixel) into tar shards."""
+    from mmtrain.data.prepare.segmentation import VOID, prepare_segmentation
+
+    done = prepare_segmentation(
+        root,
+        out,
+        classes=classes,
+        ignore=ignore or [VOID],
+        zero_is_void=zero_is_void,
+        image_size=image_size,
+        quality=quality,
+        shard_size=shard_size,
+        workers=workers,
+        skip_bad=skip_bad,
+        force=force,
+    )
+    tell(done)
+
+
+def coco_command(
+    images: Annotated[Path, typer.Option(help="Folder of the training images.")],
+    annotations: Annotated[Path, typer.Option(help="Their annotations, such as instances_train2017.json.")],
+    out: Out,
+    val_images: Annotated[Path | None, typer.Option(help="Folder of the validation images.")] = None,
+    val_annotations: Annotated[Path | None, typer.Option(help="Their annotations.")] = None,
+    shard_size: ShardSize = 1000,
+    workers: Workers = None,
+    skip_bad: SkipBad = False,
+    force: Force = False,
+) -> None:
+    """Images with boxes and outlines in COCO's format into tar shards."""
+    from mmtrain.data.prepare.coco import prepare_coco
+
+    done = prepare_coco(
+        images,
+        annotations,
+        out,
+        val_images=val_images,
+        val_annotations=val_annotations,
+        shard_size=shard_size,
+        workers=workers,
+        skip_bad=skip_bad,
+        force=force,
+    )
+    tell(done)
+
+
+def tell(done: Prepared) -> None:
+    """What is in the dataset, in a line; and what is not."""
+    counts = ", ".join(f"{count} {split}" for split, count in done.meta["counts"].items())
+    state = "written" if done.fresh else "was there already, nothing to do"
+    classes = f"{len(done.meta['classes'])} classes" if "classes" in done.meta else "classes without names"
+    typer.echo(f"{done.out}: {counts}; {classes}; {state}")
+    if skipped := done.meta.get("skipped"):
+        typer.echo(f"{skipped} could not be used and were left out: {done.out / 'skipped.txt'}", err=True)

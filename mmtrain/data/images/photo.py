@@ -1,0 +1,280 @@
+"""Bytes of an image file → a PIL image in RGB (or grey) with 8 bits a channel, upright.
+
+An encoded image whose size is known at once and whose pixels are decoded when a part of them is wanted.
+
+A JPEG is decoded by libjpeg-turbo at a half, a quarter or an eighth of its size where the part wanted is that much
+larger than what it is to become (scaled inverse DCT): a crop for 224 pixels never decodes 4 megapixels whole.
+
+Random resized crop, flip and erasing as functions of samples' keys: the usual distributions, any number of workers.
+
+The crop is that of Szegedy et al. 2015 as torchvision and timm draw it, the erasing that of Zhong et al. 2017 as timm
+does; only where the random numbers come from is ours.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmtrain.data.core.order import mix64
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+#: The most pixels of an image: Pillow's own limit, beyond which it takes a file for an attack.
+MOST_PIXELS = 2 * (1024**3 // 4 // 3)
+
+_ORIENTATION = 0x0112  # the EXIF tag
+
+
+def decode(content: bytes, channels: int = 3) -> Image:
+    """Decode fully and convert to RGB (``channels=3``) or L (``channels=1``); alpha is dropped.
+
+    16-bit greys are scaled to 8 bits; PIL alone would clip them at 255. A photo that its camera marked as turned (EXIF)
+    is turned upright. Raises ValueError if it cannot be decoded.
+    """
+    from PIL import Image, ImageOps
+
+    mode = _mode(channels)
+    try:
+        image: Image.Image = Image.open(io.BytesIO(content))
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"{image.width} × {image.height} pixels are more than {MOST_PIXELS}")
+        image.load()
+        if orientation(content) != 1:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # I;16, I;16B, and I in older versions of PIL
+            grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+            image = Image.fromarray((grey >> 8).astype(np.uint8))
+        elif image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # PIL asks for this detour
+        return image if image.mode == mode else image.convert(mode)
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL's plugins raise almost anything for damaged files
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def orientation(content: bytes) -> int:
+    """How a JPEG is to be turned, by its EXIF tag of that name: 1 (not at all) to 8."""
+    if b"Exif\0\0" not in content[:4096]:
+        return 1
+    from PIL import Image
+
+    try:
+        found = Image.open(io.BytesIO(content)).getexif().get(_ORIENTATION, 1)
+    except Exception:  # a damaged tag turns nothing
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def _mode(channels: int) -> str:
+    if channels not in (1, 3):
+        raise ValueError(f"images have 1 or 3 channels, not {channels}")
+    return "RGB" if channels == 3 else "L"
+
+
+Pixels = NDArray[np.uint8]  # (height, width, channels)
+
+#: Colours that simplejpeg turns into RGB or grey. CMYK is left to Pillow, which knows Adobe's inverted ones.
+_SPACES = ("YCbCr", "Gray")
+
+
+class Box(NamedTuple):
+    """A part of an image, in pixels."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+class Undecodable(ValueError):
+    """The image at ``place`` of a batch cannot be decoded."""
+
+    def __init__(self, place: int, reason: object) -> None:
+        super().__init__(str(reason))
+        self.place = place
+
+
+class Photo:
+    """Bytes of an image file, of which the header is read. Raises ValueError for what cannot be decoded."""
+
+    def __init__(self, content: bytes, channels: int = 3) -> None:
+        self.content, self.channels = content, channels
+        self._image: Image | None = None
+        self._jpeg = _jpeg_size(content)
+        if self._jpeg is None:
+            self._image = decode(content, channels)
+
+    @classmethod
+    def of(cls, image: Photo | Image, channels: int = 3) -> Photo:
+        """``image`` itself, or a decoded one in RGB or L."""
+        if isinstance(image, Photo):
+            return image
+        made = cls.__new__(cls)
+        made.content, made.channels, made._image, made._jpeg = b"", channels, image, None
+        return made
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+        if self._jpeg is not None:
+            return self._jpeg
+        assert self._image is not None
+        return self._image.size
+
+    def whole(self) -> Image:
+        """All of it, at its own size."""
+        if self._image is None:
+            from PIL import Image as images
+
+            pixels = self._decode()
+            self._image = decode(self.content, self.channels) if pixels is None else images.fromarray(_flat(pixels))
+        return self._image
+
+    def part(self, box: Box, size: int) -> Pixels:
+        """(at least ``size`` × ``size``, channels): the pixels in ``box``, no smaller than they have to be.
+
+        The part comes at its own size, or at 1/2, 1/4 or 1/8 of it where both of its sides stay ``size`` or more.
+        """
+        halvings = min(3, max(0, int(np.log2(max(min(box.width, box.height), 1) / size)))) if self._jpeg else 0
+        pixels = self._decode(halvings) if self._image is None else None
+        if pixels is None:
+            pixels = np.array(self.whole())
+            pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+        x, y = pixels.shape[1] / self.size[0], pixels.shape[0] / self.size[1]
+        left, top = round(box.left * x), round(box.top * y)
+        right, bottom = round((box.left + box.width) * x), round((box.top + box.height) * y)
+        return pixels[top : max(bottom, top + 1), left : max(right, left + 1)]
+
+    def _decode(self, halvings: int = 0) -> Pixels | None:
+        """The JPEG at 1/2**halvings of its size; None where Pillow has to say what is wrong with it, or nothing is."""
+        import simplejpeg
+
+        if self._jpeg is None:
+            return None
+        width, height = (-(-side // 2**halvings) for side in self._jpeg)
+        try:
+            pixels: Pixels = simplejpeg.decode_jpeg(
+                self.content,
+                colorspace="RGB" if self.channels == 3 else "GRAY",
+                min_width=width if halvings else 0,
+                min_height=height if halvings else 0,
+            )
+        except ValueError:
+            return None  # also for stray bytes, which harm nothing
+        return pixels
+
+
+def resized(pixels: Pixels, size: int, mode: str = "bicubic") -> Pixels:
+    """(size, size, C): ``pixels`` (h, w, C) by antialiased "bicubic" or "bilinear" interpolation, as Pillow's."""
+    import torch
+
+    if pixels.shape[:2] == (size, size):
+        return pixels
+    given = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    made = torch.nn.functional.interpolate(given, (size, size), mode=mode, antialias=True)
+    return made[0].permute(1, 2, 0).numpy()
+
+
+def _flat(pixels: Pixels) -> NDArray[np.uint8]:
+    return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+
+
+def _jpeg_size(content: bytes) -> tuple[int, int] | None:
+    """Width and height of a JPEG that simplejpeg decodes as it is; None for all else."""
+    if not content.startswith(b"\xff\xd8") or orientation(content) != 1:
+        return None
+    import simplejpeg
+
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(content, strict=False)
+    except ValueError:
+        return None
+    if space not in _SPACES or width * height > MOST_PIXELS:
+        return None
+    return width, height
+
+
+Keys = NDArray[np.uint64]
+
+#: Of a random resized crop: part of the area, width over height, tries before the middle of the image.
+SCALE, RATIO, TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
+#: Draws of a key: crops take the first 4 · tries, then the flip; erasing and everything else begins at 64.
+FLIP_DRAW, _ERASE = 4 * TRIES, 64
+
+
+def uniform(keys: Keys, number: int | NDArray[np.int64]) -> NDArray[np.float64]:
+    """Draw ``number`` of each key (broadcast), uniform in [0, 1), float64."""
+    return (mix64(keys, number) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def random_crops(
+    keys: Keys,
+    sizes: Sequence[tuple[int, int]],
+    scale: tuple[float, float] = SCALE,
+    ratio: tuple[float, float] = RATIO,
+) -> list[Box]:
+    """For each key and (width, height) a box of ``scale`` of the area, its width to height log-uniform in ``ratio``.
+
+    Ten tries; then the largest box within ``ratio`` in the middle.
+    """
+    if not len(keys):
+        return []
+    draws = uniform(keys[:, None], np.arange(4 * TRIES)).reshape(len(keys), TRIES, 4)
+    whole = np.asarray(sizes, dtype=np.float64).reshape(-1, 2, 1)
+    area = whole[:, 0] * whole[:, 1] * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
+    aspect = np.exp(np.log(ratio[0]) + np.log(ratio[1] / ratio[0]) * draws[..., 1])
+    width, height = np.floor(np.sqrt(area * aspect) + 0.5), np.floor(np.sqrt(area / aspect) + 0.5)
+    fits = (width <= whole[:, 0]) & (height <= whole[:, 1]) & (np.minimum(width, height) >= 1)
+    top = np.floor(draws[..., 2] * (whole[:, 1] - height + 1))
+    left = np.floor(draws[..., 3] * (whole[:, 0] - width + 1))
+    boxes = np.stack([left, top, width, height], -1).astype(np.int64)
+    first = fits.argmax(1)
+    return [
+        Box(*boxes[n, first[n]].tolist()) if fits[n, first[n]] else _middle(size, ratio) for n, size in enumerate(sizes)
+    ]
+
+
+def _middle(size: tuple[int, int], ratio: tuple[float, float]) -> Box:
+    width, height = size
+    if width / height < ratio[0]:
+        height = min(height, max(1, int(width / ratio[0] + 0.5)))
+    elif width / height > ratio[1]:
+        width = min(width, max(1, int(height * ratio[1] + 0.5)))
+    return Box((size[0] - width) // 2, (size[1] - height) // 2, width, height)
+
+
+def flips(keys: Keys, probability: float) -> NDArray[np.bool_]:
+    """Which samples are mirrored."""
+    return uniform(keys, FLIP_DRAW) < probability
+
+
+def erase(
+    pixels: NDArray[np.uint8], keys: Keys, probability: float, mean: Sequence[float], std: Sequence[float]
+) -> None:
+    """Fill a rectangle of some images with noise, in place: pixels (B, S, S, C).
+
+    2 to 33 % of the area, its height to width log-uniform in 0.3 to 1/0.3, noise normal around ``mean`` with ``std``
+    (of pixels in 0..1), cut off at black and white.
+    """
+    side = pixels.shape[1]
+    for n in np.flatnonzero(uniform(keys, _ERASE) < probability).tolist():
+        for attempt in range(TRIES):
+            at = _ERASE + 1 + 4 * attempt + np.arange(4)
+            share, slant, x, y = uniform(keys[n], at).tolist()
+            area, aspect = side * side * (0.02 + (1 / 3 - 0.02) * share), 0.3 ** (1 - 2 * slant)
+            height, width = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+            if height >= side or width >= side:
+                continue
+            top, left = int(y * (side - height + 1)), int(x * (side - width + 1))
+            # the one generator of numpy whose stream is promised to stay
+            noise = np.random.RandomState(int(keys[n]) & 0xFFFFFFFF).standard_normal((height, width, len(mean)))
+            values = np.rint(255 * (np.asarray(mean) + np.asarray(std) * noise))
+            pixels[n, top : top + height, left : left + width] = values.clip(0, 255)
+            break

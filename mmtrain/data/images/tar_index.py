@@ -1,0 +1,355 @@
+"""Index of WebDataset tar shards: where each sample's image lies and what its label is.
+
+With an index, any sample is one ``pread`` away, which is what lets the data clock start anywhere. The index lies beside
+the shard (``X.tar.idx``, an .npz without pickles) and remembers the shard's size and modification time, and its SHA-256
+where it was read whole. A shard elsewhere (``https://``, ``s3://``, ...) is fetched into a cache, and so is its index.
+
+A sample is the members that share a key (the name up to the first dot of its last part): one image and a ``.cls`` file
+with the class number, or a ``.json`` file with ``"label"``. Other members are left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import tarfile
+import threading
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from io import BufferedReader
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmtrain.data.images.cache import ShardCache, Unreachable
+from mmtrain.errors import UserError
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+_FORMAT = 1
+_META_NAME = re.compile(r"__[^/]*__($|/)")  # WebDataset's own members
+_CURE_SHARD = "copy or prepare the shard again (mmtrain data prepare images --force)"
+#: numpy parses the header of an array as Python source, which Python 3.11 may not do in two threads at once: now and
+#: then it ends in "SystemError: AST constructor recursion depth mismatch" (python/cpython#106905).
+_parsing = threading.Lock()
+_log = logging.getLogger("mmtrain")
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Samples of one shard, in the order of the tar."""
+
+    path: Path | str  # str: an address
+    keys: NDArray[np.str_]  # (n,)
+    offsets: NDArray[np.int64]  # (n,) first byte of the image in the tar
+    sizes: NDArray[np.int64]  # (n,) bytes of the image
+    labels: NDArray[np.int64]  # (n,) class number
+    bytes: int = 0  # of the shard
+    changed: int = 0  # its modification time in ns; 0 for an address
+    digest: str = ""  # its SHA-256; "" where nobody has read it whole
+    fault: str = ""  # why samples are missing, where faults are left out
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def changed_since(self, stat: os.stat_result) -> bool:
+        """Whether the shard, as it is now, is another one than was indexed."""
+        return stat.st_size != self.bytes or (self.changed != 0 and stat.st_mtime_ns != self.changed)
+
+
+class Damaged(UserError):
+    """A shard that cannot be used as it is."""
+
+
+def index_path(shard: Path) -> Path:
+    return shard.with_name(shard.name + ".idx")
+
+
+def index_shard(path: str | Path, *, rebuild: bool = False) -> ShardIndex:
+    """The index of one shard: read from beside it, or made (and written there if the folder allows it).
+
+    Raises UserError for a shard that is missing, truncated, empty, holds a sample twice, without image or without
+    label, or names files outside of the archive.
+    """
+    return index_shards([path], rebuild=rebuild)[0]
+
+
+def index_shards(
+    paths: Sequence[str | Path],
+    *,
+    rebuild: bool = False,
+    digest: bool = False,
+    skip: bool = False,
+    cache: ShardCache | None = None,
+    threads: int = 8,
+) -> list[ShardIndex]:
+    """``index_shard`` for many, in the order given; what needs saying is said once, not once for each shard.
+
+    Args:
+        digest: read each shard whole and note its SHA-256, which a download of it is checked against.
+        skip: take of a damaged or missing shard what there is, and say in its ``fault`` what is missing.
+        cache: for addresses.
+    """
+    makers = [_Maker(path, rebuild, digest, skip, cache) for path in paths]
+    with ThreadPoolExecutor(min(threads, max(1, len(makers)))) as pool:
+        indexes = list(pool.map(_Maker.index, makers))
+    changed = [maker.shard for maker in makers if maker.state == "changed"]
+    unwritten = [maker for maker in makers if maker.unwritten]
+    if changed:
+        _log.warning("%d shard(s) changed since they were indexed, so were indexed again: %s", *_count(changed))
+    if unwritten:
+        _log.warning(
+            "cannot write the index of %d shard(s) (%s); it is kept in memory and made again at every start: %s",
+            len(unwritten),
+            unwritten[0].unwritten,
+            _count([maker.shard for maker in unwritten])[1],
+        )
+    return indexes
+
+
+def _count(paths: list[Path | str]) -> tuple[int, str]:
+    return len(paths), str(paths[0]) + (", ..." if len(paths) > 1 else "")
+
+
+class _Maker:
+    """How one index comes: ``state`` is "read", "made" or "changed", ``unwritten`` why it could not be written."""
+
+    def __init__(self, shard: Path | str, rebuild: bool, digest: bool, skip: bool, cache: ShardCache | None) -> None:
+        remote = isinstance(shard, str) and "://" in shard
+        self.shard: Path | str = shard if remote else Path(shard)
+        self.rebuild, self.digest, self.skip, self.cache = rebuild, digest, skip, cache
+        self.state, self.unwritten = "made", ""
+
+    def index(self) -> ShardIndex:
+        try:
+            return self._far() if isinstance(self.shard, str) else self._near(self.shard)
+        except (Damaged, Unreachable) as error:
+            if not self.skip:
+                raise
+            none = np.empty(0, np.int64)
+            return ShardIndex(self.shard, np.empty(0, "U1"), none, none, none, fault=_without(self.shard, error))
+
+    def _near(self, shard: Path) -> ShardIndex:
+        try:
+            stat = shard.stat()
+        except OSError as error:
+            raise Damaged(f"{shard}: cannot read the shard ({error.strerror})") from error
+        if not self.rebuild and index_path(shard).exists():
+            found = _read(index_path(shard), shard)
+            if found is not None and not found.changed_since(stat) and (found.digest or not self.digest):
+                return found
+            self.state = "changed" if found is None or found.changed_since(stat) else "made"
+        with _opened(shard) as stream:
+            index = replace(_walk(shard, stream, self.skip), bytes=stat.st_size, changed=stat.st_mtime_ns)
+            if self.digest:
+                stream.seek(0)
+                index = replace(index, digest=hashlib.file_digest(stream, "sha256").hexdigest())
+        if not index.fault:
+            self.unwritten = write_index(index, index_path(shard))
+        return index
+
+    def _far(self) -> ShardIndex:
+        """From beside the address, or of the shard itself, which is fetched for it."""
+        address = str(self.shard)
+        if self.cache is None:
+            raise ValueError(f"{address} needs a cache")
+        kept = self.cache.place(address + ".idx")
+        found = _read(kept, address) if kept.exists() and not self.rebuild else None
+        if found is None and not self.rebuild:
+            with suppress(Unreachable):
+                found = _read(self.cache.fetch(address + ".idx"), address)
+        size = self.cache.size(address)
+        if found is not None and size in (None, found.bytes):
+            return found
+        self.state = "made" if found is None else "changed"
+        with self.cache.open(address, fresh=found is not None) as stream:
+            digest, size = hashlib.file_digest(stream, "sha256").hexdigest(), os.fstat(stream.fileno()).st_size
+            index = replace(_walk(address, stream, self.skip), bytes=size, digest=digest)
+        if not index.fault:
+            self.unwritten = write_index(index, kept)
+        return index
+
+
+def _opened(shard: Path) -> BufferedReader:
+    try:
+        return shard.open("rb")
+    except OSError as error:
+        raise Damaged(f"{shard}: cannot read the shard ({error.strerror})") from error
+
+
+def _without(shard: Path | str, error: Exception) -> str:
+    """The message without the name that it begins with: a fault carries that apart."""
+    return str(error).removeprefix(f"{shard}: ")
+
+
+def _read(file: Path, shard: Path | str) -> ShardIndex | None:
+    try:
+        with np.load(file, allow_pickle=False) as archive, _parsing:
+            known, size, changed = archive["stamp"].tolist()
+            if known != _FORMAT:
+                return None
+            found = ShardIndex(
+                shard,
+                archive["keys"],
+                archive["offsets"],
+                archive["sizes"],
+                archive["labels"],
+                bytes=size,
+                changed=0 if isinstance(shard, str) else changed,
+                digest=str(archive["digest"]) if "digest" in archive else "",
+            )
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None  # a damaged index is as good as a stale one
+    return found if _fits(found) else None
+
+
+def _fits(index: ShardIndex) -> bool:
+    """Whether an index, which may come from elsewhere, points into its shard."""
+    numbers = (index.offsets, index.sizes, index.labels)
+    if index.keys.dtype.kind != "U" or any(array.dtype != np.int64 for array in numbers):
+        return False
+    if not index.keys.ndim == 1 == len({array.shape for array in (index.keys, *numbers)}):
+        return False
+    inside = (index.offsets <= index.bytes) & (index.sizes <= index.bytes - index.offsets)
+    return bool(inside.all()) and all(int(array.min(initial=0)) >= 0 for array in numbers)
+
+
+def write_index(index: ShardIndex, target: Path) -> str:
+    """Write ``target``; returns why it could not be written, "" if it was."""
+    # Several ranks may index the same shard at once: each writes its own file, the last rename wins.
+    part = target.with_name(f"{target.name}.{os.uname().nodename}.{os.getpid()}.part")
+    stamp = np.array([_FORMAT, index.bytes, index.changed], dtype=np.int64)
+    arrays: dict[str, Any] = {name: getattr(index, name) for name in ("keys", "offsets", "sizes", "labels")}
+    try:
+        with open(part, "wb") as stream:
+            np.savez(stream, stamp=stamp, digest=np.array(index.digest), **arrays)
+        os.replace(part, target)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        return error.strerror or str(error)
+    return ""
+
+
+@dataclass
+class _Sample:
+    image: tuple[int, int] | None = None
+    cls: int | None = None
+    json: int | None = None
+
+
+def _walk(shard: Path | str, stream: BinaryIO, skip: bool) -> ShardIndex:
+    """Read the headers of all members. With ``skip`` what is damaged is left out and told in ``fault``."""
+    size = os.fstat(stream.fileno()).st_size
+    stream.seek(0)
+    samples: dict[str, _Sample] = {}
+    faults: list[str] = []
+
+    def damaged(message: str) -> None:
+        if not skip:
+            raise Damaged(message)
+        faults.append(_without(shard, UserError(message)))
+
+    try:
+        with tarfile.open(fileobj=stream, mode="r:") as archive:
+            for member in archive:
+                try:
+                    _check_name(shard, member.name)
+                    if member.isfile() and not _META_NAME.match(member.name):
+                        _add(samples, shard, stream, member)
+                except Damaged as error:
+                    damaged(str(error))
+                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+            _check_end(shard, stream, archive.offset)
+    except tarfile.TarError as error:
+        what = "is empty" if size == 0 else f"is truncated or not an uncompressed tar ({error})"
+        damaged(f"{shard}: the shard {what}; {_CURE_SHARD}")
+    except Damaged as error:
+        damaged(str(error))
+    except OSError as error:
+        raise Damaged(f"{shard}: cannot read the shard ({error.strerror})") from error
+    if not samples:
+        damaged(f"{shard}: the shard holds no samples; {_CURE_SHARD}, or delete it")
+    return replace(_collect(shard, size, samples, damaged), fault="; ".join(faults))
+
+
+def _check_name(shard: Path | str, name: str) -> None:
+    if name.startswith("/") or ".." in PurePosixPath(name).parts:
+        raise Damaged(
+            f"{shard}: member {name!r} points outside of the archive. Nothing is ever extracted, but no tool for "
+            f"shards writes such names: check where the file comes from; {_CURE_SHARD}"
+        )
+
+
+def _check_end(shard: Path | str, stream: BinaryIO, offset: int) -> None:
+    """tarfile takes a damaged or missing header after the first member for the end of the archive; we do not."""
+    if os.fstat(stream.fileno()).st_size - offset < tarfile.BLOCKSIZE:
+        raise Damaged(f"{shard}: the shard is truncated: its end-of-archive mark is missing; {_CURE_SHARD}")
+    stream.seek(offset)
+    while chunk := stream.read(1 << 20):
+        if chunk.strip(b"\0"):
+            raise Damaged(
+                f"{shard}: byte {offset} is followed by data that is no tar member (damaged, or several tars joined "
+                f"into one file); {_CURE_SHARD}"
+            )
+
+
+def _add(samples: dict[str, _Sample], shard: Path | str, stream: BinaryIO, member: tarfile.TarInfo) -> None:
+    folder, _, name = member.name.rpartition("/")
+    stem, _, suffix = name.partition(".")
+    key = f"{folder}/{stem}" if folder else stem
+    suffix = suffix.lower()
+    field = "image" if suffix in IMAGE_SUFFIXES else suffix
+    if field not in ("image", "cls", "json"):
+        return
+    sample = samples.setdefault(key, _Sample())
+    if getattr(sample, field) is not None:
+        raise Damaged(f"{shard}: sample {key!r} has two {field} members: keys must be unique; {_CURE_SHARD}")
+    if field == "image":
+        sample.image = (member.offset_data, member.size)
+        return
+    content = os.pread(stream.fileno(), member.size, member.offset_data)
+    if len(content) < member.size:
+        raise Damaged(f"{shard}: the shard is truncated within {member.name!r}; {_CURE_SHARD}")
+    label = _label(content, field)
+    if label is None:
+        if field == "json":
+            return  # metadata without a label; .cls may hold it
+        raise Damaged(f"{shard}: {member.name!r} holds {content[:40]!r}: a .cls member is a class number 0, 1, ...")
+    setattr(sample, field, label)
+
+
+def _label(content: bytes, field: str) -> int | None:
+    try:
+        value = json.loads(content)["label"] if field == "json" else int(content)
+    except (ValueError, KeyError, TypeError):
+        return None
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def _collect(shard: Path | str, size: int, samples: dict[str, _Sample], damaged: Callable[[str], None]) -> ShardIndex:
+    whole: dict[str, tuple[int, int, int]] = {}  # key → offset, size, label
+    for key, sample in samples.items():
+        label = sample.cls if sample.cls is not None else sample.json
+        if sample.image is None:
+            suffixes = ", ".join("." + suffix for suffix in IMAGE_SUFFIXES)
+            damaged(f"{shard}: sample {key!r} has no image ({suffixes}); {_CURE_SHARD}")
+        elif label is None:
+            damaged(
+                f'{shard}: sample {key!r} has no label: add a .cls member with the class number, or "label" to its '
+                f".json; {_CURE_SHARD}"
+            )
+        elif sum(sample.image) > size:
+            damaged(f"{shard}: the shard is truncated within sample {key!r}; {_CURE_SHARD}")
+        else:
+            whole[key] = (*sample.image, label)
+    offsets, sizes, labels = np.array(list(whole.values()), dtype=np.int64).reshape(-1, 3).T
+    return ShardIndex(shard, np.array(list(whole), dtype=np.str_), offsets.copy(), sizes.copy(), labels.copy())

@@ -1,0 +1,111 @@
+"""Samples with more than a class: an image and its mask, or an image and its boxes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmtrain.data.images.tar_index import IMAGE_SUFFIXES
+from mmtrain.errors import UserError
+
+_CURE = "copy or prepare the shard again"
+Sample = Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class Detection:
+    """The annotations of one image, n of them, in pixels of the image as it is stored."""
+
+    image_id: int
+    size: tuple[int, int]  # (W, H)
+    boxes: NDArray[np.float32]  # (n, 4): left, top, right, bottom
+    labels: NDArray[np.int64]  # (n,) class indices
+    areas: NDArray[np.float32]  # (n,) of the outlines
+    crowd: NDArray[np.bool_]  # (n,) many objects at once
+    outlines: list[Any]  # n: polygons [[x, y, x, y, ...], ...], or COCO's RLE {"size": [H, W], "counts": ...}
+
+
+def read_samples(shard: str | Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and members (suffix → bytes) of each sample of a tar shard, in order. Raises UserError if it is damaged."""
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            key, members = "", dict[str, bytes]()
+            for member in archive:
+                stream = archive.extractfile(member) if member.isfile() else None
+                if stream is None:
+                    continue
+                name = member.name.rpartition("/")[2]
+                here = member.name[: len(member.name) - len(name)] + name.partition(".")[0]
+                if members and here != key:
+                    yield key, members
+                    members = {}
+                key = here
+                members[name.partition(".")[2].lower()] = stream.read()
+            if os.path.getsize(shard) - archive.offset < tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("its end-of-archive mark is missing")  # tarfile itself does not mind
+            if members:
+                yield key, members
+    except tarfile.TarError as error:
+        raise UserError(f"{shard}: the shard is truncated or not an uncompressed tar ({error}); {_CURE}") from error
+    except OSError as error:
+        raise UserError(f"{shard}: cannot read the shard ({error.strerror or error})") from error
+
+
+def read_mask(sample: Sample) -> tuple[bytes, NDArray[np.uint8]]:
+    """The image's bytes, and the class number of each pixel (H, W), of a sample with a ``.seg.png``."""
+    from PIL import Image
+
+    content = _member(sample, "seg.png", "mmtrain data prepare segmentation")
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if image.mode != "L":
+                raise ValueError(f"its pixels are {image.mode}, not grey")
+            mask = np.array(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL's plugins raise almost anything for damaged files
+        raise UserError(f".seg.png: the mask cannot be decoded ({error}); {_CURE}") from error
+    return image_bytes(sample), mask
+
+
+def read_detection(sample: Sample) -> tuple[bytes, Detection]:
+    """The image's bytes and its annotations, of a sample with a ``.json`` as ``prepare coco`` writes it."""
+    content = _member(sample, "json", "mmtrain data prepare coco")
+    try:
+        found = json.loads(content)
+        count = len(found["labels"])
+        detection = Detection(
+            int(found["image_id"]),
+            (int(found["width"]), int(found["height"])),
+            np.array(found["boxes"], dtype=np.float32).reshape(count, 4),
+            np.array(found["labels"], dtype=np.int64),
+            np.array(found["areas"], dtype=np.float32).reshape(count),
+            np.array(found["iscrowd"], dtype=np.bool_).reshape(count),
+            list(found["segmentations"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f".json: not the annotations of an image ({error!r}); {_CURE}") from error
+    return image_bytes(sample), detection
+
+
+def image_bytes(sample: Sample) -> bytes:
+    """The image of a sample, as it is stored."""
+    found = [sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample]
+    if len(found) != 1:
+        raise UserError(f"a sample with the members {', '.join(sorted(sample))}: one image is wanted; {_CURE}")
+    return found[0]
+
+
+def _member(sample: Sample, suffix: str, how: str) -> bytes:
+    if suffix not in sample:
+        raise UserError(f"a sample with the members {', '.join(sorted(sample))}: no .{suffix}; make shards with {how}")
+    return sample[suffix]

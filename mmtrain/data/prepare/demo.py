@@ -1,0 +1,123 @@
+"""The 1,797 hand-written digits of scikit-learn (UCI "Optical Recognition of Handwritten Digits", test part).
+
+Hourly traffic on Interstate 94 with the weather: 17,520 hours from 2016-10-01.
+
+UCI "Metro Interstate Traffic Volume" (Hogue 2019, CC BY 4.0), as shipped with the PyPI package AutoTS.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mmtrain.data.prepare.encode import Item
+from mmtrain.data.prepare.images import stratify
+from mmtrain.data.prepare.writer import Prepared, existing, write_dataset
+from mmtrain.data.series.table import read_frame, regularity
+from mmtrain.errors import UserError
+
+SOURCE = "scikit-learn load_digits (UCI Optical Recognition of Handwritten Digits, CC BY 4.0)"
+SHARD_SIZE = 150
+
+
+def prepare_digits(out: str | Path, image_size: int = 32, *, force: bool = False) -> Prepared:
+    """Write the 8 × 8 scans, enlarged with Lanczos' filter, as grey PNGs in shards; split 70/10/20 % within each class.
+
+    Needs scikit-learn (``pip install 'mmtrain[demo]'``), no network.
+    """
+    from PIL import Image
+
+    if image_size < 8:
+        raise UserError(f"--image-size {image_size}: 8 pixels or more")
+    out = Path(out).expanduser()
+    settings = {"image_size": image_size}
+    if (done := existing(out, SOURCE, settings, force=force)) is not None:
+        return done
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UserError(f"the digits come with scikit-learn: pip install 'mmtrain[demo]' ({error})") from error
+    digits = load_digits()
+    items = []
+    for scan, label in zip(digits.images, digits.target, strict=True):  # scan: (8, 8) float, 0..16
+        image = Image.fromarray(np.round(scan * (255 / 16)).astype(np.uint8))
+        buffer = io.BytesIO()
+        image.resize((image_size, image_size), Image.Resampling.LANCZOS).save(buffer, format="PNG")
+        items.append(Item(int(label), content=buffer.getvalue()))
+    splits = stratify(Path(), items, val_fraction=0.1, test_fraction=0.2)
+    classes = [str(name) for name in digits.target_names]
+    return write_dataset(out, splits, classes, SOURCE, settings, shard_size=SHARD_SIZE, force=force)
+
+
+COLUMNS = ("clouds_all", "rain_1h", "snow_1h", "temp", "traffic_volume")
+_MEMBER = Path("datasets") / "data" / "traffic_hourly.zip"
+
+
+@dataclass(frozen=True)
+class TrafficReport:
+    file: Path
+    rows: int
+    holes: int  # hours without a measurement, filled linearly between their neighbours
+    longest: int  # longest run of such hours
+    outliers: dict[str, int]  # values more than 8 standard deviations from the mean, left as they are
+    fresh: bool  # False: the same file was there already
+
+
+def prepare_traffic(out: str | Path) -> TrafficReport:
+    """Write OUT/traffic.csv: ``date``, four weather columns, ``traffic_volume`` last.
+
+    Hours without a measurement are filled linearly and counted in the report. Needs AutoTS (its file, not its code).
+    """
+    import pandas as pd
+
+    source = _locate()
+    frame = read_frame(source)
+    if missing := [name for name in ("datetime", *COLUMNS) if name not in frame.columns]:
+        raise UserError(f"{source}: columns {', '.join(missing)} are missing: pip install 'AutoTS==1.0.4'")
+    stamps = pd.to_datetime(frame["datetime"])
+    duplicates, irregular, step = regularity(stamps.to_numpy())
+    if duplicates or irregular or step != pd.Timedelta(1, unit="h"):
+        raise UserError(f"{source}: {duplicates} repeated and {irregular} irregular hours; pip install 'AutoTS==1.0.4'")
+    values = frame[list(COLUMNS)].astype("float64")
+    empty = values.isna().any(axis=1)
+    filled = values.interpolate(limit_direction="both")
+    spread = (filled - filled.mean()).abs() > 8 * filled.std()
+    outliers = {str(name): int(count) for name, count in spread.sum().items() if count}
+    table = filled.round(4).assign(date=stamps.dt.strftime("%Y-%m-%d %H:%M:%S"))[["date", *COLUMNS]]
+    runs = (empty != empty.shift()).cumsum()[empty].value_counts()
+    longest = int(runs.max()) if len(runs) else 0
+    file, fresh = _write(Path(out).expanduser(), table.to_csv(index=False, lineterminator="\n"))
+    return TrafficReport(file, len(table), int(np.count_nonzero(empty)), longest, outliers, fresh)
+
+
+def _locate() -> Path:
+    spec = importlib.util.find_spec("autots")  # does not import it, which would take seconds
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / _MEMBER).is_file():
+            return Path(folder) / _MEMBER
+    raise UserError(
+        "the traffic data comes with the package AutoTS, which is not installed here: pip install 'mmtrain[demo]' (its "
+        "data file alone will do: pip install --no-deps AutoTS==1.0.4)"
+    )
+
+
+def _write(out: Path, text: str) -> tuple[Path, bool]:
+    file = out / "traffic.csv"
+    part = out / f".traffic.csv.{os.getpid()}.part"
+    try:
+        if file.is_file() and file.read_text(encoding="utf-8") == text:
+            return file, False
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            part.write_text(text, encoding="utf-8")
+            os.replace(part, file)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror}); give another --out") from error
+    return file, True

@@ -1,0 +1,338 @@
+"""One tar shard → a run of pages of a beton, in a process of its own.
+
+Tar shards → FFCV's ``.beton``: OUT/{train,val,test}.beton and OUT/meta.json.
+
+FFCV encodes the images and defines the format; the pages are laid out here, one shard after the other. FFCV's own
+DatasetWriter waits for ever when one of its processes fails, lays the samples out in whichever order they come, and
+draws which ones to compress. So: the same shards give the same bytes, and each shard is one run of pages.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmtrain.data.core.order import mix64
+from mmtrain.data.ffcv.format import read_beton, require_ffcv
+from mmtrain.data.images.photo import decode, orientation
+from mmtrain.data.images.shards import find_shards
+from mmtrain.data.images.source import read_classes
+from mmtrain.data.images.tar_index import ShardIndex, index_shards
+from mmtrain.data.prepare.output import complete_or_absent
+from mmtrain.data.prepare.pool import progress, run_jobs
+from mmtrain.data.prepare.writer import FORMAT, Prepared, existing
+from mmtrain.errors import UserError
+
+_QUALITY = 90
+_TAG = 0x6265746F6E  # keeps the choice of what to compress apart from the other hashes
+
+
+class Encoding(NamedTuple):
+    """How images are stored: see ``beton.prepare_beton``; ``page_size`` in bytes."""
+
+    write_mode: str
+    max_resolution: int | None
+    jpeg_quality: int | None
+    compress_probability: float
+    page_size: int
+
+
+class Job(NamedTuple):
+    shard: ShardIndex
+    first: int  # number of the first sample in its split
+    target: Path
+    encoding: Encoding
+
+
+class Block(NamedTuple):
+    rows: NDArray[Any]  # (n,) as the beton has them, but for places, which count from the block's begin
+    sizes: NDArray[np.int64]  # (n,) bytes
+
+
+def fields() -> dict[str, tuple[int, Any]]:
+    """Name → FFCV's number of the kind, and the field."""
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.types import TYPE_ID_HANDLER
+
+    numbers = {kind: number for number, kind in TYPE_ID_HANDLER.items()}
+    return {"image": (numbers[RGBImageField], RGBImageField()), "label": (numbers[IntField], IntField())}
+
+
+def encode_block(job: Job) -> Block:
+    """Write the pages of one shard to ``job.target``. Raises UserError with the sample that cannot be stored."""
+    require_ffcv()
+    from ffcv.types import get_metadata_type
+
+    rows = np.zeros(len(job.shard), dtype=get_metadata_type([field for _, field in fields().values()]))
+    rows["f1"] = job.shard.labels
+    sizes = np.zeros(len(job.shard), dtype=np.int64)
+    encoder = _Encoder(job.encoding)
+    with open(job.target, "wb") as stream, _open(job.shard.path) as tar:
+        pages = _Pages(stream, job.encoding.page_size)
+        for place in range(len(job.shard)):
+            name = f"{job.shard.path}, sample {str(job.shard.keys[place])!r}"
+            tar.seek(int(job.shard.offsets[place]))
+            content = tar.read(int(job.shard.sizes[place]))
+            pages.name = name
+            try:
+                encoder.store(content, job.first + place, rows["f0"][place : place + 1], pages.malloc)
+            except (UserError, OSError, MemoryError):
+                raise
+            except Exception as error:  # of PIL, OpenCV or FFCV
+                raise UserError(f"{name}: the image cannot be stored ({error}); replace it in the source") from error
+            sizes[place] = pages.size
+    return Block(rows, sizes)
+
+
+def _open(path: Path | str) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the shard ({error.strerror})") from error
+
+
+class _Pages:
+    """Allocates as FFCV wants it: an image lies in one page, behind the one before it."""
+
+    def __init__(self, stream: BinaryIO, page_size: int) -> None:
+        self.stream, self.page_size = stream, page_size
+        self.end = self.size = 0
+        self.name = ""
+
+    def malloc(self, size: int) -> tuple[int, _Slot]:
+        if size > self.page_size:
+            raise UserError(
+                f"{self.name}: {size} bytes to store, more than a page of {self.page_size >> 20} MiB: give --page-size "
+                f"{1 << max(1, (size - 1 >> 20).bit_length())}, --max-resolution or --write-mode jpg"
+            )
+        if self.end % self.page_size + size > self.page_size:
+            self.end += -self.end % self.page_size
+        begin = self.end
+        self.end, self.size = begin + size, size
+        return begin, _Slot(self.stream, begin)
+
+
+class _Slot:
+    """What FFCV assigns an image's bytes to: ``slot[:] = bytes``."""
+
+    def __init__(self, stream: BinaryIO, at: int) -> None:
+        self.stream, self.at = stream, at
+
+    def __setitem__(self, _: slice, content: NDArray[np.uint8]) -> None:
+        self.stream.seek(self.at)  # over the unused end of a page, if one has just ended
+        self.stream.write(np.ascontiguousarray(content).tobytes())
+
+
+class _Encoder:
+    """Image files → FFCV's rows and bytes."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        from ffcv.fields import RGBImageField
+
+        self.encoding = encoding
+        quality = _QUALITY if encoding.jpeg_quality is None else encoding.jpeg_quality
+        self.modes = {
+            mode: RGBImageField(write_mode=mode, max_resolution=encoding.max_resolution, jpeg_quality=quality)
+            for mode in ("jpg", "raw")
+        }
+
+    def store(self, content: bytes, number: int, row: NDArray[Any], malloc: Any) -> None:
+        """Fill ``row`` (1,) for sample ``number`` and put its bytes where ``malloc`` says."""
+        image = decode(content)
+        mode = self._mode(number)
+        if mode == "jpg" and self._can_stay(content, image.size):
+            row["mode"], row["width"], row["height"] = 0, *image.size
+            row["data_ptr"], slot = malloc(len(content))
+            slot[:] = np.frombuffer(content, dtype=np.uint8)
+        else:
+            self.modes[mode].encode(row, np.asarray(image), malloc)
+
+    def _mode(self, number: int) -> str:
+        if self.encoding.write_mode != "proportion":
+            return self.encoding.write_mode
+        chance = float(mix64(_TAG, number)[0] >> np.uint64(11)) * 2.0**-53
+        return "jpg" if chance < self.encoding.compress_probability else "raw"
+
+    def _can_stay(self, content: bytes, size: tuple[int, int]) -> bool:
+        """Whether FFCV reads the file itself as PIL does: an upright JPEG in grey or YCbCr, not to be shrunk."""
+        from ffcv.libffcv import imdecode
+        from PIL import Image
+
+        most = self.encoding.max_resolution
+        if self.encoding.jpeg_quality is not None or (most is not None and max(size) > most):
+            return False
+        if orientation(content) != 1:
+            return False  # FFCV does not look at EXIF
+        with Image.open(io.BytesIO(content)) as header:
+            if header.format != "JPEG" or header.mode not in ("RGB", "L"):
+                return False
+        width, height = size
+        target = np.empty((height, width, 3), dtype=np.uint8)
+        source = np.frombuffer(content, dtype=np.uint8)
+        return imdecode(source, target, height, width, height, width) == 0
+
+
+SPLITS = ("train", "val", "test")
+WRITE_MODES = ("jpg", "raw", "proportion")
+
+
+def prepare_beton(
+    root: str | Path,
+    out: str | Path,
+    *,
+    write_mode: str = "jpg",
+    max_resolution: int | None = None,
+    jpeg_quality: int | None = None,
+    compress_probability: float = 0.5,
+    page_size: int = 8,
+    workers: int | None = None,
+    force: bool = False,
+) -> Prepared:
+    """Write OUT/{train,val,test}.beton from the tar shards in ROOT/{train,val,test}, sample by sample in their order.
+
+    ``write_mode``: "jpg", "raw" (pixels: fast to read, several times larger) or "proportion" (a part of
+    ``compress_probability`` as JPEG, chosen by a hash of the sample's number). ``max_resolution``: shrink images whose
+    longer side is longer. ``jpeg_quality``: encode every image anew; None: keep JPEG files as they are where they need
+    not be shrunk, and encode others at 90. ``page_size``: MiB, a power of two from 2 to 2048; no image may be larger.
+    ``workers``: processes (None: one per core, at most 8). A finished OUT is left alone.
+    """
+    root, out = Path(root).expanduser(), Path(out).expanduser()
+    _check(root, out, write_mode, max_resolution, jpeg_quality, compress_probability, page_size)
+    splits = {split: index_shards(find_shards(root / split)) for split in SPLITS if (root / split).is_dir()}
+    if not splits:
+        raise UserError(
+            f"--root {root}: none of {', '.join(SPLITS)} is in it; wanted are folders of tar shards, as mmtrain data "
+            "prepare images makes them"
+        )
+    counts = {split: sum(map(len, shards)) for split, shards in splits.items()}
+    settings = {
+        "write_mode": write_mode,
+        "max_resolution": max_resolution,
+        "jpeg_quality": jpeg_quality,
+        "compress_probability": compress_probability,
+        "page_size": page_size,
+        "samples": counts,
+    }
+    source = str(root.absolute())
+    if (done := existing(out, source, settings, force=force)) is not None:
+        return done
+    require_ffcv()
+    encoding = Encoding(write_mode, max_resolution, jpeg_quality, compress_probability, page_size << 20)
+    workers = min(8, os.cpu_count() or 1) if workers is None else max(1, workers)
+    classes = read_classes(root / "meta.json")
+    meta = {
+        **({} if classes is None else {"classes": classes}),
+        "counts": counts,
+        "blocks": {split: [len(shard) for shard in shards] for split, shards in splits.items()},
+        "source": source,
+        "settings": settings,
+        "format": FORMAT,
+    }
+    with complete_or_absent(out, force=force, resume=False) as part:
+        with progress(f"writing {out.name}", sum(counts.values())) as advance:
+            for split, shards in splits.items():
+                for count in _write(part / f"{split}.beton", shards, encoding, workers):
+                    advance(count)
+        with open(part / "meta.json", "w", encoding="utf-8") as stream:
+            json.dump(meta, stream, indent=1)
+            stream.write("\n")
+            os.fsync(stream.fileno())
+        for split in splits:
+            read_beton(part / f"{split}.beton")  # what was written can be read
+    return Prepared(out, meta, fresh=True)
+
+
+def _check(
+    root: Path,
+    out: Path,
+    write_mode: str,
+    max_resolution: int | None,
+    jpeg_quality: int | None,
+    compress_probability: float,
+    page_size: int,
+) -> None:
+    if not root.is_dir():
+        raise UserError(f"--root {root}: no such folder (looked for {root.absolute()})")
+    if out.absolute() == root.absolute():
+        raise UserError(f"--out {out} is the same folder as --root")
+    if out.suffix == ".beton":
+        raise UserError(f"--out {out}: give the folder, for example {out.parent}: there is a file for each split")
+    if write_mode not in WRITE_MODES:
+        raise UserError(f"--write-mode {write_mode}: one of {', '.join(WRITE_MODES)}")
+    if max_resolution is not None and max_resolution < 1:
+        raise UserError(f"--max-resolution {max_resolution}: pixels, 1 or more")
+    if jpeg_quality is not None and not 1 <= jpeg_quality <= 100:
+        raise UserError(f"--jpeg-quality {jpeg_quality}: 1 to 100")
+    if not 0 <= compress_probability <= 1:
+        raise UserError(f"--compress-probability {compress_probability}: 0 to 1")
+    if not 2 <= page_size <= 2048 or page_size & (page_size - 1):
+        raise UserError(f"--page-size {page_size}: MiB, a power of two from 2 to 2048")
+
+
+def _write(target: Path, shards: list[ShardIndex], encoding: Encoding, workers: int) -> Iterator[int]:
+    """Samples written, shard by shard."""
+    from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
+    from ffcv.utils import align_to_page
+
+    kinds = fields()
+    row = get_metadata_type([field for _, field in kinds.values()])
+    count = sum(map(len, shards))
+    rows = np.zeros(count, dtype=row)
+    table = np.zeros(count, dtype=ALLOC_TABLE_TYPE)
+    header = np.zeros(1, dtype=HeaderType)
+    header["version"], header["num_samples"], header["num_fields"] = CURRENT_VERSION, count, len(kinds)
+    header["page_size"] = encoding.page_size
+    described = np.zeros(len(kinds), dtype=FieldDescType)
+    for place, (name, (number, field)) in enumerate(kinds.items()):
+        described[place]["type_id"] = number
+        described[place]["name"][: len(name)] = np.frombuffer(name.encode("ascii"), dtype=np.uint8)
+        described[place]["arguments"][:] = field.to_binary()[0]
+    at = int(align_to_page(header.nbytes + described.nbytes + rows.nbytes, encoding.page_size))
+    firsts = np.cumsum([0] + [len(shard) for shard in shards]).tolist()
+    jobs = [
+        Job(shard, first, target.with_name(f"{target.name}.{number:06d}"), encoding)
+        for number, (shard, first) in enumerate(zip(shards, firsts, strict=False))
+    ]
+    with open(target, "wb") as stream:
+        for job, block in zip(jobs, run_jobs(encode_block, jobs, workers, ordered=True), strict=True):
+            here = slice(job.first, job.first + len(job.shard))
+            _place(block, at, rows[here], table[here], job.first)
+            at = _append(stream, at, job.target, encoding.page_size)
+            yield len(job.shard)
+        header["alloc_table_ptr"] = at
+        stream.seek(at)
+        stream.write(table.tobytes())
+        stream.seek(0)
+        for part in (header, described, rows):
+            stream.write(part.tobytes())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _place(block: Block, at: int, rows: NDArray[Any], table: NDArray[Any], first: int) -> None:
+    """Rows and places of a block that begins at byte ``at`` of the file."""
+    rows[:] = block.rows
+    rows["f0"]["data_ptr"] += np.uint64(at)
+    table["sample_id"] = np.arange(first, first + len(rows))
+    table["ptr"] = rows["f0"]["data_ptr"]
+    table["size"] = block.sizes
+
+
+def _append(stream: Any, at: int, part: Path, page_size: int) -> int:
+    """Move the pages of a block into the file; returns where the next block begins. The unused end of the last page is
+    a hole, which takes no room on the disk.
+    """
+    stream.seek(at)
+    with open(part, "rb") as source:
+        shutil.copyfileobj(source, stream, 16 << 20)
+    pages = -(-part.stat().st_size // page_size)
+    part.unlink()
+    return at + pages * page_size

@@ -1,0 +1,1 @@
+"""Time series: tables and panels, their time axis, splits, scalers and forecasting windows."""

@@ -1,0 +1,178 @@
+"""What is in a table, faults included: for looking at a series before training on it.
+
+What is in a panel: lengths, holes, times, and some of its series.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmtrain.data.series.panel import Panel, release
+from mmtrain.data.series.table import find_table, find_time_column, read_frame
+
+
+@dataclass(frozen=True)
+class ColumnReport:
+    name: str
+    kind: str  # "number", or what it holds instead
+    holes: int
+    low: float | None
+    mean: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class TableReport:
+    path: Path
+    rows: int
+    time_column: str | None
+    first: str
+    last: str
+    step: str
+    duplicates: int
+    irregular: int
+    unreadable: int  # stamps that are no dates
+    columns: list[ColumnReport]
+
+
+def describe_table(path: str | Path, data_root: str | Path | None = None) -> TableReport:
+    """Rows, time step, repeated and irregular stamps, and for each column holes, minimum, mean, maximum."""
+    import pandas as pd
+
+    from mmtrain.data.series.table import regularity
+
+    file = find_table(path, data_root)
+    frame = read_frame(file)
+    time_name = find_time_column(frame, file, None)
+    first = last = step = ""
+    duplicates = irregular = unreadable = 0
+    if time_name is not None:
+        stamps = pd.to_datetime(frame[time_name], errors="coerce", utc=True).dt.tz_localize(None)
+        unreadable = int(stamps.isna().sum())
+        known = stamps.dropna()
+        if len(known):
+            duplicates, irregular, usual = regularity(known.to_numpy())
+            first, last, step = str(known.iloc[0]), str(known.iloc[-1]), str(usual) if usual is not None else ""
+    columns = [_column(frame[name]) for name in frame.columns if name != time_name]
+    return TableReport(file, len(frame), time_name, first, last, step, duplicates, irregular, unreadable, columns)
+
+
+def _column(column) -> ColumnReport:  # type: ignore[no-untyped-def]  # pandas is imported where it is needed
+    import pandas as pd
+
+    if not pd.api.types.is_numeric_dtype(column):
+        return ColumnReport(str(column.name), "text", int(column.isna().sum()), None, None, None)
+    values = column.to_numpy(dtype=np.float64, na_value=np.nan)
+    good = values[np.isfinite(values)]
+    figures = (float(good.min()), float(good.mean()), float(good.max())) if len(good) else (None, None, None)
+    return ColumnReport(str(column.name), "number", len(values) - len(good), *figures)
+
+
+@dataclass(frozen=True)
+class SeriesReport:
+    """One series, and why it is shown. ``low``, ``mean``, ``high``: of its first column, without holes."""
+
+    number: int
+    id: str
+    why: str
+    rows: int
+    holes: int
+    low: float
+    mean: float
+    high: float
+
+
+@dataclass(frozen=True)
+class PanelReport:
+    """``holed``: series with holes; ``constant``: series whose values are all the same."""
+
+    path: Path
+    series: int
+    rows: int
+    columns: list[str]
+    shortest: int
+    median: float
+    longest: int
+    first: str
+    last: str
+    step: str
+    holes: int
+    holed: int
+    constant: int
+    known: list[str]
+    static: list[str]
+    examples: list[SeriesReport]
+
+
+def describe_panel(panel: Panel, path: Path | None = None) -> PanelReport:
+    """Reads the whole panel once, a piece at a time. ``path``: what to call it, if not by its folder."""
+    holes, constant = _holes(panel)
+    line = panel.timeline
+    first = last = step = ""
+    if line is not None:
+        places = int(panel.first.min()), int((panel.first + panel.lengths).max()) - 1
+        first, last = (str(line.stamps(place, 1)[0].astype("datetime64[s]")) for place in places)
+        step = str(line.step)
+    static = [f"{name} ({_kind(panel, name)})" for name in panel.statics]
+    return PanelReport(
+        path=path or panel.folder,
+        series=len(panel),
+        rows=int(panel.lengths.sum()),
+        columns=panel.columns,
+        shortest=int(panel.lengths.min()),
+        median=float(np.median(panel.lengths)),
+        longest=int(panel.lengths.max()),
+        first=first,
+        last=last,
+        step=step,
+        holes=int(holes.sum()),
+        holed=int((holes > 0).sum()),
+        constant=int(constant.sum()),
+        known=[*panel.known_columns, *panel.shared_columns],
+        static=static,
+        examples=_examples(panel, holes),
+    )
+
+
+def _kind(panel: Panel, name: str) -> str:
+    return f"{len(panel.categories[name])} values" if name in panel.categories else "number"
+
+
+def _holes(panel: Panel) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """(S,) missing values of each series, and whether it never changes."""
+    holes, constant = np.zeros(len(panel), np.int64), np.zeros(len(panel), bool)
+    for piece in panel.chunks():
+        shard, offset = int(panel.shards[piece.start]), int(panel.offsets[piece.start])
+        rows, lengths = panel.rows[piece], panel.lengths[piece]
+        stop = offset + int(rows.sum())
+        row = np.arange(stop - offset) - np.repeat(np.cumsum(rows) - rows, rows)
+        values = panel.values[shard][offset:stop][row < np.repeat(lengths, rows)]
+        begins = np.cumsum(lengths) - lengths
+        bad = ~np.isfinite(values)
+        holes[piece] = np.add.reduceat(bad.sum(axis=1), begins)
+        low = np.minimum.reduceat(np.where(bad, np.inf, values), begins, axis=0)
+        high = np.maximum.reduceat(np.where(bad, -np.inf, values), begins, axis=0)
+        constant[piece] = (low >= high).all(axis=1)
+        release(panel.values[shard])
+    return holes, constant
+
+
+def _examples(panel: Panel, holes: NDArray[np.int64]) -> list[SeriesReport]:
+    """The first, the shortest, the longest, the one with most holes, and some spread over the panel."""
+    chosen = {0: "first", int(np.argmin(panel.lengths)): "shortest", int(np.argmax(panel.lengths)): "longest"}
+    if holes.any():
+        chosen[int(np.argmax(holes))] = "most holes"
+    for number in np.linspace(0, len(panel) - 1, 5).astype(int).tolist():
+        chosen.setdefault(number, "")
+    return [_series(panel, number, why, int(holes[number])) for number, why in sorted(chosen.items())]
+
+
+def _series(panel: Panel, number: int, why: str, holes: int) -> SeriesReport:
+    values = panel.series(number)[:, 0]
+    good = values[np.isfinite(values)].astype(np.float64)
+    figures = (float(good.min()), float(good.mean()), float(good.max())) if len(good) else (np.nan,) * 3
+    return SeriesReport(number, str(panel.ids[number]), why, int(panel.lengths[number]), holes, *figures)

@@ -1,0 +1,195 @@
+"""Forecast every series of a prepared panel with a trained model."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mmtrain.config import TSM2Config
+from mmtrain.data.series.panel import Panel, find_panel, open_panel
+from mmtrain.data.series.panel_inputs import PanelInputs, PanelScalers, StaticColumn, fit_scalers, unpack
+from mmtrain.data.series.panel_source import gather
+from mmtrain.data.series.split import Scaler
+from mmtrain.data.series.windows import known_batch
+from mmtrain.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mmtrain.inference.trained import TrainedModel
+
+_BATCH = 256
+_log = logging.getLogger("mmtrain")
+
+
+@dataclass(frozen=True)
+class PanelForecast:
+    """``past`` (S, L, C), ``values`` (S, H, C) and ``truth`` (S, H, C; NaN where not known), in units of the data.
+
+    ``stamps`` (S, H): times of the forecasts, or None for a panel without times. ``left_out``: series too short.
+    """
+
+    ids: list[str]
+    columns: list[str]
+    past: NDArray[np.float32]
+    values: NDArray[np.float32]
+    truth: NDArray[np.float32]
+    stamps: NDArray[np.datetime64] | None
+    left_out: int
+
+    def table(self) -> pd.DataFrame:
+        """One row for each series and step: id, date (or the number of the step), a column for each target."""
+        import pandas as pd
+
+        series, steps, _ = self.values.shape
+        time = np.tile(np.arange(1, steps + 1), series) if self.stamps is None else self.stamps.reshape(-1)
+        head = {"id": np.repeat(self.ids, steps), "step" if self.stamps is None else "date": time}
+        return pd.DataFrame({**head, **{name: self.values[:, :, i].ravel() for i, name in enumerate(self.columns)}})
+
+
+@torch.no_grad()
+def forecast_panel(trained: TrainedModel, folder: Path, back: int = 0, missing: str = "error") -> PanelForecast:
+    """Forecast each series of the panel in ``folder`` from ``back`` rows before its end.
+
+    A series is standardised as in training; one that the model was not trained on by its own rows before the forecast.
+
+    Raises:
+        UserError: for a model that was not trained on a panel, a panel of other columns, one without what the model
+            knows in advance for the steps to forecast, or with holes in a look-back, unless ``missing`` is mask.
+    """
+    assets, model = trained.assets, cast(TSM2Config, trained.config.model)
+    if trained.config.data.kind != "panel":
+        raise UserError(f"{trained.folder} was not trained on a panel: give one CSV or parquet file")
+    panel = open_panel(find_panel(folder))
+    if panel.columns != assets["columns"]:
+        raise UserError(f"{folder}: its columns are {panel.columns}, the model was trained on {assets['columns']}")
+    if back < 0:
+        raise UserError(f"--back {back}: rows before the end, 0 or more")
+    ends = panel.lengths - back
+    chosen = np.flatnonzero(ends >= model.lookback)
+    if not len(chosen):
+        raise UserError(
+            f"{folder}: no series has a look-back of {model.lookback} rows ending {back} rows before its end (--back)"
+        )
+    inputs = _inputs(panel, assets, ends, model)
+    _check_reach(panel, inputs, chosen, ends + model.horizon)
+    masked = missing == "mask" or trained.config.data.missing == "mask"  # type: ignore[attr-defined]
+    parts = [
+        _forecast(trained.model, panel, inputs, some, ends[some], model, masked)
+        for some in np.array_split(chosen, -(-len(chosen) // _BATCH))
+    ]
+    past, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return PanelForecast(
+        panel.ids[chosen].tolist(),
+        panel.columns,
+        past,
+        values,
+        _truth(panel, chosen, ends, model.horizon),
+        None if panel.timeline is None else _stamps(panel, chosen, ends, model.horizon),
+        len(panel) - len(chosen),
+    )
+
+
+def _inputs(panel: Panel, assets: dict[str, Any], ends: NDArray[np.int64], model: TSM2Config) -> PanelInputs:
+    saved = assets["known"]
+    inputs = PanelInputs(
+        panel,
+        _scalers(panel, assets, ends),
+        steps=model.future_length or model.lookback + model.horizon,
+        known=saved["columns"],
+        calendar=saved["calendar"],
+        static=[StaticColumn.from_json(column) for column in assets["static"]],
+    )
+    trained_on = Scaler.from_dict(saved["scaler"])
+    inputs.mean, inputs.std = trained_on.mean, trained_on.std
+    if inputs.calendar_names and panel.timeline is None:
+        raise UserError(f"{panel.folder}: the model takes calendar features, and this panel was prepared without times")
+    return inputs
+
+
+def _scalers(panel: Panel, assets: dict[str, Any], ends: NDArray[np.int64]) -> PanelScalers:
+    mean, std = unpack(assets["mean"]), unpack(assets["std"])
+    place = {name: number for number, name in enumerate(assets["ids"])}
+    found = np.array([place.get(name, -1) for name in panel.ids.tolist()], dtype=np.int64)
+    fresh = found < 0
+    if fresh.any():
+        _log.warning(
+            "%s: the model was not trained on %d of %d series: they are standardised by their own rows",
+            panel.folder,
+            int(fresh.sum()),
+            len(panel),
+        )
+        own = fit_scalers(panel, np.maximum(ends, 0))
+        return PanelScalers(
+            np.where(fresh[:, None], own.mean, mean[found]), np.where(fresh[:, None], own.std, std[found]), own.known
+        )
+    width = len(panel.known_columns) + len(panel.shared_columns)
+    return PanelScalers(mean[found], std[found], Scaler(np.zeros(width, np.float32), np.ones(width, np.float32)))
+
+
+def _check_reach(panel: Panel, inputs: PanelInputs, chosen: NDArray[np.int64], stop: NDArray[np.int64]) -> None:
+    """What is known in advance must be there for the steps to forecast."""
+    short = int((panel.rows[chosen] < stop[chosen]).sum()) if inputs.own else 0
+    if inputs.shared:
+        short = max(short, int(((panel.first + stop)[chosen] > panel.shared.shape[1]).sum()))
+    if short:
+        names = ", ".join(inputs.names[len(inputs.calendar_names) :])
+        raise UserError(
+            f"{panel.folder}: for {short} series {names} are not known for all steps to forecast: prepare the panel "
+            "with rows for them behind the last target (or a longer --calendar), or use --back"
+        )
+
+
+def _forecast(
+    model: torch.nn.Module,
+    panel: Panel,
+    inputs: PanelInputs,
+    series: NDArray[np.int64],
+    end: NDArray[np.int64],
+    config: TSM2Config,
+    masked: bool,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Past (B, L, C) and forecast (B, H, C) of some series, in units of the data."""
+    past = gather(panel, series, end - config.lookback, config.lookback)
+    mean, std = inputs.scalers.mean[series][:, None], inputs.scalers.std[series][:, None]
+    seen = np.isfinite(past)
+    if not masked and not seen.all():
+        name = panel.ids[series[int(np.argmin(seen.all(axis=(1, 2))))]]
+        raise UserError(f"{panel.folder}: the look-back of series {name} has holes: give --missing mask, or fill them")
+    given = {"past": torch.from_numpy(np.where(seen, (past - mean) / std, 0).astype(np.float32))}
+    if masked:
+        given["mask"] = torch.from_numpy(seen)
+    if inputs.known_width:
+        known = inputs.known(series, end + config.horizon - inputs.steps)
+        given["known"] = known_batch(known, len(panel.columns))
+    if inputs.static_width:
+        given["static"] = torch.from_numpy(inputs.static[series]).unsqueeze(1).expand(-1, len(panel.columns), -1)
+    return past, model(**given).float().numpy() * std + mean
+
+
+def _truth(panel: Panel, chosen: NDArray[np.int64], ends: NDArray[np.int64], horizon: int) -> NDArray[np.float32]:
+    truth = np.full((len(chosen), horizon, len(panel.columns)), np.nan, np.float32)
+    for place, number in enumerate(chosen.tolist()):
+        there = panel.series(number)[int(ends[number]) : int(ends[number]) + horizon]
+        truth[place, : len(there)] = there
+    return truth
+
+
+def _stamps(panel: Panel, chosen: NDArray[np.int64], ends: NDArray[np.int64], horizon: int) -> NDArray[np.datetime64]:
+    rows = [panel.stamps(number, int(ends[number]), int(ends[number]) + horizon) for number in chosen.tolist()]
+    return np.stack([row for row in rows if row is not None])
+
+
+def draw_some(path: Path, made: PanelForecast, most: int = 8) -> None:
+    """The first target of the first series: history, forecast and what is known of the truth."""
+    from mmtrain.plotting.runs import draw_forecast
+
+    some = slice(0, most)
+    past, values, truth = (array[some, :, 0].T for array in (made.past, made.values, made.truth))
+    draw_forecast(path, made.ids[some], past, values, truth=truth if np.isfinite(truth).any() else None)

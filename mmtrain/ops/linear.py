@@ -1,0 +1,161 @@
+"""``linear``: y = x Wᵀ + b, in float32 on the CPU by oneDNN where that is faster than the BLAS that torch calls.
+
+Torch multiplies float32 matrices by MKL, which on processors of other makers than Intel takes its AVX2 path: half the
+speed of oneDNN's AVX-512 on those that have it (measured by ``benchmarks/linear_cpu.py``; docs/performance.md). The
+choice depends on the processor and the sizes alone. ``MMTRAIN_LINEAR=auto|torch|onednn`` overrides it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from mmtrain.errors import UserError, nearest
+from mmtrain.ops import backend
+from mmtrain.ops.cpu import library
+from mmtrain.ops.cpu.library import MatmulArgs
+
+logger = logging.getLogger("mmtrain")
+
+CHOICES = ("auto", "torch", "onednn")
+#: Multiplications below which the call costs more than it saves: about 10 µs at 100 GFLOP/s.
+_SMALL = 500_000
+
+
+@functools.cache
+def _processor() -> str:
+    """The vendor and the widest vectors of this machine, as "vendor avx512" or the like; "" where it is not told."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    vendor = next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+    return f"{vendor} {torch.backends.cpu.get_cpu_capability().lower()}".strip()
+
+
+@functools.cache
+def _uses_onednn(asked: str) -> bool:
+    if asked not in CHOICES:
+        raise UserError(f"MMTRAIN_LINEAR={asked!r} is none of {', '.join(CHOICES)}{nearest(asked, CHOICES)}")
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if asked == "onednn" and not there:
+        raise UserError("MMTRAIN_LINEAR=onednn: this build of torch has no oneDNN; use auto or torch")
+    processor = _processor()
+    better = "avx512" in processor and "GenuineIntel" not in processor
+    chosen = there and (asked == "onednn" or (asked == "auto" and better))
+    if chosen:
+        logger.info("float32 matrix products on the CPU: oneDNN (%s)", processor or asked)
+    return chosen
+
+
+# Under torch.compile this runs while tracing and its answer is a constant of the compiled code.
+@torch.compiler.assume_constant_result
+def _by_onednn() -> bool:
+    return _uses_onednn(os.environ.get("MMTRAIN_LINEAR", "").strip() or "auto") and backend.requested() in {
+        "auto",
+        "cpu",
+    }
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear``: x (..., K), weight (N, K), bias (N,) → (..., N), of any dtype and device."""
+    # the sizes last: an exported program's are symbols, which a comparison would bind
+    fits = (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and _by_onednn()
+        and not torch.compiler.is_exporting()
+        and x.numel() * weight.shape[0] >= _SMALL
+    )
+    if not fits:
+        return F.linear(x, weight, bias)
+    return linear_fwd(x, weight, bias)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K) times b (N, K) transposed, by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+@torch.library.custom_op("mmtrain::linear_fwd", mutates_args=(), device_types="cpu")
+def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., K), weight (N, K), bias (N,) or None → (..., N), float32; no view, which FSDP2 warns of."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return y.view(*x.shape[:-1], -1)
+
+
+@linear_fwd.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("mmtrain::linear_bwd", mutates_args=(), device_types="cpu")
+def linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool) -> tuple[Tensor, Tensor]:
+    """(dx, dweight) for dy (..., N) and x (..., K); without elements what is not wanted."""
+    nothing = x.new_empty(0)
+    rows = dy.reshape(-1, dy.shape[-1])
+    dx = _product(rows, weight.T).view(x.shape) if want_x else nothing
+    if not want_weight:
+        return dx, nothing
+    return dx, _transposed_product(rows.contiguous(), x.reshape(-1, x.shape[-1]).contiguous())
+
+
+def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, N) transposed times b (M, K), (N, K): by our own kernel, since oneDNN copies a transposed left factor."""
+    kernels = library.load().library
+    if kernels is None or kernels.isa != "avx512" or b.shape[1] % 16:
+        # let what is copied be the narrower one
+        return _product(b.T, a.T).T.contiguous() if b.shape[1] < a.shape[1] else _product(a.T, b.T)
+    out = b.new_empty(a.shape[1], b.shape[1])
+    args = MatmulArgs(m=len(a), n=a.shape[1], k=b.shape[1], a=a.data_ptr(), b=b.data_ptr(), c=out.data_ptr())
+    kernels.call("matmul_tn", args)
+    return out
+
+
+@linear_bwd.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool) -> tuple[Tensor, Tensor]:
+    nothing = x.new_empty(0)
+    return x.new_empty(x.shape) if want_x else nothing, weight.new_empty(weight.shape) if want_weight else nothing
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.biased = inputs[2] is not None
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    want_x, want_weight, want_bias = ctx.needs_input_grad
+    dy = dy.contiguous()
+    dx, dweight = linear_bwd(dy, x, weight, want_x, want_weight)
+    return (
+        dx if want_x else None,
+        dweight if want_weight else None,
+        dy.flatten(0, -2).sum(0) if ctx.biased and want_bias else None,
+    )
+
+
+linear_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.mmtrain.linear_fwd)
+def _forward_flops(x: torch.Size, weight: torch.Size, *args: Any, **kwargs: Any) -> int:
+    return 2 * prod(x) * weight[0]
+
+
+@register_flop_formula(torch.ops.mmtrain.linear_bwd)
+def _backward_flops(
+    dy: torch.Size, x: torch.Size, weight: torch.Size, want_x: bool, want_weight: bool, **kwargs: Any
+) -> int:
+    return 2 * prod(x) * weight[0] * (want_x + want_weight)

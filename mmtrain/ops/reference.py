@@ -1,0 +1,167 @@
+"""The selective scan in plain PyTorch, one position after the other: the definition the kernels are held to.
+
+The selective scan as an associative scan in plain PyTorch operators: any device, differentiable, exportable.
+
+Two runs of steps of h_t = a_t h_{t-1} + b_t compose to one of the same form,
+(a_1, b_1) then (a_2, b_2) = (a_2 a_1, a_2 b_1 + b_2), and that composition is associative (Blelloch 1990; Martin and
+Cundy, arXiv 1709.04057). So every position is joined with the one 1, 2, 4, … before it (Hillis and Steele 1986): log2 L
+rounds of four operators, the fewest of the associative scans, which is what the size of an exported graph depends on.
+Decays are only ever multiplied, never divided by, so that a product that underflows to 0 is the right answer.
+
+The positions are cut into chunks that run one after the other: the states of one chunk at a time are in memory, in the
+backward pass too, where each chunk is computed again. The number of operators is fixed by the shapes alone, with no
+control flow that depends on data.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def selective_scan_reference(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t, y_t = C_t·h_t + D u_t (Mamba's discretisation; paper section 2).
+
+    Args:
+        u, delta: (Bt, D, L), one float dtype.
+        A: (D, N).
+        B, C: (Bt, G, N, L); group g serves channels g·D/G to (g+1)·D/G - 1.
+        D, delta_bias: (D,) or None.
+        initial_state: (Bt, D, N) or None for zeros.
+        delta_softplus: Δ = softplus(delta + delta_bias) instead of delta + delta_bias.
+        reverse: run from the last position to the first.
+
+    Returns:
+        y (Bt, D, L) and the last state (Bt, D, N). Autograd keeps the state of every position: memory Bt·D·L·N.
+    """
+    if delta_bias is not None:
+        delta = delta + delta_bias[:, None]
+    if delta_softplus:
+        delta = F.softplus(delta)
+    batch, channels, length = u.shape
+    groups = B.shape[1]
+    # Channels by group, so that B and C broadcast over the channels of theirs: (Bt, G, D/G, ...).
+    A = A.reshape(groups, channels // groups, -1)
+    delta_t = delta.reshape(batch, groups, -1, length).unbind(-1)
+    delta_u_t = (delta * u).reshape(batch, groups, -1, length).unbind(-1)
+    B_t, C_t = B.unbind(-1), C.unbind(-1)
+    h = u.new_zeros(batch, *A.shape) if initial_state is None else initial_state.reshape(batch, *A.shape)
+    y: list[Tensor] = [h] * length
+    for t in reversed(range(length)) if reverse else range(length):
+        decay = torch.exp(delta_t[t][..., None] * A)
+        h = decay * h + delta_u_t[t][..., None] * B_t[t][:, :, None, :]
+        y[t] = (h * C_t[t][:, :, None, :]).sum(-1)
+    out = torch.stack(y, dim=-1).reshape(u.shape)
+    return out if D is None else out + D[:, None] * u, h.reshape(batch, channels, -1)
+
+
+#: Positions a chunk: memory Bt·CHUNK·D·N at a time, and ⌈L/CHUNK⌉ copies of the chunk in an exported graph.
+CHUNK = 128
+
+
+def linear_recurrence(a: Tensor, b: Tensor, initial: Tensor | None = None) -> Tensor:
+    """h_t = a_t h_{t-1} + b_t along dimension 1, from h_{-1} = ``initial``.
+
+    Args:
+        a, b: (Bt, L, ...), L >= 1, of one shape.
+        initial: (Bt, 1, ...), or None for zeros.
+
+    Returns:
+        All h, (Bt, L, ...).
+    """
+    if b.shape[1] == 1:  # with zeros too, so that a always has a gradient
+        return torch.addcmul(b, a, torch.zeros_like(b) if initial is None else initial)
+    if initial is not None:
+        b = torch.cat([torch.addcmul(b[:, :1], a[:, :1], initial), b[:, 1:]], 1)
+    length, shift = b.shape[1], 1
+    features = (0, 0) * (b.dim() - 2)
+    while shift < length:
+        # before: a_t and b_t stand for the last `shift` steps up to t; after: for twice as many
+        later = (*features, shift, -shift)
+        b = torch.addcmul(b, a, F.pad(b, later))
+        shift *= 2
+        if shift < length:
+            a = a * F.pad(a, later)
+    return b
+
+
+def _chunk(h: Tensor | None, delta: Tensor, delta_u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """One chunk of n positions from state h (Bt, 1, G, D/G, N) or zeros: y (Bt, n, G, D/G) and the state at its end."""
+    decay = torch.exp(delta[..., None] * A)
+    states = linear_recurrence(decay, delta_u[..., None] * B[..., None, :], h)
+    # a copy of the last state: a view would keep the states of the whole chunk
+    return torch.matmul(states, C[..., None]).squeeze(-1), states[:, -1:].clone()
+
+
+def selective_scan_parallel(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of :func:`mmtrain.ops.reference.selective_scan_reference`, with its arguments.
+
+    Args:
+        u, delta: (Bt, D, L), one float dtype.
+        A: (D, N).
+        B, C: (Bt, G, N, L); group g serves channels g·D/G to (g+1)·D/G - 1.
+        D, delta_bias: (D,) or None.
+        initial_state: (Bt, D, N) or None for zeros.
+        delta_softplus: Δ = softplus(delta + delta_bias) instead of delta + delta_bias.
+        reverse: run from the last position to the first.
+
+    Returns:
+        y (Bt, D, L) and the last state (Bt, D, N).
+    """
+    if delta_bias is not None:
+        delta = delta + delta_bias[:, None]
+    if delta_softplus:
+        delta = F.softplus(delta)
+    groups, length = B.shape[1], u.shape[2]
+    A = A.unflatten(0, (groups, -1))
+    # Positions before channels, so that the slices of the recurrence are whole blocks; channels by group.
+    per_channel = [t.transpose(1, 2).unflatten(2, (groups, -1)) for t in (delta, delta * u)]
+    sequences = [*per_channel, *(t.permute(0, 3, 1, 2) for t in (B, C))]
+    if reverse:
+        sequences = [t.flip(1) for t in sequences]
+    h = None if initial_state is None else initial_state.reshape(u.shape[0], 1, *A.shape)
+    keep_inputs_only = (
+        length > CHUNK
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_exporting()
+        and any(t.requires_grad for t in (A, *sequences, *(() if h is None else (h,))))
+    )
+    parts = []
+    # split, not slices: the gradient of each slice would be a whole sequence of zeros
+    for delta_c, delta_u_c, B_c, C_c in zip(*(t.split(CHUNK, 1) for t in sequences), strict=True):
+        args = (h, delta_c, delta_u_c, A, B_c, C_c)
+        if keep_inputs_only:
+            y, h = checkpoint(_chunk, *args, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y, h = _chunk(*args)
+        parts.append(y)
+    out = torch.cat(parts, 1)
+    if reverse:
+        out = out.flip(1)
+    out = out.flatten(2).transpose(1, 2)
+    assert h is not None
+    return out if D is None else out + D[:, None] * u, h.reshape(u.shape[0], u.shape[1], -1)

@@ -1,1 +1,0 @@
-"""The kernels themselves, in Triton's language."""

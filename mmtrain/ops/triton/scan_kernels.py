@@ -1,0 +1,352 @@
+"""What the kernels share on the device: softplus and its derivative, and the way a direction walks over a grid.
+
+The forward kernel of the directional scan.
+
+One program is one (batch entry, direction, block of channels) and walks its positions one after the other, the state
+[N, BLOCK_D] in registers. With BLOCK_D = 32·warps the compiler gives every thread one channel and all its N states:
+no shuffle, no shared memory, no barrier, N independent chains to hide latencies with, and softplus is not computed
+twice. Why not an associative scan over positions, as Mamba's CUDA kernel has it: a block scan costs two more
+multiply-adds and half a shuffle per state and position, which a sequential walk with many channels does not need.
+
+What bounds it on an H100 (132 SMs; per SM and clock 16 ex2, 128 fp32 operations, 4 warp instructions): per position and
+32 channels with N = 16, 16 exponentials + softplus = 36 clocks of the ex2 unit, 82 fp32 instructions = 20 clocks, and
+about 215 instructions in all (counted in the bf16 code for sm_90) = 54 clocks of issue. Memory: u 2, delta 2, y 2 to 4
+bytes a channel, that is about 17 clocks of an SM's share of 3.35 TB/s. So instruction issue bounds it, at two thirds of
+what the ex2 unit could do, and instructions are what is worth saving: exp is exp2 with log2(e) folded into A, positions
+are advanced by additions, B and C are loaded as vectors. Few warps suffice, as each has N chains; where even they are
+not there, `scan_split` cuts the sequence. (This is arithmetic on the compiled code, not a measurement.)
+
+Cutting long sequences, where batch, directions and channels alone do not fill the GPU.
+
+The recurrence is linear in the state: what a split makes of the state it starts from is the state it ends in from zero
+plus that state times exp(A ΣΔ). So `split_local` runs every split from zero, keeping only the end and ΣΔ; `split_carry`
+goes once over the splits of a sequence and leaves the true state at the start of each; then the main kernel runs every
+split from there. The price is one more exponential per state and position. Backwards it is the same with
+s_t = exp(Δ_t A) (s_{t+1} + dy_t C_t), from the last position to the first.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+#: A direction's order over the grid H×W (positions are numbered row by row): row-major, row-major from the end,
+#: column-major, column-major from the end.
+ROWS, ROWS_REVERSED, COLUMNS, COLUMNS_REVERSED = range(4)
+
+
+@triton.jit
+def log1p_unit(e):
+    """log(1 + e) for e in [0, 1], to a few units in the last place *relative* to the result.
+
+    2·atanh(e/(2 + e)) as a power series, s² <= 1/9: seven terms leave 2e-8. The hardware's log2 is only accurate in
+    absolute terms near 1, and the steps of a freshly initialised Mamba are as small as 1e-3.
+    """
+    s = e / (2.0 + e)
+    q = s * s
+    p = 1.0 / 13
+    p = p * q + 1.0 / 11
+    p = p * q + 1.0 / 9
+    p = p * q + 1.0 / 7
+    p = p * q + 1.0 / 5
+    p = p * q + 1.0 / 3
+    return 2.0 * (s + s * q * p)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), without overflow and without losing small results."""
+    return tl.maximum(x, 0.0) + log1p_unit(tl.exp2(-tl.abs(x) * LOG2E))
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)), without overflow: the derivative of softplus."""
+    e = tl.exp2(-tl.abs(x) * LOG2E)
+    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def direction(order, height, width):
+    """(origin, extent, fast, slow): step t of this order is at origin + (t % extent)·fast + (t // extent)·slow."""
+    columns = order >= 2
+    extent = tl.where(columns, height, height * width)
+    fast = tl.where(columns, width, 1)
+    slow = tl.where(columns, 1, 0)
+    backwards = order % 2 == 1
+    sign = tl.where(backwards, -1, 1)
+    return tl.where(backwards, height * width - 1, 0), extent, sign * fast, sign * slow
+
+
+@triton.jit
+def next_position(place, inner, extent, fast, slow):
+    """(position, t % extent) one step on: additions only, since a division a step would cost as much as two states."""
+    wraps = inner + 1 == extent
+    return place + tl.where(wraps, slow - (extent - 1) * fast, fast), tl.where(wraps, 0, inner + 1)
+
+
+# `one` is 1 and A's strides are kept from the compiler: not knowing that states are adjacent where A and the initial
+# state are read, it lays the tile [N, BLOCK_D] out with one channel a lane. Else it gives a lane 4 adjacent states, for
+# the sake of these few wide loads outside the loop, and the loop then has shuffles and barriers.
+@triton.jit(do_not_specialize=["a_n", "a_d", "one"])
+def scan_forward(
+    u,  # (Bt, K or 1, L, D): strides u_b, u_k (0 if shared), u_t; channels adjacent, as everywhere below
+    delta,  # (Bt, K, L, D)
+    A,  # (K, D, N) float32: strides a_k, a_n, a_d
+    B,  # (Bt, K, G, L, N), states adjacent
+    C,  # (Bt, K, G, L, N)
+    skip,  # (K, D) dense, if HAS_SKIP
+    bias,  # (K, D) dense, if HAS_BIAS
+    initial,  # (Bt, K, splits, D, N) dense float32, if HAS_INITIAL
+    y,  # (Bt, K, L, D) dense: result
+    states,  # (Bt, K, chunks, D, N) dense float32, if SAVE: result, the state before each chunk
+    last,  # (Bt, K, D, N) dense float32, if SAVE_LAST: result
+    u_b,
+    u_k,
+    u_t,
+    delta_b,
+    delta_k,
+    delta_t,
+    a_k,
+    a_n,
+    a_d,
+    b_b,
+    b_k,
+    b_g,
+    b_t,
+    c_b,
+    c_k,
+    c_g,
+    c_t,
+    directions,
+    groups,
+    channels,  # per group
+    height,
+    width,
+    orders,  # two bits a direction
+    splits,
+    split_length,
+    one,
+    STATE: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    SAVE: tl.constexpr,
+    SAVE_LAST: tl.constexpr,
+    CHUNK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    length = height * width
+    dim = groups * channels
+    blocks = tl.cdiv(channels, BLOCK_D)
+    pid = tl.program_id(0)
+    block = pid % blocks
+    group = pid // blocks % groups
+    split = pid // (blocks * groups) % splits
+    bk = (pid // (blocks * groups * splits)).to(tl.int64)
+    k = (bk % directions).to(tl.int32)
+    b = bk // directions
+
+    n = tl.arange(0, BLOCK_N)
+    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    n_ok = n < STATE
+    d_ok = d < channels
+    ok = n_ok[:, None] & d_ok[None, :]
+    d += group * channels
+    tile = d[None, :] * STATE + n[:, None]
+    a2 = tl.load(A + k * a_k + n[:, None] * a_n + d[None, :] * a_d, mask=ok, other=0.0) * LOG2E
+    h = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    if HAS_INITIAL:
+        h += tl.load(
+            initial + (bk * splits + split) * STATE * dim + d[None, :] * STATE + n[:, None] * one, mask=ok, other=0.0
+        )
+    if HAS_SKIP:
+        skip_d = tl.load(skip + k * dim + d, mask=d_ok, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        bias_d = tl.load(bias + k * dim + d, mask=d_ok, other=0.0).to(tl.float32)
+    u += b * u_b + k * u_k
+    delta += b * delta_b + k * delta_k
+    B += b * b_b + k * b_k + group * b_g
+    C += b * c_b + k * c_k + group * c_g
+    y += bk * length * dim
+    states += bk * tl.cdiv(length, CHUNK) * STATE * dim
+
+    origin, extent, fast, slow = direction((orders >> (2 * k)) & 3, height, width)
+    start = split * split_length
+    end = tl.minimum(start + split_length, length)
+    inner = start % extent
+    place = origin + inner * fast + (start // extent) * slow
+    for t in range(start, end, UNROLL):
+        if SAVE:
+            if t % CHUNK == 0:
+                tl.store(states + (t // CHUNK) * STATE * dim + tile, h, mask=ok)
+        # All loads of a group of positions first: their latencies then pass while its first positions are computed.
+        group_inputs = ()
+        for j in tl.static_range(UNROLL):
+            there = t + j < end
+            group_inputs = group_inputs + (
+                (
+                    place,
+                    tl.load(u + place * u_t + d, mask=d_ok & there, other=0.0),
+                    tl.load(delta + place * delta_t + d, mask=d_ok & there, other=0.0),
+                    # Without a mask along n where none is needed: only so are these loads vectorised.
+                    tl.load(B + place * b_t + n, mask=there if STATE == BLOCK_N else n_ok & there, other=0.0),
+                    tl.load(C + place * c_t + n, mask=there if STATE == BLOCK_N else n_ok & there, other=0.0),
+                ),
+            )
+            place, inner = next_position(place, inner, extent, fast, slow)
+        for j in tl.static_range(UNROLL):
+            there = t + j < end
+            at, u_j, step, B_j, C_j = group_inputs[j]
+            u_j = u_j.to(tl.float32)
+            step = step.to(tl.float32)
+            if HAS_BIAS:
+                step += bias_d
+            if SOFTPLUS:
+                step = softplus(step)
+            step = tl.where(there, step, 0.0)  # past the end: decay 1, input 0, so h stays what it is
+            h = tl.exp2(step[None, :] * a2) * h + (step * u_j)[None, :] * B_j.to(tl.float32)[:, None]
+            y_j = tl.sum(h * C_j.to(tl.float32)[:, None], axis=0)
+            if HAS_SKIP:
+                y_j += skip_d * u_j
+            tl.store(y + at * dim + d, y_j.to(y.dtype.element_ty), mask=d_ok & there)
+    if SAVE_LAST and split == splits - 1:
+        tl.store(last + bk * STATE * dim + tile, h, mask=ok)
+
+
+@triton.jit(do_not_specialize=["a_n", "a_d"])
+def split_local(
+    value,  # u (Bt, K or 1, L, D), backwards dy (Bt, 1, L, D): strides v_b, v_k (0 if shared), v_t
+    delta,  # (Bt, K, L, D)
+    A,  # (K, D, N) float32
+    row,  # B, backwards C: (Bt, K, G, L, N), states adjacent
+    bias,  # (K, D) dense, if HAS_BIAS
+    ends,  # (Bt, K, splits, D, N) dense float32: result
+    steps,  # (Bt, K, splits, D) dense float32: result, ΣΔ
+    v_b,
+    v_k,
+    v_t,
+    delta_b,
+    delta_k,
+    delta_t,
+    a_k,
+    a_n,
+    a_d,
+    r_b,
+    r_k,
+    r_g,
+    r_t,
+    directions,
+    groups,
+    channels,  # per group
+    height,
+    width,
+    orders,
+    splits,
+    split_length,
+    STATE: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    length = height * width
+    dim = groups * channels
+    blocks = tl.cdiv(channels, BLOCK_D)
+    pid = tl.program_id(0)
+    block = pid % blocks
+    group = pid // blocks % groups
+    split = pid // (blocks * groups) % splits
+    bk = (pid // (blocks * groups * splits)).to(tl.int64)
+    k = (bk % directions).to(tl.int32)
+    b = bk // directions
+
+    n = tl.arange(0, BLOCK_N)
+    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    n_ok = n < STATE
+    d_ok = d < channels
+    ok = n_ok[:, None] & d_ok[None, :]
+    d += group * channels
+    a2 = tl.load(A + k * a_k + n[:, None] * a_n + d[None, :] * a_d, mask=ok, other=0.0) * LOG2E
+    if HAS_BIAS:
+        bias_d = tl.load(bias + k * dim + d, mask=d_ok, other=0.0).to(tl.float32)
+    value += b * v_b + k * v_k
+    delta += b * delta_b + k * delta_k
+    row += b * r_b + k * r_k + group * r_g
+    order = (orders >> (2 * k)) & 3
+    start = split * split_length
+    end = tl.minimum(start + split_length, length)
+    count = end - start
+    if BACKWARD:  # from the last step to the first: the opposite order, whose step t is this one's length - 1 - t
+        order = order ^ 1
+        start = length - end
+    origin, extent, fast, slow = direction(order, height, width)
+    inner = start % extent
+    place = origin + inner * fast + (start // extent) * slow
+    h = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for i in range(0, count, UNROLL):
+        for j in tl.static_range(UNROLL):
+            there = i + j < count
+            v = tl.load(value + place * v_t + d, mask=d_ok & there, other=0.0).to(tl.float32)
+            step = tl.load(delta + place * delta_t + d, mask=d_ok & there, other=0.0).to(tl.float32)
+            r = tl.load(row + place * r_t + n, mask=there if STATE == BLOCK_N else n_ok & there, other=0.0)
+            place, inner = next_position(place, inner, extent, fast, slow)
+            if HAS_BIAS:
+                step += bias_d
+            if SOFTPLUS:
+                step = softplus(step)
+            step = tl.where(there, step, 0.0)
+            total += step
+            decay = tl.exp2(step[None, :] * a2)
+            if BACKWARD:
+                h = decay * (h + v[None, :] * r.to(tl.float32)[:, None])
+            else:
+                h = decay * h + (step * v)[None, :] * r.to(tl.float32)[:, None]
+    at = bk * splits + split
+    tl.store(ends + at * STATE * dim + d[None, :] * STATE + n[:, None], h, mask=ok)
+    tl.store(steps + at * dim + d, total, mask=d_ok)
+
+
+@triton.jit
+def split_carry(
+    ends,  # (Bt, K, splits, D, N) dense float32: the ends of the splits run from zero; overwritten by their true starts
+    steps,  # (Bt, K, splits, D) dense float32
+    A,  # (K, D, N) float32: strides a_k, a_n, a_d
+    initial,  # (Bt, K, D, N) dense float32, if HAS_INITIAL: the start of the first split (backwards: of the last)
+    a_k,
+    a_n,
+    a_d,
+    directions,
+    dim,
+    splits,
+    STATE: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(STATE * dim, BLOCK)
+    pid = tl.program_id(0)
+    bk = (pid // blocks).to(tl.int64)
+    e = pid % blocks * BLOCK + tl.arange(0, BLOCK)
+    ok = e < STATE * dim
+    d = e // STATE
+    n = e % STATE
+    a2 = tl.load(A + (bk % directions) * a_k + n * a_n + d * a_d, mask=ok, other=0.0) * LOG2E
+    running = tl.zeros([BLOCK], tl.float32)
+    if HAS_INITIAL:
+        running += tl.load(initial + bk * STATE * dim + e, mask=ok, other=0.0)
+    for i in range(splits):
+        at = bk * splits + (splits - 1 - i if BACKWARD else i)
+        end = tl.load(ends + at * STATE * dim + e, mask=ok, other=0.0)
+        step = tl.load(steps + at * dim + d, mask=ok, other=0.0)
+        tl.store(ends + at * STATE * dim + e, running, mask=ok)
+        running = end + tl.exp2(a2 * step) * running

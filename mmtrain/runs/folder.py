@@ -1,0 +1,207 @@
+"""What the checkout that a run was started from has beside its commit.
+
+A run is a folder: resolved configuration, code version, metrics, checkpoints, logs, pictures, result.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mmtrain.config import RunConfig, from_yaml, to_yaml
+from mmtrain.config.load import differences
+from mmtrain.config.schema import FREE_ON_RESUME
+from mmtrain.errors import UserError
+from mmtrain.runs.reader import existing
+from mmtrain.version import __version__
+
+#: The most that is kept, in bytes.
+LIMIT = 1_000_000
+
+#: Files that may hold secrets, by any part of their path, in any case. Their changes are never written down.
+_SECRET = (".env", "key", "secret", "token", "credential", "password", ".pem", "netrc")
+
+
+def code_diff(root: Path) -> str | None:
+    """``git diff HEAD`` of the checkout ``root``, without files that may hold secrets; None where there is none.
+
+    Only tracked files count. What goes beyond :data:`LIMIT` is cut off, and said.
+    """
+    if not (root / ".git").exists():
+        return None
+    left_out = [f":(exclude,icase)*{word}*" for word in _SECRET]
+    # no rename detection: it would name, and quote, a file that is left out under its other name
+    options = ["--no-color", "--no-ext-diff", "--no-textconv", "--no-renames"]
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "diff", "HEAD", *options, "--", ".", *left_out], capture_output=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    text = done.stdout[:LIMIT].decode(errors="replace")
+    if len(done.stdout) > LIMIT:
+        text += f"\n[cut off: {LIMIT} of {len(done.stdout)} bytes]\n"
+    return text or None
+
+
+#: Where the source checkout is, if mmtrain runs from one.
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_path(config: RunConfig, run_dir: str | Path | None = None) -> Path:
+    """The run folder: ``run_dir`` if given, else ``run_root``/``name``."""
+    return Path(run_dir) if run_dir is not None else Path(config.run_root) / config.name
+
+
+class RunFolder:
+    """The paths of a run, and its small files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.assets_file = path / "assets.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.result_file = path / "result.json"
+        self.checkpoints = path / "checkpoints"
+        self.hangs = path / "hangs"
+        self.samples = path / "samples"
+        self.faults = path / "faults"
+        self.log_file = path / "log.txt"
+        self.curves_file = path / "curves.png"
+        self.wandb_id_file = path / "wandb_id.txt"
+
+    @classmethod
+    def existing(cls, path: str | Path) -> RunFolder:
+        """The run in ``path``.
+
+        Raises:
+            UserError: when there is none.
+        """
+        return cls(existing(path))
+
+    def config(self) -> RunConfig:
+        return from_yaml(self.config_file)
+
+    def check(self, config: RunConfig) -> None:
+        """Refuse a folder that holds a run of another configuration.
+
+        Raises:
+            UserError: with the keys that differ.
+        """
+        if not self.config_file.is_file():
+            return
+        changed = differences(self.config(), config, FREE_ON_RESUME)
+        if changed:
+            raise UserError(
+                f"{self.path} holds a run of another configuration:\n  "
+                + "\n  ".join(changed)
+                + "\nGo on with the old one by leaving these out, or start a new run with name=… or --run-dir"
+            )
+
+    def prepare(self, config: RunConfig, assets: dict[str, Any]) -> None:
+        """Make the folder of a new run, or see that the one there can be written.
+
+        Raises:
+            UserError: when it cannot.
+        """
+        self.make()
+        with self._preparing():
+            if not self.config_file.is_file():
+                self._write(self.path / "code.json", json.dumps(code_version(), indent=1))
+                if diff := code_diff(_ROOT):
+                    self._write(self.path / "code.diff", diff)
+                self._write(self.assets_file, json.dumps(assets, indent=1))
+                self._write(self.config_file, to_yaml(config))
+
+    def make(self) -> None:
+        """Make the folder, or see that the one there can be written.
+
+        Raises:
+            UserError: when it cannot.
+        """
+        with self._preparing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+
+    @contextmanager
+    def _preparing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: the run folder cannot be written ({error.strerror}): choose another with --run-dir"
+            ) from None
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within the context a full disk is the user's error; others keep their traceback."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            raise UserError(
+                f"{self.path}: the run folder could not be written ({error.strerror}). Free or grow the disk, or give"
+                " another folder with --run-dir; the same command goes on from the last good checkpoint"
+            ) from error
+
+    def result(self) -> dict[str, Any] | None:
+        """What a finished run came to, or None while it is not finished."""
+        return json.loads(self.result_file.read_text()) if self.result_file.is_file() else None
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        self._write(self.result_file, json.dumps(result, indent=1))
+
+    def assets(self) -> dict[str, Any]:
+        return json.loads(self.assets_file.read_text())
+
+    @staticmethod
+    def _write(path: Path, text: str) -> None:
+        """Write a small file so that it is whole or not there."""
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(text)
+        os.replace(partial, path)
+
+
+def code_version() -> dict[str, Any]:
+    """The code and packages that a run was made with."""
+    packages = {}
+    for name in ("torch", "timm", "numpy", "triton", "mamba-ssm"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "mmtrain": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "packages": packages,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _commit() -> str | None:
+    """The git commit of the source checkout, with ``+`` when it has local changes; None outside a checkout."""
+    root = _ROOT
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run(
+            ["git", "-C", root, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "") or None

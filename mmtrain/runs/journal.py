@@ -1,0 +1,113 @@
+"""What the tasks of a Slurm job leave in the run folder for the decision whether the job comes back.
+
+``jobs.jsonl`` of a run folder: every job that was submitted, started or ended for the run, a line each.
+
+Kinds of lines, all with ``time`` (Unix seconds):
+
+- ``submitted``: ``job`` (Slurm's id), ``nodes`` (number or range, as text), ``tasks`` (a node).
+- ``started``: written by rank 0. ``job`` (None without Slurm), ``restart`` (Slurm's count, from 0), ``hosts``,
+  ``world``; without Slurm also ``pid`` (of rank 0) and ``host``.
+- ``ended``: ``job``, ``restart``, ``reason`` (one of :data:`REASONS`), ``requeued``, ``step`` (of the newest
+  checkpoint).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from socket import gethostname
+from typing import Any
+
+from mmtrain.files import read_lines
+from mmtrain.runs import slurm
+
+
+@dataclass(frozen=True)
+class Place:
+    """One start of a Slurm job: its id, and how often it had been started before."""
+
+    job: str
+    restart: int
+
+    @classmethod
+    def here(cls) -> Place:
+        return cls(os.environ.get("SLURM_JOB_ID", "0"), int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+
+    def failures(self, run: Path) -> Path:
+        """The folder with a file for each rank that raised an error."""
+        return run / "failures" / f"{self.job}_{self.restart}"
+
+    def reports(self, run: Path) -> list[dict[str, Any]]:
+        """What the ranks that raised an error left, the causes before those that only lost their connection."""
+        found = []
+        for path in sorted(self.failures(run).glob("rank_*.json")):
+            try:
+                found.append({**json.loads(path.read_text()), "at": path.stat().st_mtime})
+            except ValueError:  # cut off by a kill
+                continue
+        return sorted(found, key=lambda report: (report["follows"], report["at"]))
+
+    def _note(self, run: Path) -> Path:
+        return run / f".left_{self.job}_{self.restart}"
+
+    def leave_note(self, run: Path, signal: str) -> None:
+        """Say that all ranks have left in good order, with a checkpoint, because of ``signal``."""
+        self._note(run).write_text(signal)
+
+    def take_note(self, run: Path) -> str | None:
+        """The signal of :meth:`leave_note`, which is forgotten then; None where there was no such note."""
+        try:
+            signal = self._note(run).read_text()
+        except FileNotFoundError:
+            return None
+        self._note(run).unlink(missing_ok=True)
+        return signal
+
+
+def newest_step(run: Path) -> int:
+    """The step of the newest checkpoint folder, 0 without one."""
+    steps = [path.name.removeprefix("step_") for path in (run / "checkpoints").glob("step_*")]
+    return max((int(step) for step in steps if step.isdigit()), default=0)
+
+
+#: Why a job ended: the run was finished; a signal announced a preemption, a time limit; somebody asked it to stop; a
+#: rank raised an error; a rank or a node was lost without a word; nodes could not work together.
+REASONS = ("finished", "preempted", "timeout", "stopped", "failed", "lost", "bad_nodes")
+
+NAME = "jobs.jsonl"
+
+
+def note(run: Path, kind: str, **values: Any) -> None:
+    """Append a line to the journal of the run folder ``run``."""
+    line = json.dumps({"kind": kind, **values, "time": time.time()}) + "\n"
+    # one write of one line in append mode: lines of several processes do not mix
+    descriptor = os.open(run / NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def note_start(run: Path, world: int) -> None:
+    """Note that this process, rank 0 of ``world``, begins to train."""
+    if "SLURM_JOB_ID" not in os.environ:
+        host = gethostname()
+        note(run, "started", job=None, restart=0, hosts=[host], world=world, pid=os.getpid(), host=host)
+    else:
+        place, hosts = Place.here(), slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
+        note(run, "started", job=place.job, restart=place.restart, hosts=hosts, world=world)
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    """The lines of the journal of ``run``, oldest first; none where there is no journal."""
+    return read_lines(run / NAME)
+
+
+def last_job(run: Path) -> str | None:
+    """The id of the Slurm job that was last submitted for ``run``."""
+    jobs = [line["job"] for line in read(run) if line["kind"] in ("submitted", "started") and line.get("job")]
+    return jobs[-1] if jobs else None

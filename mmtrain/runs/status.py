@@ -1,0 +1,265 @@
+"""Whether a process of this machine is one of ours.
+
+The state of runs, from their folders and one question to Slurm. Pure functions of what was read; no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import statistics
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmtrain.runs import slurm
+from mmtrain.runs.reader import Facts, Line, read
+
+
+def runs_training(pid: int) -> bool:
+    """True where the process ``pid`` is there and its command line names mmtrain or its launcher.
+
+    The number alone would not do: after a restart of the machine another process may have it.
+    """
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"mmtrain" in command or b"submit.py" in command
+
+
+#: By the kind of task: the metric that chooses the best checkpoint, and which of two values is better.
+METRICS = {"classification": ("top1", max), "forecasting": ("mse", min)}
+
+#: Slurm's states of a job that waits for its start, or for its next.
+WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD")
+_FAILED = ("FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "LAUNCH_FAILED")
+
+#: A live run is stalled that has written nothing for this long, in seconds, and for so many steps.
+_QUIET, _QUIET_STEPS = 60.0, 10
+#: Until the first step of a job all is opened and compiled: parallel.start_timeout's default.
+_START_TIMEOUT = 1800.0
+
+
+@dataclass(frozen=True)
+class World:
+    """What is known beside the folders: Slurm's states by job (None: no Slurm here), this host, the time."""
+
+    now: float
+    host: str
+    slurm: Mapping[str, str] | None = None
+    pids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the table shows of a run; None where it is not known."""
+
+    path: Path
+    model: str
+    state: str
+    step: int
+    total: int | None
+    loss: float | None
+    speed: float | None
+    eta: float | None
+    nodes: str | None
+    restarts: int
+    metric: str
+    best: float | None
+    test: float | None
+    written: float
+
+
+def survey(paths: Sequence[Path]) -> list[Status]:
+    """The status of each run, with one question to Slurm for all of them."""
+    facts = [read(path) for path in paths]
+    world = look(facts)
+    return [status(each, world) for each in facts]
+
+
+def look(facts: Sequence[Facts]) -> World:
+    """Ask Slurm and the system for what the journals of ``facts`` name."""
+    host, starts = socket.gethostname(), [last_begin(each) for each in facts]
+    jobs = sorted({str(line["job"]) for line in starts if line and line.get("job")})
+    pids = {line["pid"] for line in starts if line and isinstance(line.get("pid"), int) and line.get("host") == host}
+    return World(time.time(), host, _ask(jobs), frozenset(pid for pid in pids if runs_training(pid)))
+
+
+def _ask(jobs: Sequence[str]) -> Mapping[str, str] | None:
+    """Slurm's states of ``jobs``; None where it cannot tell, so that a silent controller makes no run lost."""
+    if not jobs:
+        return None
+    try:
+        return slurm.answered_states(jobs)
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def status(facts: Facts, world: World) -> Status:
+    """All that the table shows of one run."""
+    name, better = METRICS.get(str(facts.setting("task.kind")), ("loss", min))
+    train = facts.of_kind("train")
+    values = [
+        value
+        for line in facts.of_kind("eval")
+        if line.get("split") == "val" and (value := number(line, name)) is not None
+    ]
+    state, total, step = state_of(facts, world), total_steps(facts), last_step(facts)
+    return Status(
+        path=facts.path,
+        model=str(facts.setting("model.name") or "?"),
+        state=state,
+        step=step,
+        total=total,
+        loss=number(train[-1], "loss") if train else None,
+        speed=number(train[-1], "samples_per_second") if train else None,
+        eta=eta(facts, total) if state == "running" else None,
+        nodes=nodes(facts),
+        restarts=restarts(facts),
+        metric=name,
+        best=better(values) if values else None,
+        test=number((facts.result or {}).get("test") or {}, name),
+        written=facts.written,
+    )
+
+
+# ---------------------------------------------------------------- the state
+
+
+def state_of(facts: Facts, world: World) -> str:
+    """One of: finished, queued, running, stalled, requeued, preempted, timeout, failed, stopped, lost, unfinished."""
+    if facts.result is not None:
+        return "finished"
+    begin = last_begin(facts)
+    if begin is None:
+        return "unfinished"  # of an older mmtrain, or made by other hands
+    return _slurm_state(facts, begin, world) if begin.get("job") else _local_state(facts, begin, world)
+
+
+def last_begin(facts: Facts) -> Line | None:
+    """The newest line of the journal on a job that was submitted or started."""
+    begins = [line for line in facts.journal if line["kind"] in ("submitted", "started")]
+    return begins[-1] if begins else None
+
+
+def _local_state(facts: Facts, begin: Line, world: World) -> str:
+    ended = _end(facts, begin)
+    if ended:
+        return _ended_state(ended)
+    if begin.get("host") == world.host:
+        return _live_state(facts, begin, world) if begin.get("pid") in world.pids else "lost"
+    return _state_by_age(facts, begin, world)
+
+
+def _slurm_state(facts: Facts, begin: Line, world: World) -> str:
+    job, ended = str(begin["job"]), _end(facts, begin)
+    started = any(line["kind"] == "started" and str(line.get("job")) == job for line in facts.journal)
+    if world.slurm is None:  # this machine cannot ask
+        if ended:
+            return "requeued" if ended.get("requeued") else _ended_state(ended)
+        return _state_by_age(facts, begin, world) if started else "queued"
+    now = world.slurm.get(job)
+    if now in WAITING:
+        return "requeued" if started else "queued"
+    if now in slurm.LIVE and ended is None:
+        return _live_state(facts, begin, world)
+    if now in slurm.LIVE and ended and ended.get("requeued"):  # it is about to be
+        return "requeued"
+    if ended:
+        return _ended_state(ended)
+    if now == "CANCELLED":
+        return "stopped"
+    if now in _FAILED:
+        return "failed"
+    return "timeout" if now == "TIMEOUT" else "preempted" if now == "PREEMPTED" else "lost"
+
+
+def _end(facts: Facts, begin: Line) -> Line | None:
+    """The line on the end of what ``begin`` began, if it ended."""
+    after = facts.journal[facts.journal.index(begin) + 1 :]
+    ends = [line for line in after if line["kind"] == "ended" and str(line.get("job")) == str(begin.get("job"))]
+    return ends[-1] if ends else None
+
+
+def _ended_state(ended: Line) -> str:
+    return str(ended.get("reason") or "lost")
+
+
+def _live_state(facts: Facts, begin: Line, world: World) -> str:
+    return "stalled" if is_quiet(facts, begin, world.now) else "running"
+
+
+def _state_by_age(facts: Facts, begin: Line, world: World) -> str:
+    """Of a run elsewhere, which can be told by its files alone."""
+    return "lost" if is_quiet(facts, begin, world.now) else "running"
+
+
+def is_quiet(facts: Facts, begin: Line, now: float) -> bool:
+    """True where a run that began with ``begin`` should have written a line since its last one."""
+    started = float(begin.get("time", 0))
+    own = [line for line in facts.metrics if float(line.get("time", 0)) >= started]
+    step = step_seconds(facts)
+    if not any(line["kind"] == "train" for line in own) or step is None:
+        return now - max(facts.written, started) > float(facts.setting("parallel.start_timeout") or _START_TIMEOUT)
+    # a line comes every log_every steps; and an evaluation, which writes none before its end, takes what it took
+    due = (int(facts.setting("train.log_every") or 1) + _QUIET_STEPS) * step
+    evaluation = 2 * max(facts.waits, default=0.0)
+    return now - float(own[-1].get("time", 0)) > max(_QUIET, due, evaluation)
+
+
+# ---------------------------------------------------------------- figures
+
+
+def number(line: Line, name: str) -> float | None:
+    """The value ``name`` of a line where it is a number."""
+    value = line.get(name)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def last_step(facts: Facts) -> int:
+    """The newest step that was noted."""
+    steps = [int(value) for line in facts.metrics if (value := number(line, "step")) is not None]
+    return max(steps, default=0)
+
+
+def step_seconds(facts: Facts) -> float | None:
+    """The median time of a step over the newest lines."""
+    found = [value for line in facts.of_kind("train") if (value := number(line, "step_seconds")) is not None]
+    return statistics.median(found) if found else None
+
+
+def total_steps(facts: Facts) -> int | None:
+    """How many steps the run takes: from its lengths and, since the size of the data is not kept, its last line."""
+    epochs, batch, most = (facts.setting(f"train.{key}") for key in ("epochs", "batch_size", "max_steps"))
+    for line in reversed(facts.of_kind("train")):
+        samples, epoch = number(line, "samples"), number(line, "epoch")
+        if samples and epoch and epochs and batch:
+            steps = math.ceil(epochs * (round(samples / epoch) / batch))
+            return min(steps, most) if most else steps
+    return None
+
+
+def eta(facts: Facts, total: int | None) -> float | None:
+    """Seconds to the last step, at the pace of the newest lines."""
+    step = step_seconds(facts)
+    return None if total is None or step is None else max(total - last_step(facts), 0) * step
+
+
+def restarts(facts: Facts) -> int:
+    """How often the run was started again; of runs without a journal, how often it went on."""
+    starts = sum(line["kind"] == "started" for line in facts.journal)
+    return starts - 1 if starts else len(facts.of_kind("resume"))
+
+
+def nodes(facts: Facts) -> str | None:
+    """The number of nodes: those it runs on, or those that were asked for."""
+    begin = last_begin(facts)
+    if begin is None:
+        return None
+    hosts = begin.get("hosts")
+    if isinstance(hosts, list) and hosts:
+        return str(len(set(map(str, hosts))))
+    return str(begin["nodes"]) if begin.get("nodes") else "1" if begin.get("host") else None

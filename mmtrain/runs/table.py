@@ -1,0 +1,83 @@
+"""The table of runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from mmtrain.runs.status import Status
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+#: The columns in order, each with what it shows of a run.
+COLUMNS: dict[str, Callable[[Status], str]] = {
+    "run": lambda s: str(s.path),
+    "model": lambda s: s.model,
+    "state": lambda s: s.state,
+    "step": lambda s: f"{s.step}/{s.total}" if s.total else str(s.step),
+    "loss": lambda s: figure(s.loss),
+    "samples/s": lambda s: figure(s.speed),
+    "ETA": lambda s: "-" if s.eta is None else span(s.eta),
+    "nodes": lambda s: s.nodes or "-",
+    "restarts": lambda s: str(s.restarts),
+    "best val": lambda s: "-" if s.best is None else f"{s.metric} {figure(s.best)}",
+    "test": lambda s: "-" if s.test is None else f"{s.metric} {figure(s.test)}",
+    "last written": lambda s: f"{span(max(time.time() - s.written, 0))} ago",
+}
+#: In a narrow terminal these go first.
+_DISPENSABLE = ("nodes", "restarts", "samples/s", "loss", "test", "model", "last written")
+_COLORS = {
+    "running": "green",
+    "finished": "green",
+    "stalled": "red",
+    "failed": "red",
+    "lost": "red",
+    "stopped": "yellow",
+    "preempted": "yellow",
+    "requeued": "yellow",
+    "timeout": "yellow",
+}
+
+
+def table(found: Sequence[Status], width: int) -> Table:
+    """The runs ``found`` as a table of at most ``width`` columns of text, if need be with fewer columns."""
+    from rich.cells import cell_len
+    from rich.table import Table
+
+    cells = {name: [show(status) for status in found] for name, show in COLUMNS.items()}
+    wide = {name: max(map(cell_len, (name, *texts))) + 2 for name, texts in cells.items()}
+    shown = list(COLUMNS)
+    for name in _DISPENSABLE:
+        if sum(wide[column] for column in shown) > width:
+            shown.remove(name)
+    made = Table(box=None)
+    for name in shown:
+        made.add_column(name, no_wrap=name != "run", overflow="fold")
+    for i, status in enumerate(found):
+        made.add_row(
+            *(_text(cells[name][i], _COLORS.get(status.state, "") if name == "state" else "") for name in shown)
+        )
+    return made
+
+
+def figure(value: float | None) -> str:
+    """Four digits, or a dash."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def span(seconds: float) -> str:
+    """A time in one unit: 90 s, 12 min, 5 h, 3 d."""
+    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 86400:.0f} d"
+
+
+def _text(text: str, style: str) -> Text:
+    """As it stands: square brackets in a name are no markup."""
+    from rich.text import Text
+
+    return Text(text, style=style)

@@ -1,0 +1,45 @@
+"""Register every ViM2 with timm: ``import mmtrain.timm``, then ``timm.create_model("vim2_tiny")``.
+
+timm's own names for arguments are understood (``in_chans``, ``drop_path_rate``). There are no pretrained weights yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from mmtrain.errors import UserError
+from mmtrain.models.registry import create_model, list_models
+from mmtrain.torchvision_compat import ensure_torchvision
+
+ensure_torchvision()  # before timm imports torchvision
+
+from timm.models import register_model  # noqa: E402
+
+_OURS = {"in_chans": "in_channels", "drop_path_rate": "drop_path"}
+# timm passes these to every model; they mean nothing here
+_IGNORED = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "img_size")
+
+
+def _register() -> None:
+    """Add every ViM2 to timm's registry."""
+    for name in list_models("vim2*"):
+        register_model(_entry_point(name))
+
+
+def _entry_point(name: str) -> Callable[..., nn.Module]:
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if pretrained:
+            raise UserError(f"{name}: there are no pretrained weights yet; leave out pretrained=True")
+        given = {_OURS.get(key, key): value for key, value in kwargs.items() if key not in _IGNORED}
+        return create_model(name, **given)
+
+    build.__name__ = build.__qualname__ = name
+    build.__module__ = __name__
+    globals()[name] = build
+    return build
+
+
+_register()

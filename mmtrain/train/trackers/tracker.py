@@ -1,0 +1,242 @@
+"""How long ago the operating system started this process: what a restart costs, imports and all.
+
+Live progress: a bar on a terminal, a line now and then elsewhere.
+
+What a run tells: live progress, ``metrics.jsonl``, curves, and W&B and TensorBoard when asked. Rank 0 only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from mmtrain.config import RunConfig
+from mmtrain.parallel.ranks import Ranks
+from mmtrain.runs.folder import RunFolder
+from mmtrain.tasks import Batch
+from mmtrain.train.meter import Meter
+from mmtrain.train.state import Schedule, TrainState
+from mmtrain.train.trackers import JsonLines, Outlet, WandbRun, open_outlets, read_metrics
+
+_STARTED = 19  # of what follows the name in brackets in /proc/self/stat: the start, in clock ticks since the boot
+
+
+def process_age() -> float | None:
+    """Seconds since this process was started, to 10 ms; None where the system does not tell (it has no /proc)."""
+    try:
+        after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started = int(after_name[_STARTED]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    except (OSError, AttributeError):
+        return None
+
+
+logger = logging.getLogger("mmtrain")
+
+#: Away from a terminal, say how far we are at most this often, in seconds.
+_PLAIN_EVERY = 5.0
+
+
+class Progress:
+    """Steps done of ``total``, with rate, ETA, loss and learning rate."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self.total = total
+        self.begin, self.begin_step = time.monotonic(), done
+        self._said_at = 0.0
+        self._bar: RichProgress | None = None
+        if sys.stderr.isatty():
+            self._bar = RichProgress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[detail]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task("train", total=total, completed=done, detail="")
+            self._bar.start()
+
+    def advance(
+        self, step: int, loss: float | None = None, lr: float | None = None, speed: float | None = None
+    ) -> None:
+        detail = f"loss {loss:.4f}  lr {lr:.2e}  {speed:.0f} samples/s" if loss is not None else ""
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+            if detail:
+                self._bar.update(self._task, detail=detail)
+        elif detail and (time.monotonic() - self._said_at > _PLAIN_EVERY or step == self.total):
+            self._said_at = time.monotonic()
+            logger.info("step %d/%d  %s  eta %s", step, self.total, detail, self._eta(step))
+
+    def _eta(self, step: int) -> str:
+        seconds = (time.monotonic() - self.begin) * (self.total - step) / max(step - self.begin_step, 1)
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes}:{rest:02d}"
+
+    def say(self, message: str) -> None:
+        if self._bar:
+            self._bar.console.print(message, highlight=False, markup=False)
+        logger.log(logging.DEBUG if self._bar else logging.INFO, message)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+#: Redraw the curves at most this often, in seconds, while the run goes on.
+_CURVES_EVERY = 30.0
+
+
+class Tracker:
+    """Counts and writes down."""
+
+    def __init__(self, config: RunConfig, run: RunFolder, ranks: Ranks, plotted: tuple[str, ...]) -> None:
+        self.config, self.run, self.ranks, self.plotted = config, run, ranks, plotted
+        self.progress: Progress | None = None
+        self.outlets: list[Outlet] = []
+        self._lines = JsonLines(run)
+        self._losses: list[float] = []
+        self._curves_at = 0.0
+        self._ready: float | None = None
+        self._started = False
+
+    @property
+    def run_id(self) -> str | None:
+        """The W&B run id, which is saved with every checkpoint so that a resumed run stays one curve."""
+        return next((outlet.run_id for outlet in self.outlets if isinstance(outlet, WandbRun)), None)
+
+    def start(self, state: TrainState, schedule: Schedule) -> None:
+        self._schedule = schedule
+        if not self.ranks.main:
+            return
+        if self.run.metrics_file.is_file():  # also of a start that was killed before its first checkpoint
+            self._lines.drop_after(state.step)
+        if state.step:
+            logger.info("resuming at step %d of %d", state.step, schedule.steps)
+            self._lines.log({"kind": "resume", "step": state.step})
+        self.outlets = open_outlets(self.config, self.run, self._lines, state.step, state.tracker_id)
+        self.progress = Progress(schedule.steps, state.step)
+
+    def before_step(self) -> None:
+        """Note when the first step of this process begins, its batch being there."""
+        if not self._started and self._ready is None:
+            self._ready = process_age()
+
+    def consumed(self, step: int, batches: list[Batch]) -> None:
+        """Note the samples of a step, where ``tracking.samples`` asks for it; of a step taken again the last counts."""
+        if not self.config.tracking.samples:
+            return
+        index = torch.cat([batch["index"] for batch in batches]).tolist()
+        self.run.samples.mkdir(exist_ok=True)
+        with (self.run.samples / f"rank_{self.ranks.rank:05d}.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "samples": index}) + "\n")
+
+    def after_step(self, state: TrainState, loss: float, norm: float, rate: float, meter: Meter) -> None:
+        """Note a step; every ``train.log_every`` steps, and at the last, write a line."""
+        if not self._started:
+            self._note_start(state.step - 1)
+        if math.isfinite(loss):  # one of a skipped step would hide the others
+            self._losses.append(loss)
+        due = state.step % self.config.train.log_every == 0 or state.step == self._schedule.steps
+        if not due:
+            if self.progress:
+                self.progress.advance(state.step)
+            return
+        line: dict[str, Any] = {
+            "kind": "train",
+            "step": state.step,
+            "samples": state.samples,
+            "epoch": state.samples / self._schedule.samples_per_epoch,
+            "loss": sum(self._losses) / len(self._losses) if self._losses else math.nan,
+            "lr": rate,
+            "grad_norm": norm,
+            **({"loss_scale": state.loss_scale} if state.loss_scale != 1 else {}),
+            **meter.line(),
+        }
+        self._losses = []
+        if self.progress:
+            self._write(line)
+            self.progress.advance(state.step, loss=line["loss"], lr=rate, speed=line["samples_per_second"])
+
+    def _note_start(self, step: int) -> None:
+        """Seconds from the start of the process to the beginning, and to the end, of its first step."""
+        self._started, age = True, process_age()
+        if self.progress and self._ready is not None and age is not None:
+            seconds = {"ready_seconds": round(self._ready, 2), "first_step_seconds": round(age, 2)}
+            self._write({"kind": "start", "step": step, **seconds})
+
+    def rolled_back(self, before: TrainState, after: TrainState, loss: float) -> None:
+        """Note that the run went back to an earlier step."""
+        self._losses = []
+        self.warn(
+            f"step {before.step}: the loss jumped to {loss:.4g}: back to the checkpoint of step {after.step}, and on"
+            f" with other samples ({after.left_out} left out so far)"
+        )
+        if self.progress:
+            self._lines.drop_after(after.step)
+            self._write({"kind": "rollback", "step": after.step, "from_step": before.step, "loss": loss})
+
+    def after_evaluation(self, state: TrainState, split: str, results: dict[str, float], best: bool = False) -> None:
+        if self.progress:
+            epoch = state.step / self._schedule.steps_per_epoch
+            self._write({"kind": "eval", "split": split, "step": state.step, "epoch": epoch, **results})
+            shown = "  ".join(f"{name} {results[name]:.4g}" for name in self.plotted)
+            self.progress.say(f"{split} at step {state.step}: {shown}{'  (best)' if best else ''}")
+            if time.monotonic() - self._curves_at > _CURVES_EVERY:
+                self._draw()
+
+    def warn(self, message: str) -> None:
+        if self.progress:
+            self.progress.say(f"warning: {message}")
+            logger.debug(message)
+
+    def finish(
+        self, state: TrainState, test: dict[str, float] | None, tested_step: int, pictures: Sequence[Path] = ()
+    ) -> None:
+        """Note the result of the tested checkpoint, and what the task drew with it."""
+        if not self.progress:
+            return
+        if test is not None:
+            self._write({"kind": "eval", "split": "test", "step": tested_step, **test})
+        self._draw()
+        drawn = [(picture, tested_step) for picture in pictures] + [(self.run.curves_file, state.step)]
+        for picture, step in drawn:
+            if picture.suffix == ".png" and picture.is_file():
+                self._show(picture, step)
+
+    def close(self) -> None:
+        """End the display and the trackers; also after an error."""
+        if self.progress:
+            self.progress.close()
+        for outlet in self.outlets:
+            outlet.finish()
+
+    def _draw(self) -> None:
+        if self.config.tracking.plots:
+            from mmtrain.plotting.runs import draw_curves
+
+            draw_curves(self.run.curves_file, read_metrics(self.run), self.plotted)
+            self._curves_at = time.monotonic()
+
+    def _show(self, picture: Path, step: int) -> None:
+        for outlet in self.outlets:
+            outlet.image(picture.stem, picture, step)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        for outlet in self.outlets:
+            outlet.log(line)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmtrain.ops.linear import _by_onednn, _product, linear_bwd
+from mmtrain.ops.dense import _by_onednn, _product, linear_bwd
 
 SIZES = [
     (12544, 96, 384),

@@ -20,7 +20,7 @@ from mmtrain.models.initialise import initial_weights
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.parallel.strategy import Strategy
 from mmtrain.tasks import Batch, StepKey, Task, build_task
-from mmtrain.train.build import blueprint, spread_model
+from mmtrain.train.build import build_meta_model, parallelize_model
 from mmtrain.train.checkpoint.store import CheckpointStore
 from trainer_parts.figure import Figure, median_of
 
@@ -33,8 +33,8 @@ class Steps:
         overrides += ["train.batch_size=2", "data.workers=0", "task.mixup=0", "task.cutmix=0", "device=cpu"]
         self.config = load_config("vim2_base_in1k", overrides)
         self.task: Task = build_task(self.config)
-        self.strategy: Strategy = spread_model(self.config, self.task, Ranks(0, 1, torch.device("cpu")))
-        self.strategy.initialise(initial_weights(blueprint(self.task), 0))
+        self.strategy: Strategy = parallelize_model(self.config, self.task, Ranks(0, 1, torch.device("cpu")))
+        self.strategy.initialise(initial_weights(build_meta_model(self.task), 0))
         self.batch: Batch = {**self.task.train.fetch(np.arange(2), None), "key": torch.arange(2)}
 
     def take(self) -> float:

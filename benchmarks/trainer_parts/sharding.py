@@ -25,11 +25,11 @@ import torch.multiprocessing as mp
 
 from mmtrain.config import RunConfig, load_config
 from mmtrain.models.initialise import initial_weights
-from mmtrain.parallel.ranks import Ranks, joined
+from mmtrain.parallel.ranks import Ranks, init_distributed
 from mmtrain.parallel.strategy import Strategy
 from mmtrain.parallel.torch_strategy import local
 from mmtrain.tasks import Batch, StepKey, Task, build_task
-from mmtrain.train.build import blueprint, spread_model
+from mmtrain.train.build import build_meta_model, parallelize_model
 from trainer_parts.figure import Figure, median_of
 
 WORLD = 2
@@ -50,7 +50,7 @@ def _rank(rank: int, work: Work, options: dict[str, Any], port: int, folder: str
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(WORLD)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    with joined("cpu") as ranks:
+    with init_distributed("cpu") as ranks:
         torch.save(work(ranks, options), f"{folder}/{rank}.pt")
 
 
@@ -60,8 +60,8 @@ class Training:
     def __init__(self, strategy: str, ranks: Ranks, options: dict[str, Any]) -> None:
         self.config = _config(strategy, options)
         self.task: Task = build_task(self.config)
-        self.strategy: Strategy = spread_model(self.config, self.task, ranks)
-        self.strategy.initialise(initial_weights(blueprint(self.task), 0))
+        self.strategy: Strategy = parallelize_model(self.config, self.task, ranks)
+        self.strategy.initialise(initial_weights(build_meta_model(self.task), 0))
         self.strategy.runner.train()
         self.batch = _batch(self.task, self.config, ranks)
         self.taken = 0

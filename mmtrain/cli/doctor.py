@@ -64,9 +64,9 @@ def _check_ranks(folder: Path) -> None:
 
         os.environ.update(torch_variables(os.environ))
     from mmtrain.parallel.preflight import check_ranks
-    from mmtrain.parallel.ranks import joined
+    from mmtrain.parallel.ranks import init_distributed
 
-    with joined(timeout=120.0) as here:
+    with init_distributed(timeout=120.0) as here:
         seen = check_ranks(here, folder, "auto")
         if here.main:
             print(f"{seen}: each sees its device, {folder} is shared, clocks agree, a reduction adds up")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mmtrain.inference.trained import TrainedModel
 
 _BATCH = 256
-_log = logging.getLogger("mmtrain")
+logger = logging.getLogger("mmtrain")
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _scalers(panel: Panel, assets: dict[str, Any], ends: NDArray[np.int64]) -> P
     found = np.array([place.get(name, -1) for name in panel.ids.tolist()], dtype=np.int64)
     fresh = found < 0
     if fresh.any():
-        _log.warning(
+        logger.warning(
             "%s: the model was not trained on %d of %d series: they are standardised by their own rows",
             panel.folder,
             int(fresh.sum()),

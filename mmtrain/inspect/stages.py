@@ -13,15 +13,16 @@ from typing import Any, cast
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmtrain.config import MODELS, ModelConfig, RunConfig, TSM2Config, ViM2Config, config_names, load_config
+from mmtrain.config import MODELS, ModelConfig, RunConfig, config_names, load_config
 from mmtrain.config.models import preset
 from mmtrain.errors import UserError, nearest
 from mmtrain.models import build_model
 from mmtrain.models.averaging import MixerStack
 from mmtrain.models.kinds import is_channel_mixer
+from mmtrain.models.registry import example_inputs
 from mmtrain.models.tsm2 import TSM2
 from mmtrain.models.vim2 import ViM2
 from mmtrain.ops.backend import scan_backend
@@ -165,21 +166,6 @@ def stage_table(
             hook.remove()
     counts = {name: dict(ops) for name, ops in counter.get_flop_counts().items()}
     return _rows(model, parts, shapes, counts)
-
-
-def example_inputs(
-    config: ModelConfig, *, batch: int = 1, image_size: tuple[int, int] = (224, 224), variates: int = 7
-) -> tuple[Tensor | None, ...]:
-    """Zeros on the current default device, as the positional inputs of the model of ``config``."""
-    if isinstance(config, ViM2Config):
-        return (torch.zeros(batch, config.in_channels, *image_size),)
-    if not isinstance(config, TSM2Config):
-        raise UserError(f"model '{config.name}': {type(config).__name__} has no table of stages")
-    steps = config.future_length or config.lookback + config.horizon
-    static = torch.zeros(batch, variates, config.static_features) if config.static_features else None
-    known = torch.zeros(batch, steps, variates, config.future_features) if config.future_features else None
-    mask = torch.ones(batch, config.lookback, variates, dtype=torch.bool) if config.mask_input else None
-    return torch.zeros(batch, config.lookback, variates), mask, static, known
 
 
 def _parts(model: nn.Module) -> list[_Part]:

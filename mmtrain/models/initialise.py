@@ -37,14 +37,15 @@ def initialise(model: nn.Module, linear_std: float | None = None) -> None:
         reset_module(module, linear_std)
 
 
-def initial_weights(blueprint: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Names and initial values (CPU) of the parameters of ``blueprint``, module by module.
+def initial_weights(build_meta_model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Names and initial values (CPU) of the parameters of ``build_meta_model``, module by module.
 
-    ``blueprint`` is on the meta device and stays there: no more than one module is in memory at a time. Its class may
+    ``build_meta_model`` is on the meta device and stays there: no more than one module is in memory at a
+    time. Its class may
     have a ``reset_module(module)`` that knows better than ``module.reset_parameters()``.
     """
-    reset = getattr(blueprint, "reset_module", reset_module)
-    for name, module in _owners(blueprint):
+    reset = getattr(build_meta_model, "reset_module", reset_module)
+    for name, module in _owners(build_meta_model):
         module.to_empty(device="cpu")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))

@@ -6,7 +6,8 @@ import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mmtrain.config import MODELS, ModelConfig, TSM2Config, ViM2Config
 from mmtrain.config.models import preset
@@ -51,3 +52,18 @@ def build_model(config: ModelConfig) -> nn.Module:
     if isinstance(config, TSM2Config):
         return TSM2(config)
     raise TypeError(f"no model is registered for {type(config).__name__}")
+
+
+def example_inputs(
+    config: ModelConfig, *, batch: int = 1, image_size: tuple[int, int] = (224, 224), variates: int = 7
+) -> tuple[Tensor | None, ...]:
+    """Zeros on the current default device, as the positional inputs of the model of ``config``."""
+    if isinstance(config, ViM2Config):
+        return (torch.zeros(batch, config.in_channels, *image_size),)
+    if not isinstance(config, TSM2Config):
+        raise UserError(f"model '{config.name}': {type(config).__name__} has no table of stages")
+    steps = config.future_length or config.lookback + config.horizon
+    static = torch.zeros(batch, variates, config.static_features) if config.static_features else None
+    known = torch.zeros(batch, steps, variates, config.future_features) if config.future_features else None
+    mask = torch.ones(batch, config.lookback, variates, dtype=torch.bool) if config.mask_input else None
+    return torch.zeros(batch, config.lookback, variates), mask, static, known

@@ -8,8 +8,8 @@ CPUs (``cpu``) and plain PyTorch (``reference``, ``parallel``). ``MMTRAIN_SCAN=a
 from mmtrain.ops.backend import backend_report, scan_backend
 from mmtrain.ops.conv import causal_conv1d
 from mmtrain.ops.cross import cross_selective_scan
+from mmtrain.ops.dense import linear
 from mmtrain.ops.dropout import keyed_dropout
-from mmtrain.ops.linear import linear
 from mmtrain.ops.mix import Direction, selective_mix
 from mmtrain.ops.scan import selective_scan
 from mmtrain.ops.weighted import weighted_sum

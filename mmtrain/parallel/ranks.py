@@ -102,7 +102,7 @@ class Ranks:
 
 
 @contextmanager
-def joined(device: str = "auto", timeout: float = 1800.0, group: bool = False) -> Iterator[Ranks]:
+def init_distributed(device: str = "auto", timeout: float = 1800.0, group: bool = False) -> Iterator[Ranks]:
     """Join the process group described by RANK, WORLD_SIZE, LOCAL_RANK (torchrun's variables); alone without them.
 
     Args:

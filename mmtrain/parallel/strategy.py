@@ -69,12 +69,12 @@ class Strategy(ABC):
         return self.runner
 
     @abstractmethod
-    def assign(self, name: str, value: Tensor) -> None:
+    def set_parameter(self, name: str, value: Tensor) -> None:
         """Set parameter ``name`` to ``value``, whole and on the CPU."""
 
     def initialise(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         for name, value in weights:
-            self.assign(name, value)
+            self.set_parameter(name, value)
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of one micro-batch: gradients are reduced once a step, in the last."""
@@ -106,11 +106,11 @@ class Strategy(ABC):
         """Leave this step out."""
 
     @abstractmethod
-    def held(self) -> dict[str, Tensor]:
+    def local_parameters(self) -> dict[str, Tensor]:
         """This rank's part of each parameter, by name (a DTensor under FSDP2), to be read and written in place."""
 
     @abstractmethod
-    def saved(self, average: dict[str, Tensor] | None) -> Parts:
+    def state_dict(self, average: dict[str, Tensor] | None) -> Parts:
         """The tensors to save: model, moments and, where there is one, the average (as :meth:`held` gives it)."""
 
     @abstractmethod

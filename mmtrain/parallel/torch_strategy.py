@@ -44,7 +44,7 @@ class TorchStrategy(Strategy):
                 zeros = {key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in MOMENTS}
                 self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
 
-    def assign(self, name: str, value: Tensor) -> None:
+    def set_parameter(self, name: str, value: Tensor) -> None:
         _set(self.parameters[name], value)
 
     def gradients(self) -> list[Tensor]:
@@ -62,15 +62,15 @@ class TorchStrategy(Strategy):
     def drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def held(self) -> dict[str, Tensor]:
+    def local_parameters(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.parameters.items()}
 
-    def saved(self, average: dict[str, Tensor] | None) -> Parts:
+    def state_dict(self, average: dict[str, Tensor] | None) -> Parts:
         return self._parts(average)
 
     def _parts(self, average: dict[str, Tensor] | None) -> Parts:
         """The very tensors of the training state, by part and name."""
-        parts: Parts = {MODEL: self.held()}
+        parts: Parts = {MODEL: self.local_parameters()}
         trained = {name: self.optimizer.state[p] for name, p in self.parameters.items() if p.requires_grad}
         parts |= {key: {name: state[key] for name, state in trained.items()} for key in MOMENTS}
         return parts | ({"average": average} if average is not None else {})
@@ -109,9 +109,9 @@ class DataParallel(TorchStrategy):
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if last else cast(DistributedDataParallel, self.runner).no_sync()
 
-    def saved(self, average: dict[str, Tensor] | None) -> Parts:
+    def state_dict(self, average: dict[str, Tensor] | None) -> Parts:
         """Every rank saves its share of the whole tensors."""
-        parts = super().saved(average)
+        parts = super().state_dict(average)
         world, rank = self.ranks.world, self.ranks.rank
         return {
             part: {name: t for i, (name, t) in enumerate(tensors.items()) if i % world == rank}
@@ -149,13 +149,13 @@ class FullyShardedDataParallel(TorchStrategy):
         super().backward(loss)
         reduction.finish()
 
-    def held(self) -> dict[str, Tensor]:
+    def local_parameters(self) -> dict[str, Tensor]:
         # an evaluation leaves some modules whole (the root, and those that stay whole until their backward pass):
         # what is written to the parts would not be seen there
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        return super().held()
+        return super().local_parameters()
 
     def gradient_norm(self) -> Tensor:
         total = norm_of(self.gradients(), self.ranks.device)

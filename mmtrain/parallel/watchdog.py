@@ -1,13 +1,13 @@
 """A run that hangs ends, and says which ranks were missing.
 
 A collective that waits for a rank that is stuck, stopped or dead waits in C++, often for ever. So each rank has two
-threads beside its main one: the *courier* publishes, about once a second, where the main thread is, and reads what
-others published; the *judge* counts the time since the main thread's last :meth:`Watchdog.beat` and, past the timeout,
-names the missing ranks, dumps all stacks and the flight recorder, and ends the process with :data:`EXIT_HANG`.
+threads beside its main one: the *publisher* publishes, about once a second, where the main thread is, and reads what
+others published; the *monitor* counts the time since the main thread's last :meth:`Watchdog.beat` and, past the
+timeout, names the missing ranks, dumps all stacks and the flight recorder, and ends the process with :data:`EXIT_HANG`.
 
 They are two, because no read from a TCPStore is safe against a host that is stopped: in torch 2.13 ``get``, ``check``,
-``multi_get`` and even the constructor outlast their timeout, for ever. They release the GIL, so only the courier
-hangs, which is how the judge knows.
+``multi_get`` and even the constructor outlast their timeout, for ever. They release the GIL, so only the publisher
+hangs, which is how the monitor knows.
 
 Rank 0 reads all statuses, judges for all and publishes its verdict; the others read rank 0's status and the verdict,
 so that the traffic grows with the number of ranks, not with its square. Another rank judges by itself when the store or
@@ -76,14 +76,14 @@ class Watchdog:
         self._described = False
         self._verdict = ""
         self._ending, self._leaving, self._closed = threading.Event(), threading.Event(), threading.Event()
-        self._judge = threading.Thread(target=self._judging, name="watchdog-judge", daemon=True)
-        self._courier = threading.Thread(target=self._carrying, name="watchdog-courier", daemon=True)
+        self._monitor = threading.Thread(target=self._monitoring, name="watchdog-monitor", daemon=True)
+        self._publisher = threading.Thread(target=self._publishing, name="watchdog-publisher", daemon=True)
 
     def __enter__(self) -> Watchdog:
         if self.ranks.world > 1:
             self._prefix = f"watchdog/{next(_instances)}/"
-            self._judge.start()
-            self._courier.start()
+            self._monitor.start()
+            self._publisher.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -94,9 +94,9 @@ class Watchdog:
             self._closed.wait(_LINGER * self._tick)
         self._left = "has finished" if error is None else f"left after {type(error).__name__}: {str(error)[:400]}"
         self._leaving.set()
-        self._judge.join()  # does not return where it ends the process
+        self._monitor.join()  # does not return where it ends the process
         if self.ranks.main:
-            # the host of the store goes last, or torch complains in the couriers of the others
+            # the host of the store goes last, or torch complains in the publishers of the others
             end = time.monotonic() + _LINGER * self._tick
             gone = self._silent()  # a rank that was killed will never say that it leaves
             while time.monotonic() < end and not all(
@@ -104,7 +104,7 @@ class Watchdog:
             ):
                 time.sleep(0.02)
         self._closed.set()
-        self._courier.join(_LINGER * self._tick)
+        self._publisher.join(_LINGER * self._tick)
 
     def beat(self, step: int, phase: str) -> None:
         """The main thread comes to ``phase`` of ``step``. Beat alike on all ranks, and often within a long phase."""
@@ -128,12 +128,12 @@ class Watchdog:
             if self._silent():
                 break
         if self._ending.is_set():
-            self._judge.join()  # which ends the process
+            self._monitor.join()  # which ends the process
         return self._findings()
 
-    # ------------------------------------------------------------------ the judge
+    # ------------------------------------------------------------------ the monitor
 
-    def _judging(self) -> None:
+    def _monitoring(self) -> None:
         before, place = time.monotonic(), self._place
         while not self._leaving.wait(self._tick):
             now = time.monotonic()
@@ -214,10 +214,10 @@ class Watchdog:
             faulthandler.dump_traceback(file)
         dump_flight_recorder(self.dump_folder, rank)
 
-    # ------------------------------------------------------------------ the courier
+    # ------------------------------------------------------------------ the publisher
 
-    def _carrying(self) -> None:
-        """Exchange statuses until the end, or until the store is gone: where that is a hang, the judge sees it."""
+    def _publishing(self) -> None:
+        """Exchange statuses until the end, or until the store is gone: where that is a hang, the monitor sees it."""
         keys = [f"{self._prefix}{name}" for name in (*range(self.ranks.world), "verdict")]
         try:
             # a connection of our own: the default one is locked while the main thread waits for a key

@@ -111,15 +111,15 @@ class ZeroStrategy(Strategy):
     # ------------------------------------------------------------------ state
 
     @torch.no_grad()
-    def assign(self, name: str, value: Tensor) -> None:
+    def set_parameter(self, name: str, value: Tensor) -> None:
         self._put(self.model.get_parameter(name), value, None)
 
-    def held(self) -> dict[str, Tensor]:
+    def local_parameters(self) -> dict[str, Tensor]:
         if self.stage == 3:  # an evaluation leaves parameters gathered: what is written to the parts is not seen there
             self.zero._partition_all_parameters()
         return {name: _own(p) for name, p in self.model.named_parameters()}
 
-    def saved(self, average: dict[str, Tensor] | None) -> Parts:
+    def state_dict(self, average: dict[str, Tensor] | None) -> Parts:
         keys = (MODEL, *MOMENTS, *(["average"] if average is not None else []))
         parts: Parts = {key: {} for key in keys}
         for i, (name, p) in enumerate(self.model.named_parameters()):

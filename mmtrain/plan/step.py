@@ -28,9 +28,9 @@ from torch.utils.flop_counter import flop_registry
 
 import mmtrain.ops  # noqa: F401 - defines torch.ops.mmtrain
 from mmtrain.config import ModelConfig, TrainConfig, TSM2Config
-from mmtrain.inspect.stages import example_inputs
 from mmtrain.models import build_model
 from mmtrain.models.averaging import MixerStack
+from mmtrain.models.registry import example_inputs
 from mmtrain.ops.backend import scan_backend
 
 #: PyTorch, "Automatic Mixed Precision", Autocast Op Reference: those of its lists that the models and losses call.

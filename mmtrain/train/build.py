@@ -82,9 +82,9 @@ def micro_batches(config: RunConfig, world: int) -> int:
     )
 
 
-def spread_model(config: RunConfig, task: Task, ranks: Ranks) -> Strategy:
+def parallelize_model(config: RunConfig, task: Task, ranks: Ranks) -> Strategy:
     """Build the model of ``task`` on the meta device, compile and split it as configured, and give it memory."""
-    model = blueprint(task)
+    model = build_meta_model(task)
     checkpoint_activations(model, config.train)
     blocks = model_blocks(model)
     if config.train.compile:
@@ -104,7 +104,7 @@ def spread_model(config: RunConfig, task: Task, ranks: Ranks) -> Strategy:
     return build_strategy(model, plan)
 
 
-def blueprint(task: Task) -> nn.Module:
+def build_meta_model(task: Task) -> nn.Module:
     """The model of ``task`` on the meta device: shapes without memory."""
     with torch.device("meta"):
         return task.build_model()

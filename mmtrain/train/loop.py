@@ -31,7 +31,7 @@ from mmtrain.parallel.ranks import Ranks
 from mmtrain.parallel.watchdog import Watchdog
 from mmtrain.runs.folder import RunFolder
 from mmtrain.tasks import Batch, StepKey, Task
-from mmtrain.train.build import blueprint, micro_batches, spread_model
+from mmtrain.train.build import build_meta_model, micro_batches, parallelize_model
 from mmtrain.train.checkpoint.tensor_files import read_weights
 from mmtrain.train.evaluate import evaluate
 from mmtrain.train.guards import Agreement, agree, first_bad, is_spike
@@ -67,7 +67,7 @@ class Trainer:
         self.config, self.task, self.run, self.ranks = config, task, run, ranks
         self.tracker, self.watch = tracker, watch
         self.micros = micro_batches(config, ranks.world)
-        self.strategy = spread_model(config, task, ranks)
+        self.strategy = parallelize_model(config, task, ranks)
         self.snapshots = Snapshots(config, run, self.strategy, ranks)
         self.schedule = Schedule.of(config, len(task.train))
         self.state = TrainState(dataset_length=len(task.train), loss_scale=initial_loss_scale(config.train))
@@ -80,7 +80,7 @@ class Trainer:
 
     def fit(self) -> Outcome:
         """Train to the end, or until a signal asks to stop; then test the selected checkpoint."""
-        self.state = self.snapshots.begin(self.state, blueprint(self.task))
+        self.state = self.snapshots.begin(self.state, build_meta_model(self.task))
         self.tracker.start(self.state, self.schedule)
         with self.stop, self.profiler, _collected_by_hand():
             if self.ranks.any(self._asked_to_leave()):

@@ -44,7 +44,8 @@ def learning_rate(config: OptimConfig, step: int, steps: int, warmup: int) -> fl
 class WeightAverage:
     """Keeps w̄ ← d·w̄ + (1 - d)·w after each step, with d = min(decay, (1 + t)/(10 + t)) so that it warms up.
 
-    ``held`` is this rank's part of each weight (``Strategy.held``): all is local and element by element, so a split
+    ``held`` is this rank's part of each weight (``Strategy.local_parameters``): all is local and element by
+    element, so a split
     average costs no communication.
     """
 

@@ -15,12 +15,12 @@ from mmtrain.parallel.build import check as check_strategy
 from mmtrain.parallel.build import needs_group, resolve
 from mmtrain.parallel.collective import collective_timeout, from_collective
 from mmtrain.parallel.preflight import check_ranks
-from mmtrain.parallel.ranks import Ranks, joined
+from mmtrain.parallel.ranks import Ranks, init_distributed
 from mmtrain.parallel.watchdog import Watchdog
 from mmtrain.runs import journal
 from mmtrain.runs.folder import RunFolder, run_path
 from mmtrain.tasks import Task, build_task
-from mmtrain.train.build import blueprint, micro_batches
+from mmtrain.train.build import build_meta_model, micro_batches
 from mmtrain.train.loop import Outcome, Trainer
 from mmtrain.train.precision import set_up_arithmetic
 from mmtrain.train.trackers import check_installed
@@ -53,7 +53,7 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
     set_up_arithmetic(config.train)
     spread, debugging = config.parallel, torch.autograd.set_detect_anomaly(debug)
     with (
-        joined(config.device, collective_timeout(spread.start_timeout), needs_group(spread, world)) as ranks,
+        init_distributed(config.device, collective_timeout(spread.start_timeout), needs_group(spread, world)) as ranks,
         debugging,
     ):
         if check:
@@ -98,7 +98,7 @@ def _prepare(run: RunFolder, config: RunConfig, task: Task, world: int) -> None:
 def _introduce(config: RunConfig, task: Task, trainer: Trainer) -> None:
     """One line on what is about to run."""
     world, accumulated = trainer.ranks.world, trainer.micros
-    parameters = sum(p.numel() for p in blueprint(task).parameters())
+    parameters = sum(p.numel() for p in build_meta_model(task).parameters())
     logger.info(
         "%s: %s, %.2f M parameters, %d training samples, %d steps of %d%s, on %d × %s%s",
         trainer.run.path,

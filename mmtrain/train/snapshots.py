@@ -35,9 +35,9 @@ class Snapshots:
             config=to_yaml(config),
         )
         decay = config.train.ema_decay
-        self.average = WeightAverage(strategy.held(), decay) if decay is not None else None
+        self.average = WeightAverage(strategy.local_parameters(), decay) if decay is not None else None
 
-    def begin(self, fresh: TrainState, blueprint: nn.Module) -> TrainState:
+    def begin(self, fresh: TrainState, build_meta_model: nn.Module) -> TrainState:
         """Load the newest valid checkpoint, or start from the seed; returns where the run stands.
 
         Raises:
@@ -46,9 +46,9 @@ class Snapshots:
         newest = self.store.newest()
         state = fresh
         if newest is None:
-            self.strategy.initialise(initial_weights(blueprint, self.seed))
+            self.strategy.initialise(initial_weights(build_meta_model, self.seed))
             if self.average is not None:
-                self.average.reset(self.strategy.held())
+                self.average.reset(self.strategy.local_parameters())
         else:
             state = self._resume(newest, fresh)
         if self.strategy.saved_in_place:
@@ -69,7 +69,7 @@ class Snapshots:
         self.store.save(state.step, self._parts(), state.to_json(), best=state.best_step)
 
     def _parts(self) -> Parts:
-        return self.strategy.saved(self.average.shadow if self.average is not None else None)
+        return self.strategy.state_dict(self.average.shadow if self.average is not None else None)
 
     def load(self, path: Path) -> None:
         """Fill weights, moments and average from a checkpoint that was verified."""
@@ -80,7 +80,7 @@ class Snapshots:
 
     def update_average(self, updates: int) -> None:
         if self.average is not None:
-            self.average.update(self.strategy.held(), updates)
+            self.average.update(self.strategy.local_parameters(), updates)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -88,5 +88,5 @@ class Snapshots:
         if self.average is None:
             yield
         else:
-            with self.average.applied(self.strategy.held):
+            with self.average.applied(self.strategy.local_parameters):
                 yield

@@ -14,10 +14,10 @@ SMALL = {"dims": [16, 32], "token_mixers": [2, 2], "channel_expand": [2, 1]}
 
 def weights(name: str, seed: int = 0, **overrides: object) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
-        blueprint = create_model(name, **overrides)
-    found = {key: value.clone() for key, value in initial_weights(blueprint, seed)}
-    assert all(p.is_meta for p in blueprint.parameters()), "the blueprint must stay without memory"
-    assert set(found) == {key for key, _ in blueprint.named_parameters()}
+        build_meta_model = create_model(name, **overrides)
+    found = {key: value.clone() for key, value in initial_weights(build_meta_model, seed)}
+    assert all(p.is_meta for p in build_meta_model.parameters()), "the build_meta_model must stay without memory"
+    assert set(found) == {key for key, _ in build_meta_model.named_parameters()}
     return found
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from mmtrain.errors import UserError
 from mmtrain.ops import linear, scan_backend, weighted_sum
 from mmtrain.ops.cpu import library
-from mmtrain.ops.linear import _transposed_product, _uses_onednn
+from mmtrain.ops.dense import _transposed_product, _uses_onednn
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_the_choice_is_by_processor(monkeypatch: pytest.MonkeyPatch) -> None:
         ("", False),
     ):
         _uses_onednn.cache_clear()
-        monkeypatch.setattr("mmtrain.ops.linear._processor", lambda found=processor: found)
+        monkeypatch.setattr("mmtrain.ops.dense._processor", lambda found=processor: found)
         assert _uses_onednn("auto") is expected, processor
     _uses_onednn.cache_clear()
 

@@ -38,7 +38,7 @@ def resumed(config: RunConfig, folder: Path) -> None:
 
     def copy(snapshots: Snapshots) -> None:
         shadow = snapshots.average.shadow if snapshots.average is not None else None
-        write_tensors(folder / LOADED, snapshots.strategy.saved(shadow), snapshots.store._group)
+        write_tensors(folder / LOADED, snapshots.strategy.state_dict(shadow), snapshots.store._group)
 
     with _after_loading(copy):
         trained(config, folder)
@@ -72,8 +72,8 @@ def sick(config: RunConfig, folder: Path) -> None:
 def _after_loading(action: Callable[[Snapshots], None]) -> Iterator[None]:
     begin = Snapshots.begin
 
-    def wrapped(snapshots: Snapshots, fresh: TrainState, blueprint: nn.Module) -> TrainState:
-        state = begin(snapshots, fresh, blueprint)
+    def wrapped(snapshots: Snapshots, fresh: TrainState, build_meta_model: nn.Module) -> TrainState:
+        state = begin(snapshots, fresh, build_meta_model)
         action(snapshots)
         return state
 
@@ -90,7 +90,7 @@ def dtypes(config: RunConfig, folder: Path) -> dict[str, dict[str, torch.dtype]]
         for name, module in trainer.strategy.model.named_modules():
             module.register_forward_pre_hook(_note(name, found["forward"]))
         outcome = fit(trainer)
-        for name, p in trainer.strategy.held().items():
+        for name, p in trainer.strategy.local_parameters().items():
             found["kept"][name] = p.dtype
         for i, state in enumerate(trainer.strategy.optimizer.state.values()):
             found["kept"] |= {f"{key} {i}": local(value).dtype for key, value in state.items()}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmtrain.parallel.fsdp_cpu import Buffers, DirectAllGather, DirectReduceScatter
-from mmtrain.parallel.ranks import joined
+from mmtrain.parallel.ranks import init_distributed
 from tests.parallel.gang import Gang
 
 
@@ -22,7 +22,7 @@ def _values(rank: int, count: int) -> Tensor:
 
 def exchanged(world: int) -> None:
     """Asserts on each rank; sizes that are no multiple of anything, and two gathers under way at once."""
-    with joined("cpu") as ranks:
+    with init_distributed("cpu") as ranks:
         group, buffers = dist.group.WORLD, Buffers()
         gather, reduce = DirectAllGather(buffers), DirectReduceScatter(buffers, world)
         options = {"dtype": torch.float32, "device": torch.device("cpu")}

@@ -31,13 +31,13 @@ import logging, os, sys, time
 from pathlib import Path
 import torch
 from mmtrain.parallel import collective
-from mmtrain.parallel.ranks import joined
+from mmtrain.parallel.ranks import init_distributed
 from mmtrain.parallel.watchdog import Watchdog
 
 folder, what, start, step_timeout = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), float(sys.argv[4])
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 collective.enable_flight_recorder()
-with joined("cpu") as ranks, Watchdog(ranks, start, step_timeout, folder) as watch:
+with init_distributed("cpu") as ranks, Watchdog(ranks, start, step_timeout, folder) as watch:
     try:
         for step in range(70 if what == "finish" else 100000):
             watch.beat(step, "data")

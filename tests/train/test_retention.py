@@ -123,7 +123,8 @@ def test_nothing_is_deleted_before_the_new_one_is_durable(tmp_path: Path, monkey
     monkeypatch.setattr(checkpoint.shutil, "rmtree", remove)
     store.save(2, tensors(2), {})
     # the folder itself last: the rename is on the disk
-    assert seen == ["state.json", "config.yaml", tmp_path.name, "delete step_00000001.old.partial"]
+    files = ["state.json", "config.yaml", "manifest.json", "step_00000002.partial"]
+    assert seen == [*files, tmp_path.name, "delete step_00000001.old.partial"]
 
 
 def test_a_kill_while_an_old_one_is_deleted_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mmtrain.errors import UserError
 
-_log = logging.getLogger("mmtrain")
+logger = logging.getLogger("mmtrain")
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def _acquire(path: Path, wait: bool, tell: bool) -> int:
                 if not wait:
                     raise
                 if tell:
-                    _log.info("%s: waiting for another process", path)
+                    logger.info("%s: waiting for another process", path)
                 fcntl.flock(handle, fcntl.LOCK_EX)
             if _is_at(handle, path):
                 return handle

@@ -17,7 +17,7 @@ from mmtrain.data.download.registry import Dataset, Source
 from mmtrain.errors import UserError
 from mmtrain.files import sync
 
-_log = logging.getLogger("mmtrain")
+logger = logging.getLogger("mmtrain")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def get_dataset(
             except UserError as error:
                 faults.append(str(error))
                 if source is not sources[-1]:
-                    _log.warning("%s; trying the next address", error)
+                    logger.warning("%s; trying the next address", error)
     if from_file is not None:
         raise UserError(faults[0])
     raise UserError("\n  ".join([f"{dataset.name} could not be fetched:", *faults, _by_hand(dataset, root)]))
@@ -154,7 +154,9 @@ def _keep(checked: Checked, origin: str) -> Fetched:
             part.write_text(f"{checked.sha256}  {checked.path.name}\n", encoding="utf-8")  # as sha256sum -c reads it
             os.replace(part, note)
         except OSError as error:
-            _log.warning("%s: cannot be written (%s): the next call has nothing to compare with", note, error.strerror)
+            logger.warning(
+                "%s: cannot be written (%s): the next call has nothing to compare with", note, error.strerror
+            )
     return Fetched(checked, origin, known)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _REDIRECTS = 5
 _AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 _CHUNK = 1 << 16
-_log = logging.getLogger("mmtrain")
+logger = logging.getLogger("mmtrain")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def download(
                 if failures >= patience.attempts:
                     raise UserError(f"{url}: {fault} (tried {failures} times)") from fault
                 wait = max(patience.backoff * 2 ** (failures - 1), min(fault.wait, 30.0))
-                _log.info("%s: %s; trying again in %g s", url, fault, wait)
+                logger.info("%s: %s; trying again in %g s", url, fault, wait)
                 time.sleep(wait)
             except OSError as error:  # what the network does has become _Again: this is the disk
                 raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error

@@ -38,7 +38,7 @@ Request = tuple[Indices, Keys | None]
 _one_kernel = threading.Lock()
 #: Once in a process, since compiling takes seconds.
 _decoders: dict[tuple[Any, ...], Callable[..., None]] = {}
-_log = logging.getLogger("mmtrain")
+logger = logging.getLogger("mmtrain")
 
 
 class Engine:
@@ -113,7 +113,7 @@ def _no_keys(count: int) -> Keys:
 def _at_most(threads: int) -> int:
     limit = int(vars(numba.config)["NUMBA_NUM_THREADS"])
     if threads > limit:
-        _log.warning(
+        logger.warning(
             "data.workers=%d: numba runs at most %d threads here; set NUMBA_NUM_THREADS=%d to have them all",
             threads,
             limit,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 #: Where Linux tells of free memory, and a container (cgroup v2) of its own limit and use.
 _MACHINE, _CONTAINER = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-_log = logging.getLogger("mmtrain")
+logger = logging.getLogger("mmtrain")
 _told: set[tuple[Path, bool]] = set()
 
 
@@ -67,7 +67,7 @@ def warn_of_thrashing(beton: Beton, os_cache: bool, window: int) -> None:
     else:
         return
     _told.add((beton.path, os_cache))
-    _log.warning("%s: %s: reading will wait for the disk again and again; %s", beton.path, what, cure)
+    logger.warning("%s: %s: reading will wait for the disk again and again; %s", beton.path, what, cure)
 
 
 def _gb(size: float) -> str:
@@ -105,8 +105,8 @@ def open_beton(
         warn_of_thrashing(source.beton, os_cache, window)
     if not built.compiled:
         if not os_cache:
-            _log.warning("data.os_cache=false does nothing with data.augment=%s: its processes map the file", augment)
-        _log.info(
+            logger.warning("data.os_cache=false does nothing with data.augment=%s: its processes map the file", augment)
+        logger.info(
             "%s: data.augment=%s works on one image after the other in Python, in data.workers processes; "
             "data.augment=crop (crop and flip alone) is all compiled, and data.workers are threads then",
             source.beton.path,

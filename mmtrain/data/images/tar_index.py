@@ -40,7 +40,7 @@ _CURE_SHARD = "copy or prepare the shard again (mmtrain data prepare images --fo
 #: numpy parses the header of an array as Python source, which Python 3.11 may not do in two threads at once: now and
 #: then it ends in "SystemError: AST constructor recursion depth mismatch" (python/cpython#106905).
 _parsing = threading.Lock()
-_log = logging.getLogger("mmtrain")
+logger = logging.getLogger("mmtrain")
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ def index_shards(
     changed = [maker.shard for maker in makers if maker.state == "changed"]
     unwritten = [maker for maker in makers if maker.unwritten]
     if changed:
-        _log.warning("%d shard(s) changed since they were indexed, so were indexed again: %s", *_count(changed))
+        logger.warning("%d shard(s) changed since they were indexed, so were indexed again: %s", *_count(changed))
     if unwritten:
-        _log.warning(
+        logger.warning(
             "cannot write the index of %d shard(s) (%s); it is kept in memory and made again at every start: %s",
             len(unwritten),
             unwritten[0].unwritten,

@@ -29,7 +29,7 @@ _LAYOUTS = (
     "wanted is ROOT/train/WNID/*.JPEG with ROOT/val/WNID/*.JPEG or ROOT/val/*.JPEG, or Kaggle's "
     "ROOT/ILSVRC/Data/CLS-LOC/{train,val}"
 )
-_log = logging.getLogger("mmtrain")
+logger = logging.getLogger("mmtrain")
 
 
 @dataclass
@@ -165,7 +165,7 @@ def _validation(layout: _Layout, classes: list[str], given: bool) -> list[Item]:
     if not layout.val.is_dir():
         if given:
             raise UserError(f"--val-labels: there is no folder {layout.val}")
-        _log.warning("%s: no such folder, so there will be no validation images", layout.val)
+        logger.warning("%s: no such folder, so there will be no validation images", layout.val)
         return []
     folders, files = _folders(layout.val), _images(layout.val)
     if not folders:

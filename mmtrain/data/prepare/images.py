@@ -13,7 +13,7 @@ from mmtrain.errors import UserError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 _SPLIT_FOLDERS = {"val": ("val", "valid", "validation"), "test": ("test",)}
-_log = logging.getLogger("mmtrain")
+logger = logging.getLogger("mmtrain")
 
 
 def prepare_images(
@@ -83,7 +83,7 @@ def _find(root: Path, val_fraction: float, test_fraction: float) -> tuple[list[s
                 raise UserError(f"{folder}: classes that {root / 'train'} does not have: {', '.join(unknown[:5])}")
             splits[split] = _items(folder, classes)
     if "val" not in splits and val_fraction > 0:
-        _log.info("%s has no val folder: %g of train is set aside", root, val_fraction)
+        logger.info("%s has no val folder: %g of train is set aside", root, val_fraction)
         splits |= stratify(root, splits["train"], val_fraction, 0.0)
     return classes, {split: splits[split] for split in ("train", "val", "test") if splits.get(split)}
 

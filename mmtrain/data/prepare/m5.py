@@ -33,7 +33,7 @@ STATES = ("CA", "TX", "WI")
 EVENTS = ("Cultural", "National", "Religious", "Sporting")
 #: Rows read at once: products × days × 2 arrays of 4 bytes.
 _BATCH = 512
-_log = logging.getLogger("mmtrain")
+logger = logging.getLogger("mmtrain")
 
 
 def prepare_m5(root: str | Path, out: str | Path, *, days: int = 28, force: bool = False) -> PreparedPanel:
@@ -130,7 +130,7 @@ def _series(root: Path, calendar: pd.DataFrame) -> Iterator[Series]:
                 ids,
                 state[text["state_id"][row]],
             )
-    _log.info("%s: %d days without a price have that of the nearest day before, else after", root / FILES[1], carried)
+    logger.info("%s: %d days without a price have that of the nearest day before, else after", root / FILES[1], carried)
 
 
 def _carry(price: NDArray[np.float32]) -> int:

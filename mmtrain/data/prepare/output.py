@@ -43,7 +43,7 @@ def existing_meta(
     return meta
 
 
-_log = logging.getLogger("mmtrain")
+logger = logging.getLogger("mmtrain")
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def _filled(out: Path, recipe: str, keep: bool, resume: bool) -> Iterator[Path]:
 
 def _leave(part: Path) -> None:
     if any(part.rglob("*.tar")):
-        _log.warning("what is finished stays in %s: the same command goes on from there", part)
+        logger.warning("what is finished stays in %s: the same command goes on from there", part)
     else:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -122,5 +122,5 @@ def _replace(part: Path, out: Path) -> None:
 def _sweep(out: Path, mine: Path | None) -> None:
     for left in out.parent.glob(f".{out.name}.partial-*"):
         if left != mine:
-            _log.warning("%s: left by a preparation with other settings or images, removed", left)
+            logger.warning("%s: left by a preparation with other settings or images, removed", left)
             shutil.rmtree(left, ignore_errors=True)

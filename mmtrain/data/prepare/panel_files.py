@@ -24,7 +24,7 @@ __all__ = ["ID_NAMES", "Columns", "layout_of", "numbers_of", "open_source"]
 
 ID_NAMES = ("id", "unique_id", "series_id", "item_id")
 _WIDE_ROWS = 512
-_log = logging.getLogger("mmtrain")
+logger = logging.getLogger("mmtrain")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _numeric(file: Path, names: list[str]) -> list[str]:
     schema = schema_of(file)
     text = [name for name in names if not _is_number(schema.field(name).type)]
     if text:
-        _log.warning("%s: %s hold no numbers and are left out (use them with --static)", file, ", ".join(text))
+        logger.warning("%s: %s hold no numbers and are left out (use them with --static)", file, ", ".join(text))
     return [name for name in names if name not in text]
 
 
@@ -157,7 +157,7 @@ def _wide_timeline(file: Path, steps: list[str], start: str | None, step: Step |
     if start is not None or (step is not None and stamps is None):
         raise UserError("--start and --step go together: the time of the first column, and how far the next is")
     if stamps is None:
-        _log.info("%s: its columns are not named by dates: no times, unless --start and --step say them", file)
+        logger.info("%s: its columns are not named by dates: no times, unless --start and --step say them", file)
         return None
     usual = step or step_of(stamps)
     timeline = None if usual is None else Timeline(stamps[0], usual)

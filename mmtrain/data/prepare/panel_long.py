@@ -142,7 +142,7 @@ def _has_offset(text: str) -> bool:
 
 #: A grid of so many times the rows that are there is taken for a step that was guessed wrongly.
 _MOST_GAPS = 4
-_log = logging.getLogger("mmtrain")
+logger = logging.getLogger("mmtrain")
 
 
 def open_long(
@@ -161,7 +161,7 @@ def _timeline(files: list[Path], scan: Scan, step: Step | None) -> Timeline:
     if usual is None:
         raise UserError(f"{where}: no series has two times, so there is no step: give --step, or --time none")
     if scan.steps.backward:
-        _log.info("%s: %d rows come before earlier ones of their series; they are sorted", where, scan.steps.backward)
+        logger.info("%s: %d rows come before earlier ones of their series; they are sorted", where, scan.steps.backward)
     timeline = Timeline(np.datetime64(int(scan.low.min()), "us"), usual)
     grid = int((_places(timeline, scan.high) - _places(timeline, scan.low) + 1).sum())
     if grid > _MOST_GAPS * int(scan.rows.sum()):
@@ -298,11 +298,11 @@ def _next_places(numbers: Int64s, cursor: Int64s) -> Int64s:
 def _report(files: list[Path], scan: Scan, timeline: Timeline | None, length: Int64s, repeated: int) -> None:
     where = files[0].parent if len(files) > 1 else files[0]
     if repeated:
-        _log.warning("%s: %d rows come a second time in their series: the last one counts", where, repeated)
+        logger.warning("%s: %d rows come a second time in their series: the last one counts", where, repeated)
     gaps = int(length.sum() - scan.rows.sum()) + repeated
     if timeline is not None and gaps:
         some = int((length > scan.rows).sum())
-        _log.warning(
+        logger.warning(
             "%s: %d steps of %s are not there between others, in %d series: they become holes",
             where,
             gaps,

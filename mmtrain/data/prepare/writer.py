@@ -35,7 +35,7 @@ from mmtrain.data.prepare.pool import progress, run_jobs
 from mmtrain.errors import UserError
 
 FORMAT = 1
-_log = logging.getLogger("mmtrain")
+logger = logging.getLogger("mmtrain")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def write_dataset(
             for job in _jobs(part, split, items, shard_size, encoder or ClassEncoder(), skip_bad, known)
         ]
         if known:
-            _log.info("%s: goes on; %d of %d shards were finished before", out, len(known), len(jobs))
+            logger.info("%s: goes on; %d of %d shards were finished before", out, len(known), len(jobs))
         done = _write_all(jobs, workers, ledger, known, f"writing {out.name}")
         ledger.path.unlink(missing_ok=True)
         skipped = [entry for job in jobs for entry in done[job.name].skipped]

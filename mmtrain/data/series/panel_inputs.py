@@ -42,7 +42,7 @@ def unpack(saved: dict[str, Any]) -> NDArray[np.float32]:
 
 #: A category of more values than this becomes one number, its code, instead of so many columns.
 MOST_ONE_HOT = 64
-_log = logging.getLogger("mmtrain")
+logger = logging.getLogger("mmtrain")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def fit_static(panel: Panel, names: Sequence[str], trained: NDArray[np.bool_]) -
         if name in panel.categories:
             column = StaticColumn(name, tuple(panel.categories[name]))
             if column.width == 1 and len(column.categories) > 1:
-                _log.info(
+                logger.info(
                     "%s: static column %r has %d values, more than %d: it becomes one number, the code of the value",
                     panel.folder,
                     name,

@@ -131,7 +131,7 @@ def _blocks(counts: Int64s) -> list[int]:
     return np.diff(cuts).tolist()
 
 
-_log = logging.getLogger("mmtrain")
+logger = logging.getLogger("mmtrain")
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def _scalers(panel: Panel, rule: SplitRule, train_rows: Int64s) -> PanelScalers:
         return prepared_scalers(panel)
     begin = time.perf_counter()
     made = fit_scalers(panel, train_rows)
-    _log.info(
+    logger.info(
         "%s: its scalers are of another split: fitted again for %s in %.1f s, as each start will (prepare it with that "
         "split to save the time)",
         panel.folder,
@@ -275,7 +275,7 @@ def _count_left_out(panel: Panel, spans: dict[str, Spans], rule: SplitRule, look
             )
     if any(left_out.values()):
         counts = ", ".join(f"{count} from {name}" for name, count in left_out.items() if count)
-        _log.warning(
+        logger.warning(
             "%s: of %d series, those too short for one window of look-back %d + horizon %d are left out: %s",
             panel.folder,
             len(panel),

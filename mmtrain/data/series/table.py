@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".csv", ".parquet", ".zip")
 TIME_NAMES = ("date", "datetime", "timestamp", "time")
 MISSING = ("error", *FILLS, "mask")
-_log = logging.getLogger("mmtrain")
+logger = logging.getLogger("mmtrain")
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _stamps(column: pd.Series, file: Path, name: str) -> NDArray[np.datetime64] 
     import pandas as pd
 
     if pd.api.types.is_numeric_dtype(column):
-        _log.info("%s: time column %r holds numbers, not dates; it is left out", file, name)
+        logger.info("%s: time column %r holds numbers, not dates; it is left out", file, name)
         return None
     stamps = pd.to_datetime(column, errors="coerce", utc=_has_zone(column))
     if stamps.isna().any():
@@ -197,7 +197,7 @@ def _stamps(column: pd.Series, file: Path, name: str) -> NDArray[np.datetime64] 
     found = stamps.to_numpy().astype("datetime64[us]")
     duplicates, irregular, step = regularity(found)
     if duplicates or irregular:
-        _log.warning(
+        logger.warning(
             "%s: %d repeated time stamp(s) and %d step(s) that differ from the usual %s; rows are taken as they come",
             file,
             duplicates,
@@ -274,7 +274,7 @@ def _fill(values: NDArray[np.float32], names: list[str], file: Path, missing: st
                 f"{file}: column {name!r} begins with a hole, so data.missing=ffill has nothing to repeat; use "
                 "data.missing=interpolate or zero"
             )
-    _log.warning(
+    logger.warning(
         "%s: filled %d hole(s) in %d column(s) (data.missing=%s)", file, counts.sum(), (counts > 0).sum(), missing
     )
     return int(counts.sum())

@@ -7,10 +7,10 @@ import importlib.util
 from mmtrain.config import RunConfig
 from mmtrain.errors import SharedError
 from mmtrain.runs.folder import RunFolder
-from mmtrain.train.trackers.base import JsonLines, Outlet, TensorBoard, read_metrics
+from mmtrain.train.trackers.base import JsonLines, MetricSink, TensorBoard, read_metrics
 from mmtrain.train.trackers.wandb import WandbRun
 
-__all__ = ["JsonLines", "Outlet", "TensorBoard", "WandbRun", "check_installed", "open_outlets", "read_metrics"]
+__all__ = ["JsonLines", "MetricSink", "TensorBoard", "WandbRun", "check_installed", "open_sinks", "read_metrics"]
 
 
 def check_installed(config: RunConfig) -> None:
@@ -28,16 +28,18 @@ def check_installed(config: RunConfig) -> None:
             )
 
 
-def open_outlets(config: RunConfig, run: RunFolder, lines: JsonLines, step: int, known_id: str | None) -> list[Outlet]:
+def open_sinks(
+    config: RunConfig, run: RunFolder, lines: JsonLines, step: int, known_id: str | None
+) -> list[MetricSink]:
     """All that ``config.tracking`` asks for, ``lines`` first; rank 0 calls it.
 
     Args:
         step: the last step that counts: what was written of later ones is taken again.
         known_id: the W&B run id in the checkpoint that the run goes on from.
     """
-    outlets: list[Outlet] = [lines]
+    sinks: list[MetricSink] = [lines]
     if config.tracking.wandb != "disabled":
-        outlets.append(WandbRun(config, run, known_id, restart=lines.restarts()))
+        sinks.append(WandbRun(config, run, known_id, restart=lines.restarts()))
     if config.tracking.tensorboard:
-        outlets.append(TensorBoard(run.path / "tensorboard", step))
-    return outlets
+        sinks.append(TensorBoard(run.path / "tensorboard", step))
+    return sinks

@@ -22,7 +22,7 @@ from mmtrain.runs.folder import RunFolder
 logger = logging.getLogger("mmtrain")
 
 
-class Outlet(ABC):
+class MetricSink(ABC):
     """Takes the lines and pictures of a run. Rank 0 alone has any."""
 
     @abstractmethod
@@ -36,8 +36,8 @@ class Outlet(ABC):
         """End; also after an error."""
 
 
-class Dispensable(Outlet):
-    """An outlet whose failure is said once, with a cure: the training goes on without it."""
+class BestEffortSink(MetricSink):
+    """A sink whose failure is said once, with a cure: the training goes on without it."""
 
     #: What it is called in the message, and what may help.
     title: str
@@ -87,7 +87,7 @@ def values(line: dict[str, Any]) -> dict[str, int | float]:
     return {f"{prefix}/{name}": number for name, number in numbers.items()}
 
 
-class JsonLines(Outlet):
+class JsonLines(MetricSink):
     """Appends each line, with the time. A full disk is not passed over here: it ends the run."""
 
     def __init__(self, run: RunFolder) -> None:
@@ -125,7 +125,7 @@ _FLUSH_SECONDS = 10
 _CURVES = ("train", "eval")
 
 
-class TensorBoard(Dispensable):
+class TensorBoard(BestEffortSink):
     """Writes to ``folder``, after what earlier processes of the run wrote up to ``step``."""
 
     title = "TensorBoard"

@@ -28,7 +28,7 @@ from mmtrain.runs.folder import RunFolder
 from mmtrain.tasks import Batch
 from mmtrain.train.meter import Meter
 from mmtrain.train.state import Schedule, TrainState
-from mmtrain.train.trackers import JsonLines, Outlet, WandbRun, open_outlets, read_metrics
+from mmtrain.train.trackers import JsonLines, MetricSink, WandbRun, open_sinks, read_metrics
 
 _STARTED = 19  # of what follows the name in brackets in /proc/self/stat: the start, in clock ticks since the boot
 
@@ -108,7 +108,7 @@ class Tracker:
     def __init__(self, config: RunConfig, run: RunFolder, ranks: Ranks, plotted: tuple[str, ...]) -> None:
         self.config, self.run, self.ranks, self.plotted = config, run, ranks, plotted
         self.progress: Progress | None = None
-        self.outlets: list[Outlet] = []
+        self.sinks: list[MetricSink] = []
         self._lines = JsonLines(run)
         self._losses: list[float] = []
         self._curves_at = 0.0
@@ -118,7 +118,7 @@ class Tracker:
     @property
     def run_id(self) -> str | None:
         """The W&B run id, which is saved with every checkpoint so that a resumed run stays one curve."""
-        return next((outlet.run_id for outlet in self.outlets if isinstance(outlet, WandbRun)), None)
+        return next((sink.run_id for sink in self.sinks if isinstance(sink, WandbRun)), None)
 
     def start(self, state: TrainState, schedule: Schedule) -> None:
         self._schedule = schedule
@@ -129,7 +129,7 @@ class Tracker:
         if state.step:
             logger.info("resuming at step %d of %d", state.step, schedule.steps)
             self._lines.log({"kind": "resume", "step": state.step})
-        self.outlets = open_outlets(self.config, self.run, self._lines, state.step, state.tracker_id)
+        self.sinks = open_sinks(self.config, self.run, self._lines, state.step, state.tracker_id)
         self.progress = Progress(schedule.steps, state.step)
 
     def before_step(self) -> None:
@@ -223,8 +223,8 @@ class Tracker:
         """End the display and the trackers; also after an error."""
         if self.progress:
             self.progress.close()
-        for outlet in self.outlets:
-            outlet.finish()
+        for sink in self.sinks:
+            sink.finish()
 
     def _draw(self) -> None:
         if self.config.tracking.plots:
@@ -234,9 +234,9 @@ class Tracker:
             self._curves_at = time.monotonic()
 
     def _show(self, picture: Path, step: int) -> None:
-        for outlet in self.outlets:
-            outlet.image(picture.stem, picture, step)
+        for sink in self.sinks:
+            sink.image(picture.stem, picture, step)
 
     def _write(self, line: dict[str, Any]) -> None:
-        for outlet in self.outlets:
-            outlet.log(line)
+        for sink in self.sinks:
+            sink.log(line)

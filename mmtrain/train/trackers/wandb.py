@@ -12,7 +12,7 @@ from typing import Any
 
 from mmtrain.config import RunConfig
 from mmtrain.runs.folder import RunFolder
-from mmtrain.train.trackers.base import Dispensable, values
+from mmtrain.train.trackers.base import BestEffortSink, values
 
 logger = logging.getLogger("mmtrain")
 
@@ -22,7 +22,7 @@ _START_SECONDS = 60.0
 _END_SECONDS = 30.0
 
 
-class WandbRun(Dispensable):
+class WandbRun(BestEffortSink):
     """One W&B run over all restarts of a run folder.
 
     Its id is in ``wandb_id.txt`` from the first start on, so that a run killed before its first checkpoint keeps it,

@@ -1,18 +1,63 @@
-"""Files of JSON objects, a line each, as a process that may be killed at any time leaves them.
+"""Small files: writes that a kill or a power cut cannot tear, and files of JSON objects, one per line.
 
-Writing that outlasts a power cut.
+Files of JSON lines are appended to by processes that may be killed at any time, so a reader skips torn lines.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 
-def parse_line(text: str) -> dict[str, Any] | None:
-    """The object in a line, or None where it is torn or no object."""
+@contextmanager
+def complete_or_absent(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``, with its suffix, for a file or folder to be made.
+
+    What was made becomes ``path`` when the block ends, and replaces a file there; after an error it is deleted. The
+    name is that of one process of one host, so that several may make the same file: the last rename wins.
+    """
+    partial = path.with_name(f".{path.stem}.{os.uname().nodename}-{os.getpid()}.partial{path.suffix}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
+    """Write ``content`` (text as UTF-8) to ``path``, which holds the old or the new content at any time.
+
+    Args:
+        durable: return only when the content and the rename outlast a power cut.
+    """
+    with complete_or_absent(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        if durable:
+            sync(partial)
+    if durable:
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Make a file or folder durable. A rename is durable once its folder is."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def parse_json_line(text: str) -> dict[str, Any] | None:
+    """The object in a line, or None where the line is torn or holds no object."""
     try:
         line = json.loads(text)
     except ValueError:
@@ -20,19 +65,20 @@ def parse_line(text: str) -> dict[str, Any] | None:
     return line if isinstance(line, dict) else None
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects in ``file``, oldest first, without torn lines; none where there is no such file."""
+def read_json_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects in ``file``, oldest first, without torn lines. Empty if there is no such file."""
     try:
         texts = file.read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return []
-    return [line for text in texts if (line := parse_line(text)) is not None]
+    return [line for text in texts if (line := parse_json_line(text)) is not None]
 
 
-def sync(path: Path) -> None:
-    """Make a file or folder durable; a rename is once its folder is."""
-    handle = os.open(path, os.O_RDONLY)
+def append_json_line(file: Path, line: dict[str, Any]) -> None:
+    """Append ``line`` durably, with one write in append mode, so that lines of several processes do not mix."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.fsync(handle)
+        os.write(descriptor, (json.dumps(line) + "\n").encode())
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)

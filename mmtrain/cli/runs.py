@@ -49,7 +49,7 @@ def log_files(folder: Path, rank: int) -> list[Path]:
         UserError: when there are none, with the ranks that have some.
     """
     own = folder / "log.txt"
-    jobs = {path: found for path in folder.glob("slurm/*logger.*") if (found := _NAME.fullmatch(path.name))}
+    jobs = {path: found for path in folder.glob("slurm/*_log.*") if (found := _NAME.fullmatch(path.name))}
     begin = last_begin(read(folder, recent=1))
     # rank 0 of a Slurm job writes log.txt too, so that its age does not tell where the run was last
     here = not begin.get("job") if begin else not jobs

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import platform
 import subprocess
 import time
@@ -21,6 +20,7 @@ from mmtrain.config import RunConfig, from_yaml, to_yaml
 from mmtrain.config.load import differences
 from mmtrain.config.schema import FREE_ON_RESUME
 from mmtrain.errors import UserError
+from mmtrain.files import write_atomically
 from mmtrain.runs.reader import existing
 from mmtrain.version import __version__
 
@@ -116,11 +116,11 @@ class RunFolder:
         self.make()
         with self._preparing():
             if not self.config_file.is_file():
-                self._write(self.path / "code.json", json.dumps(code_version(), indent=1))
+                write_atomically(self.path / "code.json", json.dumps(code_version(), indent=1))
                 if diff := code_diff(_ROOT):
-                    self._write(self.path / "code.diff", diff)
-                self._write(self.assets_file, json.dumps(assets, indent=1))
-                self._write(self.config_file, to_yaml(config))
+                    write_atomically(self.path / "code.diff", diff)
+                write_atomically(self.assets_file, json.dumps(assets, indent=1))
+                write_atomically(self.config_file, to_yaml(config))
 
     def make(self) -> None:
         """Make the folder, or see that the one there can be written.
@@ -161,17 +161,10 @@ class RunFolder:
         return json.loads(self.result_file.read_text()) if self.result_file.is_file() else None
 
     def write_result(self, result: dict[str, Any]) -> None:
-        self._write(self.result_file, json.dumps(result, indent=1))
+        write_atomically(self.result_file, json.dumps(result, indent=1))
 
     def assets(self) -> dict[str, Any]:
         return json.loads(self.assets_file.read_text())
-
-    @staticmethod
-    def _write(path: Path, text: str) -> None:
-        """Write a small file so that it is whole or not there."""
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text)
-        os.replace(partial, path)
 
 
 def code_version() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from socket import gethostname
 from typing import Any
 
-from mmtrain.files import read_lines
+from mmtrain.files import append_json_line, read_json_lines
 from mmtrain.runs import slurm
 
 
@@ -82,14 +82,7 @@ NAME = "jobs.jsonl"
 
 def note(run: Path, kind: str, **values: Any) -> None:
     """Append a line to the journal of the run folder ``run``."""
-    line = json.dumps({"kind": kind, **values, "time": time.time()}) + "\n"
-    # one write of one line in append mode: lines of several processes do not mix
-    descriptor = os.open(run / NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, line.encode())
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    append_json_line(run / NAME, {"kind": kind, **values, "time": time.time()})
 
 
 def note_start(run: Path, world: int) -> None:
@@ -104,7 +97,7 @@ def note_start(run: Path, world: int) -> None:
 
 def read(run: Path) -> list[dict[str, Any]]:
     """The lines of the journal of ``run``, oldest first; none where there is no journal."""
-    return read_lines(run / NAME)
+    return read_json_lines(run / NAME)
 
 
 def last_job(run: Path) -> str | None:

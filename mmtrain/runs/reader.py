@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from mmtrain.errors import UserError
-from mmtrain.files import parse_line
+from mmtrain.files import parse_json_line
 from mmtrain.runs import journal
 
 Line = dict[str, Any]
@@ -105,7 +105,7 @@ def _metrics(file: Path, recent: int | None) -> tuple[list[Line], list[float]]:
         wanted = i >= first or not train[i]
         if not wanted and train[i + 1]:
             continue
-        line = parse_line(text)
+        line = parse_json_line(text)
         if line is None or "kind" not in line:
             continue
         if line["kind"] == "eval" and before is not None:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmtrain.files import read_lines
+from mmtrain.files import read_json_lines
 from mmtrain.runs.folder import RunFolder
 
 logger = logging.getLogger("mmtrain")
@@ -115,7 +115,7 @@ class JsonLines(MetricSink):
 
 def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``; a last line that was cut off by a kill is left out."""
-    return read_lines(run.metrics_file)
+    return read_json_lines(run.metrics_file)
 
 
 #: What is written is on the disk so many seconds later at most: a killed run should not lose minutes.

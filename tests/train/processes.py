@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from mmtrain.parallel.ranks import Ranks, joined
+from mmtrain.parallel.ranks import Ranks, init_distributed
 
 Work = Callable[[Ranks], Any]
 
@@ -29,5 +29,5 @@ def _one(rank: int, work: Work, world: int, port: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    with joined("cpu") as ranks:
+    with init_distributed("cpu") as ranks:
         torch.save(work(ranks), folder / f"result_{rank}.pt")

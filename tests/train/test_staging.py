@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
-from mmtrain.parallel.ranks import Ranks, joined
+from mmtrain.parallel.ranks import Ranks, init_distributed
 from mmtrain.train.checkpoint.store import CheckpointStore
 from mmtrain.train.checkpoint.tensor_files import Stage, read_tensors
 
@@ -41,7 +41,7 @@ def test_every_copy_goes_into_the_memory_that_was_prepared() -> None:
 
 
 def test_a_sharded_tensor_stays_one() -> None:
-    with joined("cpu", group=True):
+    with init_distributed("cpu", group=True):
         whole = torch.arange(12.0).view(6, 2)
         sharded = distribute_tensor(whole, init_device_mesh("cpu", (1,)), [Shard(0)])
         copied = Stage().copy({"model": {"w": sharded}})["model"]["w"]

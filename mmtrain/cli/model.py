@@ -160,7 +160,8 @@ def _variates(subject: Subject) -> int:
 
 def _draw(subject: Subject, folder: Path, out: Path, series: Path | None, image: Path | None, checkpoint: str) -> None:
     from mmtrain.inference.trained import load_trained
-    from mmtrain.inspect.averaging import averaging_matrices, draw_averaging
+    from mmtrain.inspect.averaging import averaging_matrices
+    from mmtrain.plotting.averaging import draw_averaging
 
     trained = load_trained(folder, checkpoint)
     try:

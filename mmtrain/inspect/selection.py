@@ -1,16 +1,14 @@
-"""The steps Δ with which a model selects, recorded while it runs (paper: "dual selection", of tokens and of channels).
+"""What a model selects (paper: "dual selection", of tokens and of channels): the steps Δ of its mixers, recorded.
 
 A step of S6 says how much of a position enters the state: h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t. With Δ near 0 the
-state passes by the position unchanged; with a large Δ it forgets what was before and takes the position in.
-
-What a trained model selected: its steps Δ over one window of a series, or over one image.
+state passes by the position unchanged; with a large Δ it forgets what was before and takes the position in. The steps
+are recorded while the model runs, by :func:`step_maps` for any forward pass, by :func:`window_selection` and
+:func:`image_selection` for one window of a series or one image and a trained model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,29 +26,11 @@ from mmtrain.models.mixers import ImageTokenMixer
 from mmtrain.models.s6 import S6
 from mmtrain.models.tsm2 import TimeMixer, VariateMixer
 from mmtrain.ops.mix import Direction, convolved, observed
+from mmtrain.plotting.selection import ImageSelection, StepMap, WindowSelection
 from mmtrain.tasks import build_task
 
-_MAPPED = (TimeMixer, VariateMixer, ImageTokenMixer)
-
-
-@dataclass(frozen=True)
-class StepMap:
-    """The steps of one mixer, the mean over its features and scan directions, for the first sample of a batch.
-
-    ``steps`` float32, all positive: of a :class:`TimeMixer` (variates, patches), of a :class:`VariateMixer` (patches,
-    variates), of an :class:`ImageTokenMixer` (height, width) of its grid of tokens. ``label``: T1, C1, … as in the
-    matrices of the averaging.
-    """
-
-    name: str
-    label: str
-    mixer: nn.Module
-    steps: NDArray[np.float32]
-
-    @property
-    def stack(self) -> str:
-        """The name of the stack of mixers (a stage of ViM2, or TSM2's blocks)."""
-        return self.name.partition(".mixers.")[0]
+#: Mixers with a map. A channel mixer of images scans windows of channels, an MLP has no steps.
+_KINDS: dict[type[nn.Module], str] = {TimeMixer: "time", VariateMixer: "variate", ImageTokenMixer: "image"}
 
 
 @torch.no_grad()
@@ -62,94 +42,47 @@ def mean_steps(ssm: S6, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def step_maps(model: nn.Module, forward: Callable[[], object]) -> list[StepMap]:
-    """Call ``forward``, which runs ``model`` once, and map the steps of its time, variate and image token mixers.
-
-    Other mixers have no map: a channel mixer of images scans windows of channels, an MLP has no steps.
-    """
-    mixers = [(name, module) for name, module in model.named_modules() if isinstance(module, _MAPPED)]
-    with _recorded([mixer for _, mixer in mixers]) as (shapes, steps):
-        forward()
-    return [
-        StepMap(name, _label(model, name), mixer, _map(mixer, shapes[mixer], steps))
-        for name, mixer in mixers
-        if mixer in shapes
-    ]
-
-
-def _label(model: nn.Module, name: str) -> str:
-    """The label of the mixer called ``name`` among those of its stack."""
-    siblings, _, place = name.rpartition(".")
-    return mixer_labels(cast(nn.ModuleList, model.get_submodule(siblings)))[int(place)]
-
-
-@contextmanager
-def _recorded(mixers: list[Any]) -> Iterator[tuple[dict[nn.Module, torch.Size], dict[nn.Module, Tensor]]]:
-    """The shape of each mixer's input, and the mean steps of each S6 within, of the last forward pass."""
+    """Call ``forward``, which runs ``model`` once, and map the steps of its time, variate and image token mixers."""
+    mixers = {name: module for name, module in model.named_modules() if isinstance(module, tuple(_KINDS))}
+    scans = {name: [m for m in mixer.modules() if isinstance(m, S6)] for name, mixer in mixers.items()}
     shapes: dict[nn.Module, torch.Size] = {}
     steps: dict[nn.Module, Tensor] = {}
     owners: dict[int, tuple[Tensor, S6]] = {}
 
-    def own(ssm: nn.Module, args: tuple[Any, ...], direction: Direction) -> None:
-        assert isinstance(ssm, S6)
-        owners[id(direction.A)] = direction.A, ssm  # held, so that its identity is nobody else's
-
     def keep_shape(mixer: nn.Module, args: tuple[Any, ...]) -> None:
         shapes[mixer] = args[0].shape
+
+    def own(ssm: nn.Module, args: tuple[Any, ...], direction: Direction) -> None:
+        assert isinstance(ssm, S6)
+        owners[id(direction.A)] = direction.A, ssm  # A is kept alive, so that no other tensor gets its identity
 
     def keep_steps(x: Tensor, directions: Sequence[Direction], height: int) -> None:
         for direction in directions:
             if id(direction.A) in owners:
                 _, ssm = owners[id(direction.A)]
-                with torch.no_grad():
-                    u = convolved(x.flatten(0, -3), direction)
-                steps[ssm] = mean_steps(ssm, u).cpu()
+                steps[ssm] = mean_steps(ssm, convolved(x.flatten(0, -3), direction)).cpu()
 
-    hooks = [mixer.register_forward_pre_hook(keep_shape) for mixer in mixers]
-    hooks += [ssm.register_forward_hook(own) for mixer in mixers for ssm in _scans(mixer)]
+    hooks = [mixer.register_forward_pre_hook(keep_shape) for mixer in mixers.values()]
+    hooks += [ssm.register_forward_hook(own) for each in scans.values() for ssm in each]
     try:
         with observed(keep_steps):
-            yield shapes, steps
+            forward()
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _scans(mixer: nn.Module) -> list[S6]:
-    return [module for module in mixer.modules() if isinstance(module, S6)]
-
-
-def _map(mixer: nn.Module, shape: torch.Size, steps: dict[nn.Module, Tensor]) -> NDArray[np.float32]:
-    """The mean over the directions: the steps of all of them are by place, in whatever order they were taken."""
-    found = [steps[ssm] for ssm in _scans(mixer)]
-    if isinstance(mixer, ImageTokenMixer):
-        _, h, w, _ = shape
-        return torch.stack([step[0].view(h, w) for step in found]).mean(0).numpy()
-    # of the first sample: (variates, patches) or (patches, variates), as the mixer lays its sequences out
-    return torch.stack([step.view(shape[0], -1, step.shape[-1])[0] for step in found]).mean(0).numpy()
-
-
-@dataclass(frozen=True)
-class WindowSelection:
-    """The step maps of one look-back window.
-
-    ``past`` (lookback, M) in the units of the data; ``time`` (lookback,): times, or row numbers where there are none;
-    ``starts`` (patches,): the place in the window at which each patch begins.
-    """
-
-    maps: list[StepMap]
-    columns: list[str]
-    past: NDArray[np.float32]
-    time: NDArray[Any]
-    starts: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class ImageSelection:
-    """The step maps of one image; ``image`` (H, W, 3) or (H, W, 1) in 0..1, as the model saw it."""
-
-    maps: list[StepMap]
-    image: NDArray[np.float32]
-    what: str
+    maps = []
+    for name, mixer in mixers.items():
+        if mixer not in shapes:  # the model did not run it
+            continue
+        batch, *grid = shapes[mixer][:3]
+        if not isinstance(mixer, ImageTokenMixer):
+            grid = [-1, steps[scans[name][0]].shape[-1]]  # sequences, as the mixer lays them out
+        # whatever the order in which a direction scans, its steps are by place
+        found = torch.stack([steps[ssm].view(batch, *grid)[0] for ssm in scans[name]]).mean(0).numpy()
+        siblings, _, place = name.rpartition(".")
+        label = mixer_labels(cast(nn.ModuleList, model.get_submodule(siblings)))[int(place)]
+        maps.append(StepMap(name, label, _KINDS[type(mixer)], found))
+    return maps
 
 
 def window_selection(
@@ -165,14 +98,15 @@ def window_selection(
     """
     _check_kind(trained, "forecasting", "--image")
     model = cast(TSM2Config, trained.config.model)
+    # where the patches that lie in the look-back begin (those of auxiliary inputs come behind them)
+    starts = np.arange(0, model.lookback - model.patch_size + 1, model.patch_stride)
     if series is not None:
         made: list[Any] = []
         missing = getattr(trained.config.data, "missing", "error")
         maps = step_maps(trained.model, lambda: made.append(forecast(trained, series, missing=missing)))
         found = made[0]
-        rows = np.arange(-model.lookback, 0)
-        time = rows if found.stamps is None else found.stamps[: model.lookback]
-        return WindowSelection(maps, found.columns, found.past, time, _starts(model))
+        time: NDArray[Any] = np.arange(-model.lookback, 0) if found.stamps is None else found.stamps[: model.lookback]
+        return WindowSelection(maps, found.columns, found.past, time, starts)
     task: Any = build_task(config or trained.config)
     last = np.array([len(task.test) - 1])
     batch = task.test.fetch(last, None)
@@ -182,12 +116,7 @@ def window_selection(
     stamps = data.stamps_of(source, int(last[0]))
     time = (data.rows_of(source, int(last[0])) if stamps is None else stamps)[: model.lookback]
     past = data.scaler_of(source, int(last[0])).inverse(batch["past"][0].numpy())
-    return WindowSelection(maps, data.columns, past, time, _starts(model))
-
-
-def _starts(model: TSM2Config) -> NDArray[np.int64]:
-    """Where the patches that lie in the look-back begin (those of auxiliary inputs come behind them)."""
-    return np.arange(0, model.lookback - model.patch_size + 1, model.patch_stride)
+    return WindowSelection(maps, data.columns, past, time, starts)
 
 
 @torch.no_grad()

@@ -1,40 +1,26 @@
-"""Pictures: training curves and forecasts."""
+"""Pictures of runs: training curves, forecasts and confusion matrices."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-_HISTORY, _FORECAST, _TRUTH = "#5b6770", "#d1495b", "#2e86ab"
-
-
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    return figure, list(axes.flat)
+from mmtrain.plotting import FORECAST, HISTORY, TRUTH, line_axes, new_figure, save
 
 
 def draw_curves(path: Path, lines: Sequence[dict[str, Any]], metrics: Sequence[str]) -> None:
     """Loss and learning rate of the training, and the evaluation's ``metrics``; restarts are dotted lines."""
     train = [line for line in lines if line["kind"] == "train"]
-    figure, (loss_axis, metric_axis, rate_axis) = _figure(1, 3, 13, 3.6)
+    figure = new_figure(13, 3.6)
+    loss_axis, metric_axis, rate_axis = axes = line_axes(figure, 1, 3)
     steps = [line["step"] for line in train]
-    loss_axis.plot(steps, [line["loss"] for line in train], color=_FORECAST, label="train")
-    rate_axis.plot(steps, [line["lr"] for line in train], color=_HISTORY)
-    for split, color in (("val", _TRUTH), ("test", "black")):
+    loss_axis.plot(steps, [line["loss"] for line in train], color=FORECAST, label="train")
+    rate_axis.plot(steps, [line["lr"] for line in train], color=HISTORY)
+    for split, color in (("val", TRUTH), ("test", "black")):
         points = [line for line in lines if line["kind"] == "eval" and line["split"] == split]
         if not points:
             continue
@@ -47,14 +33,14 @@ def draw_curves(path: Path, lines: Sequence[dict[str, Any]], metrics: Sequence[s
             metric_axis.plot(at, [p[name] for p in points], marker, color=color, alpha=1 - 0.5 * i, ms=5, label=label)
     for line in lines:
         if line["kind"] == "resume":
-            for axis in (loss_axis, metric_axis, rate_axis):
+            for axis in axes:
                 axis.axvline(line["step"], ls=":", lw=0.8, color="gray")
-    for axis, title in ((loss_axis, "loss"), (metric_axis, ", ".join(metrics)), (rate_axis, "learning rate")):
+    for axis, title in zip(axes, ("loss", ", ".join(metrics), "learning rate"), strict=True):
         axis.set_title(title)
         axis.set_xlabel("step")
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def draw_forecast(
@@ -75,7 +61,9 @@ def draw_forecast(
         most: at most so many variates are drawn; the title says how many were left out.
     """
     shown = min(len(columns), most)
-    figure, axes = _figure(-(-shown // 2), min(shown, 2), 13, 2.3 * -(-shown // 2) + 0.6)
+    rows = -(-shown // 2)
+    figure = new_figure(13, 2.3 * rows + 0.6)
+    axes = line_axes(figure, rows, min(shown, 2))
     recent = min(len(past), 4 * len(forecast))
     time = np.arange(-len(past), len(forecast)) if stamps is None else np.asarray(stamps)
     before, after = time[len(past) - recent : len(past)], time[len(past) :]
@@ -83,16 +71,16 @@ def draw_forecast(
         if i >= shown:
             axis.set_visible(False)
             continue
-        axis.plot(before, past[-recent:, i], color=_HISTORY, lw=1, label="history")
+        axis.plot(before, past[-recent:, i], color=HISTORY, lw=1, label="history")
         if truth is not None:
-            axis.plot(after, truth[:, i], color=_TRUTH, lw=1.2, label="truth")
-        axis.plot(after, forecast[:, i], color=_FORECAST, lw=1.6, label="forecast")
+            axis.plot(after, truth[:, i], color=TRUTH, lw=1.2, label="truth")
+        axis.plot(after, forecast[:, i], color=FORECAST, lw=1.6, label="forecast")
         axis.set_title(columns[i], fontsize=10)
         axis.tick_params(axis="x", labelrotation=20, labelsize=8)
     axes[0].legend(frameon=False, fontsize=8)
     if shown < len(columns):
         figure.suptitle(f"the first {shown} of {len(columns)} variates")
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def draw_confusion(path: Path, classes: Sequence[str], counts: NDArray[np.integer], note: str) -> None:
@@ -104,7 +92,8 @@ def draw_confusion(path: Path, classes: Sequence[str], counts: NDArray[np.intege
     """
     size = len(classes)
     side = min(max(4.5, 0.45 * size + 2.2), 14)
-    figure, (axis,) = _figure(1, 1, side, side)
+    figure = new_figure(side, side)
+    (axis,) = line_axes(figure)
     axis.grid(False)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -118,4 +107,4 @@ def draw_confusion(path: Path, classes: Sequence[str], counts: NDArray[np.intege
     for row, column in zip(*np.nonzero(counts), strict=True):
         color = "white" if shares[row, column] > 0.5 else "black"
         axis.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7, color=color)
-    figure.savefig(path, dpi=110)
+    save(figure, path)

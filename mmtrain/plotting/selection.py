@@ -1,7 +1,8 @@
-"""Pictures of what was selected: the steps Δ over a window of series, or over an image."""
+"""Pictures of what a model selected: the steps Δ of its mixers over a window of series, or over an image."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,17 +10,66 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmtrain.inspect.selection import ImageSelection, StepMap, WindowSelection
-from mmtrain.models.tsm2 import VariateMixer
+from mmtrain.plotting import new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = "viridis"
-#: Named on an axis at most.
+_COLORMAP = "viridis"
+#: The most names on an axis.
 _VARIATES, _TIMES = 24, 6
-#: Maps in one row of the picture of an image.
+#: The most maps in one row of the picture of an image.
 _ABREAST = 6
+
+
+@dataclass(frozen=True)
+class StepMap:
+    """The steps of one mixer, the mean over its features and scan directions, for the first sample of a batch.
+
+    ``steps`` float32, all positive: of a mixer of ``kind`` "time" (variates, patches), "variate" (patches, variates),
+    "image" (height, width) of its grid of tokens. ``name``: of the mixer in the model. ``label``: T1, C1, … as in the
+    matrices of the averaging.
+    """
+
+    name: str
+    label: str
+    kind: str
+    steps: NDArray[np.float32]
+
+    @property
+    def stack(self) -> str:
+        """The name of the stack of mixers (a stage of ViM2, or TSM2's blocks)."""
+        return self.name.partition(".mixers.")[0]
+
+
+@dataclass(frozen=True)
+class WindowSelection:
+    """The step maps of one look-back window.
+
+    ``past`` (lookback, M) in the units of the data; ``time`` (lookback,): times, or row numbers where there are none;
+    ``starts`` (patches,): the place in the window at which each patch begins.
+    """
+
+    maps: list[StepMap]
+    columns: list[str]
+    past: NDArray[np.float32]
+    time: NDArray[Any]
+    starts: NDArray[np.int64]
+
+    def patch_ticks(self, patches: int) -> tuple[NDArray[np.int64], list[str]]:
+        """Some patches, named by the time at which they begin; those behind the look-back are auxiliary inputs."""
+        ticks = np.unique(np.linspace(0, patches - 1, _TIMES).astype(int))
+        starts = self.starts
+        return ticks, [_time(self.time[starts[t]]) if t < len(starts) else "auxiliary" for t in ticks]
+
+
+@dataclass(frozen=True)
+class ImageSelection:
+    """The step maps of one image; ``image`` (H, W, 3) or (H, W, 1) in 0..1, as the model saw it."""
+
+    maps: list[StepMap]
+    image: NDArray[np.float32]
+    what: str
 
 
 def draw_window_selection(path: Path, selection: WindowSelection) -> None:
@@ -27,29 +77,32 @@ def draw_window_selection(path: Path, selection: WindowSelection) -> None:
 
     Writes a PNG to ``path``. ``selection`` needs at least one map.
     """
-    from matplotlib.figure import Figure
-
-    count, variates = len(selection.maps), len(selection.columns)
-    lines = -(-count // 2)
+    variates = len(selection.columns)
+    lines = -(-len(selection.maps) // 2)
     tall = min(max(2.6, 0.17 * variates + 1.2), 7)
-    figure = Figure(figsize=(13, 2.2 + lines * tall), layout="constrained")
+    figure = new_figure(13, 2.2 + lines * tall)
     grid = figure.add_gridspec(1 + lines, 2, height_ratios=[2.0, *[tall] * lines])
-    _window(figure.add_subplot(grid[0, :]), selection)
+    _draw_window(figure.add_subplot(grid[0, :]), selection)
+    named = np.unique(np.linspace(0, variates - 1, min(variates, _VARIATES)).astype(int))
+    names = [selection.columns[i] for i in named]
+    long = max(len(name) for name in names) * len(names) > 60
     for i, found in enumerate(selection.maps):
         axis = figure.add_subplot(grid[1 + i // 2, i % 2])
-        shown = axis.imshow(found.steps, aspect="auto", cmap=_COLOURS, interpolation="nearest")
+        shown = axis.imshow(found.steps, aspect="auto", cmap=_COLORMAP, interpolation="nearest")
         figure.colorbar(shown, ax=axis, label="mean step Δ")
-        by_variate = isinstance(found.mixer, VariateMixer)
-        kind, along = ("variate", "variates") if by_variate else ("time", "patches")
-        axis.set_title(f"{found.label} ({kind} mixer): the scan runs along the {along} →", fontsize=10)
-        patches = found.steps.shape[0 if by_variate else 1]
-        (_name_times_y if by_variate else _name_times_x)(axis, selection, patches)
-        _name_variates(axis, selection.columns, on_x=by_variate)
+        if found.kind == "variate":
+            axis.set_yticks(*selection.patch_ticks(found.steps.shape[0]), fontsize=8)
+            axis.set_xticks(named, names, fontsize=8, rotation=60 if long else 0, ha="right" if long else "center")
+        else:
+            axis.set_xticks(*selection.patch_ticks(found.steps.shape[1]), fontsize=8, rotation=20, ha="right")
+            axis.set_yticks(named, names, fontsize=8)
+        along = "variates" if found.kind == "variate" else "patches"
+        axis.set_title(f"{found.label} ({found.kind} mixer): the scan runs along the {along} →", fontsize=10)
     figure.suptitle("what the model selected: bright is taken into the state, dark is passed by")
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
-def _window(axis: Axes, selection: WindowSelection) -> None:
+def _draw_window(axis: Axes, selection: WindowSelection) -> None:
     """Each variate of the window, brought to one scale."""
     past, shown = selection.past, min(len(selection.columns), 8)
     scaled = (past - past.mean(0)) / np.maximum(past.std(0), 1e-9)
@@ -64,31 +117,6 @@ def _window(axis: Axes, selection: WindowSelection) -> None:
     axis.legend(fontsize=7, ncols=shown, loc="upper left", framealpha=0.7)
 
 
-def _patch_ticks(selection: WindowSelection, patches: int) -> tuple[NDArray[np.int64], list[str]]:
-    """Some patches, named by the time at which they begin; those behind the look-back are auxiliary inputs."""
-    ticks = np.unique(np.linspace(0, patches - 1, _TIMES).astype(int))
-    starts = selection.starts
-    return ticks, [_time(selection.time[starts[t]]) if t < len(starts) else "auxiliary" for t in ticks]
-
-
-def _name_times_x(axis: Axes, selection: WindowSelection, patches: int) -> None:
-    axis.set_xticks(*_patch_ticks(selection, patches), fontsize=8, rotation=20, ha="right")
-
-
-def _name_times_y(axis: Axes, selection: WindowSelection, patches: int) -> None:
-    axis.set_yticks(*_patch_ticks(selection, patches), fontsize=8)
-
-
-def _name_variates(axis: Axes, columns: list[str], *, on_x: bool) -> None:
-    ticks = np.unique(np.linspace(0, len(columns) - 1, min(len(columns), _VARIATES)).astype(int))
-    names = [columns[t] for t in ticks]
-    if on_x:
-        long = max(len(name) for name in names) * len(names) > 60
-        axis.set_xticks(ticks, names, fontsize=8, rotation=60 if long else 0, ha="right" if long else "center")
-    else:
-        axis.set_yticks(ticks, names, fontsize=8)
-
-
 def _time(value: Any) -> str:
     """A row number, or a time to the minute."""
     return str(value.astype("datetime64[m]")).replace("T", " ") if isinstance(value, np.datetime64) else str(value)
@@ -99,22 +127,22 @@ def draw_image_selection(path: Path, selection: ImageSelection) -> None:
 
     Writes a PNG to ``path``. ``selection`` needs at least one map.
     """
-    from matplotlib.figure import Figure
-
     lines: list[tuple[str, list[StepMap]]] = []
-    for stage, group in groupby(selection.maps, key=lambda m: m.stack):
+    for stack, group in groupby(selection.maps, key=lambda m: m.stack):
+        prefix, _, number = stack.rpartition(".")
+        title = f"stage {int(number) + 1}" if prefix == "stages" and number.isdigit() else stack
         maps = list(group)
-        lines += [(stage, maps[i : i + _ABREAST]) for i in range(0, len(maps), _ABREAST)]
+        lines += [(title, maps[i : i + _ABREAST]) for i in range(0, len(maps), _ABREAST)]
     across = 1 + max(len(maps) for _, maps in lines)
-    figure = Figure(figsize=(2.2 * across, 2.4 * len(lines) + 0.6), layout="constrained")
+    figure = new_figure(2.2 * across, 2.4 * len(lines) + 0.6)
     axes = figure.subplots(len(lines), across, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    for line, (stage, maps) in zip(axes, lines, strict=True):
+    for line, (title, maps) in zip(axes, lines, strict=True):
         line[0].imshow(selection.image, cmap="gray", vmin=0, vmax=1)
-        line[0].set_title(_stage_title(stage), fontsize=10)
+        line[0].set_title(title, fontsize=10)
         for axis, found in zip(line[1:], maps, strict=False):
-            axis.imshow(found.steps, cmap=_COLOURS, interpolation="nearest")
+            axis.imshow(found.steps, cmap=_COLORMAP, interpolation="nearest")
             h, w = found.steps.shape
             scale = f"{h}×{w} tokens, Δ {found.steps.min():.3g} to {found.steps.max():.3g}"
             axis.set_title(f"{found.label}\n{scale}", fontsize=8)
@@ -122,10 +150,4 @@ def draw_image_selection(path: Path, selection: ImageSelection) -> None:
         f"{selection.what}: the mean step Δ of each token mixer\nbright is taken into the state, dark is passed by",
         fontsize=10,
     )
-    figure.savefig(path, dpi=110)
-
-
-def _stage_title(stack: str) -> str:
-    """``stages.0`` as ``stage 1``."""
-    prefix, _, number = stack.rpartition(".")
-    return f"stage {int(number) + 1}" if prefix == "stages" and number.isdigit() else stack
+    save(figure, path)

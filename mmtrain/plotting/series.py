@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mmtrain.data.series.split import RATIOS, SplitRule, guess_split
 from mmtrain.errors import UserError
-from mmtrain.plotting.runs import _HISTORY, _figure
+from mmtrain.plotting import HISTORY, line_axes, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,9 +66,9 @@ def _of(shown: list[str], every: list[str], what: str) -> str:
 
 
 def _rows(name: str, count: int, title: str) -> list[Axes]:
-    figure, axes = _figure(count, 1, 13, 1.5 * count + 0.8)
+    figure = new_figure(13, 1.5 * count + 0.8)
     figure.suptitle(title, fontsize=10, parse_math=False)
-    return axes
+    return line_axes(figure, count)
 
 
 def _draw(
@@ -81,7 +81,7 @@ def _draw(
             axis.axvspan(time[begin], edge, color=color, lw=0, label=f"{split}: {end - begin}")
         begin = end
     x, y = _thin(time, values)
-    axis.plot(x, y, color=_HISTORY, lw=0.7)
+    axis.plot(x, y, color=HISTORY, lw=0.7)
     axis.set_title(title, fontsize=9, loc="left", pad=2, parse_math=False)
     axis.tick_params(labelsize=7)
     axis.legend(loc="lower right", bbox_to_anchor=(1, 0.97), ncols=3, fontsize=7, frameon=False, borderpad=0.2)

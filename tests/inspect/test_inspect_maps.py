@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from mmtrain.config import load_config
 from mmtrain.config.models import preset
 from mmtrain.inference.trained import load_trained
-from mmtrain.inspect.averaging import averaging_matrices, draw_averaging
-from mmtrain.inspect.selection import StepMap, image_selection, step_maps, window_selection
+from mmtrain.inspect.averaging import averaging_matrices
+from mmtrain.inspect.selection import image_selection, step_maps, window_selection
 from mmtrain.models import build_model, create_model
 from mmtrain.models.averaging import WeightedAverage
 from mmtrain.models.mixers import ImageTokenMixer, SequenceMixer
 from mmtrain.models.s6 import S6
+from mmtrain.plotting.averaging import draw_averaging
 
 Picture = Callable[[Path], NDArray[np.uint8]]
 
@@ -112,11 +113,11 @@ def test_steps_of_series_mixers(bidirectional: bool) -> None:
     for found in maps:
         x = inputs[found.name][0]  # of the first window: (variates, patches, dim)
         sequence = x if found is maps[0] else x.transpose(0, 1)
-        torch.testing.assert_close(torch.from_numpy(found.steps), series_steps(found, sequence), atol=1e-6, rtol=1e-5)
+        wanted = series_steps(cast(SequenceMixer, model.get_submodule(found.name)), sequence)
+        torch.testing.assert_close(torch.from_numpy(found.steps), wanted, atol=1e-6, rtol=1e-5)
 
 
-def series_steps(found: StepMap, sequence: Tensor) -> Tensor:
-    mixer = cast(SequenceMixer, found.mixer)
+def series_steps(mixer: SequenceMixer, sequence: Tensor) -> Tensor:
     with torch.no_grad():
         u = mixer.in_proj(sequence).chunk(2, -1)[0].transpose(1, 2)
         directions = []
@@ -141,7 +142,7 @@ def test_steps_of_image_mixers(block: str) -> None:
     assert [m.steps.shape for m in maps[::2]] == [(6, 10), (3, 5), (2, 3)]
     inputs = mixer_inputs(model, [m.name for m in maps], images)
     for found in maps:
-        mixer = cast(ImageTokenMixer, found.mixer)
+        mixer = cast(ImageTokenMixer, model.get_submodule(found.name))
         with torch.no_grad():
             u = mixer.in_proj(inputs[found.name]).chunk(2, -1)[0].permute(0, 3, 1, 2)
             grids = [F.silu(conv(u)).permute(0, 2, 3, 1)[0] for conv in mixer.conv]

@@ -43,7 +43,7 @@ def mean_steps(ssm: S6, x: Tensor) -> Tensor:
 @torch.no_grad()
 def step_maps(model: nn.Module, forward: Callable[[], object]) -> list[StepMap]:
     """Call ``forward``, which runs ``model`` once, and map the steps of its time, variate and image token mixers."""
-    mixers = {name: module for name, module in model.named_modules() if isinstance(module, tuple(_KINDS))}
+    mixers = {name: module for name, module in model.named_modules() if type(module) in _KINDS}
     scans = {name: [m for m in mixer.modules() if isinstance(m, S6)] for name, mixer in mixers.items()}
     shapes: dict[nn.Module, torch.Size] = {}
     steps: dict[nn.Module, Tensor] = {}

@@ -19,8 +19,8 @@ from typer.core import TyperGroup
 from mmtrain.cli.options import Run
 from mmtrain.cli.sync import sync_command
 from mmtrain.errors import UserError, nearest
-from mmtrain.runs.reader import existing, read
-from mmtrain.runs.status import last_begin
+from mmtrain.runs.reader import check_run_folder, read_run
+from mmtrain.runs.status import last_launch
 
 _LINES, _EVERY = 200, 0.5
 # submitit's names; what is no rank, such as JOB_log.out of the batch script itself, is left out
@@ -29,7 +29,7 @@ _NAME = re.compile(r"(?P<job>.+)_(?P<rank>\d+)_log\.(out|err)")
 
 def show_logs(run: str, rank: int, *, follow: bool = False) -> None:
     """Print the paths of the logs of ``rank`` and their last lines; with ``follow``, what comes after, until Ctrl-C."""
-    folder = existing(run)
+    folder = check_run_folder(run)
     reached: dict[Path, int] = {}
     for path in log_files(folder, rank):
         reached[path] = _show(path)
@@ -50,7 +50,7 @@ def log_files(folder: Path, rank: int) -> list[Path]:
     """
     own = folder / "log.txt"
     jobs = {path: found for path in folder.glob("slurm/*_log.*") if (found := _NAME.fullmatch(path.name))}
-    begin = last_begin(read(folder, recent=1))
+    begin = last_launch(read_run(folder, recent=1))
     # rank 0 of a Slurm job writes log.txt too, so that its age does not tell where the run was last
     here = not begin.get("job") if begin else not jobs
     if here and own.is_file():
@@ -98,9 +98,9 @@ def report_command(
 ) -> None:
     """Write curves, speed, configuration and jobs of runs into one HTML file that needs nothing else."""
     from mmtrain.report import write_report
-    from mmtrain.runs.reader import existing
+    from mmtrain.runs.reader import check_run_folder
 
-    paths = [existing(run) for run in runs]
+    paths = [check_run_folder(run) for run in runs]
     file = out or (paths[0] / "report.html" if len(paths) == 1 else Path("report.html"))
     print(write_report(paths, file))
 
@@ -183,10 +183,10 @@ def _console() -> Any:
 
 def _table(root: Path, width: int | None = None) -> Any:
     from mmtrain.runs.reader import find_runs
-    from mmtrain.runs.status import survey
+    from mmtrain.runs.status import run_statuses
     from mmtrain.runs.table import table
 
     if not root.is_dir():
         hint = nearest(str(root), ("list", "watch", "stop", "logs", "sync"), label="or did you mean the command")
         raise UserError(f"{root}: there is no such folder; runs go to run_root (default: runs){hint}")
-    return table(survey(find_runs(root)), width or _console().width)
+    return table(run_statuses(find_runs(root)), width or _console().width)

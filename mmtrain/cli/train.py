@@ -75,7 +75,7 @@ def _note_end(run: Path, reason: str) -> None:
 
     if os.environ.get("RANK", "0") == "0" and "SLURM_JOB_ID" not in os.environ and (run / journal.NAME).exists():
         with contextlib.suppress(OSError):  # a folder that cannot be written was why the run ended, and was told
-            journal.note(run, "ended", job=None, restart=0, reason=reason, step=newest_step(run), requeued=False)
+            journal.record(run, "ended", job=None, restart=0, reason=reason, step=newest_step(run), requeued=False)
 
 
 def shrink(config: RunConfig) -> RunConfig:

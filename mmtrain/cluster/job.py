@@ -156,7 +156,7 @@ def submit(config: RunConfig, run_dir: str | None, seeds: Sequence[int] = ()) ->
         job = executor.submit(SlurmTask(config, str(path)))
     except submitit.core.utils.FailedJobError as error:
         raise UserError(_refusal(str(error))) from None
-    journal.note(path, "submitted", job=job.job_id, nodes=config.cluster.node_range, tasks=config.cluster.tasks)
+    journal.record(path, "submitted", job=job.job_id, nodes=config.cluster.node_range, tasks=config.cluster.tasks)
     return _next_steps(job.job_id, path, folder)
 
 

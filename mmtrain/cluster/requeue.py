@@ -19,7 +19,7 @@ from typing import Any
 
 from mmtrain.errors import UserError
 from mmtrain.runs import journal, slurm
-from mmtrain.runs.journal import Place, newest_step
+from mmtrain.runs.journal import JobAttempt, newest_step
 
 #: A file in the run folder by which a user says that the run shall not come back.
 STOP = "stop.request"
@@ -28,28 +28,30 @@ STOP = "stop.request"
 _SLACK = 60.0
 
 
-def reason_of(run: Path, place: Place, seconds_left: float | None, margin: float) -> str:
+def end_reason(run: Path, attempt: JobAttempt, seconds_left: float | None, margin: float) -> str:
     """Why the job ended, one of :data:`mmtrain.runs.journal.REASONS`."""
-    note = place.take_note(run)
+    note = attempt.take_clean_stop(run)
     if (run / "result.json").exists():
         return "finished"
     if (run / STOP).exists():
         return "stopped"
-    if bad_nodes(run, place):
+    if bad_nodes(run, attempt):
         return "bad_nodes"
-    if any(not report["follows"] for report in place.reports(run)):
+    if any(not report["follows"] for report in attempt.failure_reports(run)):
         return "failed"
     if seconds_left is not None and seconds_left <= margin + _SLACK:
         return "timeout"
     return "preempted" if note is not None else "lost"
 
 
-def bad_nodes(run: Path, place: Place) -> list[str]:
+def bad_nodes(run: Path, attempt: JobAttempt) -> list[str]:
     """The nodes that the check before the first step found at fault."""
-    return sorted({node for report in place.reports(run) for node in report.get("bad_nodes", [])})
+    return sorted({node for report in attempt.failure_reports(run) for node in report.get("bad_nodes", [])})
 
 
-def comes_back(run: Path, reason: str, max_timeouts: int | None, max_losses: int, replace_nodes: bool = False) -> bool:
+def should_requeue(
+    run: Path, reason: str, max_timeouts: int | None, max_losses: int, replace_nodes: bool = False
+) -> bool:
     """Whether a job that ended for ``reason`` is put back into the queue. Prints why not."""
     if reason in ("finished", "stopped", "failed"):
         return False
@@ -85,31 +87,31 @@ def main() -> int:
     parser.add_argument("--max-losses", type=int, default=3)
     parser.add_argument("--replace-nodes", action="store_true")
     given = parser.parse_args()
-    run, place = given.run, Place.here()
+    run, attempt = given.run, JobAttempt.current()
     if not run.is_dir():
         print(f"{run}: the run folder is gone, or this node does not see it", file=sys.stderr)
         return 1
-    state = slurm.states([place.job]).get(place.job, "UNKNOWN")
-    reason = reason_of(run, place, slurm.seconds_left(place.job), given.margin)
-    if slurm.restarts(place.job) > place.restart:  # a lost node, or scontrol requeue
+    state = slurm.states([attempt.job]).get(attempt.job, "UNKNOWN")
+    reason = end_reason(run, attempt, slurm.seconds_left(attempt.job), given.margin)
+    if slurm.restarts(attempt.job) > attempt.restart:  # a lost node, or scontrol requeue
         reason = "preempted" if reason == "lost" else reason
-        journal.note(run, "ended", **_where(place, run), reason=reason, requeued=True)
+        journal.record(run, "ended", **_where(attempt, run), reason=reason, requeued=True)
         return given.status
     if state in ("CANCELLED", "COMPLETING") and reason in ("preempted", "lost"):
         reason = "stopped"  # by scancel
-    back = comes_back(run, reason, given.max_timeouts, given.max_losses, given.replace_nodes)
-    journal.note(run, "ended", **_where(place, run), reason=reason, requeued=back)
+    back = should_requeue(run, reason, given.max_timeouts, given.max_losses, given.replace_nodes)
+    journal.record(run, "ended", **_where(attempt, run), reason=reason, requeued=back)
     if reason == "stopped":
         (run / STOP).unlink(missing_ok=True)
     if reason in ("failed", "bad_nodes"):
-        _say(place, run)
+        _say(attempt, run)
     if not back:
         return 0 if reason in ("finished", "stopped") else max(given.status, 1)
     print(f"{run}: {reason} at step {newest_step(run)}: back into the queue", flush=True)
     try:
-        slurm.order("requeue", place.job)
+        slurm.scontrol("requeue", attempt.job)
         if reason == "bad_nodes":
-            _leave_out(bad_nodes(run, place), place.job)
+            _leave_out(bad_nodes(run, attempt), attempt.job)
     except UserError as error:
         # Slurm has put it back itself, or takes it away
         print(error, file=sys.stderr)
@@ -121,16 +123,16 @@ def main() -> int:
 def _leave_out(nodes: list[str], job: str) -> None:
     """Let Slurm start ``job``, which waits, on other nodes, beside those that were left out before."""
     before = slurm.excluded(job)
-    slurm.order("update", f"jobid={job}", "excnodelist=" + ",".join([*before, *nodes]))
+    slurm.scontrol("update", f"jobid={job}", "excnodelist=" + ",".join([*before, *nodes]))
 
 
-def _where(place: Place, run: Path) -> dict[str, Any]:
-    return {"job": place.job, "restart": place.restart, "step": newest_step(run)}
+def _where(attempt: JobAttempt, run: Path) -> dict[str, Any]:
+    return {"job": attempt.job, "restart": attempt.restart, "step": newest_step(run)}
 
 
-def _say(place: Place, run: Path) -> None:
+def _say(attempt: JobAttempt, run: Path) -> None:
     """The error of the first rank that failed, on top of the others."""
-    first, *others = place.reports(run)
+    first, *others = attempt.failure_reports(run)
     text = f"rank {first['rank']} on {first['node']} failed: {first['error']}\n\n{first['text']}\n"
     for report in others:
         text += f"rank {report['rank']} on {report['node']}: {report['error']}\n"

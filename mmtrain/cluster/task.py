@@ -12,7 +12,7 @@ from pathlib import Path
 from mmtrain.config import RunConfig
 from mmtrain.errors import UserError
 from mmtrain.runs import slurm
-from mmtrain.runs.journal import Place
+from mmtrain.runs.journal import JobAttempt
 
 
 @dataclass
@@ -29,21 +29,21 @@ class SlurmTask:
     def __call__(self) -> int:
         from mmtrain.train.preemption import StopRequest
 
-        place, run = Place.here(), Path(self.run_dir)
+        attempt, run = JobAttempt.current(), Path(self.run_dir)
         rank = int(os.environ.get("SLURM_PROCID", "0"))
-        with StopRequest(self._seconds(place, rank)) as stop:
+        with StopRequest(self._seconds(attempt, rank)) as stop:
             try:
                 self._train(run)
             except BaseException as error:
-                _report(place, run, rank, error)
+                _report(attempt, run, rank, error)
                 raise
             if rank == 0 and not (run / "result.json").exists():
-                place.leave_note(run, stop.received.name if stop.received else "SIGTERM")
+                attempt.note_clean_stop(run, stop.received.name if stop.received else "SIGTERM")
         return 0
 
-    def _seconds(self, place: Place, rank: int) -> float | None:
+    def _seconds(self, attempt: JobAttempt, rank: int) -> float | None:
         """When rank 0 leaves by its own clock: the time limit may not be announced."""
-        left = slurm.seconds_left(place.job) if rank == 0 else None
+        left = slurm.seconds_left(attempt.job) if rank == 0 else None
         return max(left - self.config.cluster.margin, 0.0) if left is not None else None
 
     def _train(self, run: Path) -> None:
@@ -55,7 +55,7 @@ class SlurmTask:
         train(self.config, run, check=self.config.cluster.check_ranks)
 
 
-def _report(place: Place, run: Path, rank: int, error: BaseException) -> None:
+def _report(attempt: JobAttempt, run: Path, rank: int, error: BaseException) -> None:
     """Leave for the user, and for what decides about another job, what ended this rank."""
     from mmtrain.parallel.collective import from_collective
     from mmtrain.parallel.preflight import NodesAtFault
@@ -70,7 +70,7 @@ def _report(place: Place, run: Path, rank: int, error: BaseException) -> None:
         # it lost its connection to a rank that ended before
         "follows": isinstance(error, RuntimeError) and from_collective(error),
     }
-    folder = place.failures(run)
+    folder = attempt.failure_folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"rank_{rank:05d}.json").write_text(json.dumps(report, indent=1))
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmtrain.runs.reader import Facts
+from mmtrain.runs.reader import RunRecord
 from mmtrain.runs.status import Status
 
 #: One colour a run, as far as they go.
@@ -18,7 +18,7 @@ class Shown:
     """A run, its name in the report, and its place there."""
 
     name: str
-    facts: Facts
+    facts: RunRecord
     status: Status
     place: int
 

@@ -10,8 +10,8 @@ from mmtrain.errors import UserError
 from mmtrain.report import config, curves, jobs, pictures, speed, summary
 from mmtrain.report.html import page
 from mmtrain.report.model import Shown, distinct_names
-from mmtrain.runs.reader import read
-from mmtrain.runs.status import look, status
+from mmtrain.runs.reader import read_run
+from mmtrain.runs.status import observe, status
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
@@ -20,8 +20,8 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     Raises:
         UserError: when it cannot be written.
     """
-    facts = [read(path, recent=None) for path in dict.fromkeys(runs)]
-    world = look(facts)
+    facts = [read_run(path, recent=None) for path in dict.fromkeys(runs)]
+    world = observe(facts)
     names = distinct_names([each.path for each in facts])
     shown = [Shown(name, each, status(each, world), i) for i, (name, each) in enumerate(zip(names, facts, strict=True))]
     sections = [

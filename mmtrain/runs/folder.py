@@ -21,7 +21,7 @@ from mmtrain.config.load import differences
 from mmtrain.config.schema import FREE_ON_RESUME
 from mmtrain.errors import UserError
 from mmtrain.files import write_atomically
-from mmtrain.runs.reader import existing
+from mmtrain.runs.reader import check_run_folder
 from mmtrain.version import __version__
 
 #: The most that is kept, in bytes.
@@ -86,7 +86,7 @@ class RunFolder:
         Raises:
             UserError: when there is none.
         """
-        return cls(existing(path))
+        return cls(check_run_folder(path))
 
     def config(self) -> RunConfig:
         return from_yaml(self.config_file)

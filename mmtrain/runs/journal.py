@@ -26,24 +26,24 @@ from mmtrain.runs import slurm
 
 
 @dataclass(frozen=True)
-class Place:
+class JobAttempt:
     """One start of a Slurm job: its id, and how often it had been started before."""
 
     job: str
     restart: int
 
     @classmethod
-    def here(cls) -> Place:
+    def current(cls) -> JobAttempt:
         return cls(os.environ.get("SLURM_JOB_ID", "0"), int(os.environ.get("SLURM_RESTART_COUNT", "0")))
 
-    def failures(self, run: Path) -> Path:
+    def failure_folder(self, run: Path) -> Path:
         """The folder with a file for each rank that raised an error."""
         return run / "failures" / f"{self.job}_{self.restart}"
 
-    def reports(self, run: Path) -> list[dict[str, Any]]:
+    def failure_reports(self, run: Path) -> list[dict[str, Any]]:
         """What the ranks that raised an error left, the causes before those that only lost their connection."""
         found = []
-        for path in sorted(self.failures(run).glob("rank_*.json")):
+        for path in sorted(self.failure_folder(run).glob("rank_*.json")):
             try:
                 found.append({**json.loads(path.read_text()), "at": path.stat().st_mtime})
             except ValueError:  # cut off by a kill
@@ -53,12 +53,12 @@ class Place:
     def _note(self, run: Path) -> Path:
         return run / f".left_{self.job}_{self.restart}"
 
-    def leave_note(self, run: Path, signal: str) -> None:
+    def note_clean_stop(self, run: Path, signal: str) -> None:
         """Say that all ranks have left in good order, with a checkpoint, because of ``signal``."""
         self._note(run).write_text(signal)
 
-    def take_note(self, run: Path) -> str | None:
-        """The signal of :meth:`leave_note`, which is forgotten then; None where there was no such note."""
+    def take_clean_stop(self, run: Path) -> str | None:
+        """The signal of :meth:`note_clean_stop`, which is forgotten then; None where there was no such note."""
         try:
             signal = self._note(run).read_text()
         except FileNotFoundError:
@@ -80,19 +80,19 @@ REASONS = ("finished", "preempted", "timeout", "stopped", "failed", "lost", "bad
 NAME = "jobs.jsonl"
 
 
-def note(run: Path, kind: str, **values: Any) -> None:
+def record(run: Path, kind: str, **values: Any) -> None:
     """Append a line to the journal of the run folder ``run``."""
     append_json_line(run / NAME, {"kind": kind, **values, "time": time.time()})
 
 
-def note_start(run: Path, world: int) -> None:
+def record_start(run: Path, world: int) -> None:
     """Note that this process, rank 0 of ``world``, begins to train."""
     if "SLURM_JOB_ID" not in os.environ:
         host = gethostname()
-        note(run, "started", job=None, restart=0, hosts=[host], world=world, pid=os.getpid(), host=host)
+        record(run, "started", job=None, restart=0, hosts=[host], world=world, pid=os.getpid(), host=host)
     else:
-        place, hosts = Place.here(), slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
-        note(run, "started", job=place.job, restart=place.restart, hosts=hosts, world=world)
+        attempt, hosts = JobAttempt.current(), slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
+        record(run, "started", job=attempt.job, restart=attempt.restart, hosts=hosts, world=world)
 
 
 def read(run: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunRecord:
     """The contents of a run folder. ``written``: when it was last written to, in Unix seconds.
 
     ``waits``: how long each line of metrics that is not of training came after the line before it, in seconds.
@@ -63,7 +63,7 @@ def find_runs(root: Path) -> list[Path]:
     return [path.parent for path in sorted(found, key=_modified)]
 
 
-def existing(path: str | Path) -> Path:
+def check_run_folder(path: str | Path) -> Path:
     """The run folder ``path``.
 
     Raises:
@@ -74,13 +74,13 @@ def existing(path: str | Path) -> Path:
     return Path(path)
 
 
-def read(path: Path, recent: int | None = RECENT) -> Facts:
+def read_run(path: Path, recent: int | None = RECENT) -> RunRecord:
     """Read the run folder ``path``, with the newest ``recent`` training lines (None: all).
 
     What is torn or missing is left out: a run may be writing, or was killed while it did.
     """
     metrics, waits = _metrics(path / "metrics.jsonl", recent)
-    return Facts(
+    return RunRecord(
         path=path,
         settings=_settings(path / "config.yaml"),
         journal=[line for line in journal.read(path) if "kind" in line],

@@ -19,10 +19,10 @@ def has_slurm() -> bool:
 
 def states(jobs: Sequence[str]) -> dict[str, str]:
     """The state of each of ``jobs`` that Slurm still knows, such as RUNNING, in one question. Empty without Slurm."""
-    return answered_states(jobs) or {} if jobs else {}
+    return query_states(jobs) or {} if jobs else {}
 
 
-def answered_states(jobs: Sequence[str]) -> dict[str, str] | None:
+def query_states(jobs: Sequence[str]) -> dict[str, str] | None:
     """As :func:`states`, but None where there is no Slurm, or it gives no answer: then nothing is known of any job."""
     if shutil.which("squeue") is None:
         return None
@@ -62,7 +62,7 @@ def restarts(job: str) -> int:
 
 def _shown(job: str, key: str) -> str:
     """The value of ``key`` in what scontrol shows of ``job``; empty where it is not shown."""
-    pairs = (word.partition("=") for word in order("show", "job", job).split())
+    pairs = (word.partition("=") for word in scontrol("show", "job", job).split())
     return next((value for name, _, value in pairs if name == key), "")
 
 
@@ -84,10 +84,10 @@ def parse_duration(text: str) -> float | None:
 
 def hostnames(nodes: str) -> list[str]:
     """The names in Slurm's short form ``node[1-4]``."""
-    return order("show", "hostnames", nodes).split()
+    return scontrol("show", "hostnames", nodes).split()
 
 
-def order(*words: str) -> str:
+def scontrol(*words: str) -> str:
     """Run ``scontrol`` with ``words``; returns what it says.
 
     The signals that announce the end of the job are kept from it: a requeue sends them, and must not die of them.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmtrain.runs import slurm
-from mmtrain.runs.reader import Facts, Line, read
+from mmtrain.runs.reader import Line, RunRecord, read_run
 
 
 def runs_training(pid: int) -> bool:
@@ -44,7 +44,7 @@ _START_TIMEOUT = 1800.0
 
 
 @dataclass(frozen=True)
-class World:
+class Environment:
     """What is known beside the folders: Slurm's states by job (None: no Slurm here), this host, the time."""
 
     now: float
@@ -73,19 +73,19 @@ class Status:
     written: float
 
 
-def survey(paths: Sequence[Path]) -> list[Status]:
+def run_statuses(paths: Sequence[Path]) -> list[Status]:
     """The status of each run, with one question to Slurm for all of them."""
-    facts = [read(path) for path in paths]
-    world = look(facts)
-    return [status(each, world) for each in facts]
+    records = [read_run(path) for path in paths]
+    environment = observe(records)
+    return [status(record, environment) for record in records]
 
 
-def look(facts: Sequence[Facts]) -> World:
-    """Ask Slurm and the system for what the journals of ``facts`` name."""
-    host, starts = socket.gethostname(), [last_begin(each) for each in facts]
+def observe(records: Sequence[RunRecord]) -> Environment:
+    """Ask Slurm and the system for what the journals of ``records`` name."""
+    host, starts = socket.gethostname(), [last_launch(record) for record in records]
     jobs = sorted({str(line["job"]) for line in starts if line and line.get("job")})
     pids = {line["pid"] for line in starts if line and isinstance(line.get("pid"), int) and line.get("host") == host}
-    return World(time.time(), host, _ask(jobs), frozenset(pid for pid in pids if runs_training(pid)))
+    return Environment(time.time(), host, _ask(jobs), frozenset(pid for pid in pids if runs_training(pid)))
 
 
 def _ask(jobs: Sequence[str]) -> Mapping[str, str] | None:
@@ -93,79 +93,79 @@ def _ask(jobs: Sequence[str]) -> Mapping[str, str] | None:
     if not jobs:
         return None
     try:
-        return slurm.answered_states(jobs)
+        return slurm.query_states(jobs)
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def status(facts: Facts, world: World) -> Status:
+def status(record: RunRecord, environment: Environment) -> Status:
     """All that the table shows of one run."""
-    name, better = METRICS.get(str(facts.setting("task.kind")), ("loss", min))
-    train = facts.of_kind("train")
+    name, better = METRICS.get(str(record.setting("task.kind")), ("loss", min))
+    train = record.of_kind("train")
     values = [
         value
-        for line in facts.of_kind("eval")
+        for line in record.of_kind("eval")
         if line.get("split") == "val" and (value := number(line, name)) is not None
     ]
-    state, total, step = state_of(facts, world), total_steps(facts), last_step(facts)
+    state, total, step = state_of(record, environment), total_steps(record), last_step(record)
     return Status(
-        path=facts.path,
-        model=str(facts.setting("model.name") or "?"),
+        path=record.path,
+        model=str(record.setting("model.name") or "?"),
         state=state,
         step=step,
         total=total,
         loss=number(train[-1], "loss") if train else None,
         speed=number(train[-1], "samples_per_second") if train else None,
-        eta=eta(facts, total) if state == "running" else None,
-        nodes=nodes(facts),
-        restarts=restarts(facts),
+        eta=eta(record, total) if state == "running" else None,
+        nodes=nodes(record),
+        restarts=restarts(record),
         metric=name,
         best=better(values) if values else None,
-        test=number((facts.result or {}).get("test") or {}, name),
-        written=facts.written,
+        test=number((record.result or {}).get("test") or {}, name),
+        written=record.written,
     )
 
 
 # ---------------------------------------------------------------- the state
 
 
-def state_of(facts: Facts, world: World) -> str:
+def state_of(record: RunRecord, environment: Environment) -> str:
     """One of: finished, queued, running, stalled, requeued, preempted, timeout, failed, stopped, lost, unfinished."""
-    if facts.result is not None:
+    if record.result is not None:
         return "finished"
-    begin = last_begin(facts)
+    begin = last_launch(record)
     if begin is None:
         return "unfinished"  # of an older mmtrain, or made by other hands
-    return _slurm_state(facts, begin, world) if begin.get("job") else _local_state(facts, begin, world)
+    return _slurm_state(record, begin, environment) if begin.get("job") else _local_state(record, begin, environment)
 
 
-def last_begin(facts: Facts) -> Line | None:
+def last_launch(record: RunRecord) -> Line | None:
     """The newest line of the journal on a job that was submitted or started."""
-    begins = [line for line in facts.journal if line["kind"] in ("submitted", "started")]
+    begins = [line for line in record.journal if line["kind"] in ("submitted", "started")]
     return begins[-1] if begins else None
 
 
-def _local_state(facts: Facts, begin: Line, world: World) -> str:
-    ended = _end(facts, begin)
+def _local_state(record: RunRecord, begin: Line, environment: Environment) -> str:
+    ended = _end(record, begin)
     if ended:
         return _ended_state(ended)
-    if begin.get("host") == world.host:
-        return _live_state(facts, begin, world) if begin.get("pid") in world.pids else "lost"
-    return _state_by_age(facts, begin, world)
+    if begin.get("host") == environment.host:
+        return _live_state(record, begin, environment) if begin.get("pid") in environment.pids else "lost"
+    return _state_by_age(record, begin, environment)
 
 
-def _slurm_state(facts: Facts, begin: Line, world: World) -> str:
-    job, ended = str(begin["job"]), _end(facts, begin)
-    started = any(line["kind"] == "started" and str(line.get("job")) == job for line in facts.journal)
-    if world.slurm is None:  # this machine cannot ask
+def _slurm_state(record: RunRecord, begin: Line, environment: Environment) -> str:
+    job, ended = str(begin["job"]), _end(record, begin)
+    started = any(line["kind"] == "started" and str(line.get("job")) == job for line in record.journal)
+    if environment.slurm is None:  # this machine cannot ask
         if ended:
             return "requeued" if ended.get("requeued") else _ended_state(ended)
-        return _state_by_age(facts, begin, world) if started else "queued"
-    now = world.slurm.get(job)
+        return _state_by_age(record, begin, environment) if started else "queued"
+    now = environment.slurm.get(job)
     if now in WAITING:
         return "requeued" if started else "queued"
     if now in slurm.LIVE and ended is None:
-        return _live_state(facts, begin, world)
+        return _live_state(record, begin, environment)
     if now in slurm.LIVE and ended and ended.get("requeued"):  # it is about to be
         return "requeued"
     if ended:
@@ -177,9 +177,9 @@ def _slurm_state(facts: Facts, begin: Line, world: World) -> str:
     return "timeout" if now == "TIMEOUT" else "preempted" if now == "PREEMPTED" else "lost"
 
 
-def _end(facts: Facts, begin: Line) -> Line | None:
+def _end(record: RunRecord, begin: Line) -> Line | None:
     """The line on the end of what ``begin`` began, if it ended."""
-    after = facts.journal[facts.journal.index(begin) + 1 :]
+    after = record.journal[record.journal.index(begin) + 1 :]
     ends = [line for line in after if line["kind"] == "ended" and str(line.get("job")) == str(begin.get("job"))]
     return ends[-1] if ends else None
 
@@ -188,25 +188,25 @@ def _ended_state(ended: Line) -> str:
     return str(ended.get("reason") or "lost")
 
 
-def _live_state(facts: Facts, begin: Line, world: World) -> str:
-    return "stalled" if is_quiet(facts, begin, world.now) else "running"
+def _live_state(record: RunRecord, begin: Line, environment: Environment) -> str:
+    return "stalled" if is_quiet(record, begin, environment.now) else "running"
 
 
-def _state_by_age(facts: Facts, begin: Line, world: World) -> str:
+def _state_by_age(record: RunRecord, begin: Line, environment: Environment) -> str:
     """Of a run elsewhere, which can be told by its files alone."""
-    return "lost" if is_quiet(facts, begin, world.now) else "running"
+    return "lost" if is_quiet(record, begin, environment.now) else "running"
 
 
-def is_quiet(facts: Facts, begin: Line, now: float) -> bool:
+def is_quiet(record: RunRecord, begin: Line, now: float) -> bool:
     """True where a run that began with ``begin`` should have written a line since its last one."""
     started = float(begin.get("time", 0))
-    own = [line for line in facts.metrics if float(line.get("time", 0)) >= started]
-    step = step_seconds(facts)
+    own = [line for line in record.metrics if float(line.get("time", 0)) >= started]
+    step = step_seconds(record)
     if not any(line["kind"] == "train" for line in own) or step is None:
-        return now - max(facts.written, started) > float(facts.setting("parallel.start_timeout") or _START_TIMEOUT)
+        return now - max(record.written, started) > float(record.setting("parallel.start_timeout") or _START_TIMEOUT)
     # a line comes every log_every steps; and an evaluation, which writes none before its end, takes what it took
-    due = (int(facts.setting("train.log_every") or 1) + _QUIET_STEPS) * step
-    evaluation = 2 * max(facts.waits, default=0.0)
+    due = (int(record.setting("train.log_every") or 1) + _QUIET_STEPS) * step
+    evaluation = 2 * max(record.waits, default=0.0)
     return now - float(own[-1].get("time", 0)) > max(_QUIET, due, evaluation)
 
 
@@ -219,22 +219,22 @@ def number(line: Line, name: str) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def last_step(facts: Facts) -> int:
+def last_step(record: RunRecord) -> int:
     """The newest step that was noted."""
-    steps = [int(value) for line in facts.metrics if (value := number(line, "step")) is not None]
+    steps = [int(value) for line in record.metrics if (value := number(line, "step")) is not None]
     return max(steps, default=0)
 
 
-def step_seconds(facts: Facts) -> float | None:
+def step_seconds(record: RunRecord) -> float | None:
     """The median time of a step over the newest lines."""
-    found = [value for line in facts.of_kind("train") if (value := number(line, "step_seconds")) is not None]
+    found = [value for line in record.of_kind("train") if (value := number(line, "step_seconds")) is not None]
     return statistics.median(found) if found else None
 
 
-def total_steps(facts: Facts) -> int | None:
+def total_steps(record: RunRecord) -> int | None:
     """How many steps the run takes: from its lengths and, since the size of the data is not kept, its last line."""
-    epochs, batch, most = (facts.setting(f"train.{key}") for key in ("epochs", "batch_size", "max_steps"))
-    for line in reversed(facts.of_kind("train")):
+    epochs, batch, most = (record.setting(f"train.{key}") for key in ("epochs", "batch_size", "max_steps"))
+    for line in reversed(record.of_kind("train")):
         samples, epoch = number(line, "samples"), number(line, "epoch")
         if samples and epoch and epochs and batch:
             steps = math.ceil(epochs * (round(samples / epoch) / batch))
@@ -242,21 +242,21 @@ def total_steps(facts: Facts) -> int | None:
     return None
 
 
-def eta(facts: Facts, total: int | None) -> float | None:
+def eta(record: RunRecord, total: int | None) -> float | None:
     """Seconds to the last step, at the pace of the newest lines."""
-    step = step_seconds(facts)
-    return None if total is None or step is None else max(total - last_step(facts), 0) * step
+    step = step_seconds(record)
+    return None if total is None or step is None else max(total - last_step(record), 0) * step
 
 
-def restarts(facts: Facts) -> int:
+def restarts(record: RunRecord) -> int:
     """How often the run was started again; of runs without a journal, how often it went on."""
-    starts = sum(line["kind"] == "started" for line in facts.journal)
-    return starts - 1 if starts else len(facts.of_kind("resume"))
+    starts = sum(line["kind"] == "started" for line in record.journal)
+    return starts - 1 if starts else len(record.of_kind("resume"))
 
 
-def nodes(facts: Facts) -> str | None:
+def nodes(record: RunRecord) -> str | None:
     """The number of nodes: those it runs on, or those that were asked for."""
-    begin = last_begin(facts)
+    begin = last_launch(record)
     if begin is None:
         return None
     hosts = begin.get("hosts")

@@ -91,7 +91,7 @@ def _train(config: RunConfig, task: Task, run: RunFolder, ranks: Ranks, watch: W
 def _prepare(run: RunFolder, config: RunConfig, task: Task, world: int) -> None:
     run.make()
     run.prepare(config, task.assets())
-    journal.note_start(run.path, world)
+    journal.record_start(run.path, world)
     log_to_file(run.log_file)
 
 

@@ -17,8 +17,8 @@ from mmtrain.plotting.runs import draw_confusion
 from mmtrain.report.config import differing, flattened
 from mmtrain.report.figures import thinned
 from mmtrain.report.model import distinct_names
+from tests.cluster.made import BEGIN, HERE, make_run, noted, write
 from tests.conftest import Cli
-from tests.launch.made import BEGIN, HERE, make_run, noted, write
 
 EVIL = "<script>alert(1)</script>$x^{&"
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from mmtrain.cli import runs
-from mmtrain.runs.status import survey
+from mmtrain.runs.status import run_statuses
 from mmtrain.runs.table import COLUMNS, span, table
+from tests.cluster.made import BEGIN, HERE, make_run, noted
 from tests.conftest import ROOT, Cli, Done
-from tests.launch.made import BEGIN, HERE, make_run, noted
 
 
 def refused(done: Done, *words: str) -> None:
@@ -84,7 +84,7 @@ def test_a_narrow_terminal_has_fewer_columns(tmp_path: Path) -> None:
     from rich.console import Console
 
     noted(make_run(tmp_path / "run"), "submitted", job="7", nodes="2", tasks=8)
-    found = survey([tmp_path / "run"])
+    found = run_statuses([tmp_path / "run"])
     assert len(table(found, 300).columns) == len(COLUMNS)
     narrow = table(found, 80 + len(str(tmp_path)))
     assert {"nodes", "restarts"}.isdisjoint(str(column.header) for column in narrow.columns)

@@ -9,79 +9,79 @@ import pytest
 
 from mmtrain.cluster import requeue
 from mmtrain.runs import journal
-from mmtrain.runs.journal import Place, newest_step
+from mmtrain.runs.journal import JobAttempt, newest_step
 from mmtrain.runs.slurm import parse_duration
 
-HERE = Place("7", 1)
+HERE = JobAttempt("7", 1)
 
 
 def _fail(run: Path, rank: int, follows: bool, error: str = "ValueError: no") -> None:
-    folder = HERE.failures(run)
+    folder = HERE.failure_folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     report = {"rank": rank, "node": f"node{rank}", "error": error, "text": "Traceback", "follows": follows}
     (folder / f"rank_{rank:05d}.json").write_text(json.dumps(report))
 
 
 def test_the_reason_is_what_the_tasks_left(tmp_path: Path) -> None:
-    assert requeue.reason_of(tmp_path, HERE, 1000, 120) == "lost"
-    HERE.leave_note(tmp_path, "SIGUSR2")
-    assert requeue.reason_of(tmp_path, HERE, 1000, 120) == "preempted"
-    assert requeue.reason_of(tmp_path, HERE, 1000, 120) == "lost"  # a note counts once
-    HERE.leave_note(tmp_path, "SIGUSR2")
-    assert requeue.reason_of(tmp_path, HERE, 130, 120) == "timeout"
-    HERE.leave_note(tmp_path, "SIGUSR2")
-    assert requeue.reason_of(tmp_path, HERE, None, 120) == "preempted"  # no time limit
+    assert requeue.end_reason(tmp_path, HERE, 1000, 120) == "lost"
+    HERE.note_clean_stop(tmp_path, "SIGUSR2")
+    assert requeue.end_reason(tmp_path, HERE, 1000, 120) == "preempted"
+    assert requeue.end_reason(tmp_path, HERE, 1000, 120) == "lost"  # a note counts once
+    HERE.note_clean_stop(tmp_path, "SIGUSR2")
+    assert requeue.end_reason(tmp_path, HERE, 130, 120) == "timeout"
+    HERE.note_clean_stop(tmp_path, "SIGUSR2")
+    assert requeue.end_reason(tmp_path, HERE, None, 120) == "preempted"  # no time limit
     _fail(tmp_path, 3, follows=True)
-    assert requeue.reason_of(tmp_path, HERE, 1000, 120) == "lost"  # a rank that lost its connection is not the cause
+    assert requeue.end_reason(tmp_path, HERE, 1000, 120) == "lost"  # a rank that lost its connection is not the cause
     _fail(tmp_path, 2, follows=False)
-    assert requeue.reason_of(tmp_path, HERE, 1000, 120) == "failed"
-    assert requeue.reason_of(tmp_path, Place("7", 2), 1000, 120) == "lost"  # that was another start
+    assert requeue.end_reason(tmp_path, HERE, 1000, 120) == "failed"
+    assert requeue.end_reason(tmp_path, JobAttempt("7", 2), 1000, 120) == "lost"  # that was another start
     (tmp_path / requeue.STOP).touch()
-    assert requeue.reason_of(tmp_path, HERE, 1000, 120) == "stopped"
+    assert requeue.end_reason(tmp_path, HERE, 1000, 120) == "stopped"
     (tmp_path / "result.json").write_text("{}")
-    assert requeue.reason_of(tmp_path, HERE, 1000, 120) == "finished"
+    assert requeue.end_reason(tmp_path, HERE, 1000, 120) == "finished"
 
 
 def test_causes_come_before_those_that_only_lost_their_connection(tmp_path: Path) -> None:
     _fail(tmp_path, 0, follows=True, error="RuntimeError: connection closed")
     _fail(tmp_path, 5, follows=False)
-    (HERE.failures(tmp_path) / "rank_00009.json").write_text("{")  # cut off by a kill
-    assert [report["rank"] for report in HERE.reports(tmp_path)] == [5, 0]
+    (HERE.failure_folder(tmp_path) / "rank_00009.json").write_text("{")  # cut off by a kill
+    assert [report["rank"] for report in HERE.failure_reports(tmp_path)] == [5, 0]
 
 
 @pytest.mark.parametrize("reason", ["finished", "stopped", "failed"])
 def test_what_is_over_does_not_come_back(tmp_path: Path, reason: str) -> None:
-    assert not requeue.comes_back(tmp_path, reason, None, 3)
+    assert not requeue.should_requeue(tmp_path, reason, None, 3)
 
 
 def test_a_preemption_always_comes_back(tmp_path: Path) -> None:
     for _ in range(50):
-        journal.note(tmp_path, "ended", job="7", restart=0, reason="preempted", step=0, requeued=True)
-    assert requeue.comes_back(tmp_path, "preempted", 0, 0)
+        journal.record(tmp_path, "ended", job="7", restart=0, reason="preempted", step=0, requeued=True)
+    assert requeue.should_requeue(tmp_path, "preempted", 0, 0)
 
 
 def test_time_limits_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert requeue.comes_back(tmp_path, "timeout", 1, 3)
-    journal.note(tmp_path, "ended", job="7", restart=0, reason="timeout", step=9, requeued=True)
-    assert requeue.comes_back(tmp_path, "timeout", None, 3)
-    assert not requeue.comes_back(tmp_path, "timeout", 1, 3)
+    assert requeue.should_requeue(tmp_path, "timeout", 1, 3)
+    journal.record(tmp_path, "ended", job="7", restart=0, reason="timeout", step=9, requeued=True)
+    assert requeue.should_requeue(tmp_path, "timeout", None, 3)
+    assert not requeue.should_requeue(tmp_path, "timeout", 1, 3)
     assert "cluster.max_timeouts" in capsys.readouterr().out
 
 
 def test_losses_are_counted_while_there_is_no_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def lose(step: int) -> None:
         (tmp_path / f"checkpoints/step_{step:08d}").mkdir(parents=True, exist_ok=True)
-        journal.note(tmp_path, "ended", job="7", restart=0, reason="lost", step=step, requeued=True)
+        journal.record(tmp_path, "ended", job="7", restart=0, reason="lost", step=step, requeued=True)
 
     lose(10)
     lose(10)
     assert newest_step(tmp_path) == 10
-    assert requeue.comes_back(tmp_path, "lost", None, 3)
+    assert requeue.should_requeue(tmp_path, "lost", None, 3)
     lose(10)
-    assert not requeue.comes_back(tmp_path, "lost", None, 3)
+    assert not requeue.should_requeue(tmp_path, "lost", None, 3)
     assert "cluster.max_losses" in capsys.readouterr().out
     (tmp_path / "checkpoints/step_00000020").mkdir()
-    assert requeue.comes_back(tmp_path, "lost", None, 3)  # it got further
+    assert requeue.should_requeue(tmp_path, "lost", None, 3)  # it got further
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_durations_are_read_as_slurm_writes_them(text: str, seconds: float | Non
 def test_a_torn_last_line_of_the_journal_is_left_out(tmp_path: Path) -> None:
     assert journal.read(tmp_path) == []
     assert journal.last_job(tmp_path) is None
-    journal.note(tmp_path, "submitted", job="7", nodes="4", tasks=8)
+    journal.record(tmp_path, "submitted", job="7", nodes="4", tasks=8)
     with (tmp_path / journal.NAME).open("a") as file:
         file.write('{"kind": "started", "jo')
     assert [line["kind"] for line in journal.read(tmp_path)] == ["submitted"]
@@ -116,12 +116,12 @@ def test_a_torn_last_line_of_the_journal_is_left_out(tmp_path: Path) -> None:
 
 def test_nodes_at_fault_are_left_out_where_that_is_wanted(tmp_path: Path) -> None:
     _fail(tmp_path, 2, follows=False)
-    report = HERE.failures(tmp_path) / "rank_00002.json"
+    report = HERE.failure_folder(tmp_path) / "rank_00002.json"
     report.write_text(json.dumps({**json.loads(report.read_text()), "bad_nodes": ["node3"]}))
     assert requeue.bad_nodes(tmp_path, HERE) == ["node3"]
-    assert requeue.reason_of(tmp_path, HERE, 1000, 120) == "bad_nodes"
-    assert not requeue.comes_back(tmp_path, "bad_nodes", None, 3)
-    assert requeue.comes_back(tmp_path, "bad_nodes", None, 3, replace_nodes=True)
+    assert requeue.end_reason(tmp_path, HERE, 1000, 120) == "bad_nodes"
+    assert not requeue.should_requeue(tmp_path, "bad_nodes", None, 3)
+    assert requeue.should_requeue(tmp_path, "bad_nodes", None, 3, replace_nodes=True)
     for _ in range(3):
-        journal.note(tmp_path, "ended", job="7", restart=0, reason="bad_nodes", step=0, requeued=True)
-    assert not requeue.comes_back(tmp_path, "bad_nodes", None, 3, replace_nodes=True)
+        journal.record(tmp_path, "ended", job="7", restart=0, reason="bad_nodes", step=0, requeued=True)
+    assert not requeue.should_requeue(tmp_path, "bad_nodes", None, 3, replace_nodes=True)

@@ -22,7 +22,7 @@ from trainer_parts.overhead import BareLoop
 from data_parts.made import write_m5, write_table
 from mmtrain.config import load_config
 from mmtrain.data.core.loader import train_batches
-from mmtrain.data.series.table_source import SeriesData, load_series
+from mmtrain.data.series.table_source import SeriesData, SeriesWindows, load_series
 from mmtrain.data.series.timeline import calendar_features
 from mmtrain.models.stochastic import sample_keys
 from mmtrain.parallel.ranks import keep_freed_memory
@@ -37,6 +37,7 @@ class _SlicedWindows(Dataset):
 
     def __init__(self, series: SeriesData, lookback: int, horizon: int, label: int, dtype: type) -> None:
         train = series.train
+        assert isinstance(train, SeriesWindows)
         assert series.table.stamps is not None
         names = ["hour", "weekday", "day", "yearday"]
         self.values = train.values[: train.stop].astype(dtype)

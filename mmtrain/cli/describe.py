@@ -75,17 +75,16 @@ def _describe_table(file: str, root: Path | None, plot: Path | None, rule: Split
         table.add_row(column.name, column.kind, str(column.holes), *figures)
     console.print(table)
     if plot is not None:
-        from mmtrain.plotting.series import draw_table
+        from mmtrain.data.series.describe import draw_table
 
         _draw(plot, lambda: draw_table(plot, report, rule))
 
 
 def _describe_panel(path: Path, id: str | None, plot: Path | None, rule: SplitRule | None) -> None:
     from mmtrain.data.prepare.panel import prepare_panel
-    from mmtrain.data.series.describe import describe_panel
+    from mmtrain.data.series.describe import describe_panel, draw_panel
     from mmtrain.data.series.panel import is_panel, open_panel
     from mmtrain.data.series.split import SplitRule
-    from mmtrain.plotting.series import draw_panel
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = path

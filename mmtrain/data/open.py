@@ -23,9 +23,10 @@ from mmtrain.data.images.cache import default_cache
 from mmtrain.data.images.shards import is_address
 from mmtrain.data.images.source import ImageShards
 from mmtrain.data.images.synthetic import SyntheticImages
-from mmtrain.data.series.panel_source import PanelData, known_steps, load_panel
+from mmtrain.data.series.panel_source import load_panel
 from mmtrain.data.series.split import SplitRule
-from mmtrain.data.series.table_source import SeriesData, load_series
+from mmtrain.data.series.table_source import load_series
+from mmtrain.data.series.windows import ForecastingData, known_steps
 from mmtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,10 +90,7 @@ def _split(data: StoredImagesConfig, name: str, *, train: bool) -> ImageShards |
     return ImageShards(path, skip=data.faults == "skip", cache=cache, **options)
 
 
-Data = SeriesData | PanelData
-
-
-def open_data(data: SeriesDataConfig, model: TSM2Config) -> Data:
+def open_data(data: SeriesDataConfig, model: TSM2Config) -> ForecastingData:
     """Open what ``data`` names, cut into windows of ``model.lookback`` and ``model.horizon``.
 
     Raises:
@@ -117,14 +115,13 @@ def open_data(data: SeriesDataConfig, model: TSM2Config) -> Data:
     )
 
 
-def check_inputs(data: Data, model: TSM2Config, path: str) -> None:
+def check_inputs(data: ForecastingData, model: TSM2Config, path: str) -> None:
     """Does the model take what the data gives?
 
     Raises:
         UserError: with the keys to set.
     """
-    static = {column.name: column.width for column in data.inputs.columns} if isinstance(data, PanelData) else {}
-    known = data.inputs.names
+    static, known = data.static, data.known
     wrong: list[str] = []
     for key, has, wanted, what in (
         ("future_features", model.future_features, len(known), _named("known in advance", known)),

@@ -14,9 +14,7 @@ from numpy.typing import NDArray
 from mmtrain.config import TSM2Config
 from mmtrain.data.series.panel import Panel, find_panel, open_panel
 from mmtrain.data.series.panel_inputs import PanelInputs, PanelScalers, StaticColumn, fit_scalers, unpack
-from mmtrain.data.series.panel_source import gather
 from mmtrain.data.series.split import Scaler
-from mmtrain.data.series.windows import known_batch
 from mmtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -156,7 +154,7 @@ def _forecast(
     masked: bool,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Past (B, L, C) and forecast (B, H, C) of some series, in units of the data."""
-    past = gather(panel, series, end - config.lookback, config.lookback)
+    past = panel.gather(panel.values, series, end - config.lookback, config.lookback)
     mean, std = inputs.scalers.mean[series][:, None], inputs.scalers.std[series][:, None]
     seen = np.isfinite(past)
     if not masked and not seen.all():
@@ -165,11 +163,7 @@ def _forecast(
     given = {"past": torch.from_numpy(np.where(seen, (past - mean) / std, 0).astype(np.float32))}
     if masked:
         given["mask"] = torch.from_numpy(seen)
-    if inputs.known_width:
-        known = inputs.known(series, end + config.horizon - inputs.steps)
-        given["known"] = known_batch(known, len(panel.columns))
-    if inputs.static_width:
-        given["static"] = torch.from_numpy(inputs.static[series]).unsqueeze(1).expand(-1, len(panel.columns), -1)
+    given |= inputs.batch(series, end + config.horizon, len(panel.columns))
     return past, model(**given).float().numpy() * std + mean
 
 

@@ -112,11 +112,10 @@ def window_selection(
     batch = task.test.fetch(last, None)
     extra = {key: batch[key] for key in ("mask", "static", "known") if key in batch}
     maps = step_maps(trained.model, lambda: trained.model(batch["past"], **extra))
-    data, source = task.series, task.test
-    stamps = data.stamps_of(source, int(last[0]))
-    time = (data.rows_of(source, int(last[0])) if stamps is None else stamps)[: model.lookback]
-    past = data.scaler_of(source, int(last[0])).inverse(batch["past"][0].numpy())
-    return WindowSelection(maps, data.columns, past, time, starts)
+    origin = task.series.origin(task.test, int(last[0]))
+    time = (origin.rows if origin.stamps is None else origin.stamps)[: model.lookback]
+    past = origin.scaler.inverse(batch["past"][0].numpy())
+    return WindowSelection(maps, task.series.columns, past, time, starts)
 
 
 @torch.no_grad()

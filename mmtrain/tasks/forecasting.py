@@ -107,13 +107,11 @@ class Forecasting(Task):
         batch = source.fetch(np.array([index]), None)
         batch = {name: tensor.to(next(model.parameters()).device) for name, tensor in batch.items()}
         forecast = model(batch["past"], **model_inputs(batch)).float()
-        scaler = self.series.scaler_of(source, index)  # type: ignore[arg-type]
+        origin = self.series.origin(source, index)
         shown = _with_holes(batch)
-        past, future, made = (scaler.inverse(x[0].cpu().numpy()) for x in (*shown, forecast))
-        stamps = self.series.stamps_of(source, index)  # type: ignore[arg-type]
+        past, future, made = (origin.scaler.inverse(x[0].cpu().numpy()) for x in (*shown, forecast))
         path = folder / "forecast.png"
-        names = self.series.labels_of(source, index)  # type: ignore[arg-type]
-        draw_forecast(path, names, past, made, truth=future, stamps=stamps)
+        draw_forecast(path, origin.labels, past, made, truth=future, stamps=origin.stamps)
         return [path]
 
 

@@ -24,7 +24,7 @@ from mmtrain.data.core.source import Source
 from mmtrain.data.images.cache import ShardCache
 from mmtrain.data.images.source import ImageShards
 from mmtrain.data.images.synthetic import SyntheticImages
-from mmtrain.data.series import panel_source
+from mmtrain.data.series import windows
 from mmtrain.data.series.table_source import SeriesWindows
 from tests.data.panels import in_shards, opened
 
@@ -83,7 +83,7 @@ def of_shards(root: Path, augment: str, cache: ShardCache | None = None) -> Kind
 
 def of_panel(folder: Path) -> Kind:
     patch = pytest.MonkeyPatch()
-    patch.setattr(panel_source, "BLOCK", 20)
+    patch.setattr(windows, "BLOCK", 20)
     try:
         data = in_shards(folder, [61, 5, 33, 17, 48, 20, 19, 40], 64, known=["price"], static=["size"], calendar=True)
         small = opened(folder / "panel", lookback=30, horizon=4)

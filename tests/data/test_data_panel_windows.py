@@ -55,13 +55,13 @@ def test_windows_are_plain_slices(
             for place, index in enumerate(order.tolist()):
                 number, target = expected[index]
                 assert raw.ids[number] == f"s{number}"
-                scaler = data.scaler_of(source, index)
+                origin = data.origin(source, index)
                 both = np.concatenate([batch["past"][place].numpy(), batch["future"][place].numpy()])
                 rows = np.arange(target - lookback, target + horizon)
-                assert scaler.inverse(both)[:, 0] == pytest.approx(1000.0 * number + rows, abs=2e-3)
+                assert origin.scaler.inverse(both)[:, 0] == pytest.approx(1000.0 * number + rows, abs=2e-3)
                 price = batch["known"][place, :, 0, 4].numpy() * data.inputs.std[0] + data.inputs.mean[0]
                 assert price == pytest.approx(rows + number, abs=1e-3)
-                stamps = data.stamps_of(source, index)
+                stamps = origin.stamps
                 assert stamps is not None
                 weekday = (stamps.astype("datetime64[D]").astype(int) + 3) % 7
                 assert batch["known"][place, :, 0, 0].numpy() == pytest.approx(weekday / 6 - 0.5, abs=1e-6)

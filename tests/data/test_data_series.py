@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mmtrain.data.core.source import Source
 from mmtrain.data.series.describe import describe_table
-from mmtrain.data.series.split import Scaler, Split, guess_split
+from mmtrain.data.series.split import Scaler, Split, SplitRule, guess_split
 from mmtrain.data.series.table import read_table
 from mmtrain.data.series.table_source import SeriesWindows, load_series
 from mmtrain.errors import UserError
@@ -170,10 +170,10 @@ def test_benchmark_splits() -> None:
     assert Split.of("etth", 17420).rows("test", 512, 96) == (11520 - 512, 14400)
     assert Split.of("etth", 17420).rows("train", 512, 96) == (0, 8640)
     assert [guess_split(name) for name in ("ETTh1", "ETTm2", "ettling", "weather")] == [
-        "etth",
-        "ettm",
-        (0.7, 0.1, 0.2),
-        (0.7, 0.1, 0.2),
+        SplitRule("etth"),
+        SplitRule("ettm"),
+        SplitRule("ratio", parts=(0.7, 0.1, 0.2)),
+        SplitRule("ratio", parts=(0.7, 0.1, 0.2)),
     ]
     with pytest.raises(UserError, match="needs 14400 rows, the table has 100"):
         Split.of("etth", 100)
@@ -212,7 +212,7 @@ def test_splits_meet_without_a_gap(tmp_path: Path) -> None:
         assert targets.min() == pytest.approx(first, abs=1e-3)  # column a holds the number of the row
         assert targets.max() == pytest.approx(last - 1, abs=1e-3)
         assert len(windows) == last - first - 4 + 1
-        assert windows.rows(np.array([0]))[0] == first
+        assert windows.locate(np.array([0]))[1][0] == first
     assert a == pytest.approx(34.5)
     assert len(load_series(tmp_path / "t.csv", 8, 4, split=(0.7, 0.1, 0.2), stride=5).train) == (70 - 12) // 5 + 1
 

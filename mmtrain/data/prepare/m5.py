@@ -19,9 +19,8 @@ from mmtrain.data.prepare.arrow import batches, numbers_of, rows_of, schema_of
 from mmtrain.data.prepare.panel import PreparedPanel, write_panel
 from mmtrain.data.prepare.panel_writer import Layout, Series
 from mmtrain.data.series.split import SplitRule
-from mmtrain.data.series.table import read_frame
+from mmtrain.data.series.table import fill_column, read_frame
 from mmtrain.data.series.timeline import UNITS, Step, Timeline
-from mmtrain.data.series.windows import fill_column
 from mmtrain.errors import UserError
 
 if TYPE_CHECKING:

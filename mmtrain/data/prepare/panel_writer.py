@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from mmtrain.data.series.panel import FORMAT, KIND, Panel, open_panel
 from mmtrain.data.series.panel_inputs import fit_scalers
 from mmtrain.data.series.split import SplitRule
+from mmtrain.data.series.table import FILLS, fill_column
 from mmtrain.data.series.timeline import Timeline
-from mmtrain.data.series.windows import FILLS, fill_column
 from mmtrain.errors import UserError, nearest
 
 Floats = NDArray[np.float32]

@@ -1,7 +1,4 @@
-"""What is in a table, faults included: for looking at a series before training on it.
-
-What is in a panel: lengths, holes, times, and some of its series.
-"""
+"""What is in a table or a panel, in figures and as a picture: for looking at series before training on them."""
 
 from __future__ import annotations
 
@@ -11,8 +8,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mmtrain.data.series.panel import Panel, release
-from mmtrain.data.series.table import find_table, find_time_column, read_frame
+from mmtrain.data.series.panel import Panel
+from mmtrain.data.series.split import SplitRule, guess_split
+from mmtrain.data.series.table import find_table, find_time_column, parse_times, read_frame, read_table, regularity
+from mmtrain.errors import UserError
+from mmtrain.plotting.series import Line, draw_series
+
+_MOST = 8  # series in a picture
 
 
 @dataclass(frozen=True)
@@ -41,17 +43,13 @@ class TableReport:
 
 def describe_table(path: str | Path, data_root: str | Path | None = None) -> TableReport:
     """Rows, time step, repeated and irregular stamps, and for each column holes, minimum, mean, maximum."""
-    import pandas as pd
-
-    from mmtrain.data.series.table import regularity
-
     file = find_table(path, data_root)
     frame = read_frame(file)
     time_name = find_time_column(frame, file, None)
     first = last = step = ""
     duplicates = irregular = unreadable = 0
     if time_name is not None:
-        stamps = pd.to_datetime(frame[time_name], errors="coerce", utc=True).dt.tz_localize(None)
+        stamps = parse_times(frame[time_name])
         unreadable = int(stamps.isna().sum())
         known = stamps.dropna()
         if len(known):
@@ -70,6 +68,20 @@ def _column(column) -> ColumnReport:  # type: ignore[no-untyped-def]  # pandas i
     good = values[np.isfinite(values)]
     figures = (float(good.min()), float(good.mean()), float(good.max())) if len(good) else (None, None, None)
     return ColumnReport(str(column.name), "number", len(values) - len(good), *figures)
+
+
+def draw_table(path: Path, report: TableReport, rule: SplitRule | None = None) -> None:
+    """The columns of a table, one above the other. ``rule`` None: the split of the benchmarks for its name."""
+    numeric = [column.name for column in report.columns if column.kind == "number"]
+    if not numeric:
+        raise UserError(f"{report.path}: there is no column of numbers to draw")
+    table = read_table(report.path, columns=numeric, missing="mask")
+    rule = rule or guess_split(report.path.stem)
+    borders = rule.cut_table(len(table.values), table.stamps, report.path).borders
+    shown = numeric[:_MOST]
+    few = f"the first {len(shown)} of {len(numeric)} columns; " if len(shown) < len(numeric) else ""
+    lines = [Line(name, table.values[:, i], table.stamps, borders) for i, name in enumerate(shown)]
+    draw_series(path, f"{report.path.name}: {few}{rule}", lines)
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,7 @@ def describe_panel(panel: Panel, path: Path | None = None) -> PanelReport:
         places = int(panel.first.min()), int((panel.first + panel.lengths).max()) - 1
         first, last = (str(line.stamps(place, 1)[0].astype("datetime64[s]")) for place in places)
         step = str(line.step)
-    static = [f"{name} ({_kind(panel, name)})" for name in panel.statics]
+    kinds = {name: f"{len(values)} values" for name, values in panel.categories.items()}
     return PanelReport(
         path=path or panel.folder,
         series=len(panel),
@@ -133,31 +145,36 @@ def describe_panel(panel: Panel, path: Path | None = None) -> PanelReport:
         holed=int((holes > 0).sum()),
         constant=int(constant.sum()),
         known=[*panel.known_columns, *panel.shared_columns],
-        static=static,
+        static=[f"{name} ({kinds.get(name, 'number')})" for name in panel.statics],
         examples=_examples(panel, holes),
     )
 
 
-def _kind(panel: Panel, name: str) -> str:
-    return f"{len(panel.categories[name])} values" if name in panel.categories else "number"
+def draw_panel(path: Path, panel: Panel, report: PanelReport, rule: SplitRule | None = None) -> None:
+    """The first column of some series of a panel. ``rule`` None: the split that it was prepared with."""
+    rule = rule or SplitRule.from_json(panel.meta["split"])
+    borders = rule.cut_panel(panel.lengths, panel.first, panel.timeline)
+    lines = []
+    for one in report.examples[:_MOST]:
+        train, val, test = borders[one.number].tolist()
+        title = f"{one.id} · {panel.columns[0]}" + (f" ({one.why})" if one.why else "")
+        values, stamps = panel.series(one.number)[:, 0], panel.stamps(one.number, 0, one.rows)
+        lines.append(Line(title, values, stamps, (train, val, test)))
+    draw_series(path, f"{report.path.name}: {len(lines)} of {len(panel)} series; {rule}", lines)
 
 
 def _holes(panel: Panel) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """(S,) missing values of each series, and whether it never changes."""
     holes, constant = np.zeros(len(panel), np.int64), np.zeros(len(panel), bool)
     for piece in panel.chunks():
-        shard, offset = int(panel.shards[piece.start]), int(panel.offsets[piece.start])
-        rows, lengths = panel.rows[piece], panel.lengths[piece]
-        stop = offset + int(rows.sum())
-        row = np.arange(stop - offset) - np.repeat(np.cumsum(rows) - rows, rows)
-        values = panel.values[shard][offset:stop][row < np.repeat(lengths, rows)]
+        lengths = panel.lengths[piece]
+        values = panel.heads(panel.values, piece, lengths)
         begins = np.cumsum(lengths) - lengths
         bad = ~np.isfinite(values)
         holes[piece] = np.add.reduceat(bad.sum(axis=1), begins)
         low = np.minimum.reduceat(np.where(bad, np.inf, values), begins, axis=0)
         high = np.maximum.reduceat(np.where(bad, -np.inf, values), begins, axis=0)
         constant[piece] = (low >= high).all(axis=1)
-        release(panel.values[shard])
     return holes, constant
 
 

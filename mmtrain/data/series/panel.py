@@ -20,12 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmtrain.data.series.timeline import Stamps, Step, Timeline
+from mmtrain.data.series.windows import Floats, Int64s, runs
 from mmtrain.errors import UserError
 
 FORMAT = 1
 KIND = "panel"
-Floats = NDArray[np.float32]
-Int64s = NDArray[np.int64]
 _CURE = "prepare it again (mmtrain data prepare panel --force)"
 
 
@@ -85,8 +84,17 @@ class Panel:
             return None
         return self.timeline.stamps(int(self.first[number]) + start, stop - start)
 
+    def gather(self, arrays: Sequence[Floats], series: Int64s, start: Int64s, length: int) -> Floats:
+        """(B, length, C): rows [start, start + length) of each series (B,) from ``values`` or ``known``."""
+        made = np.empty((len(series), length, arrays[0].shape[1]), dtype=np.float32)
+        shards = self.shards[series]
+        for shard in np.unique(shards).tolist():
+            mine = np.flatnonzero(shards == shard)
+            made[mine] = runs(arrays[shard], self.offsets[series[mine]] + start[mine], length)
+        return made
+
     def chunks(self, rows: int = 1 << 20) -> Iterator[slice]:
-        """Consecutive series of about so many rows together, each chunk within one shard."""
+        """Consecutive series of about ``rows`` rows together, each chunk within one shard."""
         begin, end = 0, 0
         for count in self.shard_series.tolist():
             end += count
@@ -96,14 +104,21 @@ class Panel:
                 yield slice(begin, stop)
                 begin = stop
 
+    def heads(self, arrays: Sequence[Floats], chunk: slice, counts: Int64s) -> Floats:
+        """The first ``counts`` (n,) rows of each series of a chunk, one series after the other.
 
-def release(array: NDArray[Any]) -> None:
-    """Let go of the pages of a memory-mapped array: what was read stays in the system's cache, not in this process."""
-    base: Any = array
-    while base is not None and not isinstance(base, mmap.mmap):
-        base = getattr(base, "base", None)
-    if base is not None and hasattr(base, "madvise"):
-        base.madvise(mmap.MADV_DONTNEED)
+        The pages that were read stay in the system's cache, but not in this process.
+        """
+        whole, offset, rows = arrays[self.shards[chunk.start]], int(self.offsets[chunk.start]), self.rows[chunk]
+        stop = offset + int(rows.sum())
+        row = np.arange(stop - offset) - np.repeat(np.cumsum(rows) - rows, rows)
+        found = whole[offset:stop][row < np.repeat(counts, rows)]
+        base: Any = whole
+        while base is not None and not isinstance(base, mmap.mmap):
+            base = getattr(base, "base", None)
+        if base is not None and hasattr(base, "madvise"):
+            base.madvise(mmap.MADV_DONTNEED)
+        return found
 
 
 def is_panel(path: Path) -> bool:
@@ -144,7 +159,10 @@ def open_panel(folder: str | Path) -> Panel:
     try:
         names = {key: [str(name) for name in meta[key]] for key in ("columns", "known", "shared", "static")}
         shards = int(meta["shards"])
-        timeline = _timeline(meta["timeline"])
+        timeline = None
+        if (saved := meta["timeline"]) is not None:
+            step = Step(int(saved["count"]), bool(saved["months"]))
+            timeline = Timeline(np.datetime64(saved["origin"], "us"), step)
         categories = {str(k): [str(c) for c in v] for k, v in meta["categories"].items()}
         holes = int(meta["holes"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -185,12 +203,6 @@ def _meta(folder: Path) -> dict[str, Any]:
     if meta.get("format") != FORMAT:
         raise UserError(f"{folder}: a panel of format {meta.get('format')}, not {FORMAT}: {_CURE}")
     return meta
-
-
-def _timeline(saved: dict[str, Any] | None) -> Timeline | None:
-    if saved is None:
-        return None
-    return Timeline(np.datetime64(saved["origin"], "us"), Step(int(saved["count"]), bool(saved["months"])))
 
 
 def _load(file: Path, mapped: bool = False) -> NDArray[Any]:

@@ -1,10 +1,7 @@
-"""Arrays of float32 as JSON values: exact, and a third of the size of numbers in text.
+"""What a window of a panel has beside its values: scalers, static covariates, and covariates known in advance.
 
-Static columns of a panel as numbers: categories one-hot (many of them as one code), numbers standardised.
-
-Standardisation of a panel: each series and column by its own training rows, known columns by those of all series.
-
-What a window of a panel needs beside the values: scalers, static numbers, and what is known in advance.
+Each series and column is standardised by its own training rows, known columns by those of all series. Static columns
+become numbers: categories one-hot (many of them as one code), numbers standardised.
 """
 
 from __future__ import annotations
@@ -13,36 +10,119 @@ import base64
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmtrain.data.series.panel import Panel, release
+from mmtrain.data.series.panel import Panel
 from mmtrain.data.series.split import Scaler
 from mmtrain.data.series.timeline import calendar_features, calendar_names
-from mmtrain.data.series.windows import runs
+from mmtrain.data.series.windows import Floats, Int64s, known_batch, runs
 from mmtrain.errors import UserError, nearest
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def pack(array: NDArray[np.float32]) -> dict[str, Any]:
-    """{"shape", "float32"}: the bytes, little-endian, in base64."""
-    return {"shape": list(array.shape), "float32": base64.b64encode(array.astype("<f4").tobytes()).decode("ascii")}
-
-
-def unpack(saved: dict[str, Any]) -> NDArray[np.float32]:
-    """The array of :func:`pack`.
-
-    Raises:
-        ValueError: for bytes that are not of the shape.
-    """
-    raw = np.frombuffer(base64.b64decode(saved["float32"], validate=True), dtype="<f4")
-    return raw.reshape(saved["shape"]).astype(np.float32)
-
-
-#: A category of more values than this becomes one number, its code, instead of so many columns.
+#: A category of more values than this becomes one number, its code, instead of a column for each value.
 MOST_ONE_HOT = 64
 logger = logging.getLogger("mmtrain")
+
+
+@dataclass(frozen=True)
+class PanelScalers:
+    """``mean`` and ``std`` (S, C) of the targets; ``known`` of the known columns, then of the shared ones."""
+
+    mean: Floats
+    std: Floats
+    known: Scaler
+
+
+def fit_scalers(panel: Panel, train_rows: Int64s) -> PanelScalers:
+    """One pass over the shards, a piece at a time. ``train_rows`` (S,): how many rows of each series may be looked at.
+
+    A series without a value in its training rows keeps mean 0 and deviation 1, as does what does not vary its
+    deviation; flags (columns of 0 and 1) stay as they are.
+    """
+    shape = (len(panel), len(panel.columns))
+    mean, std = np.zeros(shape, np.float32), np.ones(shape, np.float32)
+    known, shared = _Sums(len(panel.known_columns)), _Sums(len(panel.shared_columns))
+    for piece in panel.chunks():
+        kept = np.minimum(train_rows[piece], panel.lengths[piece])
+        some = np.flatnonzero(kept)
+        if not len(some):
+            continue
+        begins = np.cumsum(kept[some]) - kept[some]
+        place = piece.start + some
+        mean[place], std[place] = _fit(panel.heads(panel.values, piece, kept), begins, kept[some])
+        if known.width:
+            known.add(panel.heads(panel.known, piece, kept))
+    if shared.width:
+        shared.add(panel.shared[:, : int((panel.first + train_rows).max())].reshape(-1, shared.width))
+    both = [sums.scaler() for sums in (known, shared)]
+    return PanelScalers(
+        mean, std, Scaler(np.concatenate([s.mean for s in both]), np.concatenate([s.std for s in both]))
+    )
+
+
+def _fit(values: Floats, begins: Int64s, counts: Int64s) -> tuple[Floats, Floats]:
+    """Mean and population deviation of each run of rows of ``values`` (R, C), holes left out: (n, C) each."""
+    wide = values.astype(np.float64)
+    good = np.isfinite(wide)
+    wide[~good] = 0
+    held = np.add.reduceat(good, begins, axis=0, dtype=np.int64)
+    mean = np.add.reduceat(wide, begins, axis=0) / np.maximum(held, 1)
+    wide -= np.repeat(mean, counts, axis=0)
+    wide[~good] = 0
+    low, high = np.minimum.reduceat(wide, begins, axis=0), np.maximum.reduceat(wide, begins, axis=0)
+    std = np.sqrt(np.add.reduceat(np.square(wide, out=wide), begins, axis=0) / np.maximum(held, 1))
+    # a constant column's deviation is rounding noise of its mean, not exactly 0
+    flat = (high - low) <= 1e-6 * np.abs(mean)
+    std[flat | (std.astype(np.float32) == 0)] = 1
+    return mean.astype(np.float32), std.astype(np.float32)
+
+
+class _Sums:
+    """Mean and deviation of the columns of many arrays, without keeping them (Chan, Golub & LeVeque 1983)."""
+
+    def __init__(self, width: int) -> None:
+        self.width, self.count = width, 0
+        self.mean, self.squares = np.zeros(width), np.zeros(width)
+        self.flag = np.ones(width, dtype=bool)
+
+    def add(self, values: Floats) -> None:
+        if not len(values) or not self.width:
+            return
+        wide = values.astype(np.float64)
+        mean = wide.mean(axis=0)
+        gap, total = mean - self.mean, self.count + len(wide)
+        self.squares += np.square(wide - mean).sum(axis=0) + np.square(gap) * self.count * len(wide) / total
+        self.mean = self.mean + gap * len(wide) / total
+        self.count = total
+        self.flag &= ((wide == 0) | (wide == 1)).all(axis=0)
+
+    def scaler(self) -> Scaler:
+        std = np.sqrt(self.squares / max(self.count, 1))
+        std[std <= 1e-6 * np.abs(self.mean)] = 1
+        std[std.astype(np.float32) == 0] = 1
+        return Scaler(
+            np.where(self.flag, 0, self.mean).astype(np.float32), np.where(self.flag, 1, std).astype(np.float32)
+        )
+
+
+def prepared_scalers(panel: Panel) -> PanelScalers:
+    """Those which lie in the panel's folder, of the split that it was prepared with."""
+    arrays = {}
+    for name in ("scaler-mean", "scaler-std", "known-mean", "known-std"):
+        file = panel.folder / f"{name}.npy"
+        try:
+            arrays[name] = np.load(file, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: cannot be read ({error}); prepare the panel again with --force") from error
+    wanted = (len(panel), len(panel.columns))
+    if arrays["scaler-mean"].shape != wanted or arrays["scaler-std"].shape != wanted:
+        raise UserError(f"{panel.folder}: the scalers are not of {wanted[0]} series; prepare the panel again, --force")
+    return PanelScalers(arrays["scaler-mean"], arrays["scaler-std"], Scaler(arrays["known-mean"], arrays["known-std"]))
 
 
 @dataclass(frozen=True)
@@ -123,118 +203,6 @@ def encode_static(panel: Panel, columns: Sequence[StaticColumn]) -> NDArray[np.f
     return np.concatenate(parts, axis=1) if parts else np.empty((len(panel), 0), dtype=np.float32)
 
 
-Floats = NDArray[np.float32]
-Int64s = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class PanelScalers:
-    """``mean`` and ``std`` (S, C) of the targets; ``known`` of the known columns, then of the shared ones."""
-
-    mean: Floats
-    std: Floats
-    known: Scaler
-
-
-def fit_scalers(panel: Panel, train_rows: Int64s) -> PanelScalers:
-    """One pass over the shards, a piece at a time. ``train_rows`` (S,): how many rows of each series may be looked at.
-
-    A series without a value in its training rows keeps mean 0 and deviation 1, as does what does not vary its
-    deviation; flags (columns of 0 and 1) stay as they are.
-    """
-    shape = (len(panel), len(panel.columns))
-    mean, std = np.zeros(shape, np.float32), np.ones(shape, np.float32)
-    width = len(panel.known_columns)
-    known = _Sums(width)
-    for piece in panel.chunks():
-        shard, offset = int(panel.shards[piece.start]), int(panel.offsets[piece.start])
-        rows, kept = panel.rows[piece], np.minimum(train_rows[piece], panel.lengths[piece])
-        stop = offset + int(rows.sum())
-        starts = np.cumsum(rows) - rows
-        row = np.arange(stop - offset) - np.repeat(starts, rows)
-        seen = row < np.repeat(kept, rows)
-        some = np.flatnonzero(kept)
-        if not len(some):
-            continue
-        begins = np.cumsum(kept[some]) - kept[some]
-        place = np.arange(piece.start, piece.stop)[some]
-        mean[place], std[place] = _fit(panel.values[shard][offset:stop][seen], begins, kept[some])
-        if width:
-            known.add(panel.known[shard][offset:stop][seen])
-            release(panel.known[shard])
-        release(panel.values[shard])
-    shared = _Sums(len(panel.shared_columns))
-    if shared.width:
-        last = int((panel.first + train_rows).max()) if len(panel) else 0
-        shared.add(panel.shared[:, :last].reshape(-1, shared.width))
-    both = [sums.scaler() for sums in (known, shared)]
-    return PanelScalers(
-        mean,
-        std,
-        Scaler(np.concatenate([s.mean for s in both]), np.concatenate([s.std for s in both])),
-    )
-
-
-def _fit(values: Floats, begins: Int64s, counts: Int64s) -> tuple[Floats, Floats]:
-    """Mean and population deviation of each run of rows of ``values`` (R, C), holes left out: (n, C) each."""
-    wide = values.astype(np.float64)
-    good = np.isfinite(wide)
-    wide[~good] = 0
-    held = np.add.reduceat(good, begins, axis=0, dtype=np.int64)
-    mean = np.add.reduceat(wide, begins, axis=0) / np.maximum(held, 1)
-    wide -= np.repeat(mean, counts, axis=0)
-    wide[~good] = 0
-    low, high = np.minimum.reduceat(wide, begins, axis=0), np.maximum.reduceat(wide, begins, axis=0)
-    std = np.sqrt(np.add.reduceat(np.square(wide, out=wide), begins, axis=0) / np.maximum(held, 1))
-    # a constant column's deviation is rounding noise of its mean, not exactly 0
-    flat = (high - low) <= 1e-6 * np.abs(mean)
-    std[flat | (std.astype(np.float32) == 0)] = 1
-    return mean.astype(np.float32), std.astype(np.float32)
-
-
-class _Sums:
-    """Mean and deviation of the columns of many arrays, without keeping them (Chan, Golub & LeVeque 1983)."""
-
-    def __init__(self, width: int) -> None:
-        self.width, self.count = width, 0
-        self.mean, self.squares = np.zeros(width), np.zeros(width)
-        self.flag = np.ones(width, dtype=bool)
-
-    def add(self, values: Floats) -> None:
-        if not len(values) or not self.width:
-            return
-        wide = values.astype(np.float64)
-        mean = wide.mean(axis=0)
-        gap, total = mean - self.mean, self.count + len(wide)
-        self.squares += np.square(wide - mean).sum(axis=0) + np.square(gap) * self.count * len(wide) / total
-        self.mean = self.mean + gap * len(wide) / total
-        self.count = total
-        self.flag &= ((wide == 0) | (wide == 1)).all(axis=0)
-
-    def scaler(self) -> Scaler:
-        std = np.sqrt(self.squares / max(self.count, 1))
-        std[std <= 1e-6 * np.abs(self.mean)] = 1
-        std[std.astype(np.float32) == 0] = 1
-        return Scaler(
-            np.where(self.flag, 0, self.mean).astype(np.float32), np.where(self.flag, 1, std).astype(np.float32)
-        )
-
-
-def prepared_scalers(panel: Panel) -> PanelScalers:
-    """Those which lie in the panel's folder, of the split that it was prepared with."""
-    arrays = {}
-    for name in ("scaler-mean", "scaler-std", "known-mean", "known-std"):
-        file = panel.folder / f"{name}.npy"
-        try:
-            arrays[name] = np.load(file, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file}: cannot be read ({error}); prepare the panel again with --force") from error
-    wanted = (len(panel), len(panel.columns))
-    if arrays["scaler-mean"].shape != wanted or arrays["scaler-std"].shape != wanted:
-        raise UserError(f"{panel.folder}: the scalers are not of {wanted[0]} series; prepare the panel again, --force")
-    return PanelScalers(arrays["scaler-mean"], arrays["scaler-std"], Scaler(arrays["known-mean"], arrays["known-std"]))
-
-
 class PanelInputs:
     """``steps``: how many steps of what is known a window has; they end with its last target.
 
@@ -268,46 +236,42 @@ class PanelInputs:
         self.static = encode_static(panel, self.columns)
         self._of_places: Floats | None = None
 
-    @property
-    def known_width(self) -> int:
-        """C_Z."""
-        return len(self.names)
+    def batch(self, series: Int64s, stop: Int64s, variates: int) -> dict[str, Tensor]:
+        """See :class:`~mmtrain.data.series.windows.Covariates`."""
+        import torch
 
-    @property
-    def static_width(self) -> int:
-        """C_S."""
-        return self.static.shape[1]
+        made = {}
+        if self.names:
+            made["known"] = known_batch(self.known(series, stop - self.steps), variates)
+        if self.columns:
+            made["static"] = torch.from_numpy(self.static[series]).unsqueeze(1).expand(-1, variates, -1)
+        return made
 
-    def _until(self, stop: int) -> Floats:
-        """(at least ``stop``, ·) the calendar features of the places of the timeline: a forecast goes on behind it."""
+    def known(self, series: Int64s, start: Int64s) -> Floats:
+        """What is known of ``steps`` rows of each series from row ``start`` (B,) on: (B, T_Z, C_Z), standardised."""
+        panel = self.panel
+        made = np.empty((len(series), self.steps, len(self.names)), dtype=np.float32)
+        place = panel.first[series] + start
+        low, high = len(self.calendar_names), len(self.calendar_names) + len(self.own)
+        if low:
+            made[:, :, :low] = runs(self._calendar(int(place.max(initial=0)) + self.steps), place, self.steps)
+        if self.own:
+            made[:, :, low:high] = panel.gather(panel.known, series, start, self.steps)[:, :, self.own]
+        if self.shared:
+            groups, places, width = panel.shared.shape
+            flat = panel.shared.reshape(groups * places, width)
+            made[:, :, high:] = runs(flat, panel.groups[series] * places + place, self.steps)[:, :, self.shared]
+        made[:, :, low:] -= self.mean
+        made[:, :, low:] /= self.std
+        return made
+
+    def _calendar(self, stop: int) -> Floats:
+        """(at least ``stop``, ·) calendar features of the timeline's places; a forecast may reach beyond the panel."""
         assert self.panel.timeline is not None
         if self._of_places is None or len(self._of_places) < stop:
             count = max(stop, int((self.panel.first + self.panel.rows).max()))
             self._of_places = calendar_features(self.panel.timeline.stamps(0, count), self.calendar_names)
         return self._of_places
-
-    def known(self, series: Int64s, start: Int64s) -> Floats:
-        """What is known of ``steps`` rows of each series from row ``start`` (B,) on: (B, T_Z, C_Z), standardised."""
-        panel = self.panel
-        made = np.empty((len(series), self.steps, self.known_width), dtype=np.float32)
-        place = panel.first[series] + start
-        low, high = len(self.calendar_names), len(self.calendar_names) + len(self.own)
-        if low:
-            made[:, :, :low] = runs(self._until(int(place.max(initial=0)) + self.steps), place, self.steps)
-        if self.own:
-            shards = panel.shards[series]
-            for shard in np.unique(shards).tolist():
-                mine = np.flatnonzero(shards == shard)
-                row = panel.offsets[series[mine]] + start[mine]
-                made[mine, :, low:high] = runs(panel.known[shard], row, self.steps)[:, :, self.own]
-        if self.shared:
-            groups, places, width = panel.shared.shape
-            flat = panel.shared.reshape(groups * places, width)
-            row = panel.groups[series] * places + place
-            made[:, :, high:] = runs(flat, row, self.steps)[:, :, self.shared]
-        made[:, :, low:] -= self.mean
-        made[:, :, low:] /= self.std
-        return made
 
 
 def calendar_of(panel: Panel) -> list[str]:
@@ -319,3 +283,18 @@ def calendar_of(panel: Panel) -> list[str]:
     if panel.timeline is None:
         raise UserError(f"{panel.folder}: data.calendar=true, but this panel was prepared without times (--time)")
     return calendar_names(panel.timeline.step)
+
+
+def pack(array: NDArray[np.float32]) -> dict[str, Any]:
+    """{"shape", "float32"}: the bytes, little-endian, in base64."""
+    return {"shape": list(array.shape), "float32": base64.b64encode(array.astype("<f4").tobytes()).decode("ascii")}
+
+
+def unpack(saved: dict[str, Any]) -> NDArray[np.float32]:
+    """The array of :func:`pack`.
+
+    Raises:
+        ValueError: for bytes that are not of the shape.
+    """
+    raw = np.frombuffer(base64.b64decode(saved["float32"], validate=True), dtype="<f4")
+    return raw.reshape(saved["shape"]).astype(np.float32)

@@ -1,6 +1,6 @@
-"""Training, validation and test rows of a time series, and the standardisation fitted on the training rows.
+"""Where training, validation and test rows meet, and the standardisation that is fitted on the training rows.
 
-Where training, validation and test meet: by named benchmark, ratio, date, or steps from the end.
+A split is that of a named benchmark, or it is given by ratio, by date, or by steps from the end.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # The benchmark's months of 30 days: 12 / 4 / 4 (Zhou et al. 2021, Informer).
 NAMED = {"etth": (8640, 2880, 2880), "ettm": (34560, 11520, 11520)}
 RATIOS = (0.7, 0.1, 0.2)
+Int64s = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,6 @@ class Split:
         return start, stop
 
 
-def guess_split(name: str) -> str | tuple[float, float, float]:
-    """The split which the benchmarks use for a table of this name: ETTh*, ETTm*, else 70/10/20 %."""
-    found = re.match(r"ett([hm])\d", name.lower())
-    return f"ett{found[1]}" if found else RATIOS
-
-
 @dataclass(frozen=True)
 class Scaler:
     """Standardisation per column. Columns that do not vary keep their scale (std 1)."""
@@ -115,9 +110,6 @@ class Scaler:
         return cls(np.asarray(saved["mean"], dtype=np.float32), np.asarray(saved["std"], dtype=np.float32))
 
 
-Int64s = NDArray[np.int64]
-
-
 @dataclass(frozen=True)
 class SplitRule:
     """``kind``: etth, ettm, ratio (three ``parts``), date (``dates``: the first of validation and of test) or last.
@@ -143,6 +135,10 @@ class SplitRule:
         if kind == "date":
             return cls(kind, dates=tuple(str(date) for date in dates or ()))
         return cls(kind, last=tuple(int(steps) for steps in last or ())) if kind == "last" else cls(kind)
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> SplitRule:
+        return cls.make(saved["split"], saved.get("parts"), saved.get("dates"), saved.get("last"))
 
     def to_json(self) -> dict[str, Any]:
         used = {"ratio": ("parts", self.parts), "date": ("dates", self.dates), "last": ("last", self.last)}
@@ -218,6 +214,12 @@ class SplitRule:
         value = {"ratio": self.parts, "date": self.dates, "last": self.last}.get(self.kind)
         key = {"ratio": "ratios", "date": "dates", "last": "last"}.get(self.kind)
         return f"data.split={self.kind}" + (f" data.{key}={list(value)}" if value is not None else "")
+
+
+def guess_split(name: str) -> SplitRule:
+    """The split which the benchmarks use for a table of this name: ETTh*, ETTm*, else 70/10/20 %."""
+    found = re.match(r"ett([hm])\d", name.lower())
+    return SplitRule(f"ett{found[1]}") if found else SplitRule("ratio", parts=RATIOS)
 
 
 def _place_from(timeline: Timeline, date: np.datetime64) -> int:

@@ -1,10 +1,11 @@
-"""A table of a time series: CSV or parquet → float32 values, with every fault named before training starts."""
+"""A table of one time series: CSV or parquet → float32 values, with every fault named before training starts."""
 
 from __future__ import annotations
 
 import io
 import logging
 import os
+import warnings
 import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmtrain.data.series.windows import FILLS, fill_column
 from mmtrain.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".csv", ".parquet", ".zip")
 TIME_NAMES = ("date", "datetime", "timestamp", "time")
+FILLS = ("ffill", "interpolate", "zero")
 MISSING = ("error", *FILLS, "mask")
 logger = logging.getLogger("mmtrain")
 
@@ -120,24 +121,35 @@ def read_table(
     time_name = find_time_column(frame, file, time_column)
     stamps = None if time_name is None else _stamps(frame[time_name], file, time_name)
     names = _columns(frame, file, time_name, columns, known)
-    values = _matrix(frame, file, names)
-    if not known:
-        filled = _fill(values, names, file, missing)
-        return SeriesTable(values, names, stamps, file, filled, holes=int((~np.isfinite(values)).sum()))
-    beside = _matrix(frame, file, list(known))
-    seen: NDArray[np.bool_] = np.asarray(np.isfinite(values).any(axis=1))
-    stop = len(seen) - int(np.argmax(seen[::-1])) if seen.any() else 0
-    values = values[:stop].copy()
+    values, beside = _matrix(frame, file, names), None
+    if known:
+        beside = _matrix(frame, file, list(known))
+        seen: NDArray[np.bool_] = np.asarray(np.isfinite(values).any(axis=1))
+        values = values[: len(seen) - int(np.argmax(seen[::-1])) if seen.any() else 0].copy()
     filled = _fill(values, names, file, missing)
-    _fill(beside, list(known), file, "error" if missing == "mask" else missing)
-    holes = int((~np.isfinite(values)).sum())
-    return SeriesTable(values, names, stamps, file, filled, beside, holes)
+    if beside is not None:
+        _fill(beside, list(known), file, "error" if missing == "mask" else missing)
+    return SeriesTable(values, names, stamps, file, filled, beside, int((~np.isfinite(values)).sum()))
 
 
 def _matrix(frame: pd.DataFrame, file: Path, names: Sequence[str]) -> NDArray[np.float32]:
+    """(T, len(names)); what is too large for float32 is infinite, which counts as a hole."""
+    import pandas as pd
+
     values = np.empty((len(frame), len(names)), dtype=np.float32)
-    for place, name in enumerate(names):
-        values[:, place] = _numbers(frame[name], file, name)
+    for number, name in enumerate(names):
+        column = frame[name]
+        if not pd.api.types.is_numeric_dtype(column):
+            text = column.astype(object)
+            parsed = pd.to_numeric(text.astype(str), errors="coerce")
+            bad = (parsed.isna() & text.notna()).to_numpy()
+            row = int(np.argmax(bad)) if bad.any() else 0
+            raise UserError(
+                f"{file}: column {name!r} is not numeric: {place(file, row)} holds {text.iloc[row]!r}; correct it, or "
+                "name the columns to use: data.columns=[...]"
+            )
+        with np.errstate(over="ignore"):
+            values[:, number] = column.to_numpy(dtype=np.float64, na_value=np.nan)
     return values
 
 
@@ -185,15 +197,13 @@ def _stamps(column: pd.Series, file: Path, name: str) -> NDArray[np.datetime64] 
     if pd.api.types.is_numeric_dtype(column):
         logger.info("%s: time column %r holds numbers, not dates; it is left out", file, name)
         return None
-    stamps = pd.to_datetime(column, errors="coerce", utc=_has_zone(column))
+    stamps = parse_times(column)
     if stamps.isna().any():
         row = int(np.argmax(stamps.isna().to_numpy()))
         raise UserError(
             f"{file}: time column {name!r}, {place(file, row)}: {column.iloc[row]!r} is no date; correct it, or set "
             "data.time_column"
         )
-    if getattr(stamps.dt, "tz", None) is not None:
-        stamps = stamps.dt.tz_convert("UTC").dt.tz_localize(None)
     found = stamps.to_numpy().astype("datetime64[us]")
     duplicates, irregular, step = regularity(found)
     if duplicates or irregular:
@@ -207,12 +217,13 @@ def _stamps(column: pd.Series, file: Path, name: str) -> NDArray[np.datetime64] 
     return found
 
 
-def _has_zone(column: pd.Series) -> bool:
-    """Text with UTC offsets (they change with daylight saving) parses only as UTC."""
-    if column.dtype.kind == "M" or not len(column):
-        return False
-    text = str(column.iloc[0]).strip()
-    return text.endswith("Z") or "+" in text[10:] or "-" in text[10:]
+def parse_times(column: pd.Series) -> pd.Series:
+    """Times in UTC without a zone, NaT for what is no date; text with changing UTC offsets can be read too."""
+    import pandas as pd
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a format that is not one of the usual
+        return pd.to_datetime(column, errors="coerce", utc=True).dt.tz_localize(None)
 
 
 def regularity(stamps: NDArray[np.datetime64]) -> tuple[int, int, Any]:
@@ -227,22 +238,6 @@ def regularity(stamps: NDArray[np.datetime64]) -> tuple[int, int, Any]:
     duplicates = int((steps == 0).sum())
     irregular = int(((steps != usual) & (steps != 0)).sum())
     return duplicates, irregular, pd.Timedelta(usual, unit="us")
-
-
-def _numbers(column: pd.Series, file: Path, name: str) -> NDArray[np.float32]:
-    import pandas as pd
-
-    if not pd.api.types.is_numeric_dtype(column):
-        text = column.astype(object)
-        parsed = pd.to_numeric(text.astype(str), errors="coerce")
-        bad = (parsed.isna() & text.notna()).to_numpy()
-        row = int(np.argmax(bad)) if bad.any() else 0
-        raise UserError(
-            f"{file}: column {name!r} is not numeric: {place(file, row)} holds {text.iloc[row]!r}; correct it, or "
-            "name the columns to use: data.columns=[...]"
-        )
-    with np.errstate(over="ignore"):  # too large for float32: infinite, reported as a hole
-        return column.to_numpy(dtype=np.float64, na_value=np.nan).astype(np.float32)
 
 
 def place(file: Path, row: int) -> str:
@@ -278,3 +273,24 @@ def _fill(values: NDArray[np.float32], names: list[str], file: Path, missing: st
         "%s: filled %d hole(s) in %d column(s) (data.missing=%s)", file, counts.sum(), (counts > 0).sum(), missing
     )
     return int(counts.sum())
+
+
+def fill_column(column: NDArray[np.float32], bad: NDArray[np.bool_], fill: str) -> bool:
+    """Fill the ``bad`` rows of ``column`` (T,) in place; False where the way of filling cannot.
+
+    ``ffill`` repeats the last value before (it never looks ahead, and so cannot fill the first row), ``interpolate`` is
+    linear and takes the nearest at the ends, ``zero`` is 0. All ways except ``zero`` need a row that is not bad.
+    """
+    rows = np.arange(len(column))
+    good = rows[~bad]
+    if fill == "zero":
+        column[bad] = 0
+    elif not len(good):
+        return False
+    elif fill == "interpolate":
+        column[bad] = np.interp(rows[bad], good, column[good])
+    elif bad[0]:
+        return False
+    else:
+        column[bad] = column[good[np.searchsorted(good, rows[bad]) - 1]]
+    return True

@@ -1,6 +1,7 @@
-"""The grid of time on which the series of a panel lie: an origin and a step, of fixed length or of whole months.
+"""The time axis: steps of fixed length or of whole months, the grid on which series lie, and calendar features.
 
-Calendar features: what a date alone says, known for any future. Numbers in [-0.5, 0.5], as Informer has them.
+Calendar features follow from the date alone, so they are known for any future. They are numbers in [-0.5, 0.5], as in
+Informer.
 """
 
 from __future__ import annotations

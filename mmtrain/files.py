@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mmtrain.errors import UserError
+
 
 @contextmanager
 def complete_or_absent(path: Path) -> Iterator[Path]:
@@ -31,6 +33,28 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             partial.unlink()
         raise
+
+
+@contextmanager
+def new_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary name as :func:`complete_or_absent` does, for a new file or folder that a user has named.
+
+    Raises:
+        UserError: when ``path`` exists, or cannot be written.
+    """
+    _refuse_existing(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with complete_or_absent(path) as partial:
+            yield partial
+            _refuse_existing(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise UserError(f"{path} exists already: choose another name (--out), or remove it first")
 
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:

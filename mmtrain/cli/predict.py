@@ -80,7 +80,7 @@ def predict_command(
 
 
 def _classify(trained: TrainedModel, files: list[Path]) -> None:
-    from mmtrain.inference.trained import classify
+    from mmtrain.inference import classify
 
     for path, ranking in zip(files, classify(trained, files), strict=True):
         print(path)
@@ -113,7 +113,7 @@ def _forecast(trained: TrainedModel, file: Path, out: Path, back: int, missing: 
     import numpy as np
     import pandas as pd
 
-    from mmtrain.inference.trained import forecast
+    from mmtrain.inference import forecast
     from mmtrain.plotting.runs import draw_forecast
 
     made = forecast(trained, file, back, missing)

@@ -1,11 +1,14 @@
 """Use trained models: load a run or an export, classify images, forecast tables and panels, read and write weights.
 
-Nothing here trains. Everything is public: ``from mmtrain.inference import load_trained``.
+Everything is public: ``from mmtrain.inference import load_trained``. Nothing here trains; other formats of a model are
+in ``mmtrain.export``.
 """
 
+from mmtrain.inference.folder import save_pretrained
 from mmtrain.inference.panels import forecast_panel
-from mmtrain.inference.pretrained import from_pretrained, save_pretrained
-from mmtrain.inference.trained import TrainedModel, classify, export, forecast, load_trained
+from mmtrain.inference.predict import classify, forecast
+from mmtrain.inference.pretrained import from_pretrained
+from mmtrain.inference.trained import TrainedModel, export, load_trained
 
 __all__ = [
     "TrainedModel",

@@ -16,11 +16,11 @@ from mmtrain.data.series.panel import Panel, find_panel, open_panel
 from mmtrain.data.series.panel_inputs import PanelInputs, PanelScalers, StaticColumn, fit_scalers, unpack
 from mmtrain.data.series.split import Scaler
 from mmtrain.errors import UserError
+from mmtrain.inference.trained import TrainedModel
+from mmtrain.plotting.runs import draw_forecast
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from mmtrain.inference.trained import TrainedModel
 
 _BATCH = 256
 logger = logging.getLogger("mmtrain")
@@ -43,7 +43,7 @@ class PanelForecast:
 
     def table(self) -> pd.DataFrame:
         """One row for each series and step: id, date (or the number of the step), a column for each target."""
-        import pandas as pd
+        import pandas as pd  # starts slowly, and most uses of a model need none
 
         series, steps, _ = self.values.shape
         time = np.tile(np.arange(1, steps + 1), series) if self.stamps is None else self.stamps.reshape(-1)
@@ -182,8 +182,6 @@ def _stamps(panel: Panel, chosen: NDArray[np.int64], ends: NDArray[np.int64], ho
 
 def draw_some(path: Path, made: PanelForecast, most: int = 8) -> None:
     """The first target of the first series: history, forecast and what is known of the truth."""
-    from mmtrain.plotting.runs import draw_forecast
-
     some = slice(0, most)
     past, values, truth = (array[some, :, 0].T for array in (made.past, made.values, made.truth))
     draw_forecast(path, made.ids[some], past, values, truth=truth if np.isfinite(truth).any() else None)

@@ -1,33 +1,23 @@
-"""Models with trained weights: from a folder or the Hugging Face hub, with another head if asked for.
-
-A pretrained model is a folder of three files: ``model.safetensors`` (the weights), ``config.yaml`` (the whole resolved
-configuration) and ``assets.json`` (classes and image scaling, or columns and scaler). ``mmtrain export`` and
-:func:`save_pretrained` write it; uploaded as it is, it is a model repository of the hub. Nothing is ever unpickled.
-"""
+"""Models with trained weights, with another head if asked for: from a folder or from the Hugging Face hub."""
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-import shutil
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from mmtrain.config import ModelConfig, RunConfig, from_yaml
 from mmtrain.errors import UserError, nearest
+from mmtrain.inference.folder import CONFIG, FILES, fit_weights, read_pretrained
+from mmtrain.inference.trained import load_trained
 from mmtrain.models.registry import build_model
 
 logger = logging.getLogger("mmtrain")
 
-WEIGHTS, CONFIG, ASSETS = FILES = ("model.safetensors", "config.yaml", "assets.json")
-#: Where the parameters of a head are: the classifier of ViM2; the maps to the horizon of TSM2.
-_HEADS = ("head.", "linear.", "spread.")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SHOWN = 5
 
 
 def from_pretrained(
@@ -49,48 +39,6 @@ def from_pretrained(
         UserError: no such model, a file that is missing or broken, no connection, an unknown argument; weights that do
             not fit the model, with the parameters and both shapes.
     """
-    config, weights = _load(source, revision, checkpoint)
-    model = build_model(_overridden(config, overrides, source))
-    fresh = _fit(model, weights, source, overrides)
-    if fresh:
-        logger.warning("%s: these start fresh, since the head is another one: %s", source, ", ".join(fresh))
-    return model.eval()
-
-
-def save_pretrained(model: nn.Module, config: RunConfig, assets: dict[str, Any], folder: str | Path) -> Path:
-    """Write ``model`` for :func:`from_pretrained` and ``mmtrain predict`` to the new ``folder``.
-
-    Args:
-        config: of the run; its ``model`` section is replaced by that of ``model``.
-        assets: what prediction needs, as in the ``assets.json`` of a run.
-
-    Raises:
-        UserError: when ``folder`` exists or cannot be written.
-    """
-    from safetensors.torch import save_file
-
-    from mmtrain.config import to_yaml
-
-    folder = Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder} exists already: choose another folder (--out)")
-    config = replace(config, model=cast(ModelConfig, model.config))
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial / WEIGHTS)
-        (partial / CONFIG).write_text(to_yaml(config))
-        (partial / ASSETS).write_text(json.dumps(assets, indent=1))
-        partial.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
-def _load(source: str | Path, revision: str | None, checkpoint: str) -> tuple[ModelConfig, dict[str, Tensor]]:
     folder = Path(source)
     if not folder.is_dir():
         if not _HUB_ID.fullmatch(str(source)):
@@ -99,27 +47,20 @@ def _load(source: str | Path, revision: str | None, checkpoint: str) -> tuple[Mo
     elif revision is not None:
         raise UserError(f"revision={revision!r} is for the hub, and {source} is a folder: leave it out")
     if (folder / CONFIG).is_file() and (folder / "checkpoints").is_dir():
-        from mmtrain.inference.trained import load_trained
-
         trained = load_trained(folder, checkpoint)
-        return trained.config.model, trained.model.state_dict()
-    return _read(folder, source)
-
-
-def _read(folder: Path, source: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    lacking = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
-    if lacking:
-        raise UserError(
-            f"{source} holds no model of mmtrain: it lacks {' and '.join(lacking)} (write one with `mmtrain export`)"
-        )
-    try:
-        weights = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise UserError(f"{folder / WEIGHTS} cannot be read ({error}): export or download it again") from None
-    return from_yaml(folder / CONFIG).model, weights
+        config, weights = trained.config.model, trained.model.state_dict()
+    else:
+        run, weights = read_pretrained(folder, source)
+        config = run.model
+    known = [f.name for f in fields(config) if f.name != "name"]
+    for key in overrides:
+        if key not in known:
+            raise UserError(f"{source}: model '{config.name}' has no argument '{key}'{nearest(key, known)}")
+    model = build_model(replace(config, **overrides))
+    fresh = fit_weights(model, weights, source, overrides)
+    if fresh:
+        logger.warning("%s: these start fresh, since the head is another one: %s", source, ", ".join(fresh))
+    return model.eval()
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -147,34 +88,3 @@ def _download(name: str, revision: str | None) -> Path:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{name}{at}: the hub gave no model: {str(error).strip().splitlines()[0]}") from None
-
-
-def _overridden(config: ModelConfig, overrides: dict[str, Any], source: str | Path) -> ModelConfig:
-    known = [f.name for f in fields(config) if f.name != "name"]
-    for key in overrides:
-        if key not in known:
-            raise UserError(f"{source}: model '{config.name}' has no argument '{key}'{nearest(key, known)}")
-    return replace(config, **overrides)
-
-
-def _fit(model: nn.Module, weights: dict[str, Tensor], source: str | Path, overrides: dict[str, Any]) -> list[str]:
-    """Load ``weights``; returns the parameters of the head that keep their initialisation."""
-    own = model.state_dict()
-    wrong = [key for key in sorted({*own, *weights}) if key not in own or key not in weights]
-    wrong += [key for key in own if key in weights and own[key].shape != weights[key].shape]
-    faults = [key for key in wrong if not (overrides and key.startswith(_HEADS))]
-    if faults:
-        shown = [f"{key} (file {_shape(weights, key)}, model {_shape(own, key)})" for key in faults[:_SHOWN]]
-        more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        cure = (
-            f"leave out {', '.join(overrides)} as far as they change more than the head"
-            if overrides
-            else "the file and its configuration are not of one model: export it again"
-        )
-        raise UserError(f"{source}: {len(faults)} parameters do not fit: {', '.join(shown)}{more}. Cure: {cure}")
-    model.load_state_dict({key: tensor for key, tensor in weights.items() if key not in wrong}, strict=False)
-    return [key for key in wrong if key in own]
-
-
-def _shape(tensors: dict[str, Tensor], key: str) -> str:
-    return str(tuple(tensors[key].shape)) if key in tensors else "none"

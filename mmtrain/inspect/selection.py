@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mmtrain.config import RunConfig, TSM2Config
 from mmtrain.errors import UserError
-from mmtrain.inference.trained import TrainedModel, classify, forecast
+from mmtrain.inference import TrainedModel, classify, forecast
 from mmtrain.models.kinds import mixer_labels
 from mmtrain.models.mixers import ImageTokenMixer
 from mmtrain.models.s6 import S6

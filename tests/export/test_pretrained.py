@@ -19,8 +19,7 @@ from mmtrain.config import RunConfig
 from mmtrain.config.data import DATA
 from mmtrain.config.schema import TASKS
 from mmtrain.errors import UserError
-from mmtrain.inference.pretrained import from_pretrained, save_pretrained
-from mmtrain.inference.trained import load_trained
+from mmtrain.inference import from_pretrained, load_trained, save_pretrained
 from mmtrain.models import create_model
 
 

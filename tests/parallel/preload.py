@@ -8,7 +8,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import mmtrain.inference.trained
+import mmtrain.inference
 import mmtrain.tasks
 import mmtrain.train.session  # noqa: F401
 from mmtrain.torchvision_compat import ensure_torchvision

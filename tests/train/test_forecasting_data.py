@@ -16,8 +16,7 @@ from mmtrain.config import load_config
 from mmtrain.data.prepare.panel import prepare_panel
 from mmtrain.data.series.split import SplitRule
 from mmtrain.errors import UserError
-from mmtrain.inference.panels import forecast_panel
-from mmtrain.inference.trained import forecast, load_trained
+from mmtrain.inference import forecast, forecast_panel, load_trained
 from mmtrain.models.tsm2 import Forecasts
 from mmtrain.tasks import StepKey, build_task
 from mmtrain.tasks.forecasting import Forecasting

@@ -1,0 +1,97 @@
+"""The folder of a pretrained model, and how its weights are fitted to a model.
+
+It holds three files: ``model.safetensors`` (the weights), ``config.yaml`` (the whole resolved configuration) and
+``assets.json`` (classes and image scaling, or columns and scaler). ``mmtrain export`` and :func:`save_pretrained` write
+it. Uploaded as it is, it is a model repository of the Hugging Face hub. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mmtrain.config import ModelConfig, RunConfig, from_yaml, to_yaml
+from mmtrain.errors import UserError
+from mmtrain.files import new_path
+
+WEIGHTS, CONFIG, ASSETS = FILES = ("model.safetensors", "config.yaml", "assets.json")
+#: Where the parameters of a head are: the classifier of ViM2; the maps to the horizon of TSM2.
+_HEADS = ("head.", "linear.", "spread.")
+_SHOWN = 5
+
+
+def save_pretrained(model: nn.Module, config: RunConfig, assets: dict[str, Any], folder: str | Path) -> Path:
+    """Write ``model`` for :func:`from_pretrained` and ``mmtrain predict`` to the new ``folder``.
+
+    Args:
+        config: of the run; its ``model`` section is replaced by that of ``model``.
+        assets: what prediction needs, as in the ``assets.json`` of a run.
+
+    Raises:
+        UserError: when ``folder`` exists or cannot be written.
+    """
+    folder = Path(folder)
+    config = replace(config, model=cast(ModelConfig, model.config))
+    with new_path(folder) as partial:
+        partial.mkdir()
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial / WEIGHTS)
+        (partial / CONFIG).write_text(to_yaml(config))
+        (partial / ASSETS).write_text(json.dumps(assets, indent=1))
+    return folder
+
+
+def read_pretrained(folder: Path, source: str | Path) -> tuple[RunConfig, dict[str, Tensor]]:
+    """The configuration and the weights in ``folder``, which the user calls ``source``.
+
+    Raises:
+        UserError: for a file that is missing or broken.
+    """
+    lacking = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
+    if lacking:
+        raise UserError(
+            f"{source} holds no model of mmtrain: it lacks {' and '.join(lacking)} (write one with `mmtrain export`)"
+        )
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise UserError(f"{folder / WEIGHTS} cannot be read ({error}): export or download it again") from None
+    return from_yaml(folder / CONFIG), weights
+
+
+def fit_weights(
+    model: nn.Module, weights: dict[str, Tensor], source: str | Path, overrides: Collection[str] = ()
+) -> list[str]:
+    """Load ``weights`` into ``model``; returns the parameters of the head that keep their initialisation.
+
+    Args:
+        overrides: arguments of the model that the user has changed; without any, the head must fit too.
+
+    Raises:
+        UserError: for parameters that do not fit, with both shapes.
+    """
+    own = model.state_dict()
+    wrong = [key for key in sorted({*own, *weights}) if key not in own or key not in weights]
+    wrong += [key for key in own if key in weights and own[key].shape != weights[key].shape]
+    faults = [key for key in wrong if not (overrides and key.startswith(_HEADS))]
+    if faults:
+
+        def shape(tensors: dict[str, Tensor], key: str) -> str:
+            return str(tuple(tensors[key].shape)) if key in tensors else "none"
+
+        shown = [f"{key} (file {shape(weights, key)}, model {shape(own, key)})" for key in faults[:_SHOWN]]
+        more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        cure = (
+            f"leave out {', '.join(overrides)} as far as they change more than the head"
+            if overrides
+            else "the file and its configuration are not of one model: export it again"
+        )
+        raise UserError(f"{source}: {len(faults)} parameters do not fit: {', '.join(shown)}{more}. Cure: {cure}")
+    model.load_state_dict({key: tensor for key, tensor in weights.items() if key not in wrong}, strict=False)
+    return [key for key in wrong if key in own]

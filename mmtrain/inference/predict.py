@@ -1,0 +1,166 @@
+"""Predictions of a trained model: the classes of images, and the future of a table of series."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mmtrain.config import SeriesDataConfig, TSM2Config
+from mmtrain.data.images.photo import decode
+from mmtrain.data.images.transforms import build_transform
+from mmtrain.data.series.split import Scaler
+from mmtrain.data.series.table import SeriesTable, read_table
+from mmtrain.data.series.table_source import build_matrix
+from mmtrain.data.series.timeline import Timeline, step_of
+from mmtrain.data.series.windows import known_batch
+from mmtrain.errors import UserError
+from mmtrain.inference.trained import TrainedModel
+
+
+@torch.no_grad()
+def classify(trained: TrainedModel, paths: Sequence[Path], top: int = 5) -> list[list[tuple[str, float]]]:
+    """The ``top`` classes and their probabilities for each image file.
+
+    Raises:
+        UserError: for a model that is no classifier, or a file that is no image.
+    """
+    if trained.config.task.kind != "classification":
+        raise UserError(f"{trained.folder} holds a model for {trained.config.task.kind}, which takes no images")
+    assets = trained.assets
+    transform = build_transform(
+        False, assets["image_size"], mean=assets["mean"], std=assets["std"], crop_pct=assets["crop_pct"]
+    )
+    found = []
+    for path in paths:
+        try:
+            image = decode(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror or 'not an image that can be read'}") from None
+        except ValueError as error:
+            raise UserError(f"{path}: not an image that can be read ({error})") from None
+        probabilities = trained.model(transform([image], None))[0].softmax(-1)
+        values, indices = probabilities.topk(min(top, len(probabilities)))
+        found.append([(assets["classes"][i], v) for v, i in zip(values.tolist(), indices.tolist(), strict=True)])
+    return found
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """past (lookback, M), values (horizon, M), truth the same or None where not known, all in units of the data."""
+
+    columns: list[str]
+    past: NDArray[np.float32]
+    values: NDArray[np.float32]
+    truth: NDArray[np.float32] | None
+    stamps: NDArray[np.datetime64] | None
+
+
+@torch.no_grad()
+def forecast(trained: TrainedModel, path: Path, back: int = 0, missing: str = "error") -> Forecast:
+    """Forecast the series in ``path`` from ``back`` rows before its end; those rows, where known, are the truth.
+
+    Columns that the model knows in advance must be given for the horizon too: in rows at the end of the file that leave
+    the other columns empty, or with ``back``. ``missing``: as ``data.missing``.
+
+    Raises:
+        UserError: for a model that makes no forecasts, a file with too few rows, or other columns than those that the
+            model was trained on.
+    """
+    if trained.config.task.kind != "forecasting":
+        raise UserError(f"{trained.folder} holds a model for {trained.config.task.kind}, which makes no forecasts")
+    if trained.config.data.kind == "panel":
+        raise UserError(f"{trained.folder} was trained on a panel: give a folder made by mmtrain data prepare panel")
+    known, beside = trained.assets["columns"], trained.assets.get("known", {"columns": []})
+    data = cast(SeriesDataConfig, trained.config.data)
+    try:
+        table = read_table(
+            path, columns=data.columns, missing=missing, time_column=data.time_column, known=beside["columns"]
+        )
+    except UserError as error:  # what is a key in training is a flag here
+        raise UserError(str(error).replace("data.missing=", "--missing ")) from None
+    _check_columns(path, list(table.columns), known)
+    values = table.values[:, [list(table.columns).index(name) for name in known]]
+    lookback, horizon = trained.assets["lookback"], trained.assets["horizon"]
+    end = len(values) - back
+    if back < 0 or end < lookback:
+        raise UserError(
+            f"{path} has {len(values)} rows: a look-back of {lookback} ending {back} rows before the end does not fit"
+            " (see --back)"
+        )
+    scaler = Scaler.from_dict(trained.assets["scaler"])
+    past = values[end - lookback : end]
+    scaled = scaler.transform(past)
+    seen = np.isfinite(scaled)
+    inputs = {"past": torch.from_numpy(np.where(seen, scaled, np.float32(0)))[None]}
+    if missing == "mask":
+        inputs["mask"] = torch.from_numpy(seen)[None]
+    if beside["columns"] or beside.get("calendar"):
+        steps = cast(TSM2Config, trained.config.model).future_length or lookback + horizon
+        inputs["known"] = _known_until(table, beside, end + horizon, steps, len(known))
+    made = trained.model(**inputs)[0].float().numpy()
+    truth = values[end : end + horizon] if back else None
+    if truth is not None and len(truth) < horizon:
+        truth = np.concatenate([truth, np.full((horizon - len(truth), len(known)), np.nan, np.float32)])
+    return Forecast(list(known), past, scaler.inverse(made), truth, _stamps(table.stamps, end, lookback, horizon))
+
+
+def _check_columns(path: Path, there: list[str], known: list[str]) -> None:
+    extra = [name for name in there if name not in known]
+    lacking = [name for name in known if name not in there]
+    if extra or lacking:
+        parts = [f"it lacks {', '.join(lacking[:8])}"] if lacking else []
+        parts += [f"it has {', '.join(extra[:8])}{' …' if len(extra) > 8 else ''} besides"] if extra else []
+        raise UserError(
+            f"{path}: its {len(there)} variates are not the {len(known)} that the model was trained on"
+            f" ({', '.join(known[:8])}): {'; '.join(parts)}. Give a file with just those columns, or train on this one"
+        )
+
+
+def _stamps(
+    stamps: NDArray[np.datetime64] | None, end: int, lookback: int, horizon: int
+) -> NDArray[np.datetime64] | None:
+    """Times of the look-back and the horizon; beyond the table they go on with its median step."""
+    if stamps is None or len(stamps) < 2:
+        return None
+    step = np.median(np.diff(stamps).astype(np.int64)).astype(np.int64)
+    ahead = stamps[end - 1] + (np.arange(1, horizon + 1) * step).astype(np.diff(stamps).dtype)
+    return np.concatenate([stamps[end - lookback : end], ahead])
+
+
+def _known_until(table: SeriesTable, saved: dict[str, Any], stop: int, steps: int, variates: int) -> Tensor:
+    """(1, steps, M, C_Z): the inputs known in advance of the rows before ``stop``, which may lie behind the table.
+
+    Args:
+        saved: the calendar features, columns and scaler that the model was trained with, as in its assets.
+
+    Raises:
+        UserError: for known columns that do not reach so far, or a table without times where they are needed.
+    """
+    scaler = Scaler.from_dict(saved["scaler"])
+    rows = len(table.values) if table.known is None else len(table.known)
+    if saved["columns"] and stop > rows:
+        raise UserError(
+            f"{table.path}: the model needs {', '.join(saved['columns'])} for the {stop - rows} step(s) behind the "
+            "last row: add rows at the end with them and leave the other columns empty, or use --back"
+        )
+    known = np.empty((max(rows, stop), 0), np.float32) if table.known is None else table.known
+    whole = replace(table, stamps=_continued(table.stamps, len(known)))
+    matrix = build_matrix(whole, list(saved["calendar"]), known, scaler)
+    return known_batch(matrix[None, stop - steps : stop], variates)
+
+
+def _continued(stamps: NDArray[np.datetime64] | None, rows: int) -> NDArray[np.datetime64] | None:
+    """The times of a table, continued with its usual step to ``rows`` of them; None if there is none."""
+    if stamps is None or rows <= len(stamps):
+        return stamps
+    usual = step_of(stamps)
+    if usual is None:
+        return None
+    return np.concatenate([stamps, Timeline(stamps[-1], usual).stamps(1, rows - len(stamps))])

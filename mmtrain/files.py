@@ -1,4 +1,4 @@
-"""Small files: writes that a kill or a power cut cannot tear, and files of JSON objects, one per line.
+"""Small files: writes that a kill or a power cut cannot tear, lock files, and files of JSON objects, one per line.
 
 Files of JSON lines are appended to by processes that may be killed at any time, so a reader skips torn lines.
 """
@@ -6,6 +6,7 @@ Files of JSON lines are appended to by processes that may be killed at any time,
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,7 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from mmtrain.errors import UserError
+
+logger = logging.getLogger("mmtrain")
 
 
 @contextmanager
@@ -78,6 +83,36 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def exclusive(path: Path, *, wait: bool, tell: bool = True) -> Iterator[None]:
+    """Hold the lock file ``path``, which exists only while it is held, against other processes and threads.
+
+    It is an ``flock``: the kernel releases it when the process ends, however that happens, and over NFS it excludes
+    other hosts too. ``wait``: until it is free (``tell``: and say so); otherwise BlockingIOError is raised if another
+    holds it. Raises UserError where files cannot be locked.
+    """
+    lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a process that is killed
+    try:
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            if not wait:
+                raise BlockingIOError(f"{path}: another process holds it") from error
+            if tell:
+                logger.info("%s: waiting for another process", path)
+            lock.acquire()
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written or locked ({error.strerror}); choose another folder") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()  # while it is held: FileLock tries again where the file it has locked is gone
+        lock.release()
 
 
 def parse_json_line(text: str) -> dict[str, Any] | None:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from mmtrain.config import RunConfig
-from mmtrain.data.core.loader import OnFault, eval_batches
-from mmtrain.data.core.source import Source
+from mmtrain.data.core.loader import eval_batches
+from mmtrain.data.core.source import OnFault, Source
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.tasks import Batch, Task
 

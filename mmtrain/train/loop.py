@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from mmtrain.config import RunConfig
-from mmtrain.data.core.faults import FaultLog
-from mmtrain.data.core.loader import OnFault, train_batches
+from mmtrain.data.core.loader import train_batches
+from mmtrain.data.core.source import FaultLog, OnFault
 from mmtrain.errors import SharedError
 from mmtrain.models.stochastic import sample_keys
 from mmtrain.parallel.collective import collective_timeout, set_timeout

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from mmtrain.data.core import loader
-from mmtrain.data.core.faults import Fault, FaultLog
+from mmtrain.data.core import workers
 from mmtrain.data.core.loader import eval_batches, train_batches
+from mmtrain.data.core.source import Fault, FaultLog
 from mmtrain.data.images import source as images
 from mmtrain.data.images.source import ImageShards
 from mmtrain.errors import UserError
@@ -196,7 +196,7 @@ def test_a_killed_worker_is_started_again_where_it_was(tmp_path: Path, monkeypat
     assert "died and was started again" in faults[0].reason
     for mark in tmp_path.iterdir():
         mark.unlink()
-    monkeypatch.setattr(loader, "_RESTARTS", 0)  # each takes DataLoader five seconds to see
+    monkeypatch.setattr(workers, "_RESTARTS", 0)  # each takes DataLoader five seconds to see
     with pytest.raises(RuntimeError, match="a data worker died"):
         list(train_batches(Deadly(tmp_path, 99), on_fault=faults.append, **options))
 

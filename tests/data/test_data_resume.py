@@ -17,12 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtrain.data.core.lock import exclusive
 from mmtrain.data.prepare import writer
 from mmtrain.data.prepare.encode import ClassEncoder, Finished, Item, Ledger
 from mmtrain.data.prepare.images import prepare_images
 from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.errors import UserError
+from mmtrain.files import exclusive
 from tests.data.conftest import png
 
 SHARDS = 6
@@ -204,6 +204,22 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     with exclusive(tmp_path / ".out.lock", wait=False), pytest.raises(UserError, match="another process is writing it"):
         prepare(root, tmp_path / "out")
     assert prepare(root, tmp_path / "out").fresh
+
+
+def test_a_lock_is_free_when_its_holder_was_killed(tmp_path: Path) -> None:
+    lock = tmp_path / "a.lock"
+    code = (
+        "import os, sys; from pathlib import Path; from mmtrain.files import exclusive\n"
+        "with exclusive(Path(sys.argv[1]), wait=False): os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, lock], timeout=60).returncode == -9
+    assert lock.exists()
+    with exclusive(lock, wait=False), pytest.raises(BlockingIOError), exclusive(lock, wait=False):
+        pass
+    assert not lock.exists()
+    lock.touch()
+    with pytest.raises(UserError, match="cannot be written or locked"), exclusive(lock / "in a file", wait=True):
+        pass
 
 
 def bad_items(tmp_path: Path) -> list[Item]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,15 +26,6 @@ _SAMPLE_TAG = 0x73616D706C65
 _MASK = (1 << 64) - 1
 
 
-def _as_uint64(value: int | np.ndarray) -> UInt64s:
-    if isinstance(value, int):
-        return np.array([value & _MASK], dtype=np.uint64)
-    array = np.asarray(value)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"mix64 hashes integers, not {array.dtype}")
-    return np.atleast_1d(array.astype(np.int64) if array.dtype.kind == "i" else array).astype(np.uint64)
-
-
 def mix64(*values: int | np.integer | np.ndarray) -> UInt64s:
     """Hash integers (negative ones modulo 2^64) to uint64, element by element with broadcasting.
 
@@ -42,26 +33,21 @@ def mix64(*values: int | np.integer | np.ndarray) -> UInt64s:
     so ``mix64(0)`` is the first output of splitmix64 seeded with 0. Each step is a bijection: for fixed leading values,
     different last values never collide. Scalars give an array of shape (1,).
     """
-    start, rest = 0, list(values)
-    while rest and isinstance(rest[0], int | np.integer):  # plain integers are faster than arrays of one
-        start = _mixed(start ^ (int(rest.pop(0)) & _MASK))
-    state = np.array([start], dtype=np.uint64)
-    for value in rest:
-        state = (state ^ _as_uint64(int(value) if isinstance(value, np.integer) else value)) + np.uint64(
-            0x9E3779B97F4A7C15
-        )
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state = state ^ (state >> np.uint64(31))
-    return state
+    state: Any = 0
+    for value in values:
+        # plain integers are faster than arrays of one
+        number = int(value) & _MASK if isinstance(value, int | np.integer) else _as_uint64(value)
+        state = ((state ^ number) + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state = state ^ (state >> 31)
+    return np.atleast_1d(np.asarray(state, dtype=np.uint64))
 
 
-def _mixed(state: int) -> int:
-    """One step of ``mix64``."""
-    state = (state + 0x9E3779B97F4A7C15) & _MASK
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-    return state ^ (state >> 31)
+def _as_uint64(values: np.ndarray) -> UInt64s:
+    if values.dtype.kind not in "iu":
+        raise TypeError(f"mix64 hashes integers, not {values.dtype}")
+    return np.atleast_1d(values.astype(np.int64) if values.dtype.kind == "i" else values).astype(np.uint64)
 
 
 class _Epoch(NamedTuple):
@@ -120,6 +106,13 @@ class Order:
                 found[inside] = self._window(epoch, number)[places[in_epoch][inside] - begin]
             indices[in_epoch] = found
         return epochs, indices
+
+    def samples(self, positions: Int64s) -> tuple[Int64s, UInt64s]:
+        """Sample indices at stream positions, and the random keys ``mix64(seed, epoch, index)`` of these samples."""
+        epochs, indices = self.lookup(positions)
+        # a batch seldom reaches over the end of an epoch, and one number is hashed faster than many
+        epoch = int(epochs[0]) if len(epochs) and epochs[0] == epochs[-1] else epochs
+        return indices, mix64(self.seed, epoch, indices)
 
     def coming(self, position: int) -> list[int]:
         """Blocks after the window of stream position ``position`` that should be on their way by then.

@@ -10,12 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmtrain.data.core.lock import exclusive
 from mmtrain.data.download.check import Checked, check_table, file_sha256, table_to_csv
 from mmtrain.data.download.http import Patience, discard, download
 from mmtrain.data.download.registry import Dataset, Source
 from mmtrain.errors import UserError
-from mmtrain.files import sync
+from mmtrain.files import exclusive, sync
 
 logger = logging.getLogger("mmtrain")
 

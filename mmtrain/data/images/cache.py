@@ -17,8 +17,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from mmtrain.data.core.lock import exclusive
 from mmtrain.errors import UserError
+from mmtrain.files import exclusive
 
 logger = logging.getLogger("mmtrain")
 

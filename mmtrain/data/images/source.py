@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmtrain.data.core.faults import Fault
-from mmtrain.data.core.source import Empty
+from mmtrain.data.core.source import Empty, Fault
 from mmtrain.data.images.cache import ShardCache, Unreachable, file_system, said
 from mmtrain.data.images.photo import Photo, Undecodable
 from mmtrain.data.images.shards import ShardFiles, find_shards

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmtrain.data.core.lock import exclusive
 from mmtrain.errors import UserError
+from mmtrain.files import exclusive
 
 
 def existing_meta(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from mmtrain.errors import UserError
-from mmtrain.report import config, curves, jobs, pictures, speed, summary
-from mmtrain.report.html import page
-from mmtrain.report.model import Shown, distinct_names
-from mmtrain.runs.reader import read_run
-from mmtrain.runs.status import observe, status
+from mmtrain.files import write_atomically
+from mmtrain.report.charts import draw_chart
+from mmtrain.report.collect import collect
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
@@ -20,25 +20,20 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     Raises:
         UserError: when it cannot be written.
     """
-    facts = [read_run(path, recent=None) for path in dict.fromkeys(runs)]
-    world = observe(facts)
-    names = distinct_names([each.path for each in facts])
-    shown = [Shown(name, each, status(each, world), i) for i, (name, each) in enumerate(zip(names, facts, strict=True))]
-    sections = [
-        ("Runs", summary.section(shown)),
-        ("Curves", curves.section(shown)),
-        ("Pictures", pictures.section(shown)),
-        ("Speed", speed.section(shown)),
-        ("Configuration", config.section(shown)),
-        ("Jobs", jobs.section(shown)),
-        ("Faults in the data", jobs.faults(shown)),
-    ]
-    title = names[0] if len(names) == 1 else f"{len(names)} runs"
-    partial = out.with_name(f".{out.name}.partial")
+    environment = Environment(
+        loader=PackageLoader("mmtrain.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["svg"] = draw_chart
+    template = environment.get_template("report.html.jinja")
+    page = template.render(report=collect(runs), made=time.strftime("%Y-%m-%d %H:%M:%S %Z"))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(page(title, sections), encoding="utf-8")
-        os.replace(partial, out)
+        write_atomically(out, page)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): choose another file with --out") from None
     return out

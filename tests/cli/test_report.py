@@ -14,9 +14,8 @@ import pytest
 from PIL import Image
 
 from mmtrain.plotting.runs import draw_confusion
-from mmtrain.report.config import differing, flattened
-from mmtrain.report.figures import thinned
-from mmtrain.report.model import distinct_names
+from mmtrain.report.charts import thinned
+from mmtrain.report.collect import differences, distinct_names, flattened
 from tests.cluster.made import BEGIN, HERE, make_run, noted, write
 from tests.conftest import Cli
 
@@ -162,7 +161,7 @@ def test_bad_input_is_refused(cli: Cli, tmp_path: Path) -> None:
 
 def test_differences_names_and_thinning() -> None:
     flat = [flattened({"a": {"b": 1, "c": [2]}}), flattened({"a": {"b": 1, "c": [3]}, "d": None})]
-    assert [row[0] for row in differing(flat)] == ["a.c", "d"]
+    assert list(differences(flat)) == ["a.c", "d"]
     assert distinct_names([Path("/x/run"), Path("/y/run")]) == ["x/run", "y/run"]
     assert distinct_names([Path("/x/one"), Path("/y/two")]) == ["one", "two"]
     points = [(float(i), 0.0) for i in range(100_000)]

@@ -6,13 +6,16 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from mmtrain.report.html import Markup
+import matplotlib
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 Points = Sequence[tuple[float, float]]
 
-#: A series of more points is thinned: a page of a long run stays small.
+#: A series of more points is thinned, so that the page of a long run stays small.
 _MOST = 800
 _WIDTH, _HEIGHT = 4.2, 2.5
 
@@ -32,17 +35,13 @@ class Chart:
     """``marked``: points are few, and each is shown. ``log``: on a logarithmic scale where the values are far apart."""
 
     title: str
-    series: list[Series] = field(default_factory=list)
+    series: list[Series]
     log: bool = False
     marked: bool = False
 
 
-def draw(chart: Chart) -> Markup:
+def draw_chart(chart: Chart) -> Markup:
     """The chart as an ``<svg>`` element. Its text stays text; nothing in it points outside of the page."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     # the salt makes the identifiers within the page differ from chart to chart, but not from one report to the next
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.title, "font.family": "sans-serif"}):
         figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
@@ -53,13 +52,14 @@ def draw(chart: Chart) -> Markup:
             points = thinned(series.points)
             # an earlier one is broader, so that it shows below a later one that is the same
             width = 1.3 + min(0.9 * (len(chart.series) - 1 - i), 2.7)
-            marker = {"marker": "o", "ms": 3.5} if chart.marked or len(points) == 1 else {}
-            axis.plot([x for x, _ in points], [y for _, y in points], color=series.color, lw=width, **marker)  # type: ignore[arg-type]
+            marker = "o" if chart.marked or len(points) == 1 else None
+            axis.plot(*zip(*points, strict=True), color=series.color, lw=width, marker=marker, ms=3.5)
             for step in series.restarts:
                 axis.axvline(step, ls=":", lw=1.5, color=series.color, alpha=0.7)
             for step in series.rollbacks:
                 axis.axvline(step, ls="--", lw=1, color=series.color, alpha=0.7)
-        if chart.log and _far_apart(chart):
+        values = [y for series in chart.series for _, y in series.points if math.isfinite(y)]
+        if chart.log and values and min(values) > 0 and max(values) / min(values) > 30:
             axis.set_yscale("log")
         axis.set_title(chart.title, fontsize=10, loc="left")
         axis.set_xlabel("step", fontsize=9)
@@ -67,14 +67,14 @@ def draw(chart: Chart) -> Markup:
         axis.tick_params(labelsize=8)
         made = io.StringIO()
         figure.savefig(made, format="svg", transparent=True)
-    return Markup(inline(made.getvalue(), chart.title))
+    return Markup(_inline(made.getvalue(), chart.title))
 
 
-def inline(svg: str, name: str) -> str:
-    """The ``<svg>`` element of a file, without what only a file of its own needs, its identifiers set apart.
+def _inline(svg: str, name: str) -> str:
+    """The ``<svg>`` element of a file, without what only a file of its own needs.
 
     Args:
-        name: differs from chart to chart of a page.
+        name: differs from chart to chart of a page, and so do then the identifiers.
     """
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
@@ -86,7 +86,7 @@ def inline(svg: str, name: str) -> str:
 
 
 def thinned(points: Points) -> Points:
-    """At most so many points as a chart can show: of each stretch the lowest and the highest, so that no peak goes."""
+    """At most as many points as a chart can show: the lowest and the highest of each stretch, so that no peak goes."""
     if len(points) <= _MOST:
         return points
     kept: list[tuple[float, float]] = []
@@ -94,11 +94,5 @@ def thinned(points: Points) -> Points:
     for begin in range(0, len(points), size):
         part = [point for point in points[begin : begin + size] if math.isfinite(point[1])]
         if part:
-            ends = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
-            kept += sorted(ends)
+            kept += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
     return kept
-
-
-def _far_apart(chart: Chart) -> bool:
-    values = [y for series in chart.series for _, y in series.points if math.isfinite(y)]
-    return bool(values) and min(values) > 0 and max(values) / min(values) > 30

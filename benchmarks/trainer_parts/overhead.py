@@ -27,6 +27,7 @@ from mmtrain.parallel.ranks import Ranks
 from mmtrain.parallel.watchdog import Watchdog
 from mmtrain.runs.folder import RunFolder
 from mmtrain.tasks import Batch, build_task
+from mmtrain.train.build import micro_batches
 from mmtrain.train.loop import Trainer
 from mmtrain.train.optim import learning_rate
 from mmtrain.train.trackers.tracker import Tracker
@@ -156,7 +157,7 @@ def _compare_two(config: RunConfig, folder: Path, block: int, pairs: int, *, bar
         Watchdog(ranks, config.parallel.start_timeout, config.parallel.step_timeout, run.hangs) as watch,
         closing(stream),  # type: ignore[type-var]
         closing(tracker),
-        closing(Trainer(config, task, run, ranks, tracker, watch)) as trainer,
+        closing(Trainer(config, task, run, ranks, tracker, watch, micro_batches(config, 1))) as trainer,
     ):
         if not bare_first:
             between.bare = BareLoop(config, stream, loss)

@@ -20,7 +20,7 @@ from mmtrain.models.initialise import initial_weights
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.parallel.strategy import Strategy
 from mmtrain.tasks import Batch, StepKey, Task, build_task
-from mmtrain.train.build import build_meta_model, parallelize_model
+from mmtrain.train.build import build_meta_model, micro_batches, parallelize_model
 from mmtrain.train.checkpoint.store import CheckpointStore
 from trainer_parts.figure import Figure, median_of
 
@@ -33,7 +33,8 @@ class Steps:
         overrides += ["train.batch_size=2", "data.workers=0", "task.mixup=0", "task.cutmix=0", "device=cpu"]
         self.config = load_config("vim2_base_in1k", overrides)
         self.task: Task = build_task(self.config)
-        self.strategy: Strategy = parallelize_model(self.config, self.task, Ranks(0, 1, torch.device("cpu")))
+        alone = Ranks(0, 1, torch.device("cpu"))
+        self.strategy: Strategy = parallelize_model(self.config, self.task, alone, micro_batches(self.config, 1))
         self.strategy.initialise(initial_weights(build_meta_model(self.task), 0))
         self.batch: Batch = {**self.task.train.fetch(np.arange(2), None), "key": torch.arange(2)}
 
@@ -51,7 +52,7 @@ def measure(folder: Path, *, model: str, repeats: int, image_size: int) -> Itera
     steps = Steps(model, image_size)
     waited = CheckpointStore(folder / "blocking", ranks, keep=1)
     passing = CheckpointStore(folder / "asynchronous", ranks, keep=1, asynchronous=True)
-    parts = steps.strategy.saved(None)
+    parts = steps.strategy.state_dict(None)
     size = sum(t.nbytes for tensors in parts.values() for t in tensors.values())
     parameters = sum(t.numel() for t in parts["model"].values())
     passing.prepare(parts)  # as the trainer does at its start
@@ -61,10 +62,10 @@ def measure(folder: Path, *, model: str, repeats: int, image_size: int) -> Itera
     for number in range(1, repeats + 1):
         idle += [steps.take(), steps.take()]
         begun = time.perf_counter()
-        waited.save(number, steps.strategy.saved(None), {"step": number})
+        waited.save(number, steps.strategy.state_dict(None), {"step": number})
         blocking.append(time.perf_counter() - begun)
         begun = time.perf_counter()
-        passing.save(number, steps.strategy.saved(None), {"step": number})
+        passing.save(number, steps.strategy.state_dict(None), {"step": number})
         stalls.append(time.perf_counter() - begun)
         while not passing.at(number).exists() and not passing.failed:
             beside.append(steps.take())

@@ -27,9 +27,9 @@ from mmtrain.config import RunConfig, load_config
 from mmtrain.models.initialise import initial_weights
 from mmtrain.parallel.ranks import Ranks, init_distributed
 from mmtrain.parallel.strategy import Strategy
-from mmtrain.parallel.torch_strategy import local
+from mmtrain.parallel.strategy import to_local
 from mmtrain.tasks import Batch, StepKey, Task, build_task
-from mmtrain.train.build import build_meta_model, parallelize_model
+from mmtrain.train.build import build_meta_model, micro_batches, parallelize_model
 from trainer_parts.figure import Figure, median_of
 
 WORLD = 2
@@ -60,7 +60,8 @@ class Training:
     def __init__(self, strategy: str, ranks: Ranks, options: dict[str, Any]) -> None:
         self.config = _config(strategy, options)
         self.task: Task = build_task(self.config)
-        self.strategy: Strategy = parallelize_model(self.config, self.task, ranks)
+        micros = micro_batches(self.config, ranks.world)
+        self.strategy: Strategy = parallelize_model(self.config, self.task, ranks, micros)
         self.strategy.initialise(initial_weights(build_meta_model(self.task), 0))
         self.strategy.runner.train()
         self.batch = _batch(self.task, self.config, ranks)
@@ -76,7 +77,7 @@ class Training:
 
     def held(self) -> int:
         """Bytes of parameters, gradients and the two moments of this rank, which are all of one size."""
-        return 4 * sum(local(p).nbytes for p in self.strategy.held().values())
+        return 4 * sum(to_local(p).nbytes for p in self.strategy.local_parameters().values())
 
 
 def _config(strategy: str, options: dict[str, Any]) -> RunConfig:

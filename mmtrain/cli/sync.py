@@ -76,9 +76,9 @@ def _growing(part: Path) -> bool:
 
 def _upload(parts: list[Path]) -> None:
     try:
-        from mmtrain.train.trackers.wandb import has_key
+        from mmtrain.train.trackers.sinks import has_wandb_key
 
-        key = has_key()
+        key = has_wandb_key()
     except ImportError:
         raise UserError("wandb is not installed: pip install 'mmtrain[wandb]'") from None
     if not key:

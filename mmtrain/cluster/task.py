@@ -57,7 +57,7 @@ class SlurmTask:
 
 def _report(attempt: JobAttempt, run: Path, rank: int, error: BaseException) -> None:
     """Leave for the user, and for what decides about another job, what ended this rank."""
-    from mmtrain.parallel.collective import from_collective
+    from mmtrain.parallel.ranks import is_collective_error
     from mmtrain.parallel.preflight import NodesAtFault
 
     text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
@@ -68,7 +68,7 @@ def _report(attempt: JobAttempt, run: Path, rank: int, error: BaseException) -> 
         "text": text,
         "bad_nodes": error.nodes if isinstance(error, NodesAtFault) else [],
         # it lost its connection to a rank that ended before
-        "follows": isinstance(error, RuntimeError) and from_collective(error),
+        "follows": isinstance(error, RuntimeError) and is_collective_error(error),
     }
     folder = attempt.failure_folder(run)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""From the name of a strategy to the strategy, with what it needs checked first."""
+"""Which strategy a run uses: choose it by name, check the configuration against it, and make it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from torch import nn
 
 from mmtrain.config import ParallelConfig, RunConfig
 from mmtrain.errors import UserError
-from mmtrain.parallel.strategy import Plan, Strategy
+from mmtrain.parallel.fsdp import FSDPStrategy
+from mmtrain.parallel.strategy import DDPStrategy, Strategy, StrategyOptions, TorchStrategy
+from mmtrain.parallel.zero import ZeroStrategy, require_deepspeed
 
 
-def resolve(config: ParallelConfig, world: int) -> str:
-    """The strategy that ``auto`` stands for.
+def strategy_name(config: ParallelConfig, world: int) -> str:
+    """The name of the strategy, with ``auto`` resolved.
 
     Raises:
         UserError: for ``none`` in several processes.
@@ -27,16 +29,16 @@ def resolve(config: ParallelConfig, world: int) -> str:
 
 def needs_group(config: ParallelConfig, world: int) -> bool:
     """Whether the strategy wants a process group even in one process."""
-    return resolve(config, world) not in ("none", "ddp")
+    return strategy_name(config, world) not in ("none", "ddp")
 
 
-def check(config: RunConfig, world: int) -> None:
+def check_strategy(config: RunConfig, world: int) -> None:
     """Refuse what a strategy cannot do, before anything is built.
 
     Raises:
         UserError: naming the key and the cure.
     """
-    name = resolve(config.parallel, world)
+    name = strategy_name(config.parallel, world)
     if config.parallel.gather == "bf16":
         if name not in ("fsdp", "hsdp"):
             raise UserError(f"parallel.gather is 'bf16', which is for fsdp and hsdp, not {name}: set it to fp32")
@@ -45,32 +47,25 @@ def check(config: RunConfig, world: int) -> None:
                 f"parallel.gather is 'bf16', but train.precision is '{config.train.precision}': weights would be"
                 " rounded for nothing; set parallel.gather=fp32, or train.precision=bf16"
             )
-    if name.startswith("zero"):
-        from mmtrain.parallel.zero import require_deepspeed
-
-        require_deepspeed()
-        if config.train.precision == "fp16":
-            raise UserError(
-                "train.precision is 'fp16', which zero1, zero2 and zero3 do not take here: use bf16, or fsdp"
-            )
-        if name == "zero3" and config.train.checkpointing == "selective":
-            raise UserError(
-                "train.checkpointing is 'selective', which zero3 does not go with, since its gathers fall among the"
-                " operations that are chosen from: use full, or fsdp"
-            )
-        if config.train.compile:
-            raise UserError("train.compile is true, which DeepSpeed's hooks do not go with: use fsdp, or false")
+    if not name.startswith("zero"):
+        return
+    require_deepspeed()
+    if config.train.precision == "fp16":
+        raise UserError("train.precision is 'fp16', which zero1, zero2 and zero3 do not take here: use bf16, or fsdp")
+    if name == "zero3" and config.train.checkpointing == "selective":
+        raise UserError(
+            "train.checkpointing is 'selective', which zero3 does not go with, since its gathers fall among the"
+            " operations that are chosen from: use full, or fsdp"
+        )
+    if config.train.compile:
+        raise UserError("train.compile is true, which DeepSpeed's hooks do not go with: use fsdp, or false")
 
 
-def build_strategy(model: nn.Module, plan: Plan) -> Strategy:
+def build_strategy(model: nn.Module, options: StrategyOptions) -> Strategy:
     """Split ``model``, which is on the meta device, and give it memory; its values are not set yet."""
-    from mmtrain.parallel.torch_strategy import DataParallel, FullyShardedDataParallel, TorchStrategy
-
-    name = resolve(plan.config, plan.ranks.world)
+    name = strategy_name(options.config, options.ranks.world)
     if name.startswith("zero"):
-        from mmtrain.parallel.zero import ZeroStrategy
-
-        return ZeroStrategy(model, plan, stage=int(name[-1]))
+        return ZeroStrategy(model, options, stage=int(name[-1]))
     if name in ("fsdp", "hsdp"):
-        return FullyShardedDataParallel(model, plan)
-    return TorchStrategy(model, plan) if plan.ranks.world == 1 else DataParallel(model, plan)
+        return FSDPStrategy(model, options)
+    return TorchStrategy(model, options) if options.ranks.world == 1 else DDPStrategy(model, options)

@@ -1,17 +1,14 @@
-"""The two collectives of FSDP2 between processes without a GPU, over gloo's sends and receives.
+"""FSDP2 between processes without a GPU: collectives over gloo's sends and receives, and what is gathered when.
 
-gloo's own are wasteful here: torch makes its reduce-scatter an all-reduce, which sends every byte twice, and its
-all-gather copies all it receives once more. Each rank sends its part straight to each other rank instead, which for n
-ranks moves the least there is to move, (n-1)/n of the tensor. FSDP2 takes collectives and their memory from outside
-(``FSDPModule.set_custom_all_gather``, ``set_custom_reduce_scatter``); the buffers are kept from one to the next, since
-fresh pages cost as much as what is written to them.
+gloo's own collectives are wasteful here: torch makes its reduce-scatter an all-reduce, which sends every byte twice,
+and its all-gather copies all it receives once more. Each rank sends its part straight to each other rank instead, which
+for n ranks moves the least there is to move, (n-1)/n of the tensor. FSDP2 takes collectives and their memory from
+outside (``FSDPModule.set_custom_all_gather``, ``set_custom_reduce_scatter``). The buffers are kept from one collective
+to the next, since fresh pages cost as much as what is written to them.
 
-FSDP2 between processes without a GPU, where gathering takes the very processors that compute.
-
-Four things differ from a GPU. Collectives go straight from rank to rank (``direct.py``). Large matrices are gathered
-on their own, so that less is whole at once. Each unit asks for the next one before it runs. And the last half of the
-model stays whole between the forward and the backward pass: there is room for it, since the gradients, which are as
-large, come into being while it is let go.
+A gather takes the very processors that compute. So large matrices are gathered on their own, so that less is whole at
+once. Each unit asks for the next one before it runs. And the last half of the model stays whole between the forward and
+the backward pass: there is room for it, since the gradients, which are as large, come into being while it is let go.
 """
 
 from __future__ import annotations
@@ -26,28 +23,71 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+
+# not exported by torch.distributed.fsdp, though its setters ask for them
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.profiler import record_function
 
 from mmtrain.data.core.buffers import Buffers
-from mmtrain.parallel.fsdp import shard
-from mmtrain.parallel.strategy import Plan
+from mmtrain.parallel.strategy import StrategyOptions
 
-# not exported by torch.distributed.fsdp, though its setters ask for them
+#: A matrix of more elements (10 MB of float32) is gathered on its own. Its gradient is not deferred, since what is sent
+#: and received would be in memory for long.
+LARGE = 2_500_000
 
 
-#: Elements of a gradient that is not deferred, since what is sent and received would be in memory for long: 10 MB.
-_MOST_DEFERRED = 2_500_000
+def use_direct_collectives(model: nn.Module, options: StrategyOptions, mesh: DeviceMesh) -> DirectReduceScatter | None:
+    """Set FSDP2 units up for processes on CPUs; returns what reduces their gradients, None in one process."""
+    world = mesh.size(mesh.ndim - 1)
+    if world == 1:
+        return None
+    buffers = Buffers()
+    gather, reduce = DirectAllGather(buffers), DirectReduceScatter(buffers, world)
+    for unit in _units([model]):
+        unit.set_custom_all_gather(gather)
+        unit.set_custom_reduce_scatter(reduce)
+    if options.plain:
+        for unit in _last_half(options.blocks):
+            unit.set_reshard_after_forward(False, recurse=False)
+        # each unit asks for the next one of its stack of blocks, which is certain to run after it
+        parents = {id(module): name.rpartition(".")[0] for name, module in model.named_modules()}
+        stacks: dict[str, list[nn.Module]] = {}
+        for block in options.blocks:
+            stacks.setdefault(parents[id(block)], []).append(block)
+        for stack in stacks.values():
+            for unit, following in pairwise(_units(stack)):
+                unit.set_modules_to_forward_prefetch([following])
+    return reduce
+
+
+def _units(modules: Sequence[nn.Module]) -> list[FSDPModule]:
+    """The FSDP2 units in ``modules``; of blocks, in the order in which they run."""
+    return [unit for module in modules for unit in module.modules() if isinstance(unit, FSDPModule)]
+
+
+def _last_half(blocks: Sequence[nn.Module]) -> list[FSDPModule]:
+    """The last of the units in ``blocks`` that have at most half of their parameters together."""
+    seen: set[int] = set()
+    limit = sum(p.numel() for block in blocks for p in block.parameters()) / 2
+    found: list[FSDPModule] = []
+    for unit in reversed(_units(blocks)):
+        fresh = [p for p in unit.parameters() if id(p) not in seen]  # type: ignore[attr-defined]
+        seen |= {id(p) for p in fresh}
+        limit -= sum(p.numel() for p in fresh)
+        if limit < 0:
+            break
+        found.append(unit)
+    return found
 
 
 class DirectAllGather(AllGather):
     """Every rank's part, in the order of the ranks."""
 
-    def __init__(self, transient: Buffers) -> None:
-        self.transient = transient
+    def __init__(self, buffers: Buffers) -> None:
+        self.buffers = buffers
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self.transient.tensor([int(n) for n in size], dtype)
+        return self.buffers.tensor([int(n) for n in size], dtype)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -66,8 +106,8 @@ class DirectReduceScatter(ReduceScatter):
     to each other while they go on with the backward pass, and none waits for one that is a little behind.
     """
 
-    def __init__(self, transient: Buffers, world: int) -> None:
-        self.transient, self.world = transient, world
+    def __init__(self, buffers: Buffers, world: int) -> None:
+        self.buffers, self.world = buffers, world
         self.deferred = False
         self._last = 0
         self._under_way: _Reduction | None = None
@@ -77,7 +117,7 @@ class DirectReduceScatter(ReduceScatter):
         count = prod(int(n) for n in size)
         is_output = count * self.world == self._last
         self._last = 0 if is_output else count
-        return torch.empty(count, dtype=dtype) if is_output else self.transient.tensor([count], dtype)
+        return torch.empty(count, dtype=dtype) if is_output else self.buffers.tensor([count], dtype)
 
     def __call__(
         self,
@@ -91,9 +131,9 @@ class DirectReduceScatter(ReduceScatter):
         if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
             dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group)
             return
-        received = self.transient.tensor((group.size() - 1, output_tensor.numel()), output_tensor.dtype)
+        received = self.buffers.tensor((group.size() - 1, output_tensor.numel()), output_tensor.dtype)
         self._under_way = _Reduction(output_tensor, input_tensor, received, group, mean=op == dist.ReduceOp.AVG)
-        if not self.deferred or input_tensor.numel() > _MOST_DEFERRED:
+        if not self.deferred or input_tensor.numel() > LARGE:
             self.finish()
 
     def finish(self) -> None:
@@ -149,61 +189,3 @@ def _exchange(outgoing: dict[int, Tensor], incoming: dict[int, Tensor], group: d
         works.append(dist.irecv(incoming[n], group=group, group_src=n))
         works.append(dist.isend(outgoing[n], group=group, group_dst=n))
     return _All([work for work in works if work is not None])
-
-
-#: Elements of a matrix that is gathered on its own: 10 MB of float32.
-_LARGE = 2_500_000
-
-
-def shard_over_processors(model: nn.Module, plan: Plan, mesh: DeviceMesh) -> DirectReduceScatter | None:
-    """As :func:`mmtrain.parallel.fsdp.shard`, for a mesh of processes on CPUs; returns what reduces their gradients."""
-    world = mesh.size(mesh.ndim - 1)
-    shard(model, plan.blocks, mesh, plan.config, apart=_LARGE if plan.plain else None)
-    if world == 1:
-        return None
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    transient = Buffers()
-    gather, reduce = DirectAllGather(transient), DirectReduceScatter(transient, world)
-    for unit in units:
-        unit.set_custom_all_gather(gather)
-        unit.set_custom_reduce_scatter(reduce)
-    if plan.plain:
-        _keep_whole(_last_half(plan.blocks))
-        _gather_ahead(model, plan.blocks)
-    return reduce
-
-
-def _last_half(blocks: Sequence[nn.Module]) -> list[FSDPModule]:
-    """The last of the units in ``blocks`` that have at most half of their parameters together."""
-    seen: set[int] = set()
-    limit = sum(p.numel() for block in blocks for p in block.parameters()) / 2
-    found: list[FSDPModule] = []
-    for unit in reversed(_units(blocks)):
-        fresh = [p for p in unit.parameters() if id(p) not in seen]  # type: ignore[attr-defined]
-        seen |= {id(p) for p in fresh}
-        limit -= sum(p.numel() for p in fresh)
-        if limit < 0:
-            break
-        found.append(unit)
-    return found
-
-
-def _keep_whole(units: Sequence[FSDPModule]) -> None:
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-
-
-def _gather_ahead(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-    """Let each unit ask for the next one of its stack of blocks, which is certain to run after it."""
-    places = {id(module): name.rpartition(".")[0] for name, module in model.named_modules()}
-    stacks: dict[str, list[nn.Module]] = {}
-    for block in blocks:
-        stacks.setdefault(places[id(block)], []).append(block)
-    for stack in stacks.values():
-        for unit, following in pairwise(_units(stack)):
-            unit.set_modules_to_forward_prefetch([following])
-
-
-def _units(blocks: Sequence[nn.Module]) -> list[FSDPModule]:
-    """The units of ``blocks`` in the order in which they run."""
-    return [module for block in blocks for module in block.modules() if isinstance(module, FSDPModule)]

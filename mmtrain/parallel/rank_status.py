@@ -1,4 +1,4 @@
-"""Where each rank is, and from that, which ranks the others wait for."""
+"""What each rank publishes about itself for the watchdog, and which ranks the others wait for."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import NamedTuple
 _NAMED = 8
 
 
-class Place(NamedTuple):
-    """Where a main thread is. All ranks pass the same places in the same order, so a lower one is behind.
+class Position(NamedTuple):
+    """Where the main thread of a rank is. All ranks pass the same positions in the same order: a lower one is behind.
 
-    ``nth`` counts the changes of phase within the step; ``again`` the beats within the phase: the batches of an
-    evaluation, say, of which ranks may have different numbers. It decides only between ranks in the same phase.
+    ``phase_number`` counts the changes of phase within the step. ``beats`` counts the beats within the phase, such as
+    the batches of an evaluation, of which ranks may have different numbers.
     """
 
     step: int
-    nth: int
-    again: int
+    phase_number: int
+    beats: int
     phase: str
 
-    def next(self, step: int, phase: str) -> Place:
+    def next(self, step: int, phase: str) -> Position:
         if step != self.step:
-            return Place(step, 0, 0, phase)
-        return Place(step, self.nth + 1, 0, phase) if phase != self.phase else self._replace(again=self.again + 1)
+            return Position(step, 0, 0, phase)
+        return Position(step, self.phase_number + 1, 0, phase) if phase != self.phase else self._replace(beats=self.beats + 1)
 
     def __str__(self) -> str:
         return f"step {self.step} ({self.phase})"
@@ -39,7 +39,7 @@ class Status(NamedTuple):
     """
 
     who: str
-    place: Place
+    position: Position
     waited: float = 0.0
     late: bool = False
     left: str = ""
@@ -51,11 +51,11 @@ class Status(NamedTuple):
 
     @staticmethod
     def unpack(raw: bytes) -> Status:
-        who, place, *rest = json.loads(raw[1:])
-        return Status(who, Place(*place), *rest)
+        who, position, *rest = json.loads(raw[1:])
+        return Status(who, Position(*position), *rest)
 
 
-def missing(statuses: Mapping[int, Status | None], silent: Mapping[int, float], store_silent: bool) -> str:
+def describe_missing(statuses: Mapping[int, Status | None], silent: Mapping[int, float], store_silent: bool) -> str:
     """Name the ranks that the others wait for.
 
     Args:
@@ -68,19 +68,19 @@ def missing(statuses: Mapping[int, Status | None], silent: Mapping[int, float], 
         if status is None:
             found.append(f"rank {rank} has not been seen at all")
         elif status.left:
-            found.append(f"rank {rank} ({status.who}) {status.left}, in {status.place}")
+            found.append(f"rank {rank} ({status.who}) {status.left}, in {status.position}")
         elif rank in silent:
-            words = f"was last seen in {status.place}, {silent[rank]:.0f} s ago, and does not answer"
-            found.append(f"rank {rank} ({status.who}) {words}{', nor does the store' * (store_silent and rank == 0)}")
+            detail = f"was last seen in {status.position}, {silent[rank]:.0f} s ago, and does not answer"
+            found.append(f"rank {rank} ({status.who}) {detail}{', nor does the store' * (store_silent and rank == 0)}")
     known = {rank: status for rank, status in sorted(statuses.items()) if status is not None}
     if not found:
-        farthest = min(status.place[:3] for status in known.values())
+        farthest = min(status.position[:3] for status in known.values())
         # only the farthest behind: whoever is between waits for them, as the others do
-        behind = {rank: status for rank, status in known.items() if status.place[:3] == farthest}
+        behind = {rank: status for rank, status in known.items() if status.position[:3] == farthest}
         if len(behind) == len(known):
-            return f"no rank is behind: all {len(known)} answer and are in {min(s.place for s in known.values())}"
+            return f"no rank is behind: all {len(known)} answer and are in {min(s.position for s in known.values())}"
         for rank, status in behind.items():
-            words = f"answers but is still in {status.place}, for {status.waited:.0f} s"
-            found.append(f"rank {rank} ({status.who}) {words}")
+            detail = f"answers but is still in {status.position}, for {status.waited:.0f} s"
+            found.append(f"rank {rank} ({status.who}) {detail}")
     more = len(found) - _NAMED
     return "; ".join(found[:_NAMED]) + (f"; and {more} more" if more > 0 else "")

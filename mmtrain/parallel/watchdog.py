@@ -9,10 +9,10 @@ They are two, because no read from a TCPStore is safe against a host that is sto
 ``multi_get`` and even the constructor outlast their timeout, for ever. They release the GIL, so only the publisher
 hangs, which is how the monitor knows.
 
-Rank 0 reads all statuses, judges for all and publishes its verdict; the others read rank 0's status and the verdict,
-so that the traffic grows with the number of ranks, not with its square. Another rank judges by itself when the store or
-rank 0 fails to. No clock of another host is compared with: a rank is silent when its status has stopped changing. A
-rank whose main thread holds the GIL for ever is silent too, and is left to the launcher to kill.
+Rank 0 reads all statuses, decides for all and publishes the reason for the end; the others read rank 0's status and
+that reason, so that the traffic grows with the number of ranks, not with its square. Another rank decides by itself
+when the store or rank 0 does not answer. Clocks of different hosts are never compared: a rank is silent when its status
+has stopped changing. A rank whose main thread holds the GIL for ever is silent too, and is left to the launcher to kill.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ from types import TracebackType
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from mmtrain.parallel.collective import dump_flight_recorder, from_collective
-from mmtrain.parallel.rank_status import Place, Status, missing
-from mmtrain.parallel.ranks import Ranks
+from mmtrain.parallel.rank_status import Position, Status, describe_missing
+from mmtrain.parallel.ranks import Ranks, dump_flight_recorder, is_collective_error
 
 logger = logging.getLogger("mmtrain")
 
@@ -41,10 +40,10 @@ EXIT_HANG = 75
 
 #: Ticks (of 1 s, or less for short timeouts) without a change of its status after which a rank does not answer.
 _SILENT = 4
-#: Ticks for which a verdict is up before its author, who may host the store, ends.
+#: Ticks for which the reason is up before its author, who may host the store, ends.
 _LINGER = 3
-#: Ticks past the timeout after which a rank reads the status of all, and after which it judges, if rank 0 has not.
-_ASK, _JUDGE = 3, 3 + _SILENT + 2
+#: Ticks past the timeout after which a rank reads the status of all, and after which it decides, if rank 0 has not.
+_READ_ALL, _DECIDE = 3, 3 + _SILENT + 2
 #: Seconds for the message and the dumps: a disk that hangs, perhaps the cause of all, must not keep the process.
 _LAST_WORDS = 30.0
 
@@ -65,7 +64,7 @@ class Watchdog:
         self._limit, self._step_timeout = start_timeout, step_timeout
         self._tick = min(1.0, start_timeout / 8, step_timeout / 8)
         self._who, self._left = f"{socket.gethostname()}, pid {os.getpid()}", ""
-        self._place = Place(0, 0, 0, "start")
+        self._position = Position(0, 0, 0, "start")
         # seconds for which this process has run: now, at the last beat, at the last answer of the store
         self._clock = self._beat_at = self._heard_at = 0.0
         # seconds past the timeout (negative before it), and for how many ticks rank 0 has seen another rank past its
@@ -74,7 +73,7 @@ class Watchdog:
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._read_all = ranks.main
         self._described = False
-        self._verdict = ""
+        self._reason = ""
         self._ending, self._leaving, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._monitor = threading.Thread(target=self._monitoring, name="watchdog-monitor", daemon=True)
         self._publisher = threading.Thread(target=self._publishing, name="watchdog-publisher", daemon=True)
@@ -89,8 +88,8 @@ class Watchdog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self.ranks.world == 1:
             return
-        if error is not None and from_collective(error) and not self._described:
-            # it may be the echo of a verdict by which another rank has just ended: let that be said instead
+        if error is not None and is_collective_error(error) and not self._described:
+            # it may be the echo of an end by which another rank has just ended: let that be said instead
             self._closed.wait(_LINGER * self._tick)
         self._left = "has finished" if error is None else f"left after {type(error).__name__}: {str(error)[:400]}"
         self._leaving.set()
@@ -108,11 +107,11 @@ class Watchdog:
 
     def beat(self, step: int, phase: str) -> None:
         """The main thread comes to ``phase`` of ``step``. Beat alike on all ranks, and often within a long phase."""
-        self._place = self._place.next(step, phase)
+        self._position = self._position.next(step, phase)
 
     def first_step_done(self) -> None:
         """Kernels are compiled and data is open: from now on ``step_timeout`` counts. This is a beat too."""
-        self.beat(self._place.step, self._place.phase)
+        self.beat(self._position.step, self._position.phase)
         self._limit = self._step_timeout
 
     def describe(self) -> str:
@@ -129,73 +128,73 @@ class Watchdog:
                 break
         if self._ending.is_set():
             self._monitor.join()  # which ends the process
-        return self._findings()
+        return self._describe_missing()
 
     # ------------------------------------------------------------------ the monitor
 
     def _monitoring(self) -> None:
-        before, place = time.monotonic(), self._place
+        before, position = time.monotonic(), self._position
         while not self._leaving.wait(self._tick):
             now = time.monotonic()
             # Slurm suspends a job by SIGSTOP: this process's own sleep is not a time in which others were silent
             self._clock += min(now - before, 3 * self._tick)
             before = now
-            limit = self._limit  # read before the place: the beat of first_step_done comes before its shorter limit
-            if self._place is not place:
-                place, self._beat_at = self._place, self._clock
+            limit = self._limit  # read before the position: the beat of first_step_done comes before its shorter limit
+            if self._position is not position:
+                position, self._beat_at = self._position, self._clock
             self._late = self._clock - self._beat_at - limit
-            if self._verdict:
-                self._end(self._verdict)
-            elif self._due():
+            if self._reason:
+                self._end(self._reason)
+            elif self._should_end():
                 self._end(self._message())
 
-    def _due(self) -> bool:
+    def _should_end(self) -> bool:
         if self.ranks.main:
             # more than once, since what is read may be a tick old and the rank on its way again
             late = any(raw.startswith(b"!") for raw, _ in list(self._seen.values()))
             self._others_late = self._others_late + 1 if late else 0
             return self._late > 0 or self._others_late > 2
-        if self._late > _ASK * self._tick:
+        if self._late > _READ_ALL * self._tick:
             self._read_all = True
-        return self._late > (0 if self._cut_off() else _JUDGE * self._tick)
+        return self._late > (0 if self._store_silent() else _DECIDE * self._tick)
 
-    def _cut_off(self) -> bool:
+    def _store_silent(self) -> bool:
         """True while the store does not answer."""
         return self._clock - self._heard_at > _SILENT * self._tick
 
     def _silent(self) -> dict[int, float]:
         """Of the ranks that do not answer, for how many seconds. While the store is away we know only of its host."""
-        heard, cut_off = self._heard_at, self._cut_off()
+        heard, store_silent = self._heard_at, self._store_silent()
         known = {0: 0.0} | {rank: changed for rank, (_, changed) in list(self._seen.items())}
-        ages = {rank: (self._clock if cut_off and rank == 0 else heard) - at for rank, at in known.items()}
+        ages = {rank: (self._clock if store_silent and rank == 0 else heard) - at for rank, at in known.items()}
         return {rank: age for rank, age in ages.items() if age > _SILENT * self._tick and rank != self.ranks.rank}
 
     def _status(self, number: int = 0) -> Status:
         waited, late = self._clock - self._beat_at, self._late > 0 and not self._left
-        return Status(self._who, self._place, waited, late, self._left, number)
+        return Status(self._who, self._position, waited, late, self._left, number)
 
     def _statuses(self) -> dict[int, Status | None]:
         seen = {rank: Status.unpack(raw) if raw else None for rank, (raw, _) in list(self._seen.items())}
         return {0: None} | seen | {self.ranks.rank: self._status()}
 
-    def _findings(self) -> str:
-        return missing(self._statuses(), self._silent(), self._cut_off())
+    def _describe_missing(self) -> str:
+        return describe_missing(self._statuses(), self._silent(), self._store_silent())
 
     def _message(self) -> str:
         silent = self._silent()
         live = {rank: s for rank, s in self._statuses().items() if s and not s.left and rank not in silent}
-        rank, first = max(live.items(), key=lambda item: (item[1].place[:3], item[1].waited, -item[0]))
+        rank, first = max(live.items(), key=lambda item: (item[1].position[:3], item[1].waited, -item[0]))
         return (
-            f"rank {rank} has waited {first.waited:.0f} s in {first.place} (the timeout is {self._limit:.0f} s):"
-            f" {self._findings()}; the run is ended: the same command goes on from its last checkpoint"
+            f"rank {rank} has waited {first.waited:.0f} s in {first.position} (the timeout is {self._limit:.0f} s):"
+            f" {self._describe_missing()}; the run is ended: the same command goes on from its last checkpoint"
         )
 
     def _end(self, message: str) -> None:
         """Say ``message``, dump, and end the process: its main thread sits in C++ and hears no exception."""
         self._ending.set()
-        self._verdict = message
+        self._reason = message
         faulthandler.dump_traceback_later(_LAST_WORDS, exit=True, file=2)  # needs neither the GIL nor a disk
-        up = time.monotonic() + (0 if self._cut_off() else _LINGER * self._tick)
+        up = time.monotonic() + (0 if self._store_silent() else _LINGER * self._tick)
         try:
             logger.error("%s; stacks are in %s", message, self.dump_folder)
             self._dump(message)
@@ -210,7 +209,7 @@ class Watchdog:
         rank = self.ranks.rank
         self.dump_folder.mkdir(parents=True, exist_ok=True)
         with (self.dump_folder / f"hang_rank{rank:05d}.txt").open("w") as file:
-            print(f"rank {rank} ({self._who}) in {self._place}\n{message}\n", file=file, flush=True)
+            print(f"rank {rank} ({self._who}) in {self._position}\n{message}\n", file=file, flush=True)
             faulthandler.dump_traceback(file)
         dump_flight_recorder(self.dump_folder, rank)
 
@@ -218,7 +217,7 @@ class Watchdog:
 
     def _publishing(self) -> None:
         """Exchange statuses until the end, or until the store is gone: where that is a hang, the monitor sees it."""
-        keys = [f"{self._prefix}{name}" for name in (*range(self.ranks.world), "verdict")]
+        keys = [f"{self._prefix}{name}" for name in (*range(self.ranks.world), "reason")]
         try:
             # a connection of our own: the default one is locked while the main thread waits for a key
             store = c10d._get_default_store().clone()  # type: ignore[attr-defined]
@@ -228,7 +227,7 @@ class Watchdog:
             for number in count():
                 closed = self._closed.is_set()
                 self._exchange(store, keys, number)
-                if closed or (self._verdict and not self._ending.is_set()):
+                if closed or (self._reason and not self._ending.is_set()):
                     return
                 leaving = self._leaving.is_set()
                 wake = self._closed if leaving else self._leaving
@@ -239,15 +238,15 @@ class Watchdog:
     def _exchange(self, store: dist.Store, keys: list[str], number: int) -> None:
         rank, now = self.ranks.rank, self._clock
         store.set(keys[rank], self._status(number).pack())
-        if self._ending.is_set() and self._verdict:
-            store.set(keys[-1], self._verdict)
+        if self._ending.is_set() and self._reason:
+            store.set(keys[-1], self._reason)
         if not store.check([keys[0], keys[-1]]):
             return
         others = [other for other in range(self.ranks.world if self._read_all else 1) if other != rank]
-        *values, verdict = store.multi_get([keys[index] for index in (*others, -1)])
+        *values, reason = store.multi_get([keys[index] for index in (*others, -1)])
         for other, value in zip(others, values, strict=True):
             if other not in self._seen or self._seen[other][0] != value:
                 self._seen[other] = (value, now)
         self._heard_at = now
-        if not self._verdict:
-            self._verdict = verdict.decode()
+        if not self._reason:
+            self._reason = reason.decode()

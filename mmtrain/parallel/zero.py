@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmtrain.errors import UserError
-from mmtrain.parallel.strategy import MODEL, MOMENTS, Fill, Parts, Plan, Strategy, norm_of
+from mmtrain.parallel.strategy import AVERAGE, MODEL, MOMENTS, LoadInto, StateDict, Strategy, StrategyOptions, sum_of_squares
 
 #: Gradients are reduced, and weights gathered, so many elements at a time: the buffers of DeepSpeed's default, which is
 #: ten times as many, would take more memory than most models here.
@@ -44,37 +44,34 @@ class ZeroStrategy(Strategy):
 
     saved_in_place = False
 
-    def __init__(self, model: nn.Module, plan: Plan, stage: int) -> None:
-        self.model, self.ranks, self.plan, self.stage = model, plan.ranks, plan, stage
+    def __init__(self, model: nn.Module, options: StrategyOptions, stage: int) -> None:
+        self.model, self.ranks, self.options, self.stage = model, options.ranks, options, stage
         self.collective_forward, self.readable = stage == 3, stage < 3
-        model.to_empty(device=plan.ranks.device)
+        model.to_empty(device=options.ranks.device)
         for p in model.parameters():  # the engine copies them before they are set: no stray NaN
             p.detach().zero_()
-        self.engine = _engine(model, plan, stage)
+        self.engine = _engine(model, options, stage)
         self.runner = self.engine
         self.zero: Any = self.engine.optimizer
         self.optimizer = self.zero.optimizer
-        self._fresh_moments()
-        self._reduction = contextlib.ExitStack()
-
-    def _flat(self) -> list[Tensor]:
-        """The float32 partitions of this rank, one a group of parameters: what the optimizer updates."""
-        return self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
-
-    def _fresh_moments(self) -> None:
-        """AdamW's state before its first step; the engine may have made one by a step on gradients of 0."""
-        for flat in self._flat():
+        # AdamW's state before its first step; the engine may have made one by a step on gradients of 0
+        for flat in self._partitions():
             zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
             self.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **zeros}
-        if self.stage < 3:
+        if stage < 3:
             self.zero._lazy_init_hp_params_optimizer_state()
+        self._reduction = contextlib.ExitStack()
+
+    def _partitions(self) -> list[Tensor]:
+        """The float32 partitions of this rank, one a group of parameters: what the optimizer updates."""
+        return self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
 
     # ------------------------------------------------------------------ a step
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
         self.engine.set_gradient_accumulation_boundary(last)
-        if self.plan.micro_batches > 1 and not self.engine.inside_no_sync_ctxt:
+        if self.options.micro_batches > 1 and not self.engine.inside_no_sync_ctxt:
             self._reduction.enter_context(self.engine.coalesce_grad_reduction())
         yield
         if last:
@@ -85,12 +82,12 @@ class ZeroStrategy(Strategy):
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def gradients(self) -> list[Tensor]:
-        if self.plan.config.offload:
-            return [flat.grad for flat in self._flat() if flat.grad is not None]
+        if self.options.config.offload:
+            return [flat.grad for flat in self._partitions() if flat.grad is not None]
         return [g for group in self.zero.averaged_gradients.values() if group is not None for g in group]
 
     def gradient_norm(self) -> Tensor:
-        total = norm_of(self.gradients(), self.ranks.device).to(self.ranks.device)
+        total = sum_of_squares(self.gradients(), self.ranks.device).to(self.ranks.device)
         dist.all_reduce(total)
         return total.sqrt()
 
@@ -112,48 +109,46 @@ class ZeroStrategy(Strategy):
 
     @torch.no_grad()
     def set_parameter(self, name: str, value: Tensor) -> None:
-        self._put(self.model.get_parameter(name), value, None)
+        self._set(self.model.get_parameter(name), value, None)
 
     def local_parameters(self) -> dict[str, Tensor]:
         if self.stage == 3:  # an evaluation leaves parameters gathered: what is written to the parts is not seen there
             self.zero._partition_all_parameters()
-        return {name: _own(p) for name, p in self.model.named_parameters()}
+        return {name: _partition(p) for name, p in self.model.named_parameters()}
 
-    def state_dict(self, average: dict[str, Tensor] | None) -> Parts:
-        keys = (MODEL, *MOMENTS, *(["average"] if average is not None else []))
-        parts: Parts = {key: {} for key in keys}
+    def state_dict(self, average: dict[str, Tensor] | None) -> StateDict:
+        parts: StateDict = {key: {} for key in _keys(average)}
         for i, (name, p) in enumerate(self.model.named_parameters()):
-            for key in keys:
-                whole = self._whole(p, key, None if average is None else average[name])
+            for key in parts:
+                whole = self._gather(p, key, None if average is None else average[name])
                 if i % self.ranks.world == self.ranks.rank:
                     parts[key][name] = whole
         return parts
 
     @torch.no_grad()
-    def load(self, fill: Fill, updates: int, average: dict[str, Tensor] | None) -> None:
-        keys = (MODEL, *MOMENTS, *(["average"] if average is not None else []))
+    def load(self, load_into: LoadInto, updates: int, average: dict[str, Tensor] | None) -> None:
         for some in _chunks(self.model):
             shapes = {name: _shape(p) for name, p in some.items()}
-            parts: Parts = {key: {name: torch.empty(shape) for name, shape in shapes.items()} for key in keys}
-            fill(parts)
+            parts: StateDict = {key: {name: torch.empty(shape) for name, shape in shapes.items()} for key in _keys(average)}
+            load_into(parts)
             for name, p in some.items():
-                self._put(p, parts[MODEL][name], None)
+                self._set(p, parts[MODEL][name], None)
                 for key in MOMENTS:
-                    self._put(p, parts[key][name], key)
+                    self._set(p, parts[key][name], key)
                 if average is not None:
-                    self._slice(average[name], parts["average"][name])
+                    self._fill_partition(average[name], parts[AVERAGE][name])
         for state in self.optimizer.state.values():
             state["step"].fill_(updates)
 
-    def _put(self, p: nn.Parameter, value: Tensor, key: str | None) -> None:
+    def _set(self, p: nn.Parameter, value: Tensor, key: str | None) -> None:
         """Set a parameter (``key`` None) or one of its moments from its ``value``, whole."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         if self.stage == 3:
-            mine = self._slice(torch.empty_like(_own(p)), value)
+            mine = self._fill_partition(torch.empty_like(_partition(p)), value)
             self.zero.set_local_hp_param(mine, p, key)
             if key is None:
-                _own(p).copy_(mine)
+                _partition(p).copy_(mine)
             return
         value = value.to(p.device)
         if key is None:
@@ -162,7 +157,7 @@ class ZeroStrategy(Strategy):
         else:
             safe_set_full_optimizer_state(p, value, key)
 
-    def _slice(self, mine: Tensor, value: Tensor) -> Tensor:
+    def _fill_partition(self, mine: Tensor, value: Tensor) -> Tensor:
         """Fill this rank's part ``mine`` from the whole ``value``; under stage 3 it may end in padding."""
         if self.stage < 3:
             return mine.copy_(value.view(mine.shape))
@@ -171,7 +166,7 @@ class ZeroStrategy(Strategy):
         mine.zero_()[: there.numel()].copy_(there)
         return mine
 
-    def _whole(self, p: nn.Parameter, key: str, average: Tensor | None) -> Tensor:
+    def _gather(self, p: nn.Parameter, key: str, average: Tensor | None) -> Tensor:
         """One part of ``p``, gathered from all ranks, on the CPU."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -179,7 +174,7 @@ class ZeroStrategy(Strategy):
             if key in MOMENTS:
                 return safe_get_full_optimizer_state(p, key).cpu()
             return (p.detach() if key == MODEL else average).cpu()  # type: ignore[union-attr]
-        mine = {MODEL: _own(p), "average": average}.get(key)
+        mine = {MODEL: _partition(p), AVERAGE: average}.get(key)
         if mine is None:
             mine = self.zero.get_local_fp32_param(p, key)
         mine = mine.detach().contiguous()
@@ -191,7 +186,11 @@ class ZeroStrategy(Strategy):
         self.engine.destroy()
 
 
-def _own(p: nn.Parameter) -> Tensor:
+def _keys(average: dict[str, Tensor] | None) -> tuple[str, ...]:
+    return (MODEL, *MOMENTS, *([AVERAGE] if average is not None else []))
+
+
+def _partition(p: nn.Parameter) -> Tensor:
     """What this rank holds of a parameter: a flat part under stage 3."""
     return p.ds_tensor if hasattr(p, "ds_tensor") else p.detach()
 
@@ -213,42 +212,42 @@ def _chunks(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
         yield some
 
 
-def _engine(model: nn.Module, plan: Plan, stage: int) -> Any:
-    if plan.ranks.device.type == "cpu":
+def _engine(model: nn.Module, options: StrategyOptions, stage: int) -> Any:
+    if options.ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")  # it insists
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use.*", category=FutureWarning)
     import deepspeed
-    from deepspeed.utils import logger as its_logger
+    from deepspeed.utils import logger as deepspeed_logger
 
-    its_logger.setLevel(logging.WARNING)
+    deepspeed_logger.setLevel(logging.WARNING)
     # no operators of its own: its collectives in shared memory would be compiled for a minute and never be used
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})
     zero: dict[str, Any] = {
         "stage": stage,
-        "overlap_comm": plan.ranks.device.type == "cuda",
+        "overlap_comm": options.ranks.device.type == "cuda",
         "reduce_bucket_size": BUCKET,
         "allgather_bucket_size": BUCKET,
     }
     if stage == 3:
         # no parameter stays whole: what is held is then one thing, and the averaged weights follow it
         zero["stage3_param_persistence_threshold"] = 0
-        if plan.config.reshard_after_forward:
+        if options.config.reshard_after_forward:
             zero |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
-    if plan.config.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": plan.ranks.device.type == "cuda"}
+    if options.config.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": options.ranks.device.type == "cuda"}
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
-        "gradient_accumulation_steps": plan.micro_batches,
+        "train_micro_batch_size_per_gpu": options.micro_batch_size,
+        "gradient_accumulation_steps": options.micro_batches,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "gradient_clipping": 0.0,  # ours; its default is 1
         "steps_per_print": 10**9,
     }
-    if plan.autocast is not None:
+    if options.autocast is not None:
         # an empty list: no parameter is gathered or reduced in less than float32
-        name = str(plan.autocast).removeprefix("torch.")
+        name = str(options.autocast).removeprefix("torch.")
         settings["torch_autocast"] = {"enabled": True, "dtype": name, "lower_precision_safe_modules": []}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=plan.make_optimizer(model), config=settings)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=options.make_optimizer(model), config=settings)
     return engine

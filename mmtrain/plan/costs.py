@@ -50,7 +50,7 @@ from torch.distributed.tensor import DTensor
 from mmtrain.config import ParallelConfig, RunConfig
 from mmtrain.errors import UserError
 from mmtrain.models.averaging import block_places
-from mmtrain.parallel.fsdp import shard
+from mmtrain.parallel.fsdp import apply_fsdp
 from mmtrain.parallel.zero import BUCKET
 from mmtrain.plan.gpus import Gpu
 from mmtrain.plan.results import Memory, StepTime
@@ -118,7 +118,7 @@ def fsdp_units(model: nn.Module, shape: tuple[int, ...], config: ParallelConfig)
     if shape[-1] > _MANY:
         model.to_empty(device="cpu")
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-    shard(model, list(counts), mesh, config)
+    apply_fsdp(model, list(counts), mesh, config)
     units = []
     for module, parameters in _owned(model).items():
         times = next((n for block, n in counts.items() if module in set(block.modules())), 1)

@@ -1,7 +1,5 @@
 """What autocast does on a GPU, done on the meta device, of which torch knows no autocast.
 
-Activation checkpointing on the model that is planned.
-
 Watches a step on the meta device: what is alive at any time, and what each operation computes and moves.
 
 One micro-batch, forward and backward, on the meta device: its activations, FLOPs and memory traffic.
@@ -14,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +20,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import flop_registry
 
 import mmtrain.ops  # noqa: F401 - defines torch.ops.mmtrain
@@ -32,6 +28,8 @@ from mmtrain.models import build_model
 from mmtrain.models.averaging import MixerStack
 from mmtrain.models.registry import example_inputs
 from mmtrain.ops.backend import scan_backend
+from mmtrain.train.build import checkpoint_activations
+from mmtrain.train.optim import autocast_dtype
 
 #: PyTorch, "Automatic Mixed Precision", Autocast Op Reference: those of its lists that the models and losses call.
 NARROWED: frozenset[Callable[..., Any]] = frozenset({F.linear, F.conv1d, F.conv2d, torch.matmul, torch.mm, torch.bmm})
@@ -88,45 +86,6 @@ def _within(mode: MetaAutocast, branch: Callable[[Tensor, int], Tensor]) -> Call
 
 
 _aten = torch.ops.aten
-#: What the selective mode keeps: results of matrix products, convolutions and scans.
-_KEPT = {
-    _aten.mm.default,
-    _aten.addmm.default,
-    _aten.bmm.default,
-    _aten.convolution.default,
-    torch.ops.mmtrain.linear_fwd.default,
-    torch.ops.mmtrain.selective_mix_fwd.default,
-    torch.ops.mmtrain.selective_scan_fwd.default,
-}
-
-
-def checkpoint_activations(model: nn.Module, train: TrainConfig) -> None:
-    """Set ``train.checkpointing`` up in every stack of mixers of ``model``."""
-    stacks = [module for module in model.modules() if isinstance(module, MixerStack)]
-    if train.checkpointing == "full":
-        for stack in stacks:
-            stack.checkpoint_every = train.checkpointing_every
-    elif train.checkpointing == "selective":
-        for stack in stacks:
-            branch = _selective(stack._branch, train.checkpointing_every)
-            stack._branch = branch  # type: ignore[method-assign, assignment]
-
-
-def _selective(branch: Callable[[Tensor, int], Tensor], every: int) -> Callable[[Tensor, int], Tensor]:
-    contexts = partial(create_selective_checkpoint_contexts, _policy)
-
-    def run(stream: Tensor, i: int) -> Tensor:
-        if i % every:
-            return branch(stream, i)
-        return checkpoint(branch, stream, i, use_reentrant=False, context_fn=contexts)
-
-    return run
-
-
-def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 #: Run on the matrix units. Convolutions do not count as such: nearly all of these models' are depthwise.
 _MATRIX = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm}
 _FREE = {_aten._unsafe_view, _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.detach}
@@ -256,8 +215,6 @@ def _bytes(tensor: Tensor) -> int:
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -295,7 +252,7 @@ def trace_step(model_config: ModelConfig, train: TrainConfig, shape: Shape) -> S
     metrics add to it is a few numbers a sample.
     """
     model = meta_model(model_config).train()
-    autocast = meta_autocast(model, _DTYPES.get(train.precision))
+    autocast = meta_autocast(model, autocast_dtype(train))
     checkpoint_activations(model, train)
     with torch.device("meta"):
         inputs = example_inputs(

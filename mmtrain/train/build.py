@@ -1,9 +1,4 @@
-"""Activation checkpointing: what is kept for the backward pass and what is computed again.
-
-How a global batch is cut: the same steps on any number of ranks.
-
-From a task and a configuration to a model spread over the ranks, its values not set yet.
-"""
+"""From a task and a configuration to a model spread over the ranks, its values not set yet."""
 
 from __future__ import annotations
 
@@ -20,13 +15,12 @@ from mmtrain.errors import SharedError, UserError
 from mmtrain.models.averaging import MixerStack, model_blocks
 from mmtrain.parallel.build import build_strategy
 from mmtrain.parallel.ranks import Ranks
-from mmtrain.parallel.strategy import Plan, Strategy
+from mmtrain.parallel.strategy import Strategy, StrategyOptions
 from mmtrain.tasks import Task
-from mmtrain.train.optim import build_optimizer
-from mmtrain.train.precision import autocast_dtype
+from mmtrain.train.optim import autocast_dtype, build_optimizer
 
 _aten = torch.ops.aten
-#: What the selective mode keeps: results that cost much to compute and little to hold.
+#: What selective checkpointing keeps: results that cost much to compute and little to hold.
 _KEPT = {
     _aten.mm.default,
     _aten.addmm.default,
@@ -38,31 +32,9 @@ _KEPT = {
 }
 
 
-def checkpoint_activations(model: nn.Module, config: TrainConfig) -> None:
-    """Set up the mode that ``train.checkpointing`` names.
-
-    Raises:
-        UserError: for a model that has no hooks for it.
-    """
-    if config.checkpointing == "none":
-        return
-    switch = getattr(model, "set_grad_checkpointing", None)
-    if switch is None:
-        raise UserError(f"train.checkpointing is '{config.checkpointing}', but {type(model).__name__} cannot recompute")
-    switch(True, config.checkpointing_every)
-    if config.checkpointing == "selective":
-        for module in model.modules():
-            if isinstance(module, MixerStack):
-                module.checkpoint_contexts = partial(create_selective_checkpoint_contexts, _policy)
-
-
-def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 def micro_batches(config: RunConfig, world: int) -> int:
     """Micro-batches a step: the fewest, and at least ``train.accumulation``, that cut the batch evenly over ``world``
-    ranks into pieces of at most ``train.micro_batch`` samples.
+    ranks into pieces of at most ``train.micro_batch`` samples. So the steps are the same on any number of ranks.
 
     Raises:
         SharedError: when the ranks do not divide the batch, with the numbers that do.
@@ -82,29 +54,54 @@ def micro_batches(config: RunConfig, world: int) -> int:
     )
 
 
-def parallelize_model(config: RunConfig, task: Task, ranks: Ranks) -> Strategy:
-    """Build the model of ``task`` on the meta device, compile and split it as configured, and give it memory."""
+def parallelize_model(config: RunConfig, task: Task, ranks: Ranks, micros: int) -> Strategy:
+    """Build the model of ``task`` on the meta device, compile and split it as configured, and give it memory.
+
+    Args:
+        micros: the number of :func:`micro_batches`.
+    """
     model = build_meta_model(task)
     checkpoint_activations(model, config.train)
     blocks = model_blocks(model)
     if config.train.compile:
         for block in blocks:
             block.compile()
-    parts = micro_batches(config, ranks.world)
-    plan = Plan(
+    options = StrategyOptions(
         ranks,
         config.parallel,
         blocks,
         lambda split: build_optimizer(split, config.optim),
         autocast=autocast_dtype(config.train),
-        micro_batches=parts,
-        micro_batch_size=config.train.batch_size // (ranks.world * parts),
+        micro_batches=micros,
+        micro_batch_size=config.train.batch_size // (ranks.world * micros),
         plain=not config.train.compile and config.train.checkpointing == "none",
     )
-    return build_strategy(model, plan)
+    return build_strategy(model, options)
 
 
 def build_meta_model(task: Task) -> nn.Module:
     """The model of ``task`` on the meta device: shapes without memory."""
     with torch.device("meta"):
         return task.build_model()
+
+
+def checkpoint_activations(model: nn.Module, config: TrainConfig) -> None:
+    """Set up activation checkpointing as ``train.checkpointing`` says.
+
+    Raises:
+        UserError: for a model that has no hooks for it.
+    """
+    if config.checkpointing == "none":
+        return
+    switch = getattr(model, "set_grad_checkpointing", None)
+    if switch is None:
+        raise UserError(f"train.checkpointing is '{config.checkpointing}', but {type(model).__name__} cannot recompute")
+    switch(True, config.checkpointing_every)
+    if config.checkpointing == "selective":
+        for module in model.modules():
+            if isinstance(module, MixerStack):
+                module.checkpoint_contexts = partial(create_selective_checkpoint_contexts, _keep_or_recompute)
+
+
+def _keep_or_recompute(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,8 +1,6 @@
-"""What all ranks must know before the optimizer's step, in one small all-reduce.
+"""What is done about numbers that go wrong: ranks agree on each step, spikes are found, fp16 is rescaled, NaN is traced.
 
-Losses that jump: found by their distance from the median of the steps before.
-
-Where a loss or gradient first stopped being finite: which samples, which module, on which rank.
+A step is left out on every rank or on none, so its loss and its gradient are judged together, in one small all-reduce.
 """
 
 from __future__ import annotations
@@ -19,9 +17,12 @@ from torch.utils._pytree import tree_leaves
 
 from mmtrain.config import TrainConfig
 from mmtrain.parallel.ranks import Ranks
-from mmtrain.parallel.torch_strategy import local
+from mmtrain.parallel.strategy import to_local
 from mmtrain.tasks import Batch
 from mmtrain.train.state import TrainState
+
+#: Good steps in a row after which the loss scale of fp16 doubles.
+_GROW_AFTER = 2000
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,28 @@ def is_spike(config: TrainConfig, state: TrainState, loss: float) -> bool:
     return False
 
 
+def initial_loss_scale(config: TrainConfig) -> float:
+    """What the loss is multiplied by before the backward pass, and the gradient divided by: fp16 loses small ones."""
+    return 2.0**15 if config.precision == "fp16" else 1.0
+
+
+def update_loss_scale(state: TrainState, config: TrainConfig, *, finite: bool) -> bool:
+    """Note a step in ``state``: the scale halves after an overflow and doubles after 2,000 good steps.
+
+    Returns:
+        True when an overflow was the scale's fault, so that a smaller one may cure it.
+    """
+    if config.precision != "fp16":
+        return False
+    if finite:
+        state.good_in_a_row += 1
+        if state.good_in_a_row == _GROW_AFTER:
+            state.loss_scale, state.good_in_a_row = state.loss_scale * 2, 0
+        return False
+    state.loss_scale, state.good_in_a_row = state.loss_scale / 2, 0
+    return state.loss_scale >= 1.0
+
+
 def first_bad(model: nn.Module, loss: Callable[[Batch], Tensor], batches: list[Batch], ranks: Ranks) -> str:
     """Words for the first thing that is not finite, the same on every rank.
 
@@ -71,20 +94,13 @@ def first_bad(model: nn.Module, loss: Callable[[Batch], Tensor], batches: list[B
         loss: runs ``model`` on a batch once.
         batches: the micro-batches of the step, as many on every rank.
     """
-    inputs = [_bad_input(batch) for batch in batches]
-    # by all ranks, since a forward pass may be a collective
+    # every rank makes all forward passes, since one may be a collective
     outputs = [_bad_output(model, loss, batch) for batch in batches]
-    words = next((found for found in [*inputs, _bad_weight(model), *outputs] if found is not None), None)
-    if words is None:
-        return _first(ranks, None) or "the forward pass is finite on every rank: the overflow is in the backward pass"
-    return _first(ranks, words) or ""
-
-
-def _first(ranks: Ranks, words: str | None) -> str | None:
-    for rank, said in enumerate(ranks.gather(words)):
-        if said is not None:
-            return said if ranks.world == 1 else f"rank {rank}: {said}"
-    return None
+    found = [*map(_bad_input, batches), _bad_weight(model), *outputs]
+    for rank, words in enumerate(ranks.gather(next((words for words in found if words is not None), None))):
+        if words is not None:
+            return words if ranks.world == 1 else f"rank {rank}: {words}"
+    return "the forward pass is finite on every rank: the overflow is in the backward pass"
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -102,10 +118,8 @@ def _bad_input(batch: Batch) -> str | None:
 
 
 def _bad_weight(model: nn.Module) -> str | None:
-    for name, parameter in model.named_parameters():
-        if not _finite(local(parameter.detach())):
-            return f"the weight {name} is not finite"
-    return None
+    bad = (name for name, parameter in model.named_parameters() if not _finite(to_local(parameter.detach())))
+    return next((f"the weight {name} is not finite" for name in bad), None)
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ again ends in the same weights as one that was not.
 from __future__ import annotations
 
 import gc
-import logging
 import math
 import signal
 import time
@@ -23,29 +22,24 @@ from torch import Tensor
 
 from mmtrain.config import RunConfig
 from mmtrain.data.core.loader import train_batches
-from mmtrain.data.core.source import FaultLog, OnFault
+from mmtrain.data.core.source import FaultLog, OnFault, Source
 from mmtrain.errors import SharedError
 from mmtrain.models.stochastic import sample_keys
-from mmtrain.parallel.collective import collective_timeout, set_timeout
-from mmtrain.parallel.ranks import Ranks
+from mmtrain.parallel.ranks import Ranks, collective_timeout, set_collective_timeout
 from mmtrain.parallel.watchdog import Watchdog
 from mmtrain.runs.folder import RunFolder
 from mmtrain.tasks import Batch, StepKey, Task
-from mmtrain.train.build import build_meta_model, micro_batches, parallelize_model
+from mmtrain.train.build import build_meta_model, parallelize_model
 from mmtrain.train.checkpoint.tensor_files import read_weights
 from mmtrain.train.evaluate import evaluate
-from mmtrain.train.guards import Agreement, agree, first_bad, is_spike
+from mmtrain.train.guards import Agreement, agree, first_bad, initial_loss_scale, is_spike, update_loss_scale
 from mmtrain.train.meter import Meter
-from mmtrain.train.optim import learning_rate
-from mmtrain.train.precision import autocast_dtype, initial_loss_scale, seed_step, update_loss_scale
+from mmtrain.train.optim import autocast_dtype, learning_rate, seed_step
 from mmtrain.train.preemption import StopRequest
 from mmtrain.train.profiling import StepProfiler
-from mmtrain.train.snapshots import Snapshots
-from mmtrain.train.state import Schedule, TrainState
+from mmtrain.train.state import Schedule, Snapshots, TrainState
 from mmtrain.train.timing import exposed_reduction
 from mmtrain.train.trackers.tracker import Tracker
-
-logger = logging.getLogger("mmtrain")
 
 
 @dataclass(frozen=True)
@@ -59,15 +53,25 @@ class Outcome:
 
 
 class Trainer:
-    """Trains ``task`` in ``run``, going on from the newest valid checkpoint there."""
+    """Trains ``task`` in ``run``, going on from the newest valid checkpoint there, with ``micros`` micro-batches a step.
+
+    The parts: ``strategy`` holds the model and the optimizer, ``state`` says where the run stands, ``snapshots`` saves
+    and loads both, ``tracker`` writes down what happens, and ``watch`` ends the process if a rank does not come.
+    """
 
     def __init__(
-        self, config: RunConfig, task: Task, run: RunFolder, ranks: Ranks, tracker: Tracker, watch: Watchdog
+        self,
+        config: RunConfig,
+        task: Task,
+        run: RunFolder,
+        ranks: Ranks,
+        tracker: Tracker,
+        watch: Watchdog,
+        micros: int,
     ) -> None:
         self.config, self.task, self.run, self.ranks = config, task, run, ranks
-        self.tracker, self.watch = tracker, watch
-        self.micros = micro_batches(config, ranks.world)
-        self.strategy = parallelize_model(config, task, ranks)
+        self.tracker, self.watch, self.micros = tracker, watch, micros
+        self.strategy = parallelize_model(config, task, ranks, micros)
         self.snapshots = Snapshots(config, run, self.strategy, ranks)
         self.schedule = Schedule.of(config, len(task.train))
         self.state = TrainState(dataset_length=len(task.train), loss_scale=initial_loss_scale(config.train))
@@ -82,8 +86,8 @@ class Trainer:
         """Train to the end, or until a signal asks to stop; then test the selected checkpoint."""
         self.state = self.snapshots.begin(self.state, build_meta_model(self.task))
         self.tracker.start(self.state, self.schedule)
-        with self.stop, self.profiler, _collected_by_hand():
-            if self.ranks.any(self._asked_to_leave()):
+        with self.stop, self.profiler, _no_automatic_gc():
+            if self.ranks.any(self.stop.requested):
                 return self._stopped()  # there is nothing to save yet
             if (self.state.evaluation_due and not self._evaluate()) or not self._train():
                 return self._stopped()
@@ -97,7 +101,8 @@ class Trainer:
             self.profiler.step(self.state.step + 1)
             agreed = self._train_step(batches)
             self._settle()
-            evaluated = self._evaluate() if self._evaluation_is_due() else None
+            due = self.state.step % self.schedule.eval_every == 0 or self.state.step == self.schedule.steps
+            evaluated = self._evaluate() if due and not self._rewound else None
             if agreed.save or agreed.stop or evaluated is not None:
                 self._save()
             if agreed.stop or evaluated is False:
@@ -105,11 +110,9 @@ class Trainer:
                 return False
             if self._out_of_patience():
                 break
-            self._collect_garbage()
+            if self.state.step % self.config.train.gc_every == 0:
+                gc.collect()
         return True
-
-    def _asked_to_leave(self) -> bool:
-        return self.stop.received is not None
 
     def _stopped(self) -> Outcome:
         return Outcome(self.state.step, finished=False, stopped_by=self.stop.received or signal.SIGTERM)
@@ -139,21 +142,13 @@ class Trainer:
                 on_fault=self._on_fault("train"),
             )
             with closing(stream):  # type: ignore[type-var]
-                while not self._rewound and (group := self._next(stream)):
-                    yield group
+                while not self._rewound and (batches := self._next(stream)):
+                    yield batches
 
     def _next(self, stream: Iterator[Batch]) -> list[Batch]:
         self._beat("data")
         with self.timer.phase("data"):
             return list(islice(stream, self.micros))
-
-    def _on_fault(self, split: str) -> OnFault | None:
-        """Where samples that cannot be used are noted; None where the first one stops the run."""
-        data, source = self.config.data, {"train": self.task.train, "val": self.task.val, "test": self.task.test}[split]
-        if data.faults == "stop" or source is None:
-            return None
-        file = self.run.faults / f"data_faults_rank_{self.ranks.rank:05d}.jsonl"
-        return FaultLog(file, split, len(source), data.max_faults).add
 
     def _train_step(self, batches: list[Batch]) -> Agreement:
         config, state = self.config, self.state
@@ -208,11 +203,13 @@ class Trainer:
     def _agree(self, loss: Tensor) -> tuple[float, Agreement]:
         """The norm of the gradient, and what the ranks think of going on: the one place where a step waits for all."""
         norm, value = torch.stack([self.strategy.gradient_norm(), loss.float()]).tolist()
+        every, minutes = self.config.checkpoint.every_steps, self.config.checkpoint.every_minutes
+        by_step = every is not None and (self.state.step + 1) % every == 0
         agreed = agree(
             self.ranks,
             value if math.isfinite(norm) else math.nan,
-            stop=self._asked_to_leave(),
-            save=self._save_is_due(),
+            stop=self.stop.requested,
+            save=by_step or time.monotonic() - self.saved_at >= 60 * minutes,
             save_failed=self.snapshots.store.failed,
         )
         if agreed.save_failed:
@@ -231,8 +228,6 @@ class Trainer:
         self.state.bad_in_a_row = 0
         update_loss_scale(self.state, self.config.train, finite=True)
 
-    # ------------------------------------------------------------------ when something is wrong
-
     def _skip(self, batches: list[Batch]) -> None:
         """Leave out a step whose loss or gradient is not finite on some rank; stop after too many in a row."""
         state, limit = self.state, self.config.train.max_bad_steps
@@ -250,51 +245,35 @@ class Trainer:
             )
 
     def _roll_back(self, loss: float) -> None:
-        """Go back to the last checkpoint, and on with the samples after this step: those in between are left out."""
-        store, state = self.snapshots.store, self.state
-        reached = state.samples + self.config.train.batch_size
+        """Return to the last checkpoint, and go on with the samples after this step."""
         self.strategy.drop_gradients()
-        store.wait()
-        newest = store.newest()
-        if newest is None or state.rollbacks >= self.config.train.max_bad_steps:
-            times = f"the run went back {state.rollbacks} times already (train.max_bad_steps)"
-            why = "there is no checkpoint yet" if newest is None else times
-            raise SharedError(
-                f"step {state.step}: the loss jumped to {loss:.4g}, above train.spike_factor ="
-                f" {self.config.train.spike_factor} times its median, and {why}: lower optim.lr, or raise the factor"
-            )
-        self.snapshots.load(newest)
-        back = TrainState.read(newest)
-        back.rollbacks, back.left_out = state.rollbacks + 1, state.left_out + reached - back.samples
-        self.tracker.rolled_back(state, back, loss)
-        back.samples = reached
+        back = self.snapshots.roll_back(self.state, loss)
+        self.tracker.rolled_back(self.state, back, loss)
         self.state, self._rewound = back, True
 
-    # ------------------------------------------------------------------ evaluation and checkpoints
+    def _settle(self) -> None:
+        """After the first step all is open and compiled: from now on a rank that stays away is missed sooner."""
+        if not self._settled and self.ranks.world > 1:
+            self.ranks.barrier()
+            set_collective_timeout(collective_timeout(self.config.parallel.step_timeout))
+            self.watch.first_step_done()
+        self._settled = True
 
-    def _evaluation_is_due(self) -> bool:
-        return not self._rewound and (
-            self.state.step % self.schedule.eval_every == 0 or self.state.step == self.schedule.steps
-        )
+    # ------------------------------------------------------------------ between steps
 
     def _evaluate(self) -> bool:
         """Evaluate; False where a rank was asked to leave meanwhile, and the next job has to do it."""
         results = self._measure("val")
-        state = self.state
-        state.evaluation_due = results is None
+        self.state.evaluation_due = results is None
         if results is None:
             return False
-        value = results[self.task.metric]
-        better = state.best is None or (value > state.best if self.task.higher_is_better else value < state.best)
-        if better:
-            state.best, state.best_step, state.evals_since_best = value, state.step, 0
-        else:
-            state.evals_since_best += 1
-        self.tracker.after_evaluation(state, "val", results, best=better)
+        value, higher = results[self.task.metric], self.task.higher_is_better
+        better = self.state.note_evaluation(value, higher_is_better=higher)
+        self.tracker.after_evaluation(self.state, "val", results, best=better)
         return True
 
     def _measure(self, split: str) -> dict[str, float] | None:
-        source = {"val": self.task.val, "test": self.task.test}[split]
+        source = self._source(split)
         assert source is not None
         with self.timer.paused(), self.snapshots.averaged(), self._autocast():
             return evaluate(
@@ -305,20 +284,24 @@ class Trainer:
                 self.ranks,
                 together=self.strategy.collective_forward,
                 beat=self._beat,
-                stop=self._asked_to_leave,
+                stop=lambda: self.stop.requested,
                 on_fault=self._on_fault(split),
             )
+
+    def _source(self, split: str) -> Source | None:
+        return {"train": self.task.train, "val": self.task.val, "test": self.task.test}[split]
+
+    def _on_fault(self, split: str) -> OnFault | None:
+        """Where samples that cannot be used are noted; None where the first one stops the run."""
+        data, source = self.config.data, self._source(split)
+        if data.faults == "stop" or source is None:
+            return None
+        file = self.run.faults / f"data_faults_rank_{self.ranks.rank:05d}.jsonl"
+        return FaultLog(file, split, len(source), data.max_faults).add
 
     def _out_of_patience(self) -> bool:
         patience = self.config.eval.patience
         return patience is not None and self.state.evals_since_best >= patience
-
-    def _save_is_due(self) -> bool:
-        """Whether this rank wants a checkpoint after the step under way."""
-        every = self.config.checkpoint.every_steps
-        if every is not None and (self.state.step + 1) % every == 0:
-            return True
-        return time.monotonic() - self.saved_at >= 60 * self.config.checkpoint.every_minutes
 
     def _save(self) -> None:
         self._beat("save")
@@ -327,20 +310,8 @@ class Trainer:
             self.snapshots.save(self.state)
         self.saved_at = time.monotonic()
 
-    def _settle(self) -> None:
-        """After the first step all is open and compiled: from now on a rank that stays away is missed sooner."""
-        if not self._settled and self.ranks.world > 1:
-            self.ranks.barrier()
-            set_timeout(collective_timeout(self.config.parallel.step_timeout))
-            self.watch.first_step_done()
-        self._settled = True
-
     def _beat(self, phase: str) -> None:
         self.watch.beat(self.state.step + 1, phase)
-
-    def _collect_garbage(self) -> None:
-        if self.state.step % self.config.train.gc_every == 0:
-            gc.collect()
 
     # ------------------------------------------------------------------ the end
 
@@ -384,11 +355,11 @@ class Trainer:
 
 
 @contextmanager
-def _collected_by_hand() -> Iterator[None]:
-    """No garbage collection of Python's own choosing, which would halt one rank while the others wait for it.
+def _no_automatic_gc() -> Iterator[None]:
+    """Python collects no garbage by itself, which would halt one rank while the others wait for it.
 
-    What is there by now (a hundred thousand objects of the libraries) is left out of those of ours, which brings each
-    from a tenth of a second down to some milliseconds.
+    What is there by now (a hundred thousand objects of the libraries) is left out of our own collections, which brings
+    each from a tenth of a second down to some milliseconds.
     """
     gc.collect()
     gc.freeze()

@@ -1,20 +1,21 @@
-"""AdamW with the right decay groups, and a learning rate that is a pure function of the step.
-
-An exponential moving average of the weights.
-"""
+"""The optimizer, its learning rate, the average of the weights (EMA), number formats, and the seed of each step."""
 
 from __future__ import annotations
 
 import math
+import os
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from mmtrain.config import OptimConfig
-from mmtrain.parallel.torch_strategy import local
+from mmtrain.config import OptimConfig, TrainConfig
+from mmtrain.data.core.order import mix64
+from mmtrain.parallel.strategy import to_local
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
@@ -44,42 +45,69 @@ def learning_rate(config: OptimConfig, step: int, steps: int, warmup: int) -> fl
 class WeightAverage:
     """Keeps w̄ ← d·w̄ + (1 - d)·w after each step, with d = min(decay, (1 + t)/(10 + t)) so that it warms up.
 
-    ``held`` is this rank's part of each weight (``Strategy.local_parameters``): all is local and element by
-    element, so a split
-    average costs no communication.
+    ``weights`` is this rank's part of each weight (``Strategy.local_parameters``). The update is local and element by
+    element, so a split average costs no communication.
     """
 
-    def __init__(self, held: dict[str, Tensor], decay: float) -> None:
+    def __init__(self, weights: dict[str, Tensor], decay: float) -> None:
         self.decay = decay
-        self.shadow = {name: p.detach().clone() for name, p in held.items()}
+        self.shadow = {name: p.detach().clone() for name, p in weights.items()}
 
     @torch.no_grad()
-    def update(self, held: dict[str, Tensor], step: int) -> None:
+    def update(self, weights: dict[str, Tensor], step: int) -> None:
         """``step``: how many steps were taken, this one not counted."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        pairs = [(local(mine), local(held[name].detach())) for name, mine in self.shadow.items()]
+        pairs = [(to_local(mine), to_local(weights[name].detach())) for name, mine in self.shadow.items()]
         mine, current = zip(*[pair for pair in pairs if pair[0].numel()], strict=True)
         torch._foreach_lerp_(list(mine), list(current), 1 - decay)
 
     @torch.no_grad()
-    def reset(self, held: dict[str, Tensor]) -> None:
+    def reset(self, weights: dict[str, Tensor]) -> None:
         """Start again from the weights."""
         for name, mine in self.shadow.items():
-            local(mine).copy_(local(held[name].detach()))
+            to_local(mine).copy_(to_local(weights[name].detach()))
 
     @contextmanager
-    def applied(self, held: Callable[[], dict[str, Tensor]]) -> Iterator[None]:
-        """Within the context the model holds the averaged weights. ``held`` is asked anew for each exchange."""
-        self._swap(held())
+    def applied(self, weights: Callable[[], dict[str, Tensor]]) -> Iterator[None]:
+        """Within the context the model holds the averaged weights. ``weights`` is asked anew for each exchange."""
+        self._swap(weights())
         try:
             yield
         finally:
-            self._swap(held())
+            self._swap(weights())
 
     @torch.no_grad()
-    def _swap(self, held: dict[str, Tensor]) -> None:
-        for name, parameter in held.items():
-            mine, theirs = local(self.shadow[name]), local(parameter.detach())
+    def _swap(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in weights.items():
+            mine, theirs = to_local(self.shadow[name]), to_local(parameter.detach())
             kept = theirs.clone()
             theirs.copy_(mine)
             mine.copy_(kept)
+
+
+def autocast_dtype(config: TrainConfig) -> torch.dtype | None:
+    """What autocast narrows to; None without autocast."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+
+
+def set_up_arithmetic(config: TrainConfig) -> None:
+    """TF32 for float32 matrix products on GPUs that have it, and deterministic algorithms where asked for."""
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    torch.backends.cudnn.allow_tf32 = config.tf32
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.backends.cudnn.deterministic = config.deterministic
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Set the global generators of torch, numpy and Python from (seed, step, rank).
+
+    Nothing of ours draws from them. Code that does is then the same after a restart, with no state to save.
+    """
+    value = int(mix64(seed, step, rank)[0])
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():  # torch.manual_seed would note the call for later, with a traceback, every step
+        torch.cuda.manual_seed_all(value)
+    np.random.seed(value % 2**32)
+    random.seed(value)

@@ -1,4 +1,4 @@
-"""Signals and time limits that ask a run to save and leave. The loop looks at a flag between steps."""
+"""Signals and time limits that ask a run to save and leave; the loop looks at a flag between steps. Needs no torch."""
 
 from __future__ import annotations
 
@@ -40,6 +40,10 @@ class StopRequest:
         if self._signal is None and self._deadline is not None and time.monotonic() > self._deadline:
             return signal.SIGALRM
         return self._signal
+
+    @property
+    def requested(self) -> bool:
+        return self.received is not None
 
     def __enter__(self) -> StopRequest:
         self._entered += 1

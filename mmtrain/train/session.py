@@ -11,23 +11,20 @@ import torch
 
 from mmtrain.config import RunConfig
 from mmtrain.log import log_to_file
-from mmtrain.parallel.build import check as check_strategy
-from mmtrain.parallel.build import needs_group, resolve
-from mmtrain.parallel.collective import collective_timeout, from_collective
+from mmtrain.parallel.build import check_strategy, needs_group, strategy_name
 from mmtrain.parallel.preflight import check_ranks
-from mmtrain.parallel.ranks import Ranks, init_distributed
+from mmtrain.parallel.ranks import Ranks, collective_timeout, init_distributed, is_collective_error
 from mmtrain.parallel.watchdog import Watchdog
 from mmtrain.runs import journal
 from mmtrain.runs.folder import RunFolder, run_path
 from mmtrain.tasks import Task, build_task
 from mmtrain.train.build import build_meta_model, micro_batches
 from mmtrain.train.loop import Outcome, Trainer
-from mmtrain.train.precision import set_up_arithmetic
-from mmtrain.train.trackers import check_installed
+from mmtrain.train.optim import set_up_arithmetic
+from mmtrain.train.trackers.sinks import check_installed
 from mmtrain.train.trackers.tracker import Tracker
 
 logger = logging.getLogger("mmtrain")
-
 
 #: How many samples of each split a debug run looks at.
 _DEBUG_SAMPLES = 64
@@ -49,12 +46,12 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
         torch.set_num_threads(config.threads)
     world = int(os.environ.get("WORLD_SIZE", 1))
     check_strategy(config, world)
-    parts = micro_batches(config, world)
+    micros = micro_batches(config, world)
     set_up_arithmetic(config.train)
-    spread, debugging = config.parallel, torch.autograd.set_detect_anomaly(debug)
+    parallel, group = config.parallel, needs_group(config.parallel, world)
     with (
-        init_distributed(config.device, collective_timeout(spread.start_timeout), needs_group(spread, world)) as ranks,
-        debugging,
+        init_distributed(config.device, collective_timeout(parallel.start_timeout), group) as ranks,
+        torch.autograd.set_detect_anomaly(debug),
     ):
         if check:
             seen = check_ranks(ranks, run.path, config.device)
@@ -67,22 +64,22 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
         check_installed(config)
         # the data is opened before the folder is made: a run whose data is missing leaves nothing behind
         task = build_task(config)
-        task.check_batch(config.train.batch_size // (world * parts))
+        task.check_batch(config.train.batch_size // (world * micros))
         if debug:
             task.shorten(_DEBUG_SAMPLES)
         ranks.on_main(lambda: _prepare(run, config, task, world))
-        with Watchdog(ranks, spread.start_timeout, spread.step_timeout, run.hangs) as watch:
+        with Watchdog(ranks, parallel.start_timeout, parallel.step_timeout, run.hangs) as watch:
             try:
-                return _train(config, task, run, ranks, watch)
+                return _fit(config, task, run, ranks, watch, micros)
             except RuntimeError as error:
-                if from_collective(error):
+                if is_collective_error(error):
                     logger.error("a collective operation failed: %s", watch.describe())
                 raise
 
 
-def _train(config: RunConfig, task: Task, run: RunFolder, ranks: Ranks, watch: Watchdog) -> Outcome:
+def _fit(config: RunConfig, task: Task, run: RunFolder, ranks: Ranks, watch: Watchdog, micros: int) -> Outcome:
     tracker = Tracker(config, run, ranks, task.plotted)
-    with run.writing(), closing(tracker), closing(Trainer(config, task, run, ranks, tracker, watch)) as trainer:
+    with run.writing(), closing(tracker), closing(Trainer(config, task, run, ranks, tracker, watch, micros)) as trainer:
         if ranks.main:
             _introduce(config, task, trainer)
         return trainer.fit()
@@ -96,8 +93,8 @@ def _prepare(run: RunFolder, config: RunConfig, task: Task, world: int) -> None:
 
 
 def _introduce(config: RunConfig, task: Task, trainer: Trainer) -> None:
-    """One line on what is about to run."""
-    world, accumulated = trainer.ranks.world, trainer.micros
+    """Say in one line what is about to run."""
+    world, micros = trainer.ranks.world, trainer.micros
     parameters = sum(p.numel() for p in build_meta_model(task).parameters())
     logger.info(
         "%s: %s, %.2f M parameters, %d training samples, %d steps of %d%s, on %d × %s%s",
@@ -107,15 +104,15 @@ def _introduce(config: RunConfig, task: Task, trainer: Trainer) -> None:
         len(task.train),
         trainer.schedule.steps,
         config.train.batch_size,
-        f" in {accumulated} micro-batches" if accumulated > 1 else "",
+        f" in {micros} micro-batches" if micros > 1 else "",
         world,
         trainer.ranks.device.type,
-        f" ({resolve(config.parallel, world)})" if world > 1 else "",
+        f" ({strategy_name(config.parallel, world)})" if world > 1 else "",
     )
-    if accumulated > config.train.accumulation:
+    if micros > config.train.accumulation:
         logger.info(
             "train.accumulation is %d here, more than the %d asked for: %d ranks and train.micro_batch=%s want it so",
-            accumulated,
+            micros,
             config.train.accumulation,
             world,
             config.train.micro_batch,

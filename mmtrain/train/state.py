@@ -1,21 +1,56 @@
-"""Where a run stands: a few numbers, saved with every checkpoint."""
+"""What a run goes on from: its schedule, where it stands, and how both and all tensors get into checkpoints and back."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from mmtrain.config import RunConfig
-from mmtrain.errors import UserError
-from mmtrain.train.checkpoint.store import load_state
+from torch import nn
+
+from mmtrain.config import RunConfig, to_yaml
+from mmtrain.errors import SharedError, UserError
+from mmtrain.models.initialise import initial_weights
+from mmtrain.parallel.ranks import Ranks
+from mmtrain.parallel.strategy import StateDict, Strategy
+from mmtrain.runs.folder import RunFolder
+from mmtrain.train.checkpoint.store import CheckpointStore, load_state
+from mmtrain.train.checkpoint.tensor_files import read_tensors
+from mmtrain.train.optim import WeightAverage
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The length of a run in steps of the global batch: a function of the configuration and the data alone.
+
+    A run sees ``epochs`` × N samples, rounded up to whole batches: batches run on over the borders of epochs.
+    """
+
+    steps: int
+    warmup: int
+    eval_every: int
+    steps_per_epoch: float
+    samples_per_epoch: int
+
+    @classmethod
+    def of(cls, config: RunConfig, samples: int) -> Schedule:
+        per_epoch = samples / config.train.batch_size
+        steps = math.ceil(config.train.epochs * per_epoch)
+        if config.train.max_steps is not None:
+            steps = min(steps, config.train.max_steps)
+        every = config.eval.every_steps or max(1, round(config.eval.every_epochs * per_epoch))
+        warmup = min(round(config.optim.warmup_epochs * per_epoch), steps)
+        return cls(steps, warmup, every, per_epoch, samples)
 
 
 @dataclass
 class TrainState:
-    """``step`` and ``samples`` are what was *consumed*; the data clock needs nothing else.
+    """Where a run stands: a few numbers, saved as JSON with every checkpoint.
 
+    ``step`` and ``samples`` are what was *consumed*; the order of the data needs nothing else.
     ``updates``: steps that changed the weights. ``left_out``: samples that a rollback passed over.
     ``evaluation_due``: the run left in the middle of the evaluation that belongs to this step.
     ``recent_losses``: what the next loss is compared with, where ``train.spike_factor`` asks for it.
@@ -54,29 +89,105 @@ class TrainState:
             )
         return cls(**found)
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    def note_evaluation(self, value: float, *, higher_is_better: bool) -> bool:
+        """Take the result of an evaluation of this step; True if it is the best so far."""
+        better = self.best is None or (value > self.best if higher_is_better else value < self.best)
+        if better:
+            self.best, self.best_step, self.evals_since_best = value, self.step, 0
+        else:
+            self.evals_since_best += 1
+        return better
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """The length of a run in steps of the global batch: a function of the configuration and the data alone.
+class Snapshots:
+    """Moves a training state between memory (``strategy``, ``average``) and the checkpoints of ``run``."""
 
-    A run sees ``epochs`` × N samples, rounded up to whole batches: batches run on over the borders of epochs.
-    """
+    def __init__(self, config: RunConfig, run: RunFolder, strategy: Strategy, ranks: Ranks) -> None:
+        self.config, self.run, self.strategy = config, run, strategy
+        options, decay = config.checkpoint, config.train.ema_decay
+        self.store = CheckpointStore(
+            run.checkpoints,
+            ranks,
+            keep=options.keep,
+            keep_every=options.keep_every,
+            asynchronous=options.asynchronous,
+            config=to_yaml(config),
+        )
+        self.average = WeightAverage(strategy.local_parameters(), decay) if decay is not None else None
 
-    steps: int
-    warmup: int
-    eval_every: int
-    steps_per_epoch: float
-    samples_per_epoch: int
+    def begin(self, fresh: TrainState, meta_model: nn.Module) -> TrainState:
+        """Load the newest valid checkpoint, or start from the seed; returns where the run stands.
 
-    @classmethod
-    def of(cls, config: RunConfig, samples: int) -> Schedule:
-        per_epoch = samples / config.train.batch_size
-        steps = math.ceil(config.train.epochs * per_epoch)
-        if config.train.max_steps is not None:
-            steps = min(steps, config.train.max_steps)
-        every = config.eval.every_steps or max(1, round(config.eval.every_epochs * per_epoch))
-        warmup = min(round(config.optim.warmup_epochs * per_epoch), steps)
-        return cls(steps, warmup, every, per_epoch, samples)
+        Raises:
+            UserError: when the data is not what the run was trained on.
+        """
+        newest = self.store.newest()
+        state = fresh
+        if newest is None:
+            self.strategy.initialise(initial_weights(meta_model, self.config.seed))
+            if self.average is not None:
+                self.average.reset(self.strategy.local_parameters())
+        else:
+            state = TrainState.read(newest)
+            if state.dataset_length != fresh.dataset_length:
+                raise UserError(
+                    f"{self.run.path} was trained on {state.dataset_length} samples, the data now has"
+                    f" {fresh.dataset_length}: restore the data, or start another run with name=…"
+                )
+            self.load(newest)
+        if self.strategy.saved_in_place:
+            self.store.prepare(self._tensors())
+        return state
+
+    def save(self, state: TrainState) -> None:
+        self.store.save(state.step, self._tensors(), asdict(state), best=state.best_step)
+
+    def _tensors(self) -> StateDict:
+        return self.strategy.state_dict(self._shadow)
+
+    @property
+    def _shadow(self) -> dict[str, Any] | None:
+        return self.average.shadow if self.average is not None else None
+
+    def load(self, path: Path) -> None:
+        """Fill weights, moments and average from a checkpoint that was verified."""
+        updates = TrainState.read(path).updates
+        alone = self.strategy.ranks.world == 1
+        self.strategy.load(lambda tensors: read_tensors(path, tensors, alone=alone), updates, self._shadow)
+
+    def roll_back(self, state: TrainState, loss: float) -> TrainState:
+        """Load the last checkpoint because ``loss``, of the step after ``state``, has jumped.
+
+        The run goes on with the samples after that step: those in between are left out.
+
+        Raises:
+            SharedError: without a checkpoint, or after ``train.max_bad_steps`` rollbacks.
+        """
+        train = self.config.train
+        self.store.wait()
+        newest = self.store.newest()
+        if newest is None or state.rollbacks >= train.max_bad_steps:
+            times = f"the run went back {state.rollbacks} times already (train.max_bad_steps)"
+            why = "there is no checkpoint yet" if newest is None else times
+            raise SharedError(
+                f"step {state.step}: the loss jumped to {loss:.4g}, above train.spike_factor ="
+                f" {train.spike_factor} times its median, and {why}: lower optim.lr, or raise the factor"
+            )
+        self.load(newest)
+        back, reached = TrainState.read(newest), state.samples + train.batch_size
+        back.rollbacks, back.left_out = state.rollbacks + 1, state.left_out + reached - back.samples
+        back.samples = reached
+        return back
+
+    def update_average(self, updates: int) -> None:
+        if self.average is not None:
+            self.average.update(self.strategy.local_parameters(), updates)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the context the model holds the averaged weights, where they are kept."""
+        if self.average is None:
+            yield
+        else:
+            with self.average.applied(self.strategy.local_parameters):
+                yield

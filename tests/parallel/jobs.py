@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from mmtrain.config import RunConfig
-from mmtrain.parallel.torch_strategy import local
+from mmtrain.parallel.strategy import to_local
 from mmtrain.tasks import Batch, StepKey
 from mmtrain.tasks.forecasting import Forecasting
 from mmtrain.train.checkpoint.tensor_files import write_tensors
 from mmtrain.train.loop import Trainer
 from mmtrain.train.session import train
-from mmtrain.train.snapshots import Snapshots
-from mmtrain.train.state import TrainState
+from mmtrain.train.state import Snapshots, TrainState
 
 #: Where a resumed run leaves a copy of what it has loaded.
 LOADED = "loaded"
@@ -72,8 +71,8 @@ def sick(config: RunConfig, folder: Path) -> None:
 def _after_loading(action: Callable[[Snapshots], None]) -> Iterator[None]:
     begin = Snapshots.begin
 
-    def wrapped(snapshots: Snapshots, fresh: TrainState, build_meta_model: nn.Module) -> TrainState:
-        state = begin(snapshots, fresh, build_meta_model)
+    def wrapped(snapshots: Snapshots, fresh: TrainState, meta_model: nn.Module) -> TrainState:
+        state = begin(snapshots, fresh, meta_model)
         action(snapshots)
         return state
 
@@ -93,7 +92,7 @@ def dtypes(config: RunConfig, folder: Path) -> dict[str, dict[str, torch.dtype]]
         for name, p in trainer.strategy.local_parameters().items():
             found["kept"][name] = p.dtype
         for i, state in enumerate(trainer.strategy.optimizer.state.values()):
-            found["kept"] |= {f"{key} {i}": local(value).dtype for key, value in state.items()}
+            found["kept"] |= {f"{key} {i}": to_local(value).dtype for key, value in state.items()}
         return outcome
 
     with patch.object(Trainer, "fit", watched):

@@ -9,8 +9,8 @@ import torch
 
 from mmtrain.config import ParallelConfig, RunConfig, TrainConfig
 from mmtrain.errors import UserError
-from mmtrain.parallel.build import check
-from mmtrain.train.precision import initial_loss_scale, update_loss_scale
+from mmtrain.parallel.build import check_strategy
+from mmtrain.train.guards import initial_loss_scale, update_loss_scale
 from mmtrain.train.state import TrainState
 from tests.parallel.cases import Case
 from tests.parallel.conftest import HAS_DEEPSPEED
@@ -67,8 +67,8 @@ def _config(strategy: str, precision: str = "bf16", **how: object) -> RunConfig:
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
 def test_narrow_gathering_is_for_fsdp(strategy: str) -> None:
     with pytest.raises(UserError, match=f"fsdp and hsdp, not {strategy}: set it to fp32"):
-        check(_config(strategy, gather="bf16"), 2)
-    check(_config("fsdp", gather="bf16"), 2)
+        check_strategy(_config(strategy, gather="bf16"), 2)
+    check_strategy(_config("fsdp", gather="bf16"), 2)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -76,14 +76,14 @@ def test_narrow_gathering_is_for_bf16(precision: str) -> None:
     with pytest.raises(
         UserError, match=f"precision is '{precision}'.*set parallel.gather=fp32, or train.precision=bf16"
     ):
-        check(_config("fsdp", precision, gather="bf16"), 2)
+        check_strategy(_config("fsdp", precision, gather="bf16"), 2)
 
 
 @pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is not installed: pip install 'mmtrain[deepspeed]'")
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
 def test_zero_refuses_fp16(strategy: str) -> None:
     with pytest.raises(UserError, match="use bf16, or fsdp"):
-        check(_config(strategy, "fp16"), 2)
+        check_strategy(_config(strategy, "fp16"), 2)
 
 
 def test_gather_takes_no_other_dtype() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from mmtrain.config import RunConfig
 from mmtrain.errors import UserError
-from mmtrain.parallel.build import check
+from mmtrain.parallel.build import check_strategy
 from tests.parallel.cases import Case
 from tests.parallel.conftest import HAS_DEEPSPEED
 from tests.parallel.results import at, same_losses, tensors
@@ -53,4 +53,4 @@ def test_zero3_refuses_to_recompute_selectively() -> None:
     config = RunConfig()
     config.parallel.strategy, config.train.checkpointing = "zero3", "selective"
     with pytest.raises(UserError, match="use full, or fsdp" if HAS_DEEPSPEED else "DeepSpeed"):
-        check(config, 2)
+        check_strategy(config, 2)

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmtrain.parallel.collective import collective_timeout, from_collective
-from mmtrain.parallel.rank_status import Place, Status, missing
-from mmtrain.parallel.ranks import Ranks
+from mmtrain.parallel.rank_status import Position, Status, describe_missing
+from mmtrain.parallel.ranks import Ranks, collective_timeout, is_collective_error
 from mmtrain.parallel.watchdog import EXIT_HANG, Watchdog
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,13 +29,14 @@ LOOP = """
 import logging, os, sys, time
 from pathlib import Path
 import torch
-from mmtrain.parallel import collective
-from mmtrain.parallel.ranks import init_distributed
+from mmtrain.parallel.ranks import (
+    enable_flight_recorder, init_distributed, is_collective_error, set_collective_timeout
+)
 from mmtrain.parallel.watchdog import Watchdog
 
 folder, what, start, step_timeout = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), float(sys.argv[4])
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-collective.enable_flight_recorder()
+enable_flight_recorder()
 with init_distributed("cpu") as ranks, Watchdog(ranks, start, step_timeout, folder) as watch:
     try:
         for step in range(70 if what == "finish" else 100000):
@@ -53,7 +53,7 @@ with init_distributed("cpu") as ranks, Watchdog(ranks, start, step_timeout, fold
             if step == 0:
                 ranks.barrier()
                 if what == "timeout":
-                    collective.set_timeout(1.0)
+                    set_collective_timeout(1.0)
                 else:
                     watch.first_step_done()
             if step == 50:
@@ -61,7 +61,7 @@ with init_distributed("cpu") as ranks, Watchdog(ranks, start, step_timeout, fold
                 if what == "timeout" and ranks.rank == 1:
                     time.sleep(1000)
     except RuntimeError as error:
-        if not collective.from_collective(error):
+        if not is_collective_error(error):
             raise
         print("described:", watch.describe(), flush=True)
         raise
@@ -269,12 +269,12 @@ def test_beats_cost_nothing(tmp_path: Path) -> None:
 
 
 def status(step: int, nth: int, again: int = 0, left: str = "", waited: float = 9.0) -> Status:
-    return Status("host", Place(step, nth, again, ["data", "agree"][nth]), waited, left=left)
+    return Status("host", Position(step, nth, again, ["data", "agree"][nth]), waited, left=left)
 
 
 def test_only_the_farthest_behind_are_missing() -> None:
     statuses = {0: status(4, 1), 1: status(3, 0), 2: status(3, 1), 3: status(3, 0)}
-    assert missing(statuses, {}, False) == (
+    assert describe_missing(statuses, {}, False) == (
         "rank 1 (host) answers but is still in step 3 (data), for 9 s;"
         " rank 3 (host) answers but is still in step 3 (data), for 9 s"
     )
@@ -282,7 +282,7 @@ def test_only_the_farthest_behind_are_missing() -> None:
 
 def test_who_is_silent_or_gone_explains_who_is_behind() -> None:
     statuses = {0: status(4, 1), 1: status(3, 0), 2: status(4, 1), 3: None, 4: status(4, 0, left="has finished")}
-    found = missing(statuses, {2: 7.0}, False)
+    found = describe_missing(statuses, {2: 7.0}, False)
     assert "rank 1" not in found
     assert found.split("; ") == [
         "rank 2 (host) was last seen in step 4 (agree), 7 s ago, and does not answer",
@@ -292,37 +292,37 @@ def test_who_is_silent_or_gone_explains_who_is_behind() -> None:
 
 
 def test_nobody_is_missing() -> None:
-    found = missing({0: status(4, 1), 1: status(4, 1)}, {}, False)
+    found = describe_missing({0: status(4, 1), 1: status(4, 1)}, {}, False)
     assert found == "no rank is behind: all 2 answer and are in step 4 (agree)"
 
 
 def test_batches_within_a_phase_decide_last() -> None:
-    found = missing({0: status(4, 1, again=6), 1: status(4, 1, again=2), 2: status(4, 1, again=7)}, {}, False)
+    found = describe_missing({0: status(4, 1, again=6), 1: status(4, 1, again=2), 2: status(4, 1, again=7)}, {}, False)
     assert found.startswith("rank 1 (host) answers")
     assert "rank 0" not in found
 
 
 def test_many_missing_are_counted() -> None:
-    found = missing({rank: status(4, 0) for rank in range(100)} | {100: status(4, 1)}, {}, False)
+    found = describe_missing({rank: status(4, 0) for rank in range(100)} | {100: status(4, 1)}, {}, False)
     assert found.endswith("; and 92 more")
 
 
 def test_places_follow_the_beats() -> None:
-    place = Place(0, 0, 0, "start")
+    place = Position(0, 0, 0, "start")
     for step, phase in [(7, "data"), (7, "forward"), (7, "evaluate"), (7, "evaluate")]:
         last, place = place, place.next(step, phase)
         assert place > last
-    assert place == Place(7, 2, 1, "evaluate")
+    assert place == Position(7, 2, 1, "evaluate")
 
 
 def test_a_status_survives_its_journey() -> None:
-    one = Status("host, pid 3", Place(1, 2, 3, "save"), 4.5, True, "left after É", 6)
+    one = Status("host, pid 3", Position(1, 2, 3, "save"), 4.5, True, "left after É", 6)
     assert Status.unpack(one.pack().encode()) == one
     assert one.pack()[0] == "!"
 
 
 def test_the_watchdog_speaks_before_the_collective() -> None:
     assert all(collective_timeout(seconds) > seconds + 20 for seconds in (0.5, 10, 3600))
-    assert not from_collective(RuntimeError("shape mismatch"))
-    assert from_collective(RuntimeError("[gloo/transport/tcp/pair.cc:5] Connection closed by peer"))
-    assert from_collective(torch.distributed.DistNetworkError("Connection reset by peer"))
+    assert not is_collective_error(RuntimeError("shape mismatch"))
+    assert is_collective_error(RuntimeError("[gloo/transport/tcp/pair.cc:5] Connection closed by peer"))
+    assert is_collective_error(torch.distributed.DistNetworkError("Connection reset by peer"))

@@ -79,13 +79,13 @@ def sharded() -> dict[str, int]:
     from torch.distributed.device_mesh import init_device_mesh
 
     from mmtrain.models.averaging import model_blocks
-    from mmtrain.parallel.fsdp import shard
+    from mmtrain.parallel.fsdp import apply_fsdp
 
     dist.init_process_group("gloo")
     config = settings("vim2_micro")
     model = build_model(config.model).train()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    shard(model, model_blocks(model), mesh, ParallelConfig(strategy="fsdp"))
+    apply_fsdp(model, model_blocks(model), mesh, ParallelConfig(strategy="fsdp"))
     held = steps(model, config, 1, 32, count=2)
     dist.destroy_process_group()
     return held

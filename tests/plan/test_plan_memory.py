@@ -14,7 +14,7 @@ import pytest
 from mmtrain.config import ParallelConfig
 from mmtrain.config.models import preset
 from mmtrain.models.averaging import model_blocks
-from mmtrain.parallel.fsdp import shard
+from mmtrain.parallel.fsdp import apply_fsdp
 from mmtrain.plan import plan_run
 from mmtrain.plan.costs import fake_group, fsdp_units, zero3_local, zero12_padded
 from mmtrain.plan.results import Memory
@@ -80,7 +80,7 @@ def test_units_of_a_thinned_model_are_those_of_the_whole(shape: tuple[int, ...])
     with fake_group(world):
         units = fsdp_units(meta_model(config), shape, ParallelConfig())
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-        shard(model, model_blocks(model), mesh, ParallelConfig())
+        apply_fsdp(model, model_blocks(model), mesh, ParallelConfig())
         local = sum(p.to_local().numel() for p in model.parameters())  # type: ignore[attr-defined]
     assert sum(unit.count * unit.local for unit in units) == local
     assert sum(unit.count * unit.whole for unit in units) == sum(p.numel() for p in model.parameters())

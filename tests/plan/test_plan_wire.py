@@ -17,7 +17,7 @@ from mmtrain.config import ParallelConfig
 from mmtrain.config.models import preset
 from mmtrain.models import build_model
 from mmtrain.models.averaging import model_blocks
-from mmtrain.parallel.fsdp import shard
+from mmtrain.parallel.fsdp import apply_fsdp
 from mmtrain.plan import costs
 from mmtrain.plan.costs import fake_group, fsdp_units
 from mmtrain.plan.step import meta_model
@@ -49,7 +49,7 @@ class Issued(TorchDispatchMode):
 def issue(shape: tuple[int, ...], config: ParallelConfig, micros: int) -> Issued:
     model = build_model(MODEL).train()
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-    shard(model, model_blocks(model), mesh, config)
+    apply_fsdp(model, model_blocks(model), mesh, config)
     root = cast(FSDPModule, model)
     with Issued() as issued:
         for micro in range(micros):

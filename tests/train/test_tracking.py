@@ -193,14 +193,14 @@ def test_without_a_key_the_run_is_recorded_offline_and_says_so_once(
 
 def test_a_key_in_the_netrc_file_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
-    from mmtrain.train.trackers.wandb import has_key
+    from mmtrain.train.trackers.sinks import has_wandb_key
 
-    assert not has_key()
+    assert not has_wandb_key()
     file = tmp_path / "netrc"
     file.write_text(f"machine api.wandb.ai login user password {'0' * 40}\n")
     file.chmod(0o600)
     monkeypatch.setenv("NETRC", str(file))
-    assert has_key()
+    assert has_wandb_key()
 
 
 @pytest.mark.parametrize("where", ["init", "log", "finish"])
@@ -253,7 +253,7 @@ def test_tensorboard_hides_what_a_rollback_took_back(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from mmtrain.train.trackers import TensorBoard
+    from mmtrain.train.trackers.sinks import TensorBoard
 
     board = TensorBoard(tmp_path / "tensorboard", 0)
     for step in (1, 2, 3):

@@ -30,8 +30,7 @@ from torch import Tensor
 
 from mmtrain.errors import SharedError
 from mmtrain.files import sync
-from mmtrain.parallel.collective import PATIENT
-from mmtrain.parallel.ranks import Ranks
+from mmtrain.parallel.ranks import PATIENT, Ranks
 from mmtrain.train.checkpoint.tensor_files import Stage, write_tensors
 
 MANIFEST = "manifest.json"

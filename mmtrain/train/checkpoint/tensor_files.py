@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.tensor import DTensor
 
 from mmtrain.errors import UserError
-from mmtrain.parallel.torch_strategy import local
+from mmtrain.parallel.strategy import to_local
 
 Parts = dict[str, dict[str, Tensor]]
 
@@ -47,7 +47,7 @@ class Stage:
     def prepare(self, parts: Parts) -> None:
         """Take the memory for a copy of ``parts`` in the background, and return at once. Values are not looked at."""
         self.close()
-        shapes = [(key, local(tensor).shape, tensor.dtype, tensor.is_cuda) for key, tensor in _flat(parts)]
+        shapes = [(key, to_local(tensor).shape, tensor.dtype, tensor.is_cuda) for key, tensor in _flat(parts)]
 
         def take() -> None:
             self._copies.update({key: _memory(shape, dtype, pinned) for key, shape, dtype, pinned in shapes})
@@ -61,7 +61,7 @@ class Stage:
         self.close()
         cuda = False
         for key, tensor in _flat(parts):
-            source = local(tensor).detach()
+            source = to_local(tensor).detach()
             if not _fits(self._copies.get(key), source):
                 self._copies[key] = _memory(source.shape, source.dtype, source.is_cuda)
             if source.is_cuda:

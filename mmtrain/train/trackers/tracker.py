@@ -1,52 +1,44 @@
-"""How long ago the operating system started this process: what a restart costs, imports and all.
-
-Live progress: a bar on a terminal, a line now and then elsewhere.
-
-What a run tells: live progress, ``metrics.jsonl``, curves, and W&B and TensorBoard when asked. Rank 0 only.
-"""
+"""What a run tells while it trains: progress on the terminal, lines of metrics, curves. Mostly on rank 0."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from mmtrain.config import RunConfig
+from mmtrain.files import read_json_lines
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.runs.folder import RunFolder
 from mmtrain.tasks import Batch
 from mmtrain.train.meter import Meter
 from mmtrain.train.state import Schedule, TrainState
-from mmtrain.train.trackers import JsonLines, MetricSink, WandbRun, open_sinks, read_metrics
-
-_STARTED = 19  # of what follows the name in brackets in /proc/self/stat: the start, in clock ticks since the boot
-
-
-def process_age() -> float | None:
-    """Seconds since this process was started, to 10 ms; None where the system does not tell (it has no /proc)."""
-    try:
-        after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        started = int(after_name[_STARTED]) / os.sysconf("SC_CLK_TCK")
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
-    except (OSError, AttributeError):
-        return None
-
+from mmtrain.train.trackers.sinks import JsonLines, MetricSink, WandbRun, open_sinks
 
 logger = logging.getLogger("mmtrain")
 
-#: Away from a terminal, say how far we are at most this often, in seconds.
-_PLAIN_EVERY = 5.0
+#: Away from a terminal, say how far we are at most this often, in seconds; redraw the curves at most this often.
+_PLAIN_EVERY, _CURVES_EVERY = 5.0, 30.0
+
+
+def process_age() -> float:
+    """Seconds since this process was started, imports included."""
+    started = psutil.Process().create_time()
+    if sys.platform != "linux":
+        return time.time() - started
+    # the boot is known to a second only, the clock ticks from it to the start to 10 ms
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - (started - psutil.boot_time())
 
 
 class Progress:
@@ -98,12 +90,8 @@ class Progress:
             self._bar.stop()
 
 
-#: Redraw the curves at most this often, in seconds, while the run goes on.
-_CURVES_EVERY = 30.0
-
-
 class Tracker:
-    """Counts and writes down."""
+    """Counts and writes down. Every rank has one; rank 0 alone has :attr:`progress` and :attr:`sinks`."""
 
     def __init__(self, config: RunConfig, run: RunFolder, ranks: Ranks, plotted: tuple[str, ...]) -> None:
         self.config, self.run, self.ranks, self.plotted = config, run, ranks, plotted
@@ -176,7 +164,7 @@ class Tracker:
     def _note_start(self, step: int) -> None:
         """Seconds from the start of the process to the beginning, and to the end, of its first step."""
         self._started, age = True, process_age()
-        if self.progress and self._ready is not None and age is not None:
+        if self.progress and self._ready is not None:
             seconds = {"ready_seconds": round(self._ready, 2), "first_step_seconds": round(age, 2)}
             self._write({"kind": "start", "step": step, **seconds})
 
@@ -214,10 +202,10 @@ class Tracker:
         if test is not None:
             self._write({"kind": "eval", "split": "test", "step": tested_step, **test})
         self._draw()
-        drawn = [(picture, tested_step) for picture in pictures] + [(self.run.curves_file, state.step)]
-        for picture, step in drawn:
+        for picture, step in [*((picture, tested_step) for picture in pictures), (self.run.curves_file, state.step)]:
             if picture.suffix == ".png" and picture.is_file():
-                self._show(picture, step)
+                for sink in self.sinks:
+                    sink.image(picture.stem, picture, step)
 
     def close(self) -> None:
         """End the display and the trackers; also after an error."""
@@ -230,12 +218,8 @@ class Tracker:
         if self.config.tracking.plots:
             from mmtrain.plotting.runs import draw_curves
 
-            draw_curves(self.run.curves_file, read_metrics(self.run), self.plotted)
+            draw_curves(self.run.curves_file, read_json_lines(self.run.metrics_file), self.plotted)
             self._curves_at = time.monotonic()
-
-    def _show(self, picture: Path, step: int) -> None:
-        for sink in self.sinks:
-            sink.image(picture.stem, picture, step)
 
     def _write(self, line: dict[str, Any]) -> None:
         for sink in self.sinks:

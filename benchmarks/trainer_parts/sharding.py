@@ -26,8 +26,7 @@ import torch.multiprocessing as mp
 from mmtrain.config import RunConfig, load_config
 from mmtrain.models.initialise import initial_weights
 from mmtrain.parallel.ranks import Ranks, init_distributed
-from mmtrain.parallel.strategy import Strategy
-from mmtrain.parallel.strategy import to_local
+from mmtrain.parallel.strategy import Strategy, to_local
 from mmtrain.tasks import Batch, StepKey, Task, build_task
 from mmtrain.train.build import build_meta_model, micro_batches, parallelize_model
 from trainer_parts.figure import Figure, median_of

@@ -57,8 +57,8 @@ class SlurmTask:
 
 def _report(attempt: JobAttempt, run: Path, rank: int, error: BaseException) -> None:
     """Leave for the user, and for what decides about another job, what ended this rank."""
-    from mmtrain.parallel.ranks import is_collective_error
     from mmtrain.parallel.preflight import NodesAtFault
+    from mmtrain.parallel.ranks import is_collective_error
 
     text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
     report = {

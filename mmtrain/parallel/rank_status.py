@@ -25,7 +25,11 @@ class Position(NamedTuple):
     def next(self, step: int, phase: str) -> Position:
         if step != self.step:
             return Position(step, 0, 0, phase)
-        return Position(step, self.phase_number + 1, 0, phase) if phase != self.phase else self._replace(beats=self.beats + 1)
+        return (
+            Position(step, self.phase_number + 1, 0, phase)
+            if phase != self.phase
+            else self._replace(beats=self.beats + 1)
+        )
 
     def __str__(self) -> str:
         return f"step {self.step} ({self.phase})"

@@ -12,7 +12,7 @@ hangs, which is how the monitor knows.
 Rank 0 reads all statuses, decides for all and publishes the reason for the end; the others read rank 0's status and
 that reason, so that the traffic grows with the number of ranks, not with its square. Another rank decides by itself
 when the store or rank 0 does not answer. Clocks of different hosts are never compared: a rank is silent when its status
-has stopped changing. A rank whose main thread holds the GIL for ever is silent too, and is left to the launcher to kill.
+has stopped changing. A rank whose main thread holds the GIL for ever is silent too; the launcher has to kill it.
 """
 
 from __future__ import annotations

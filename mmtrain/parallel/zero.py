@@ -21,7 +21,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmtrain.errors import UserError
-from mmtrain.parallel.strategy import AVERAGE, MODEL, MOMENTS, LoadInto, StateDict, Strategy, StrategyOptions, sum_of_squares
+from mmtrain.parallel.strategy import (
+    AVERAGE,
+    MODEL,
+    MOMENTS,
+    LoadInto,
+    StateDict,
+    Strategy,
+    StrategyOptions,
+    sum_of_squares,
+)
 
 #: Gradients are reduced, and weights gathered, so many elements at a time: the buffers of DeepSpeed's default, which is
 #: ten times as many, would take more memory than most models here.
@@ -129,7 +138,9 @@ class ZeroStrategy(Strategy):
     def load(self, load_into: LoadInto, updates: int, average: dict[str, Tensor] | None) -> None:
         for some in _chunks(self.model):
             shapes = {name: _shape(p) for name, p in some.items()}
-            parts: StateDict = {key: {name: torch.empty(shape) for name, shape in shapes.items()} for key in _keys(average)}
+            parts: StateDict = {
+                key: {name: torch.empty(shape) for name, shape in shapes.items()} for key in _keys(average)
+            }
             load_into(parts)
             for name, p in some.items():
                 self._set(p, parts[MODEL][name], None)

@@ -215,7 +215,6 @@ def _bytes(tensor: Tensor) -> int:
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
-
 @dataclass(frozen=True)
 class Shape:
     """The input of a micro-batch: ``samples`` images of ``image_size``² pixels, or windows of ``variates`` series."""

@@ -1,4 +1,4 @@
-"""What is done about numbers that go wrong: ranks agree on each step, spikes are found, fp16 is rescaled, NaN is traced.
+"""What is done about numbers that go wrong: ranks agree on a step, spikes are found, fp16 is rescaled, NaN is traced.
 
 A step is left out on every rank or on none, so its loss and its gradient are judged together, in one small all-reduce.
 """

@@ -53,7 +53,7 @@ class Outcome:
 
 
 class Trainer:
-    """Trains ``task`` in ``run``, going on from the newest valid checkpoint there, with ``micros`` micro-batches a step.
+    """Trains ``task`` in ``run``, from the newest valid checkpoint there; ``micros`` is the number of micro-batches.
 
     The parts: ``strategy`` holds the model and the optimizer, ``state`` says where the run stands, ``snapshots`` saves
     and loads both, ``tracker`` writes down what happens, and ``watch`` ends the process if a rank does not come.

@@ -1,4 +1,4 @@
-"""What a run goes on from: its schedule, where it stands, and how both and all tensors get into checkpoints and back."""
+"""What a run goes on from: its schedule, where it stands, and the exchange of state and tensors with checkpoints."""
 
 from __future__ import annotations
 

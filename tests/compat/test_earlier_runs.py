@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmtrain.inference import load_trained
-from mmtrain.models import create_model, from_pretrained
+from mmtrain.inference import from_pretrained, load_trained
+from mmtrain.models import create_model
 from tests.compat import reading
 from tests.conftest import Cli
 

@@ -44,8 +44,8 @@ def describe_command(
 
 
 def _has_ids(path: Path) -> bool:
-    from mmtrain.data.prepare.arrow import SUFFIXES, schema_of
-    from mmtrain.data.prepare.panel_files import ID_NAMES
+    from mmtrain.data.prepare.panel import ID_NAMES
+    from mmtrain.data.prepare.tables import SUFFIXES, schema_of
 
     if not path.is_file() or path.suffix.lower() not in SUFFIXES or not path.stat().st_size:
         return False

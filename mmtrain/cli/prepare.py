@@ -14,8 +14,7 @@ from mmtrain.cli.options import Force, Out, Workers
 from mmtrain.errors import UserError
 
 if TYPE_CHECKING:
-    from mmtrain.data.prepare.panel import PreparedPanel
-    from mmtrain.data.prepare.writer import Prepared
+    from mmtrain.data.prepare.output import Prepared
     from mmtrain.data.series.split import SplitRule
 
 SplitName = Annotated[
@@ -143,7 +142,7 @@ def prepare_m5_command(
     _tell(prepare_m5(root, out, days=days, force=force))
 
 
-def _tell(done: PreparedPanel) -> None:
+def _tell(done: Prepared) -> None:
     counts = done.meta["counts"]
     notes = {
         "holes": "holes kept (data.missing=mask)",
@@ -227,7 +226,7 @@ def segmentation_command(
     force: Force = False,
 ) -> None:
     """Images and masks (a class number for each pixel) into tar shards."""
-    from mmtrain.data.prepare.segmentation import VOID, prepare_segmentation
+    from mmtrain.data.prepare.targets import VOID, prepare_segmentation
 
     done = prepare_segmentation(
         root,
@@ -257,7 +256,7 @@ def coco_command(
     force: Force = False,
 ) -> None:
     """Images with boxes and outlines in COCO's format into tar shards."""
-    from mmtrain.data.prepare.coco import prepare_coco
+    from mmtrain.data.prepare.targets import prepare_coco
 
     done = prepare_coco(
         images,

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from mmtrain.config import PanelDataConfig
-from mmtrain.data.prepare.panel import PreparedPanel, prepare_panel
+from mmtrain.data.prepare.output import Prepared
+from mmtrain.data.prepare.panel import prepare_panel
 from mmtrain.data.prepare.panel_writer import PanelWriter
 from mmtrain.data.series.panel_source import PanelData, load_panel
 from mmtrain.data.series.split import SplitRule
@@ -39,9 +40,7 @@ def write(frame: pd.DataFrame, file: Path) -> Path:
     return file
 
 
-def prepared(
-    folder: Path, lengths: list[int], split: SplitRule = LAST, ahead: int = 0, **options: Any
-) -> PreparedPanel:
+def prepared(folder: Path, lengths: list[int], split: SplitRule = LAST, ahead: int = 0, **options: Any) -> Prepared:
     file = write(long_frame(lengths, ahead), folder / "long.parquet")
     chosen = {"known": ["price"], "static": ["kind", "size"], **options}
     return prepare_panel(file, folder / "panel", split=split, force=True, **chosen)

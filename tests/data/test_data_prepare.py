@@ -324,7 +324,7 @@ def test_what_another_process_wrote_meanwhile_is_not_replaced(tmp_path: Path, mo
     monkeypatch.setattr(folder_module, "exclusive", late)
     with (
         pytest.raises(UserError, match="another process has written it meanwhile"),
-        folder_module.complete_or_absent(tmp_path / "out", force=False) as part,
+        folder_module.prepared_folder(tmp_path / "out", force=False) as part,
     ):
         (part / "meta.json").write_text("ours")
     assert (tmp_path / "out/meta.json").read_text() == "theirs"

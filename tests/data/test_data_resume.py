@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmtrain.data.prepare import writer
-from mmtrain.data.prepare.encode import ClassEncoder, Finished, Item, Ledger
+from mmtrain.data.prepare.encode import ClassEncoder, Item
 from mmtrain.data.prepare.images import prepare_images
-from mmtrain.data.prepare.writer import write_dataset
+from mmtrain.data.prepare.writer import Finished, Ledger, write_dataset
 from mmtrain.errors import UserError
 from mmtrain.files import exclusive
 from tests.data.conftest import png
@@ -107,12 +107,12 @@ def test_killed_and_gone_on_with_other_workers(tmp_path: Path, first: int, secon
     root = folder(tmp_path / "in")
     code = (
         "import os, sys\n"
-        "from mmtrain.data.prepare import finished, images\n"
-        "add, count = finished.Ledger.add, []\n"
+        "from mmtrain.data.prepare import images, writer\n"
+        "add, count = writer.Ledger.add, []\n"
         "def bomb(self, entry):\n"
         "    add(self, entry), count.append(1)\n"
         "    if len(count) == 3: os.kill(os.getpid(), 9)\n"
-        "finished.Ledger.add = bomb\n"
+        "writer.Ledger.add = bomb\n"
         "if __name__ == '__main__':\n"
         "    images.prepare_images(sys.argv[1], sys.argv[2], shard_size=6, workers=int(sys.argv[3]))\n"
     )

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmtrain.data.images.targets import read_detection, read_mask, read_samples
-from mmtrain.data.prepare.coco import prepare_coco
-from mmtrain.data.prepare.segmentation import prepare_segmentation
+from mmtrain.data.prepare.targets import prepare_coco, prepare_segmentation
 from mmtrain.errors import UserError
 from tests.conftest import ROOT
 from tests.data.conftest import png

@@ -1,15 +1,14 @@
-"""The 1,797 hand-written digits of scikit-learn (UCI "Optical Recognition of Handwritten Digits", test part).
+"""The two real data sets of the demo, from packages and without a network.
 
-Hourly traffic on Interstate 94 with the weather: 17,520 hours from 2016-10-01.
-
-UCI "Metro Interstate Traffic Volume" (Hogue 2019, CC BY 4.0), as shipped with the PyPI package AutoTS.
+The 1,797 hand-written digits of scikit-learn (UCI "Optical Recognition of Handwritten Digits", test part), and hourly
+traffic on Interstate 94 with the weather, 17,520 hours from 2016-10-01 (UCI "Metro Interstate Traffic Volume", Hogue
+2019, CC BY 4.0, as shipped with the PyPI package AutoTS).
 """
 
 from __future__ import annotations
 
 import importlib.util
 import io
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +16,11 @@ import numpy as np
 
 from mmtrain.data.prepare.encode import Item
 from mmtrain.data.prepare.images import stratify
-from mmtrain.data.prepare.writer import Prepared, existing, write_dataset
+from mmtrain.data.prepare.output import Prepared
+from mmtrain.data.prepare.writer import existing, write_dataset
 from mmtrain.data.series.table import read_frame, regularity
 from mmtrain.errors import UserError
+from mmtrain.files import write_atomically
 
 SOURCE = "scikit-learn load_digits (UCI Optical Recognition of Handwritten Digits, CC BY 4.0)"
 SHARD_SIZE = 150
@@ -91,7 +92,14 @@ def prepare_traffic(out: str | Path) -> TrafficReport:
     table = filled.round(4).assign(date=stamps.dt.strftime("%Y-%m-%d %H:%M:%S"))[["date", *COLUMNS]]
     runs = (empty != empty.shift()).cumsum()[empty].value_counts()
     longest = int(runs.max()) if len(runs) else 0
-    file, fresh = _write(Path(out).expanduser(), table.to_csv(index=False, lineterminator="\n"))
+    file, text = Path(out).expanduser() / "traffic.csv", table.to_csv(index=False, lineterminator="\n")
+    try:
+        fresh = not file.is_file() or file.read_text(encoding="utf-8") != text
+        if fresh:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, text)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror}); give another --out") from error
     return TrafficReport(file, len(table), int(np.count_nonzero(empty)), longest, outliers, fresh)
 
 
@@ -104,20 +112,3 @@ def _locate() -> Path:
         "the traffic data comes with the package AutoTS, which is not installed here: pip install 'mmtrain[demo]' (its "
         "data file alone will do: pip install --no-deps AutoTS==1.0.4)"
     )
-
-
-def _write(out: Path, text: str) -> tuple[Path, bool]:
-    file = out / "traffic.csv"
-    part = out / f".traffic.csv.{os.getpid()}.part"
-    try:
-        if file.is_file() and file.read_text(encoding="utf-8") == text:
-            return file, False
-        out.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, file)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror}); give another --out") from error
-    return file, True

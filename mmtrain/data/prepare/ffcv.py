@@ -1,6 +1,4 @@
-"""One tar shard → a run of pages of a beton, in a process of its own.
-
-Tar shards → FFCV's ``.beton``: OUT/{train,val,test}.beton and OUT/meta.json.
+"""Tar shards → FFCV's ``.beton``: OUT/{train,val,test}.beton and OUT/meta.json.
 
 FFCV encodes the images and defines the format; the pages are laid out here, one shard after the other. FFCV's own
 DatasetWriter waits for ever when one of its processes fails, lays the samples out in whichever order they come, and
@@ -10,7 +8,6 @@ draws which ones to compress. So: the same shards give the same bytes, and each 
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,9 +23,9 @@ from mmtrain.data.images.photo import decode, orientation
 from mmtrain.data.images.shards import find_shards
 from mmtrain.data.images.source import read_classes
 from mmtrain.data.images.tar_index import ShardIndex, index_shards
-from mmtrain.data.prepare.output import complete_or_absent
+from mmtrain.data.prepare.output import Prepared, check_root, prepared_folder, write_meta
 from mmtrain.data.prepare.pool import progress, run_jobs
-from mmtrain.data.prepare.writer import FORMAT, Prepared, existing
+from mmtrain.data.prepare.writer import FORMAT, existing
 from mmtrain.errors import UserError
 
 _QUALITY = 90
@@ -226,7 +223,6 @@ def prepare_beton(
         return done
     require_ffcv()
     encoding = Encoding(write_mode, max_resolution, jpeg_quality, compress_probability, page_size << 20)
-    workers = min(8, os.cpu_count() or 1) if workers is None else max(1, workers)
     classes = read_classes(root / "meta.json")
     meta = {
         **({} if classes is None else {"classes": classes}),
@@ -236,15 +232,12 @@ def prepare_beton(
         "settings": settings,
         "format": FORMAT,
     }
-    with complete_or_absent(out, force=force, resume=False) as part:
+    with prepared_folder(out, force=force, resume=False) as part:
         with progress(f"writing {out.name}", sum(counts.values())) as advance:
             for split, shards in splits.items():
                 for count in _write(part / f"{split}.beton", shards, encoding, workers):
                     advance(count)
-        with open(part / "meta.json", "w", encoding="utf-8") as stream:
-            json.dump(meta, stream, indent=1)
-            stream.write("\n")
-            os.fsync(stream.fileno())
+        write_meta(part, meta)
         for split in splits:
             read_beton(part / f"{split}.beton")  # what was written can be read
     return Prepared(out, meta, fresh=True)
@@ -259,10 +252,7 @@ def _check(
     compress_probability: float,
     page_size: int,
 ) -> None:
-    if not root.is_dir():
-        raise UserError(f"--root {root}: no such folder (looked for {root.absolute()})")
-    if out.absolute() == root.absolute():
-        raise UserError(f"--out {out} is the same folder as --root")
+    check_root(root, out)
     if out.suffix == ".beton":
         raise UserError(f"--out {out}: give the folder, for example {out.parent}: there is a file for each split")
     if write_mode not in WRITE_MODES:
@@ -277,7 +267,7 @@ def _check(
         raise UserError(f"--page-size {page_size}: MiB, a power of two from 2 to 2048")
 
 
-def _write(target: Path, shards: list[ShardIndex], encoding: Encoding, workers: int) -> Iterator[int]:
+def _write(target: Path, shards: list[ShardIndex], encoding: Encoding, workers: int | None) -> Iterator[int]:
     """Samples written, shard by shard."""
     from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
     from ffcv.utils import align_to_page

@@ -6,10 +6,10 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from mmtrain.data.prepare.encode import QUALITY, ClassEncoder, Item
+from mmtrain.data.prepare.encode import QUALITY, ClassEncoder, Item, check_encoding
 from mmtrain.data.prepare.imagenet_classes import (
     WNID,
     official_wnids,
@@ -18,8 +18,9 @@ from mmtrain.data.prepare.imagenet_classes import (
     read_names,
     read_val_labels,
 )
-from mmtrain.data.prepare.images import SUFFIXES
-from mmtrain.data.prepare.writer import Prepared, existing, write_dataset
+from mmtrain.data.prepare.images import SUFFIXES, check_classes, class_folders
+from mmtrain.data.prepare.output import Prepared
+from mmtrain.data.prepare.writer import existing, write_dataset
 from mmtrain.errors import UserError
 
 CLASSES, TRAIN, VAL = 1000, 1_281_167, 50_000
@@ -43,14 +44,6 @@ class _Layout:
     devkit: Path | None = None  # meta.mat
     ids: bool = True  # numbers in val_labels are those of the devkit, if there is one
     train_list: Path | None = None  # ImageSets/CLS-LOC/train_cls.txt
-
-
-@dataclass
-class _Found:
-    classes: list[str]
-    train: list[Item]
-    val: list[Item]
-    names: dict[str, str] = field(default_factory=dict)
 
 
 def prepare_imagenet(
@@ -78,10 +71,7 @@ def prepare_imagenet(
     root, out = Path(root).expanduser(), Path(out).expanduser()
     if expect not in ("full", "any"):
         raise UserError(f"--expect {expect}: full or any")
-    if image_size is not None and image_size < 1:
-        raise UserError(f"--image-size {image_size}: pixels, 1 or more")
-    if not 1 <= quality <= 100:
-        raise UserError(f"--quality {quality}: 1 to 100")
+    check_encoding(image_size, quality)
     layout = _locate(root)
     if out.absolute().is_relative_to(layout.train.absolute()) or out.absolute() == root.absolute():
         raise UserError(f"--out {out} lies within --root's images")
@@ -99,12 +89,26 @@ def prepare_imagenet(
     source = str(root.absolute())
     if (done := existing(out, source, settings, force=force)) is not None:
         return done
-    found = _find(layout, expect, given=val_labels is not None)
-    splits = {split: items for split, items in (("train", found.train), ("val", found.val)) if items}
+    classes = class_folders(layout.train)
+    if not classes:
+        raise UserError(f"{layout.train}: no class folders; {_LAYOUTS}")
+    strange = [name for name in classes if not WNID.fullmatch(name)]
+    if strange:
+        raise UserError(
+            f"{layout.train}: folders that are no WNIDs: {', '.join(strange[:5])}; for other classes there is mmtrain "
+            "data prepare images"
+        )
+    train = _items(layout.train, classes)
+    val = _validation(layout, classes, given=val_labels is not None)
+    if expect == "full":
+        _check_full(layout, classes, train, val)
+    elif not train:
+        raise UserError(f"{layout.train}: no images in its class folders")
+    names = _names(layout, classes)
     return write_dataset(
         out,
-        splits,
-        found.classes,
+        {"train": train, "val": val} if val else {"train": train},
+        classes,
         source,
         settings,
         shard_size=shard_size,
@@ -113,7 +117,7 @@ def prepare_imagenet(
         force=force,
         keep=True,
         skip_bad=skip_bad,
-        further={"names": [found.names[name] for name in found.classes]} if found.names else {},
+        further={"names": names} if names else {},
     )
 
 
@@ -142,46 +146,20 @@ def _file(path: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _find(layout: _Layout, expect: str, *, given: bool) -> _Found:
-    classes = _folders(layout.train)
-    if not classes:
-        raise UserError(f"{layout.train}: no class folders; {_LAYOUTS}")
-    strange = [name for name in classes if not WNID.fullmatch(name)]
-    if strange:
-        raise UserError(
-            f"{layout.train}: folders that are no WNIDs: {', '.join(strange[:5])}; for other classes there is mmtrain "
-            "data prepare images"
-        )
-    train = _items(layout.train, classes)
-    val = _validation(layout, classes, given)
-    if expect == "full":
-        _check_full(layout, classes, train, val)
-    elif not train:
-        raise UserError(f"{layout.train}: no images in its class folders")
-    return _Found(classes, train, val, _names(layout, classes))
-
-
-def _validation(layout: _Layout, classes: list[str], given: bool) -> list[Item]:
+def _validation(layout: _Layout, classes: list[str], *, given: bool) -> list[Item]:
     if not layout.val.is_dir():
         if given:
             raise UserError(f"--val-labels: there is no folder {layout.val}")
         logger.warning("%s: no such folder, so there will be no validation images", layout.val)
         return []
-    folders, files = _folders(layout.val), _images(layout.val)
+    folders, files = class_folders(layout.val), _images(layout.val)
     if not folders:
         return _flat(layout, files, classes)
     if files or given:
         what = "images beside class folders" if files else "class folders, which --val-labels is not for"
         raise UserError(f"{layout.val}: holds {what}: use the one or the other")
-    unknown = sorted(set(folders) - set(classes))
-    if unknown:
-        raise UserError(f"{layout.val}: classes that {layout.train} does not have: {', '.join(unknown[:5])}")
+    check_classes(layout.val, folders, layout.train, classes)
     return _items(layout.val, classes)
-
-
-def _folders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _images(folder: Path) -> list[str]:
@@ -221,19 +199,17 @@ def _flat(layout: _Layout, files: list[str], classes: Sequence[str]) -> list[Ite
     return [Item(labels[file], os.path.join(layout.val, file)) for file in files]
 
 
-def _names(layout: _Layout, classes: Sequence[str]) -> dict[str, str]:
-    """Names for all of ``classes``, or none."""
+def _names(layout: _Layout, classes: Sequence[str]) -> list[str]:
+    """The names of ``classes``, or none."""
     names: dict[str, str] = {}
     if layout.names is not None:
         names = read_names(layout.names)
     elif layout.devkit is not None:
         names = read_devkit(layout.devkit)[1]
-    if not names:
-        return {}
     missing = [name for name in classes if name not in names]
-    if missing:
+    if names and missing:
         raise UserError(f"{layout.names or layout.devkit}: no names for the classes {', '.join(missing[:5])}")
-    return {name: names[name] for name in classes}
+    return [names[name] for name in classes] if names else []
 
 
 def _check_full(layout: _Layout, classes: list[str], train: list[Item], val: list[Item]) -> None:

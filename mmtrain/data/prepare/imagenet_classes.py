@@ -1,9 +1,7 @@
-"""ImageNet's classes: WordNet ids (WNIDs), their names, and the numbers that other files use for them.
+"""ImageNet's classes: WordNet ids (WNIDs), their names, and the classes of the images of a flat validation folder.
 
 A class's index is the place of its WNID in sorted order, as for torchvision and timm. The devkit's ILSVRC ids (1 to
 1000) are another order, which only its ``meta.mat`` tells.
-
-Which class each image of a flat validation folder has.
 """
 
 from __future__ import annotations

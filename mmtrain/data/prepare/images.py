@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmtrain.data.prepare.encode import ClassEncoder, Item
-from mmtrain.data.prepare.writer import Prepared, existing, write_dataset
+from mmtrain.data.prepare.encode import ClassEncoder, Item, check_encoding
+from mmtrain.data.prepare.output import Prepared, check_root
+from mmtrain.data.prepare.writer import existing, write_dataset
 from mmtrain.errors import UserError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -33,19 +35,15 @@ def prepare_images(
     names. With ROOT/train the folders are the splits; only a missing ROOT/val is taken from train by ``val_fraction``.
     ``image_size``: shrink images whose shorter side is longer than that (JPEG quality 95); otherwise files are stored
     as they are. ``workers``: processes (None: one per core, at most 8). A finished OUT is left alone; one that a killed
-    or interrupted process began is gone on with.
+    or interrupted process began is completed.
     """
     root, out = Path(root).expanduser(), Path(out).expanduser()
-    if not root.is_dir():
-        raise UserError(f"--root {root}: no such folder (looked for {root.absolute()})")
-    if out.absolute() == root.absolute():
-        raise UserError(f"--out {out} is the same folder as --root")
+    check_root(root, out)
     if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
         raise UserError(
             f"--val-fraction {val_fraction}, --test-fraction {test_fraction}: parts that leave some to train"
         )
-    if image_size is not None and image_size < 1:
-        raise UserError(f"--image-size {image_size}: pixels, 1 or more")
+    check_encoding(image_size)
     settings = {
         "image_size": image_size,
         "shard_size": shard_size,
@@ -78,9 +76,7 @@ def _find(root: Path, val_fraction: float, test_fraction: float) -> tuple[list[s
     for split, names in _SPLIT_FOLDERS.items():
         folder = next((root / name for name in names if (root / name).is_dir()), None)
         if folder is not None:
-            unknown = sorted(set(_classes(folder)) - set(classes))
-            if unknown:
-                raise UserError(f"{folder}: classes that {root / 'train'} does not have: {', '.join(unknown[:5])}")
+            check_classes(folder, _classes(folder), root / "train", classes)
             splits[split] = _items(folder, classes)
     if "val" not in splits and val_fraction > 0:
         logger.info("%s has no val folder: %g of train is set aside", root, val_fraction)
@@ -89,7 +85,7 @@ def _find(root: Path, val_fraction: float, test_fraction: float) -> tuple[list[s
 
 
 def _classes(folder: Path) -> list[str]:
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    names = class_folders(folder)
     if not names:
         raise UserError(
             f"{folder}: no class folders: wanted is ROOT/CLASS/IMAGE or ROOT/{{train,val,test}}/CLASS/IMAGE"
@@ -97,15 +93,32 @@ def _classes(folder: Path) -> list[str]:
     return names
 
 
+def class_folders(folder: Path) -> list[str]:
+    """The names of the folders in ``folder``, sorted; hidden ones are left out."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def check_classes(folder: Path, found: Sequence[str], train: Path, classes: Sequence[str]) -> None:
+    """Raise UserError if ``folder`` has classes that the training images in ``train`` do not have."""
+    if unknown := sorted(set(found) - set(classes)):
+        raise UserError(f"{folder}: classes that {train} does not have: {', '.join(unknown[:5])}")
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images in ``folder`` and in all folders below it, sorted; hidden ones are left out."""
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+    )
+
+
 def _items(folder: Path, classes: Sequence[str]) -> list[Item]:
     items = []
     for label, name in enumerate(classes):
-        files = sorted(
-            file
-            for file in (folder / name).rglob("*")
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
-        )
-        if not files and folder.name not in ("val", "valid", "validation", "test"):
+        files = image_files(folder / name)
+        if not files and folder.name not in {name for names in _SPLIT_FOLDERS.values() for name in names}:
             raise UserError(f"{folder / name}: no images of class {name!r} ({', '.join(sorted(SUFFIXES))})")
         items += [Item(label, str(file)) for file in files]
     if not items:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmtrain.data.prepare.arrow import batches, numbers_of, rows_of, schema_of
-from mmtrain.data.prepare.panel import PreparedPanel, write_panel
-from mmtrain.data.prepare.panel_writer import Layout, Series
+from mmtrain.data.prepare.output import Prepared
+from mmtrain.data.prepare.panel_writer import Layout, Series, write_panel
+from mmtrain.data.prepare.tables import batches, numbers_of, rows_of, schema_of
 from mmtrain.data.series.split import SplitRule
 from mmtrain.data.series.table import fill_column, read_frame
 from mmtrain.data.series.timeline import UNITS, Step, Timeline
@@ -35,7 +35,7 @@ _BATCH = 512
 logger = logging.getLogger("mmtrain")
 
 
-def prepare_m5(root: str | Path, out: str | Path, *, days: int = 28, force: bool = False) -> PreparedPanel:
+def prepare_m5(root: str | Path, out: str | Path, *, days: int = 28, force: bool = False) -> Prepared:
     """Write the panel of ROOT's three files to OUT.
 
     Target ``sales``; known in advance ``price`` (in dollars) of each product, and for its state ``snap`` and

@@ -1,7 +1,4 @@
-"""What is at --out already: the dataset that was asked for, or another one.
-
-An output folder that is complete or does not exist, and what is finished of it until then.
-"""
+"""The output folder of a preparation: complete, or absent; what is there already is compared with what is asked for."""
 
 from __future__ import annotations
 
@@ -12,19 +9,42 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmtrain.errors import UserError
-from mmtrain.files import exclusive
+from mmtrain.files import exclusive, write_atomically
+
+logger = logging.getLogger("mmtrain")
 
 
-def existing_meta(
+@dataclass(frozen=True)
+class Prepared:
+    """The folder, its meta.json, and whether it was written now (False: it was there already)."""
+
+    out: Path
+    meta: dict[str, Any]
+    fresh: bool
+
+
+def check_root(root: Path, out: Path | None = None) -> None:
+    """Raise UserError if there is no folder ``root``, or if it is ``out``."""
+    if not root.is_dir():
+        raise UserError(f"--root {root}: no such folder (looked for {root.absolute()})")
+    if out is not None and out.absolute() == root.absolute():
+        raise UserError(f"--out {out} is the same folder as --root")
+
+
+def existing(
     out: Path, source: str, settings: Mapping[str, Any], made_as: Mapping[str, Any], *, force: bool
-) -> dict[str, Any] | None:
-    """The meta.json of ``out`` if it was made from ``source`` with these settings; None without one, or by ``force``.
+) -> Prepared | None:
+    """The dataset at ``out`` if it is complete and was made from ``source`` with these settings.
 
-    ``made_as``: more of its keys, and what they must be (the format). Raises UserError with all that differs.
+    None without one, or with ``force``. ``made_as``: more keys of meta.json, and what they must be (the format).
+
+    Raises:
+        UserError: for a dataset of another source or with other settings; it lists all that differs.
     """
     file = out / "meta.json"
     if force or not file.is_file():
@@ -40,21 +60,23 @@ def existing_meta(
     different = [f"{key} {found.get(key)!r}, not {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
     if different:
         raise UserError(f"{out}: holds a dataset made with {'; '.join(different)}; give --force or another --out")
-    return meta
+    return Prepared(out, meta, fresh=False)
 
 
-logger = logging.getLogger("mmtrain")
+def write_meta(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Write meta.json, durably."""
+    write_atomically(folder / "meta.json", json.dumps(meta, indent=1) + "\n", durable=True)
 
 
 @contextmanager
-def complete_or_absent(
+def prepared_folder(
     out: Path, *, force: bool, recipe: str = "whole", keep: bool = False, resume: bool = True
 ) -> Iterator[Path]:
     """A sibling of ``out`` to write into, renamed to ``out`` at the end.
 
     ``force`` replaces what is there, at the very end. ``recipe`` names the sibling: a process that is killed or
     interrupted leaves it behind, and the next one with the same recipe gets it back with all that is in it; those of
-    other recipes are swept away. ``keep``: it stays after an error too. ``resume=False``: it is always begun anew. One
+    other recipes are removed. ``keep``: it stays after an error too. ``resume=False``: it is always begun anew. One
     process at a time writes ``out``.
     """
     out = out.absolute()
@@ -80,16 +102,26 @@ def _occupied(out: Path) -> bool:
 def _filled(out: Path, recipe: str, keep: bool, resume: bool) -> Iterator[Path]:
     part = out.with_name(f".{out.name}.partial-{recipe}")
     try:
-        _sweep(out, part if resume else None)
+        for left in out.parent.glob(f".{out.name}.partial-*"):
+            if left != part or not resume:
+                logger.warning("%s: left by a preparation with other settings or images, removed", left)
+                shutil.rmtree(left, ignore_errors=True)
         part.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
     try:
         yield part
-        _replace(part, out)
-    except Exception as error:
-        if keep:
-            _leave(part)
+        old = None
+        if _occupied(out):
+            old = out.with_name(f".{out.name}.old-{uuid.uuid4().hex}")
+            out.rename(old)
+        os.replace(part, out)
+        if old is not None:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+    except BaseException as error:
+        interrupted = not isinstance(error, Exception)
+        if (keep or interrupted) and any(part.rglob("*.tar")):
+            logger.warning("what is finished stays in %s: the same command goes on from there", part)
         else:
             shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError):
@@ -97,30 +129,3 @@ def _filled(out: Path, recipe: str, keep: bool, resume: bool) -> Iterator[Path]:
             # disk.
             raise UserError(f"{out}: writing failed ({error.strerror or error})") from error
         raise
-    except BaseException:  # interrupted
-        _leave(part)
-        raise
-
-
-def _leave(part: Path) -> None:
-    if any(part.rglob("*.tar")):
-        logger.warning("what is finished stays in %s: the same command goes on from there", part)
-    else:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _replace(part: Path, out: Path) -> None:
-    old = None
-    if _occupied(out):
-        old = out.with_name(f".{out.name}.old-{uuid.uuid4().hex}")
-        out.rename(old)
-    os.replace(part, out)
-    if old is not None:
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
-
-
-def _sweep(out: Path, mine: Path | None) -> None:
-    for left in out.parent.glob(f".{out.name}.partial-*"):
-        if left != mine:
-            logger.warning("%s: left by a preparation with other settings or images, removed", left)
-            shutil.rmtree(left, ignore_errors=True)

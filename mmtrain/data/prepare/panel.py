@@ -1,26 +1,31 @@
-"""``mmtrain data prepare panel``: tables of many series into memory-mapped shards."""
+"""``mmtrain data prepare panel``: tables of many series → a panel.
+
+The series come in one of three layouts, which are told apart by their columns: long, wide, or a file for each series.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmtrain.data.prepare.output import complete_or_absent, existing_meta
-from mmtrain.data.prepare.panel_writer import Layout, PanelWriter, Series
-from mmtrain.data.series.panel import FORMAT, KIND
+import numpy as np
+from numpy.typing import NDArray
+
+from mmtrain.data.prepare.output import Prepared
+from mmtrain.data.prepare.panel_long import open_long
+from mmtrain.data.prepare.panel_writer import Layout, Series, write_panel
+from mmtrain.data.prepare.tables import Columns, batches, is_number, numbers_of, schema_of, table_files
 from mmtrain.data.series.split import SplitRule
-from mmtrain.errors import UserError
+from mmtrain.data.series.table import TIME_NAMES, read_table
+from mmtrain.data.series.timeline import Step, Timeline, step_of
+from mmtrain.errors import UserError, nearest
 
-
-@dataclass(frozen=True)
-class PreparedPanel:
-    """The folder, what its meta.json says, and whether it was written now (False: it was there already)."""
-
-    out: Path
-    meta: dict[str, Any]
-    fresh: bool
+ID_NAMES = ("id", "unique_id", "series_id", "item_id")
+_WIDE_ROWS = 512
+logger = logging.getLogger("mmtrain")
 
 
 def prepare_panel(
@@ -40,7 +45,7 @@ def prepare_panel(
     duplicates: str = "error",
     shard_mb: int = 64,
     force: bool = False,
-) -> PreparedPanel:
+) -> Prepared:
     """Write the series in ``root`` to the new folder ``out``, for ``data.kind=panel``.
 
     ``root`` is a CSV or parquet file or a folder of them, in one of three layouts, told apart by their columns:
@@ -65,20 +70,12 @@ def prepare_panel(
     Raises:
         UserError: with the file, the series and the cure.
     """
-    from mmtrain.data.prepare.panel_files import Columns, open_source
-
-    root, out = Path(root).expanduser(), Path(out).expanduser()
-    chosen = Columns(
-        id=id_column,
-        time=time_column,
-        targets=None if columns is None else list(columns),
-        known=list(known),
-        static=list(static),
-    )
+    root = Path(root).expanduser()
+    chosen = Columns(id_column, time_column, list(columns or ()), list(known), list(static))
     settings: dict[str, Any] = {
         "id": id_column,
         "time": time_column,
-        "columns": chosen.targets,
+        "columns": None if columns is None else chosen.targets,
         "known": chosen.known,
         "static": chosen.static,
         "calendar": None if calendar is None else str(calendar),
@@ -93,10 +90,19 @@ def prepare_panel(
         raise UserError(f"--shard-mb {shard_mb}: MiB, 1 or more")
 
     def source(part: Path) -> tuple[Layout, Iterator[Series]]:
-        return open_source(root, chosen, part, calendar=calendar, start=start, step=step, duplicates=duplicates)
+        files = table_files(root)
+        wide, found = _find_columns(files[0], chosen, one_file=not root.is_dir())
+        given = None if step is None else Step.parse(step)
+        if wide:
+            layout, series = _open_wide(files, found, start, given)
+        elif start is not None:
+            raise UserError("--start is for a wide panel, one column a step; here the times come from the files")
+        else:
+            layout, series = open_long(files, found, part, given, duplicates)
+        return (layout if calendar is None else _with_calendar(layout, calendar)), series
 
     return write_panel(
-        out,
+        Path(out).expanduser(),
         source,
         source=str(root.absolute()),
         settings=settings,
@@ -107,26 +113,120 @@ def prepare_panel(
     )
 
 
-def write_panel(
-    out: Path,
-    open_source_in: Callable[[Path], tuple[Layout, Iterator[Series]]],
-    *,
-    source: str,
-    settings: Mapping[str, Any],
-    split: SplitRule,
-    missing: str,
-    shard_bytes: int = 64 << 20,
-    force: bool = False,
-) -> PreparedPanel:
-    """Write ``out`` complete or not at all; a panel made of the same source with the same settings is left alone."""
-    settings = {**settings, "split": split.to_json()}
-    made_as = {"kind": KIND, "format": FORMAT}
-    if (found := existing_meta(out, source, settings, made_as, force=force)) is not None:
-        return PreparedPanel(out, found, fresh=False)
-    with complete_or_absent(out, force=force, resume=False) as part:
-        layout, series = open_source_in(part)
-        writer = PanelWriter(part, layout, missing=missing, shard_bytes=shard_bytes)
-        for one in series:
-            writer.add(one)
-        meta = writer.finish(split, {"source": source, "settings": settings})
-    return PreparedPanel(out, meta, fresh=True)
+def _find_columns(file: Path, chosen: Columns, *, one_file: bool) -> tuple[bool, Columns]:
+    """Whether the panel is wide, and its columns by name.
+
+    Raises:
+        UserError: for columns that are not there, or files that are no panel.
+    """
+    schema = schema_of(file)
+    names = schema.names
+    for flag, wanted in (
+        ("--known", chosen.known),
+        ("--static", chosen.static),
+        ("--columns", chosen.targets),
+        ("--id", [] if chosen.id is None else [chosen.id]),
+        ("--time", [] if chosen.time in (None, "date") else [chosen.time]),
+    ):
+        for name in wanted:
+            if name not in names:
+                shown = ", ".join(names[:20]) + (f", ... ({len(names)})" if len(names) > 20 else "")
+                raise UserError(f"{file}: {flag} {name}: there is no such column{nearest(name, names)}; it has {shown}")
+    lowered = {name.strip().lower(): name for name in reversed(names)}
+    ids = chosen.id or next((lowered[name] for name in ID_NAMES if name in lowered), None)
+    time = chosen.time
+    if time is not None and time not in names:
+        time = next((lowered[name] for name in TIME_NAMES if name in lowered), None)
+    if ids is None and one_file:
+        raise UserError(
+            f"{file}: no id column ({', '.join(ID_NAMES)}), so this is the table of one series: train on it with "
+            "data.kind=series, or name the column that tells series apart with --id"
+        )
+    untimed = time is None and chosen.time is not None
+    if ids is None and untimed:
+        raise UserError(f"{file}: no time column ({', '.join(TIME_NAMES)}): name it with --time, or give --time none")
+    targets = chosen.targets
+    if not targets:
+        free = [name for name in names if name not in (ids, time, *chosen.known, *chosen.static)]
+        targets = [name for name in free if is_number(schema.field(name).type)]
+        if text := [name for name in free if name not in targets]:
+            logger.warning("%s: %s hold no numbers and are left out (use them with --static)", file, ", ".join(text))
+    if not targets:
+        raise UserError(f"{file}: no column is left to forecast; its columns are {', '.join(names[:20])}")
+    if len({*targets, *chosen.known, *chosen.static}) < len(targets) + len(chosen.known) + len(chosen.static):
+        raise UserError(f"{file}: --columns, --known and --static name a column twice")
+    return untimed, replace(chosen, id=ids, time=time, targets=targets)
+
+
+def _open_wide(
+    files: list[Path], columns: Columns, start: str | None, step: Step | None
+) -> tuple[Layout, Iterator[Series]]:
+    steps = columns.targets
+    if columns.known:
+        raise UserError(
+            "--known is for long tables and files of series: a wide panel has one value a step (--calendar)"
+        )
+    layout = Layout(["value"], (), columns.static, timeline=_wide_timeline(files[0], steps, start, step))
+
+    def series() -> Iterator[Series]:
+        names = [str(columns.id), *columns.static, *steps]
+        nothing = np.empty((len(steps), 0), np.float32)
+        for file in files:
+            numeric = {f.name for f in schema_of(file) if f.name in columns.static and is_number(f.type)}
+            text = {str(columns.id), *columns.static} - numeric
+            for batch in batches(file, names, text, _WIDE_ROWS):
+                values = numbers_of(batch, steps, file)[:, :, None]
+                ids = [str(name) for name in batch.column(str(columns.id)).to_pylist()]
+                static = [batch.column(name).to_pylist() for name in columns.static]
+                for row, name in enumerate(ids):
+                    yield Series(name, values[row], nothing, 0, tuple(column[row] for column in static))
+
+    return layout, series()
+
+
+def _wide_timeline(file: Path, steps: list[str], start: str | None, step: Step | None) -> Timeline | None:
+    """The times of the columns ``steps``: ``start`` and ``step``, or else their names where these are dates."""
+    if start is not None and step is not None:
+        try:
+            return Timeline(np.datetime64(start.strip().replace(" ", "T"), "us"), step)
+        except ValueError:
+            raise UserError(f"--start {start}: not a time, such as 2011-01-29 or 2011-01-29T06:00") from None
+    stamps = _dates(steps)
+    if start is not None or (step is not None and stamps is None):
+        raise UserError("--start and --step go together: the time of the first column, and how far the next is")
+    if stamps is None:
+        logger.info("%s: its columns are not named by dates: no times, unless --start and --step say them", file)
+        return None
+    if (usual := step or step_of(stamps)) is not None:
+        timeline = Timeline(stamps[0], usual)
+        places, on = timeline.places(stamps)
+        if on.all() and (places == np.arange(len(places))).all():
+            return timeline
+    raise UserError(f"{file}: the columns {steps[0]} to {steps[-1]} are dates without an even step: add those missing")
+
+
+def _dates(names: list[str]) -> NDArray[np.datetime64] | None:
+    import pandas as pd
+
+    if any(name.strip().isdigit() for name in names):
+        return None  # 1, 2, 3: numbers of steps, and no years
+    made = pd.to_datetime(pd.Series(names), errors="coerce", format="ISO8601")
+    return None if made.isna().any() else made.to_numpy().astype("datetime64[us]")
+
+
+def _with_calendar(layout: Layout, calendar: str | Path) -> Layout:
+    table = read_table(calendar)
+    if layout.timeline is None or table.stamps is None:
+        raise UserError(f"--calendar {calendar}: needs a time column, and a panel with times")
+    places, on = layout.timeline.places(table.stamps)
+    if not on.all():
+        raise UserError(f"--calendar {calendar}: {table.stamps[np.argmin(on)]} is not on the grid of the data's times")
+    kept = places >= 0
+    count = int(places.max()) + 1 if kept.any() else 0
+    shared = np.full((1, count, len(table.columns)), np.nan, dtype=np.float32)
+    shared[0, places[kept]] = table.values[kept]
+    holes = np.flatnonzero(~np.isfinite(shared).all(axis=(0, 2)))
+    if len(holes) or not count:
+        lacking = layout.timeline.stamps(int(holes[0]) if len(holes) else 0, 1)[0]
+        raise UserError(f"--calendar {calendar}: it does not have {lacking}, which the data has: add that row")
+    return replace(layout, shared_columns=table.columns, shared=shared)

@@ -1,10 +1,9 @@
-"""Writing a prepared panel: series come one after the other and go to shards; never more than a shard is in memory."""
+"""Writing a panel: series come one after the other and go to shards; never more than a shard is in memory."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mmtrain.data.series.panel import FORMAT, KIND, Panel, open_panel
+from mmtrain.data.prepare.output import Prepared, existing, prepared_folder, write_meta
+from mmtrain.data.series.panel import FORMAT, KIND, open_panel
 from mmtrain.data.series.panel_inputs import fit_scalers
 from mmtrain.data.series.split import SplitRule
 from mmtrain.data.series.table import FILLS, fill_column
@@ -51,9 +51,6 @@ class Counts:
     shortest: int = 0
     longest: int = 0
 
-    def to_json(self) -> dict[str, int]:
-        return dict(vars(self))
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -71,7 +68,7 @@ class PanelWriter:
     """Collects series into ``folder``; :meth:`finish` writes the rest and the scalers, and opens it.
 
     ``missing``: keep holes (for data.missing=mask), or fill them. Rows before a series' first value and behind its last
-    are cut off, but for those behind in which all known columns are given. Holes in known columns are filled with the
+    are cut off, except those behind in which all known columns are given. Holes in known columns are filled with the
     last value before, at the beginning with the first after.
     """
 
@@ -95,7 +92,10 @@ class PanelWriter:
             self.counts.empty += 1
             return
         begin, end = int(np.argmax(seen)), len(seen) - int(np.argmax(seen[::-1]))
-        stop = end + self._ahead(series.known[end:])
+        stop = end  # of the rows behind, those from the first on that have all known columns stay
+        if series.known.shape[1]:
+            given: NDArray[np.bool_] = np.asarray(np.isfinite(series.known[end:]).all(axis=1))
+            stop += len(given) if given.all() else int(np.argmin(given))
         values, known = series.values[begin:stop].copy(), series.known[begin:stop].copy()
         self._fill(series.id, values[: end - begin], known)
         values[end - begin :] = np.nan
@@ -117,24 +117,20 @@ class PanelWriter:
         self._shard.append((values, known))
         self._held += len(values)
 
-    @staticmethod
-    def _ahead(known: Floats) -> int:
-        """How many rows from the first on have all known columns."""
-        if not known.shape[1]:
-            return 0
-        given: NDArray[np.bool_] = np.asarray(np.isfinite(known).all(axis=1))
-        return len(given) if given.all() else int(np.argmin(given))
-
     def _fill(self, name: str, values: Floats, known: Floats) -> None:
         bad = ~np.isfinite(values)
-        if bad.any():
-            values[bad] = np.nan
-            count = int(bad.sum())
-            if self.missing == "keep":
-                self.counts.holes += count
-            else:
-                self.counts.filled += count
-                self._fill_columns(name, values, bad)
+        values[bad] = np.nan
+        if self.missing == "keep":
+            self.counts.holes += int(bad.sum())
+        else:
+            self.counts.filled += int(bad.sum())
+            for place in np.flatnonzero(bad.any(axis=0)).tolist():
+                if not fill_column(values[:, place], bad[:, place], self.missing):
+                    raise UserError(
+                        f"series {name!r}: column {self.layout.columns[place]!r} begins with a hole, so --missing "
+                        f"{self.missing} has nothing to fill it with; use --missing zero, or keep with "
+                        "data.missing=mask"
+                    )
         bad = ~np.isfinite(known)
         for place in np.flatnonzero(bad.any(axis=0)).tolist():
             column = bad[:, place]
@@ -147,15 +143,7 @@ class PanelWriter:
             known[:before, place] = known[before, place]
             column[:before] = False
             fill_column(known[:, place], column, "ffill")
-        self.counts.known_filled += int(bad.sum()) if bad.any() else 0
-
-    def _fill_columns(self, name: str, values: Floats, bad: NDArray[np.bool_]) -> None:
-        for place in np.flatnonzero(bad.any(axis=0)).tolist():
-            if not fill_column(values[:, place], bad[:, place], self.missing):
-                raise UserError(
-                    f"series {name!r}: column {self.layout.columns[place]!r} begins with a hole, so --missing "
-                    f"{self.missing} has nothing to fill it with; use --missing zero, or keep with data.missing=mask"
-                )
+        self.counts.known_filled += int(bad.sum())
 
     def _flush(self) -> None:
         number = len(self._numbers["shards"])
@@ -189,21 +177,41 @@ class PanelWriter:
         _save(self.folder / "ids.npy", ids)
         for name, numbers in self._numbers.items():
             _save(self.folder / f"{name}.npy", np.array(numbers, dtype=np.int64))
-        shared = self.layout.shared.astype(np.float32)
-        self._check_shared(shared)
-        _save(self.folder / "shared.npy", shared)
-        meta = self._meta(split, made_of, self._write_static())
-        self._write_meta(meta)
-        self._write_scalers(open_panel(self.folder), split)
-        return meta
-
-    def _check_shared(self, shared: Floats) -> None:
+        layout, line = self.layout, self.layout.timeline
+        shared = layout.shared.astype(np.float32)
         needed = max(f + n for f, n in zip(self._numbers["first"], self._numbers["rows"], strict=True))
         if shared.shape[2] and shared.shape[1] < needed:
             raise UserError(
                 f"--calendar: it has {shared.shape[1]} steps from the first of the data on, and the series go on for "
                 f"{needed}: give a longer one"
             )
+        _save(self.folder / "shared.npy", shared)
+        meta = {
+            "kind": KIND,
+            "format": FORMAT,
+            "columns": list(layout.columns),
+            "known": list(layout.known),
+            "shared": list(layout.shared_columns),
+            "static": list(layout.static),
+            "categories": self._write_static(),
+            "timeline": line and {"origin": str(line.origin), "count": line.step.count, "months": line.step.months},
+            "shards": len(self._numbers["shards"]),
+            "holes": self.counts.holes,
+            "split": split.to_json(),
+            "counts": dict(vars(self.counts)),
+            **made_of,
+        }
+        write_meta(self.folder, meta)
+        panel = open_panel(self.folder)
+        borders = split.cut_panel(panel.lengths, panel.first, panel.timeline)
+        if not borders[:, 0].any():
+            raise UserError(f"--split: {split} leaves no rows to train on in any series")
+        scalers = fit_scalers(panel, borders[:, 0])
+        _save(self.folder / "scaler-mean.npy", scalers.mean)
+        _save(self.folder / "scaler-std.npy", scalers.std)
+        _save(self.folder / "known-mean.npy", scalers.known.mean)
+        _save(self.folder / "known-std.npy", scalers.known.std)
+        return meta
 
     def _write_static(self) -> dict[str, list[str]]:
         """The categories of the text columns; each column is written as codes or numbers."""
@@ -218,44 +226,6 @@ class PanelWriter:
             _save(self.folder / f"static-{number:03d}.npy", array)
         return categories
 
-    def _meta(self, split: SplitRule, made_of: Mapping[str, Any], categories: dict[str, list[str]]) -> dict[str, Any]:
-        line = self.layout.timeline
-        time = line and {"origin": str(line.origin), "count": line.step.count, "months": line.step.months}
-        return {
-            "kind": KIND,
-            "format": FORMAT,
-            "columns": list(self.layout.columns),
-            "known": list(self.layout.known),
-            "shared": list(self.layout.shared_columns),
-            "static": list(self.layout.static),
-            "categories": categories,
-            "timeline": time,
-            "shards": len(self._numbers["shards"]),
-            "holes": self.counts.holes,
-            "split": split.to_json(),
-            "counts": self.counts.to_json(),
-            **made_of,
-        }
-
-    def _write_meta(self, meta: dict[str, Any]) -> None:
-        with open(self.folder / "meta.json", "w", encoding="utf-8") as stream:
-            json.dump(meta, stream, indent=1)
-            stream.write("\n")
-            os.fsync(stream.fileno())
-
-    def _write_scalers(self, panel: Panel, split: SplitRule) -> None:
-        borders = split.cut_panel(panel.lengths, panel.first, panel.timeline)
-        if not borders[:, 0].any():
-            raise UserError(f"--split: {split} leaves no rows to train on in any series")
-        scalers = fit_scalers(panel, borders[:, 0])
-        for name, array in (
-            ("scaler-mean", scalers.mean),
-            ("scaler-std", scalers.std),
-            ("known-mean", scalers.known.mean),
-            ("known-std", scalers.known.std),
-        ):
-            _save(self.folder / f"{name}.npy", array)
-
 
 def _save(file: Path, array: NDArray[Any]) -> None:
     """Write, make durable, and let the system forget the pages: a panel may be larger than memory."""
@@ -263,3 +233,30 @@ def _save(file: Path, array: NDArray[Any]) -> None:
         np.save(stream, array, allow_pickle=False)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def write_panel(
+    out: Path,
+    open_source: Callable[[Path], tuple[Layout, Iterator[Series]]],
+    *,
+    source: str,
+    settings: Mapping[str, Any],
+    split: SplitRule,
+    missing: str,
+    shard_bytes: int = 64 << 20,
+    force: bool = False,
+) -> Prepared:
+    """Write ``out`` complete or not at all; a panel made of the same source with the same settings is left alone.
+
+    ``open_source``: from a folder for temporary files, what the panel has, and its series as a stream.
+    """
+    settings = {**settings, "split": split.to_json()}
+    if (done := existing(out, source, settings, {"kind": KIND, "format": FORMAT}, force=force)) is not None:
+        return done
+    with prepared_folder(out, force=force, resume=False) as part:
+        layout, series = open_source(part)
+        writer = PanelWriter(part, layout, missing=missing, shard_bytes=shard_bytes)
+        for one in series:
+            writer.add(one)
+        meta = writer.finish(split, {"source": source, "settings": settings})
+    return Prepared(out, meta, fresh=True)

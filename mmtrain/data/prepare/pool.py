@@ -1,7 +1,4 @@
-"""Processes that work for a preparation, and end with it.
-
-A progress bar on a terminal, a line for every tenth or minute elsewhere (log files).
-"""
+"""Processes that work for a preparation, and its progress: a bar on a terminal, lines elsewhere (log files)."""
 
 from __future__ import annotations
 
@@ -25,12 +22,13 @@ Job = TypeVar("Job")
 Done = TypeVar("Done")
 
 
-def run_jobs(work: Callable[[Job], Done], jobs: Sequence[Job], workers: int, *, ordered: bool) -> Iterator[Done]:
-    """``work`` of each job in ``workers`` processes (up to 1: in this one): in order, or as they are finished.
+def run_jobs(work: Callable[[Job], Done], jobs: Sequence[Job], workers: int | None, *, ordered: bool) -> Iterator[Done]:
+    """``work`` of each job in ``workers`` processes: in order, or as they are finished.
 
-    Raises what ``work`` raises, and UserError if a process dies; jobs that have not begun are dropped then.
+    ``workers`` None: one per core, at most 8. Up to 1: in this process. Raises what ``work`` raises, and UserError if a
+    process dies; jobs that have not begun are dropped then.
     """
-    workers = min(workers, len(jobs))
+    workers = min(min(8, os.cpu_count() or 1) if workers is None else workers, len(jobs))
     if workers <= 1:
         yield from map(work, jobs)
         return
@@ -77,34 +75,23 @@ class Advance(Protocol):
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Advance]:
     """Yields ``advance(count)``; shows the rate and the time left."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        rate = TextColumn("{task.fields[rate]}")
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn()
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(title, total=total, rate="")
-            meter = _Meter(title, total)
-
-            def show(count: int, *, fresh: bool = True) -> None:
-                meter.count(count, fresh)
-                bar.update(task, advance=count, rate=f"{meter.rate:.0f}/s" if meter.rate else "")
-
-            yield show
-        return
     meter = _Meter(title, total)
+    if not sys.stderr.isatty():
+        yield meter.log
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    def advance(count: int, *, fresh: bool = True) -> None:
-        before = meter.done
-        meter.count(count, fresh)
-        now = time.monotonic()
-        tenth = total and before * 10 // total != meter.done * 10 // total
-        if tenth or now - meter.said > _PAUSE:
-            meter.said = now
-            logging.getLogger("mmtrain").info("%s", meter)
+    rate = TextColumn("{task.fields[rate]}")
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total, rate="")
 
-    yield advance
+        def show(count: int, *, fresh: bool = True) -> None:
+            meter.count(count, fresh)
+            bar.update(task, advance=count, rate=f"{meter.rate:.0f}/s" if meter.rate else "")
+
+        yield show
 
 
 class _Meter:
@@ -124,6 +111,14 @@ class _Meter:
     def rate(self) -> float:
         """Fresh ones a second; 0 before the first."""
         return self.fresh / max(time.monotonic() - self.began, 1e-6)
+
+    def log(self, count: int, *, fresh: bool = True) -> None:
+        """Count, and log a line for every tenth or minute."""
+        before, now = self.done, time.monotonic()
+        self.count(count, fresh)
+        if (self.total and before * 10 // self.total != self.done * 10 // self.total) or now - self.said > _PAUSE:
+            self.said = now
+            logging.getLogger("mmtrain").info("%s", self)
 
     def __str__(self) -> str:
         text = f"{self.title}: {self.done} of {self.total}"

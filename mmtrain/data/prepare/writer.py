@@ -1,7 +1,7 @@
 """Writing a dataset of tar shards: OUT/{train,val,test}/shard-000000.tar, their indexes, and OUT/meta.json.
 
 The same input gives the same bytes, whatever the number of workers and interruptions: order by hash, fixed times and
-owners in the tars. Shards that were finished before an interruption are checked and kept.
+owners in the tars. Shards that were finished before an interruption are listed beside them, checked and kept.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -20,29 +21,15 @@ import numpy as np
 
 from mmtrain.data.core.order import mix64
 from mmtrain.data.images.tar_index import index_shard
-from mmtrain.data.prepare.encode import (
-    BadSample,
-    ClassEncoder,
-    Encoder,
-    Finished,
-    Item,
-    Ledger,
-    recipe_digest,
-    sources_digest,
-)
-from mmtrain.data.prepare.output import complete_or_absent, existing_meta
+from mmtrain.data.prepare.encode import BadSample, ClassEncoder, Encoder, Item
+from mmtrain.data.prepare.output import Prepared, prepared_folder, write_meta
+from mmtrain.data.prepare.output import existing as existing_folder
 from mmtrain.data.prepare.pool import progress, run_jobs
 from mmtrain.errors import UserError
+from mmtrain.files import read_json_lines, write_atomically
 
 FORMAT = 1
 logger = logging.getLogger("mmtrain")
-
-
-@dataclass(frozen=True)
-class Prepared:
-    out: Path
-    meta: dict[str, Any]
-    fresh: bool  # False: it was there already
 
 
 class _Job(NamedTuple):
@@ -56,9 +43,8 @@ class _Job(NamedTuple):
 
 
 def existing(out: Path, source: str, settings: Mapping[str, Any], *, force: bool) -> Prepared | None:
-    """The dataset at ``out`` if it is complete and was made from the same source with the same settings."""
-    meta = existing_meta(out, source, settings, {"format": FORMAT}, force=force)
-    return None if meta is None else Prepared(out, meta, fresh=False)
+    """The dataset of shards or betons at ``out`` if it is complete and was made from ``source`` with ``settings``."""
+    return existing_folder(out, source, settings, {"format": FORMAT}, force=force)
 
 
 def write_dataset(
@@ -86,88 +72,55 @@ def write_dataset(
     """
     if shard_size < 1:
         raise UserError(f"--shard-size {shard_size}: samples in a shard, 1 or more")
-    workers = min(8, os.cpu_count() or 1) if workers is None else max(1, workers)
+    encoder = encoder or ClassEncoder()
     recipe = recipe_digest(source, {**settings, "format": FORMAT}, splits)
-    with complete_or_absent(out, force=force, recipe=recipe, keep=keep) as part:
+    with prepared_folder(out, force=force, recipe=recipe, keep=keep) as part:
         ledger = Ledger(part)
-        known = ledger.read()
-        jobs = [
-            job
-            for split, items in splits.items()
-            for job in _jobs(part, split, items, shard_size, encoder or ClassEncoder(), skip_bad, known)
-        ]
+        known, jobs = ledger.read(), []
+        for split, items in splits.items():
+            (part / split).mkdir(exist_ok=True)
+            order = np.argsort(mix64(0, np.arange(len(items))), kind="stable")
+            first = 0
+            # Shards of nearly equal size: no last one with a handful of samples.
+            for number, places in enumerate(np.array_split(order, max(1, -(-len(items) // shard_size)))):
+                name, some = f"{split}/shard-{number:06d}.tar", [items[place] for place in places.tolist()]
+                jobs.append(_Job(part, name, first, some, encoder, skip_bad, known.get(name)))
+                first += len(some)
         if known:
             logger.info("%s: goes on; %d of %d shards were finished before", out, len(known), len(jobs))
-        done = _write_all(jobs, workers, ledger, known, f"writing {out.name}")
+        done: dict[str, Finished] = {}
+        with progress(f"writing {out.name}", sum(len(job.items) for job in jobs)) as advance:
+            for entry in run_jobs(_write_shard, jobs, workers, ordered=False):
+                done[entry.name] = entry
+                fresh = entry != known.get(entry.name)
+                if fresh:
+                    ledger.add(entry)
+                advance(entry.samples + len(entry.skipped), fresh=fresh)
         ledger.path.unlink(missing_ok=True)
-        skipped = [entry for job in jobs for entry in done[job.name].skipped]
+        of_split = {split: [done[job.name] for job in jobs if job.name.startswith(f"{split}/")] for split in splits}
         meta = {
             "classes": list(classes),
-            "counts": {split: _samples(split, jobs, done) for split in splits},
+            "counts": {split: sum(entry.samples for entry in entries) for split, entries in of_split.items()},
             "source": source,
             "settings": dict(settings),
             "format": FORMAT,
             **(further or {}),
-            **(summarise(_counts(splits, jobs, done)) if summarise is not None else {}),
         }
-        if skipped:
+        if summarise is not None:
+            meta |= summarise({split: _summed(entries) for split, entries in of_split.items()})
+        if skipped := [f"{path}: {reason}\n" for job in jobs for path, reason in done[job.name].skipped]:
             meta["skipped"] = len(skipped)
-            _write_text(part / "skipped.txt", "".join(f"{path}: {reason}\n" for path, reason in skipped))
-        _write_text(part / "meta.json", json.dumps(meta, indent=1) + "\n")
+            write_atomically(part / "skipped.txt", "".join(skipped), durable=True)
+        write_meta(part, meta)
     return Prepared(out, meta, fresh=True)
 
 
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _counts(splits: Iterable[str], jobs: list[_Job], done: Mapping[str, Finished]) -> dict[str, dict[str, int]]:
-    totals: dict[str, Counter[str]] = {split: Counter() for split in splits}
-    for job in jobs:
-        totals[job.name.partition("/")[0]].update(done[job.name].counts)
-    by_number = {split: sorted(total, key=lambda key: (len(key), key)) for split, total in totals.items()}
-    return {split: {key: totals[split][key] for key in keys} for split, keys in by_number.items()}
-
-
-def _samples(split: str, jobs: list[_Job], done: Mapping[str, Finished]) -> int:
-    return sum(done[job.name].samples for job in jobs if job.name.startswith(f"{split}/"))
-
-
-def _jobs(
-    part: Path,
-    split: str,
-    items: Sequence[Item],
-    shard_size: int,
-    encoder: Encoder,
-    skip_bad: bool,
-    known: Mapping[str, Finished],
-) -> Iterator[_Job]:
-    (part / split).mkdir(exist_ok=True)
-    order = np.argsort(mix64(0, np.arange(len(items))), kind="stable").tolist()
-    # Shards of nearly equal size: no last one with a handful of samples.
-    parts = np.array_split(np.array(order, dtype=np.int64), max(1, -(-len(items) // shard_size)))
-    first = 0
-    for number, places in enumerate(parts):
-        name = f"{split}/shard-{number:06d}.tar"
-        yield _Job(part, name, first, [items[place] for place in places], encoder, skip_bad, known.get(name))
-        first += len(places)
-
-
-def _write_all(
-    jobs: list[_Job], workers: int, ledger: Ledger, known: Mapping[str, Finished], title: str
-) -> dict[str, Finished]:
-    done: dict[str, Finished] = {}
-    with progress(title, sum(len(job.items) for job in jobs)) as advance:
-        for entry in run_jobs(_write_shard, jobs, workers, ordered=False):
-            done[entry.name] = entry
-            fresh = entry != known.get(entry.name)
-            if fresh:
-                ledger.add(entry)
-            advance(entry.samples + len(entry.skipped), fresh=fresh)
-    return done
+def _summed(entries: Sequence[Finished]) -> dict[str, int]:
+    """The encoder's counts over the shards of a split, in the order of their numbers."""
+    total: Counter[str] = Counter()
+    for entry in entries:
+        total.update(entry.counts)
+    return {key: total[key] for key in sorted(total, key=lambda key: (len(key), key))}
 
 
 def _write_shard(job: _Job) -> Finished:
@@ -225,3 +178,82 @@ class _Hashed:
         self.size += len(content)
         self.sha256.update(content)
         return self.stream.write(content)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One shard: its file and what it was made of."""
+
+    name: str  # such as train/shard-000000.tar
+    size: int  # bytes; 0 without a file, if all of its samples were skipped
+    sha256: str
+    sources: str  # digest of the names, sizes and times of the files it was made of
+    samples: int
+    skipped: list[list[str]] = field(default_factory=list)  # path and reason
+    counts: dict[str, int] = field(default_factory=dict)  # what the encoder counted
+
+    def holds(self, folder: Path, items: Sequence[Item]) -> bool:
+        """Whether the shard is there as it was written, and its sources have not changed since."""
+        path = folder / self.name
+        try:
+            if self.sources != sources_digest(items):
+                return False
+            if not self.size:
+                return not path.exists()
+            if path.stat().st_size != self.size:
+                return False
+            with open(path, "rb") as stream:
+                return hashlib.file_digest(stream, "sha256").hexdigest() == self.sha256
+        except (OSError, UserError):
+            return False  # written again, and then what is wrong is said
+
+
+class Ledger:
+    """The shards that are finished, a line for each, in the order in which they were."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "finished.jsonl"
+
+    def read(self) -> dict[str, Finished]:
+        """By name; a line that was cut short by a kill is as if it were not there."""
+        known = {}
+        for line in read_json_lines(self.path):
+            with suppress(TypeError):
+                entry = Finished(**line)
+                known[entry.name] = entry
+        return known
+
+    def add(self, entry: Finished) -> None:
+        with open(self.path, "ab+") as stream:
+            if stream.tell():
+                stream.seek(-1, os.SEEK_END)
+                if stream.read() != b"\n":
+                    stream.write(b"\n")  # after a line that was cut short
+            stream.write(json.dumps(asdict(entry)).encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def recipe_digest(source: str, settings: Mapping[str, Any], splits: Mapping[str, Sequence[Item]]) -> str:
+    """12 hex digits that are the same for the same source, settings and list of items."""
+    found = hashlib.sha256(json.dumps([source, dict(settings)], sort_keys=True).encode())
+    for split, items in splits.items():
+        found.update(f"\n{split} {len(items)}\n".encode())
+        for item in items:
+            found.update(f"{item.label} {item.path!r} {item.target!r} {len(item.content)} {len(item.note)}\n".encode())
+            found.update(item.content + item.note)
+    return found.hexdigest()[:12]
+
+
+def sources_digest(items: Sequence[Item]) -> str:
+    """SHA-256 of names, sizes and modification times of the files of ``items``; none is read."""
+    found = hashlib.sha256()
+    for item in items:
+        for path in (item.path, item.target):
+            if path:
+                try:
+                    stat = os.stat(path)
+                except OSError as error:
+                    raise UserError(f"{path}: cannot read the file ({error.strerror})") from error
+                found.update(f"{path!r} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return found.hexdigest()

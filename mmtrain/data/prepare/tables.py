@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,19 +20,30 @@ SUFFIXES = (".csv", ".parquet")
 _BLOCK = 4 << 20
 
 
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a panel's files by their use. ``time`` None: rows as they come; no ``targets``: all the others."""
+
+    id: str | None = None
+    time: str | None = "date"
+    targets: list[str] = field(default_factory=list)
+    known: list[str] = field(default_factory=list)
+    static: list[str] = field(default_factory=list)
+
+
 def table_files(root: Path) -> list[Path]:
     """The CSV and parquet files that ``root`` is, or has directly in it, sorted by name."""
     if root.is_file() and root.suffix.lower() in SUFFIXES:
         return [root]
-    found = sorted(f for f in root.iterdir() if _is_table(f)) if root.is_dir() else []
+    found = [
+        file
+        for file in (sorted(root.iterdir()) if root.is_dir() else ())
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+    ]
     if not found:
         what = "no such file or folder" if not root.exists() else f"no {' or '.join(SUFFIXES)} file"
         raise UserError(f"--root {root}: {what} (looked for {root.absolute()})")
     return found
-
-
-def _is_table(file: Path) -> bool:
-    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
 
 
 def schema_of(file: Path) -> pa.Schema:
@@ -45,6 +57,13 @@ def schema_of(file: Path) -> pa.Schema:
 
         with csv.open_csv(file, read_options=csv.ReadOptions(block_size=_BLOCK)) as reader:
             return reader.schema
+
+
+def is_number(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds numbers, or nothing at all."""
+    import pyarrow as pa
+
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
 
 
 def rows_of(file: Path) -> int:

@@ -1,0 +1,348 @@
+"""Images with targets → tar shards: a class number for each pixel (ADE20K, CamVid), or boxes and outlines (COCO)."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmtrain.data.prepare.encode import (
+    QUALITY,
+    BadSample,
+    Encoded,
+    Item,
+    check_encoding,
+    encode_image,
+    read_file,
+    shrunk,
+    to_bytes,
+)
+from mmtrain.data.prepare.imagenet_classes import read_lines
+from mmtrain.data.prepare.images import image_files
+from mmtrain.data.prepare.output import Prepared, check_root
+from mmtrain.data.prepare.writer import existing, write_dataset
+from mmtrain.errors import UserError
+
+VOID = 255
+_SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test", "testing")}
+_LAYOUTS = "wanted is ROOT/images/train with ROOT/annotations/train, or ROOT/train with ROOT/trainannot"
+
+
+@dataclass(frozen=True)
+class MaskEncoder:
+    """An image and its mask (``.seg.png``, grey with 8 bits: a class number for each pixel)."""
+
+    image_size: int | None
+    quality: int
+    classes: int | None  # how many there are (None: any number)
+    ignore: tuple[int, ...]
+    zero_is_void: bool
+    labelled: ClassVar[bool] = False
+
+    def __call__(self, item: Item) -> Encoded:
+        from PIL import Image
+
+        suffix, content, size = encode_image(item, self.image_size, self.quality)
+        numbers = read_numbers(item.target)
+        if numbers.shape != (size[1], size[0]):
+            found = f"{numbers.shape[1]} × {numbers.shape[0]}"
+            raise BadSample(item.target, f"the mask has {found} pixels, its image {size[0]} × {size[1]}")
+        if self.zero_is_void:
+            # 0 becomes 255, n becomes n - 1; a void that was 255 before stays one
+            numbers = np.where(numbers == VOID, VOID, numbers - np.uint8(1))
+        for value in np.unique(numbers).tolist() if self.classes is not None else ():
+            if value >= self.classes and value not in self.ignore:
+                raise BadSample(
+                    item.target, f"holds the class number {value}, but there are {self.classes} classes (see --ignore)"
+                )
+        mask = Image.fromarray(numbers)
+        if self.image_size is not None:
+            mask = mask.resize(shrunk(size, self.image_size), Image.Resampling.NEAREST)
+        pixels = np.bincount(np.asarray(mask).reshape(-1), minlength=VOID + 1)
+        counts = {str(value): int(pixels[value]) for value in np.flatnonzero(pixels)}
+        return Encoded({suffix: content, "seg.png": to_bytes(mask, None)}, counts)
+
+
+def read_numbers(path: str) -> NDArray[np.uint8]:
+    """The class numbers (H, W) of a mask file: grey, or the places in a palette. Raises BadSample."""
+    from PIL import Image
+
+    content = read_file(path)
+    try:
+        image: Image.Image = Image.open(io.BytesIO(content))
+        image.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL's plugins raise almost anything for damaged files
+        raise BadSample(path, f"the mask cannot be decoded ({type(error).__name__}: {error})") from error
+    if image.mode not in ("L", "P") and not image.mode.startswith("I"):
+        raise BadSample(path, f"the mask's pixels are {image.mode}, not class numbers (grey, or a palette)")
+    numbers = np.asarray(image)
+    if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) <= VOID:
+        raise BadSample(path, f"the mask holds class numbers outside of 0 to {VOID}")
+    return numbers.astype(np.uint8)
+
+
+def prepare_segmentation(
+    root: str | Path,
+    out: str | Path,
+    *,
+    classes: str | Path | None = None,
+    ignore: Sequence[int] = (VOID,),
+    zero_is_void: bool = False,
+    image_size: int | None = None,
+    quality: int = QUALITY,
+    shard_size: int = 1000,
+    workers: int | None = None,
+    skip_bad: bool = False,
+    force: bool = False,
+) -> Prepared:
+    """Write OUT/{train,val,test}/shard-*.tar of images and masks, and OUT/meta.json.
+
+    ROOT/images/SPLIT and ROOT/annotations/SPLIT, or ROOT/SPLIT and ROOT/SPLITannot, hold files of the same stems.
+    ``classes``: a file with a name in each line, the first for class 0; masks may then hold no other numbers but those
+    of ``ignore``. Without it the classes are numbers. ``zero_is_void``: 0 becomes 255 and n becomes n − 1, as is usual
+    for ADE20K; ``ignore`` means the numbers after that. ``image_size``: shrink images and masks (nearest pixel) whose
+    shorter side is longer. meta.json has the pixels of each class. The rest is as for ``prepare_imagenet``.
+    """
+    root, out = Path(root).expanduser(), Path(out).expanduser()
+    check_encoding(image_size, quality)
+    if not all(0 <= number <= VOID for number in ignore):
+        raise UserError(f"--ignore {' '.join(map(str, ignore))}: class numbers, 0 to {VOID}")
+    names = None if classes is None else read_lines(Path(classes).expanduser())
+    voids = tuple(sorted({*ignore, VOID} if zero_is_void else set(ignore)))
+    settings = {
+        "image_size": image_size,
+        "quality": quality,
+        "shard_size": shard_size,
+        "classes": names,
+        "ignore": list(voids),
+        "zero_is_void": zero_is_void,
+    }
+    source = str(root.absolute())
+    if (done := existing(out, source, settings, force=force)) is not None:
+        return done
+
+    def summarise(pixels: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+        seen = {int(number) for counts in pixels.values() for number in counts} - set(voids)
+        known = names if names is not None else [str(number) for number in range(max(seen, default=-1) + 1)]
+        return {"classes": known, "pixels": pixels}
+
+    return write_dataset(
+        out,
+        _find_masks(root),
+        [],
+        source,
+        settings,
+        shard_size=shard_size,
+        encoder=MaskEncoder(image_size, quality, None if names is None else len(names), voids, zero_is_void),
+        workers=workers,
+        force=force,
+        keep=True,
+        skip_bad=skip_bad,
+        further={"kind": "segmentation", "ignore": list(voids)},
+        summarise=summarise,
+    )
+
+
+def _find_masks(root: Path) -> dict[str, list[Item]]:
+    check_root(root)
+    splits = {}
+    for split, names in _SPLITS.items():
+        for name in names:
+            for images, masks in (
+                (root / "images" / name, root / "annotations" / name),
+                (root / name, root / f"{name}annot"),
+            ):
+                if split not in splits and images.is_dir() and masks.is_dir():
+                    splits[split] = _pairs(images, masks)
+    if "train" not in splits:
+        raise UserError(f"{root}: no training images with masks; {_LAYOUTS}")
+    return splits
+
+
+def _pairs(images: Path, masks: Path) -> list[Item]:
+    by_stem: dict[Path, dict[str, Path]] = {images: {}, masks: {}}
+    for folder, found in by_stem.items():
+        for path in image_files(folder):
+            stem = path.relative_to(folder).with_suffix("").as_posix()
+            if stem in found:
+                raise UserError(f"{path}: {found[stem].name} has the same stem: one of them must go")
+            found[stem] = path
+    for folder, other in ((images, masks), (masks, images)):
+        if alone := sorted(set(by_stem[folder]) - set(by_stem[other])):
+            first = by_stem[folder][alone[0]]
+            raise UserError(f"{first}: no file of that stem in {other} ({len(alone)} such)")
+    if not by_stem[images]:
+        raise UserError(f"{images}: no images")
+    return [Item(path=str(path), target=str(by_stem[masks][stem])) for stem, path in sorted(by_stem[images].items())]
+
+
+@dataclass(frozen=True)
+class BoxEncoder:
+    """An image and the annotations of that image (``.json``, see ``mmtrain.data.images.targets.read_detection``)."""
+
+    quality: int = QUALITY
+    labelled: ClassVar[bool] = False
+
+    def __call__(self, item: Item) -> Encoded:
+        suffix, content, size = encode_image(item, None, self.quality)
+        target = json.loads(item.note)
+        if (target["width"], target["height"]) != size:
+            said = f"{target['width']} × {target['height']}"
+            raise BadSample(item.path, f"the image has {size[0]} × {size[1]} pixels, its annotations say {said}")
+        return Encoded({suffix: content, "json": item.note}, dict(Counter(str(label) for label in target["labels"])))
+
+
+def prepare_coco(
+    images: str | Path,
+    annotations: str | Path,
+    out: str | Path,
+    *,
+    val_images: str | Path | None = None,
+    val_annotations: str | Path | None = None,
+    shard_size: int = 1000,
+    workers: int | None = None,
+    skip_bad: bool = False,
+    force: bool = False,
+) -> Prepared:
+    """Write OUT/train/shard-*.tar (and OUT/val) of images with their annotations, and OUT/meta.json.
+
+    ``annotations`` is a file like instances_train2017.json. Categories become class indices in the order of their ids,
+    which meta.json keeps as ``category_ids`` for an evaluation by COCO's tools, with the boxes of each class. Images
+    without annotations stay, and all keep their size. The rest is as for ``prepare_imagenet``.
+    """
+    out = Path(out).expanduser()
+    if (val_images is None) != (val_annotations is None):
+        raise UserError("--val-images and --val-annotations go together")
+    given = {"train": (Path(images).expanduser(), Path(annotations).expanduser())}
+    if val_images is not None and val_annotations is not None:
+        given["val"] = (Path(val_images).expanduser(), Path(val_annotations).expanduser())
+    source = "; ".join(f"{folder.absolute()}, {file.absolute()}" for folder, file in given.values())
+    settings = {"shard_size": shard_size}
+    if (done := existing(out, source, settings, force=force)) is not None:
+        return done
+    categories: list[tuple[int, str]] | None = None
+    splits = {}
+    for split, (folder, file) in given.items():
+        content = _read_annotations(file)
+        found = _categories(content, file)
+        if categories is not None and found != categories:
+            raise UserError(f"{file}: other categories than {given['train'][1]}")
+        categories = found
+        splits[split] = _coco_items(content, folder, file, {number: place for place, (number, _) in enumerate(found)})
+    assert categories is not None
+    return write_dataset(
+        out,
+        splits,
+        [name for _, name in categories],
+        source,
+        settings,
+        shard_size=shard_size,
+        encoder=BoxEncoder(),
+        workers=workers,
+        force=force,
+        keep=True,
+        skip_bad=skip_bad,
+        further={"kind": "detection", "category_ids": [number for number, _ in categories]},
+        summarise=lambda boxes: {"boxes": boxes},
+    )
+
+
+def _read_annotations(file: Path) -> dict[str, Any]:
+    try:
+        with open(file, encoding="utf-8") as stream:
+            content = json.load(stream)
+    except OSError as error:
+        raise UserError(f"{file}: cannot read the annotations ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not JSON ({error})") from error
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise UserError(f"{file}: not annotations in COCO's format: no list {key!r}")
+        if not all(isinstance(entry, dict) for entry in content[key]):
+            raise UserError(f"{file}: {key!r} holds something else than objects")
+    return content
+
+
+def _categories(content: dict[str, Any], file: Path) -> list[tuple[int, str]]:
+    try:
+        found = sorted((int(entry["id"]), str(entry["name"])) for entry in content["categories"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f'{file}: categories need "id" and "name" ({error!r})') from error
+    if len({number for number, _ in found}) != len(found) or not found:
+        raise UserError(f"{file}: {'a category id is there twice' if found else 'no categories'}")
+    return found
+
+
+def _coco_items(content: dict[str, Any], folder: Path, file: Path, classes: Mapping[int, int]) -> list[Item]:
+    targets: dict[int, dict[str, Any]] = {}
+    for entry in content["images"]:
+        try:
+            number, name = int(entry["id"]), str(entry["file_name"])
+            width, height = int(entry["width"]), int(entry["height"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f'{file}: images need "id", "file_name", "width" and "height" ({error!r})') from error
+        if number in targets:
+            raise UserError(f"{file}: image {number} is there twice")
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise UserError(f"{file}: image {number}: {name!r} leads out of {folder}")
+        lists: dict[str, Any] = {key: [] for key in ("ids", "boxes", "labels", "areas", "iscrowd", "segmentations")}
+        targets[number] = {"image_id": number, "file_name": name, "width": width, "height": height, **lists}
+    for entry in content["annotations"]:
+        _add(entry, targets, file, classes)
+    if not targets:
+        raise UserError(f"{file}: lists no images")
+    missing = [target["file_name"] for target in targets.values() if not (folder / target["file_name"]).is_file()]
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} of {len(targets)} images are missing: {', '.join(missing[:5])}")
+    return [
+        Item(path=str(folder / target["file_name"]), note=json.dumps(target, separators=(",", ":")).encode())
+        for _, target in sorted(targets.items())
+    ]
+
+
+def _add(entry: dict[str, Any], targets: dict[int, dict[str, Any]], file: Path, classes: Mapping[int, int]) -> None:
+    where = f"{file}: annotation {entry.get('id')}"
+    try:
+        target, label = targets[entry["image_id"]], classes[entry["category_id"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{where}: no such image or category ({error!r})") from error
+    try:
+        x, y, width, height = (float(value) for value in entry["bbox"])
+        area = float(entry.get("area", width * height))
+        number, crowd = int(entry.get("id", 0)), int(entry.get("iscrowd", 0))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f'{where}: needs "bbox" with x, y, width and height in pixels ({error!r})') from error
+    if not all(map(math.isfinite, (x, y, width, height, area))) or min(width, height) < 0:
+        raise UserError(f"{where}: bbox {entry['bbox']}: finite numbers, and no negative width or height")
+    outline = entry.get("segmentation", [])
+    if not _is_outline(outline, target):
+        raise UserError(f"{where}: segmentation is neither polygons (x, y, x, y, ...) nor RLE of the image's size")
+    target["ids"].append(number)
+    target["boxes"].append([x, y, x + width, y + height])
+    target["labels"].append(label)
+    target["areas"].append(area)
+    target["iscrowd"].append(crowd)
+    target["segmentations"].append(outline)
+
+
+def _is_outline(outline: object, target: Mapping[str, Any]) -> bool:
+    if isinstance(outline, dict):
+        right = outline.get("size") == [target["height"], target["width"]]
+        return right and isinstance(outline.get("counts"), list | str)
+    return isinstance(outline, list) and all(
+        isinstance(polygon, list)
+        and len(polygon) >= 6
+        and len(polygon) % 2 == 0
+        and all(isinstance(value, int | float) for value in polygon)
+        for polygon in outline
+    )

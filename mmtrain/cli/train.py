@@ -80,9 +80,7 @@ def _note_end(run: Path, reason: str) -> None:
 
 def shrink(config: RunConfig) -> RunConfig:
     """A small and short copy of ``config`` that takes the same code paths."""
-    from dataclasses import replace
-
-    from mmtrain.config import TSM2Config, ViM2Config
+    from mmtrain.config import TSM2Config, ViM2Config, replace
 
     model = config.model
     if isinstance(model, ViM2Config):

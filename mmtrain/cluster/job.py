@@ -9,13 +9,12 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmtrain.cluster import requeue
 from mmtrain.cluster.task import SlurmTask
-from mmtrain.config import RunConfig
+from mmtrain.config import RunConfig, replace
 from mmtrain.errors import UserError
 from mmtrain.runs import journal, slurm
 from mmtrain.runs.folder import RunFolder, run_path

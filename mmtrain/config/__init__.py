@@ -1,4 +1,7 @@
-"""Configuration: typed schema, YAML files with includes, ``key=value`` overrides. Imports nothing of the package."""
+"""Configuration: the schema, the registries of its kinds, YAML files with includes and ``key=value`` overrides.
+
+A key, its default, its bounds and its description belong here; what a key does belongs to the package that reads it.
+"""
 
 from mmtrain.config.data import (
     DataConfig,
@@ -24,6 +27,7 @@ from mmtrain.config.schema import (
     TrackingConfig,
     TrainConfig,
 )
+from mmtrain.config.section import replace
 
 __all__ = [
     "MODELS",
@@ -51,5 +55,6 @@ __all__ = [
     "config_names",
     "from_yaml",
     "load_config",
+    "replace",
     "to_yaml",
 ]

@@ -1,34 +1,30 @@
-"""From YAML files and ``key=value`` overrides to a typed :class:`RunConfig`, with errors that say where and what.
+"""From YAML files and ``key=value`` overrides to a :class:`RunConfig`, with errors that say where and what.
 
-A configuration is a stack of layers: included files first, then the file, then the command line. Each layer is
-checked against the schema on its own, so that an error names the layer that is wrong. The sections ``model``,
-``data`` and ``task`` come in kinds; a later layer may switch the kind (``data=synthetic``), and then keys that the
-new kind does not have are dropped.
+A configuration is a stack of layers: included files first, then the file, then the command line. An error names the
+layer that gave the key or value. The sections ``model``, ``data`` and ``task`` come in kinds; a later layer may switch
+the kind (``data=synthetic``), and then keys that the new kind does not have are dropped.
 """
 
 from __future__ import annotations
 
 import re
-import typing
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mmtrain.config.data import DATA, DataConfig
-from mmtrain.config.models import MODELS, ModelConfig, preset
-from mmtrain.config.schema import TASKS, RunConfig, TaskConfig
+from mmtrain.config.data import DATA
+from mmtrain.config.models import MODELS
+from mmtrain.config.registry import Registry
+from mmtrain.config.schema import TASKS, RunConfig
+from mmtrain.config.section import ConfigError, Section
 from mmtrain.errors import UserError, nearest
 
-#: For each section that comes in kinds: the key that names the kind, and the known ones.
-_KINDS: dict[str, tuple[str, Mapping[str, Any]]] = {
-    "model": ("name", MODELS),
-    "data": ("kind", DATA),
-    "task": ("kind", TASKS),
-}
+#: The sections that come in kinds.
+REGISTRIES: dict[str, Registry[Any]] = {"model": MODELS, "data": DATA, "task": TASKS}
 _COMMAND_LINE = "command line"
 
 
@@ -58,15 +54,22 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         UserError: for an unknown name, key, kind or value; the message names the file and the nearest valid name.
     """
     path = _find(name)
-    layers = [*_file_layers(path, ()), _override_layer(overrides)]
     merged: dict[str, Any] = {}
-    for layer in layers:
+    sources: dict[str, str] = {}
+    for layer in [*_file_layers(path, ()), _override_layer(overrides)]:
         merged = _add_layer(merged, layer)
+        sources |= dict.fromkeys(_flat(layer.values), layer.source)
     merged.setdefault("name", path.stem)
-    for section, (key, known) in _KINDS.items():
-        if not merged.get(section, {}).get(key):
-            raise UserError(f"{path}: {section}.{key} is not set: choose one of {', '.join(known)}")
-    return _typed(merged, str(path))
+    for section, registry in REGISTRIES.items():
+        if not merged.get(section, {}).get(registry.key):
+            raise UserError(f"{path}: {section}.{registry.key} is not set: choose one of {', '.join(registry)}")
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(merged), resolve=True, throw_on_missing=True)
+        return RunConfig(**cast(dict[str, Any], values))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}") from None
+    except ConfigError as error:
+        raise UserError(f"{sources.get(error.key, path)}: {error}") from None
 
 
 def from_yaml(path: Path) -> RunConfig:
@@ -76,7 +79,7 @@ def from_yaml(path: Path) -> RunConfig:
 
 def to_yaml(config: RunConfig) -> str:
     """The whole resolved configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump()))
 
 
 def _find(name: str | Path) -> Path:
@@ -142,125 +145,61 @@ def _spelt_out(item: str) -> str:
     section, _, kind = item.partition("=")
     if _TIME.fullmatch(kind):
         return f'{section}="{kind}"'
-    return f"{section}.{_KINDS[section][0]}={kind}" if section in _KINDS and kind.isidentifier() else item
+    return f"{section}.{REGISTRIES[section].key}={kind}" if section in REGISTRIES and kind.isidentifier() else item
 
 
 def _add_layer(merged: dict[str, Any], layer: _Layer) -> dict[str, Any]:
     values = {str(k): v for k, v in layer.values.items()}
-    for section, (key, known) in _KINDS.items():
+    for section, registry in REGISTRIES.items():
         if isinstance(values.get(section), str):
-            values[section] = {key: values[section]}
-        kind = (values.get(section) or {}).get(key) if isinstance(values.get(section), dict) else None
+            values[section] = {registry.key: values[section]}
+        kind = values[section].get(registry.key) if isinstance(values.get(section), Mapping) else None
         if kind is None:
             continue
-        if kind not in known:
-            raise UserError(
-                f"{layer.source}: {section}.{key}: unknown '{kind}'{nearest(str(kind), known)}"
-                f" (known: {', '.join(known)})"
-            )
-        if section in merged and merged[section].get(key) != kind:
-            keep = set(_schema({section: {key: kind}})[section])
+        try:
+            keep = registry.choose(kind).model_fields
+        except ConfigError as error:
+            raise UserError(f"{layer.source}: {error}") from None
+        if section in merged and merged[section].get(registry.key) != kind:
             merged = merged | {section: {k: v for k, v in merged[section].items() if k in keep}}
     state = cast(
         dict[str, Any], OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(merged), OmegaConf.create(values)))
     )
-    schema = _schema(state)
-    _refuse_unknown(values, schema, layer.source)
-    try:
-        OmegaConf.merge(schema, OmegaConf.create(values))
-    except OmegaConfBaseException as error:
-        raise _type_error(layer.source, error) from None
+    _refuse_unknown(values, _known_keys(state), layer.source)
     return state
 
 
-def _schema(state: Mapping[str, Any]) -> DictConfig:
-    """The schema with the sections that ``state`` has chosen a kind for."""
-
-    def chosen(section: str) -> str | None:
-        value = state.get(section)
-        return value.get(_KINDS[section][0]) if isinstance(value, Mapping) else None
-
-    model, data, task = chosen("model"), chosen("data"), chosen("task")
-    return OmegaConf.structured(
-        RunConfig(
-            model=preset(model) if model else ModelConfig(),
-            data=DATA[data]() if data else DataConfig(),
-            task=TASKS[task]() if task else TaskConfig(),
-        )
-    )
+def _known_keys(state: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The keys of each section, with the kinds that ``state`` has chosen; none for a key that is no section."""
+    known: dict[str, list[str]] = {}
+    for name, default in RunConfig():
+        registry, chosen = REGISTRIES.get(name), state.get(name)
+        kind = chosen.get(registry.key) if registry and isinstance(chosen, Mapping) else None
+        section = registry.choose(kind) if registry and kind else type(default)
+        known[name] = list(section.model_fields) if issubclass(section, Section) else []
+    return known
 
 
-def _refuse_unknown(values: Mapping[str, Any], schema: DictConfig, source: str, prefix: str = "") -> None:
-    for key, value in values.items():
-        dotted = f"{prefix}{key}"
-        if key not in schema:
-            known = [f"{prefix}{k!s}" for k in schema]
-            leaves = _leaves(_root(schema))
-            hint = nearest(dotted, known) or nearest(dotted, leaves)
-            same = [leaf for leaf in leaves if leaf.split(".")[-1] == key]
-            hint = f"; did you mean '{same[0]}'?" if same else hint
-            section = prefix[:-1]
-            if section in _KINDS and not schema.get(_KINDS[section][0]):
-                hint = f"; set {section}.{_KINDS[section][0]} first (known: {', '.join(_KINDS[section][1])})"
+def _refuse_unknown(values: Mapping[str, Any], known: Mapping[str, list[str]], source: str) -> None:
+    leaves = [f"{name}.{key}" for name, keys in known.items() for key in keys] + [n for n in known if not known[n]]
+    for name, value in values.items():
+        if known.get(name) and not isinstance(value, Mapping):
+            raise UserError(f"{source}: {name} is a section: write {name}.KEY=VALUE, not {value!r}")
+        wrong = [f"{name}.{key}" for key in value if key not in known[name]] if known.get(name) else []
+        for dotted in wrong if name in known else [name]:
+            section, _, key = dotted.rpartition(".")
+            same = [leaf for leaf in leaves if leaf.split(".")[-1] == (key or dotted)]
+            near = [leaf for leaf in leaves if leaf.startswith(f"{section}.")] if section else list(known)
+            hint = f"; did you mean '{same[0]}'?" if same else nearest(dotted, near) or nearest(dotted, leaves)
+            registry = REGISTRIES.get(section)
+            if registry is not None and known[section] == list(registry.base.model_fields):
+                hint = f"; set {section}.{registry.key} first (known: {', '.join(registry)})"
             raise UserError(f"{source}: unknown key '{dotted}'{hint}")
-        if isinstance(schema[key], DictConfig):
-            if not isinstance(value, Mapping):
-                raise UserError(f"{source}: {dotted} is a section: write {dotted}.KEY=VALUE, not {value!r}")
-            _refuse_unknown(value, schema[key], source, f"{dotted}.")
-
-
-def _root(schema: DictConfig) -> DictConfig:
-    return cast(DictConfig, schema._get_root())
-
-
-def _leaves(schema: DictConfig, prefix: str = "") -> list[str]:
-    found: list[str] = []
-    for key in schema:
-        value = schema[key]
-        dotted = f"{prefix}{key!s}"
-        found += _leaves(value, f"{dotted}.") if isinstance(value, DictConfig) else [dotted]
-    return found
-
-
-def _type_error(source: str, error: OmegaConfBaseException) -> UserError:
-    what = str(error).splitlines()[0]
-    key = error.full_key or "value"
-    return UserError(f"{source}: {key}: {what}{_expected(str(key))}")
-
-
-def _expected(dotted: str) -> str:
-    """`` (expected: int)`` where the schema of all kinds agrees on the type of a key."""
-    section, _, leaf = dotted.partition(".")
-    owners: list[Any] = [RunConfig] if not leaf else []
-    if section in _KINDS:
-        owners = [v[0] if isinstance(v, tuple) else v for v in _KINDS[section][1].values()]
-    elif leaf:
-        hint = typing.get_type_hints(RunConfig).get(section)
-        owners = [hint] if is_dataclass(hint) else []
-    name = (leaf or section).split("[")[0]
-    for owner in owners:
-        hints = typing.get_type_hints(owner)
-        if name in hints:
-            return f" (expected: {getattr(hints[name], '__name__', None) or hints[name]})".replace("typing.", "")
-    return ""
-
-
-def _typed(merged: Mapping[str, Any], source: str) -> RunConfig:
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(_schema(merged), OmegaConf.create(dict(merged))))
-    except OmegaConfBaseException as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, UserError):
-                raise cause from None
-            cause = cause.__cause__
-        raise _type_error(source, error) from None
-    return cast(RunConfig, config)
 
 
 def differences(old: RunConfig, new: RunConfig, ignore: Iterable[str] = ()) -> list[str]:
-    """``key: old -> new`` for each leaf that differs, but for the keys and sections in ``ignore``."""
-    left, right = _flat(old), _flat(new)
+    """``key: old -> new`` for each leaf that differs, except the keys and sections in ``ignore``."""
+    left, right = _flat(old.model_dump()), _flat(new.model_dump())
     ignored = tuple(ignore)
     return [
         f"{key}: {left.get(key)!r} -> {right.get(key)!r}"
@@ -269,10 +208,9 @@ def differences(old: RunConfig, new: RunConfig, ignore: Iterable[str] = ()) -> l
     ]
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values by their dotted keys."""
     found: dict[str, Any] = {}
-    for item in fields(value):
-        child = getattr(value, item.name)
-        key = f"{prefix}{item.name}"
-        found.update(_flat(child, f"{key}.") if is_dataclass(child) else {key: child})
+    for key, value in values.items():
+        found |= {f"{key}.{leaf}": item for leaf, item in value.items()} if isinstance(value, Mapping) else {key: value}
     return found

@@ -1,14 +1,15 @@
-"""How a run is spread over processes. Nothing here changes what is learnt, beyond floating-point order.
-
-The typed schema of a run. Lengths are in epochs or steps of the *global* batch, never per rank.
-"""
+"""The typed schema of a run. Lengths are in epochs or steps of the *global* batch, never per rank."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal, Self
 
-from mmtrain.config.data import DataConfig
-from mmtrain.config.models import ModelConfig, require
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
+
+from mmtrain.config.data import DATA, DataConfig
+from mmtrain.config.models import MODELS, ModelConfig
+from mmtrain.config.registry import Registry
+from mmtrain.config.section import Section, require
 
 #: Every strategy, with what it keeps on each rank.
 STRATEGIES = {
@@ -22,283 +23,231 @@ STRATEGIES = {
 }
 
 
-@dataclass
-class ParallelConfig:
-    """``strategy``: auto (none in one process, ddp in several) or one of :data:`STRATEGIES`.
+class ParallelConfig(Section):
+    """How a run is spread over processes. Nothing here changes what is learnt, beyond floating-point order."""
 
-    ``shard_size``: ranks that share one copy, for hsdp (default: those of a node). ``reshard_after_forward``: fsdp and
-    hsdp free the gathered parameters after the forward pass and gather them again for the backward pass. ``gather``:
-    the dtype in which they are gathered; with bf16, A_log, D, the bias of Δ, norms and averages still go as fp32.
-    ``offload``: optimizer state and updates on the CPU (zero1, zero2, zero3).
+    prefix: ClassVar[str] = "parallel."
+    strategy: Literal["auto", "none", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"] = Field(
+        "auto", description="What is split over the ranks; auto: none in one process, ddp in several."
+    )
+    shard_size: int | None = Field(
+        None, ge=1, description="hsdp: ranks that share one copy of the model; null: the ranks of a node."
+    )
+    reshard_after_forward: bool = Field(
+        True, description="fsdp, hsdp: free the parameters after the forward pass and gather them again for backward."
+    )
+    gather: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="fsdp, hsdp: the dtype in which parameters are gathered. With bf16, A_log, D, the bias of Δ, norms"
+        " and averages still go as fp32.",
+    )
+    offload: bool = Field(False, description="zero1, zero2, zero3: optimizer state and updates on the CPU.")
+    start_timeout: float = Field(
+        1800.0,
+        gt=0,
+        description="Seconds a rank may stay away before the first step is done, while data opens and kernels compile."
+        " Then the run ends with the names of the missing ranks.",
+    )
+    step_timeout: float = Field(600.0, gt=0, description="The same, after the first step.")
 
-    ``start_timeout`` and ``step_timeout``, in seconds: how long a rank may stay away before the first step is done
-    (data opens, kernels compile), and after it, before the run is ended with the names of the missing ranks.
-    """
-
-    strategy: str = "auto"
-    shard_size: int | None = None
-    reshard_after_forward: bool = True
-    gather: str = "fp32"
-    offload: bool = False
-    start_timeout: float = 1800.0
-    step_timeout: float = 600.0
-
-    def __post_init__(self) -> None:
-        known = ("auto", *STRATEGIES)
-        require(self.strategy in known, "parallel.strategy", self.strategy, f"choose one of {', '.join(known)}")
-        require(self.gather in ("fp32", "bf16"), "parallel.gather", self.gather, "choose fp32 or bf16")
-        size = self.shard_size
-        require(size is None or size >= 1, "parallel.shard_size", size, "at least 1, or null for the ranks of a node")
-        for key in ("start_timeout", "step_timeout"):
-            require(getattr(self, key) > 0, f"parallel.{key}", getattr(self, key), "it must be positive (seconds)")
-        if self.offload and not self.strategy.startswith("zero"):
-            require(False, "parallel.offload", True, "only zero1, zero2 and zero3 offload; use one of them or false")
-
-
-@dataclass
-class TaskConfig:
-    """Which task: model, loss, metrics and data meet there."""
-
-    kind: str = ""
+    @model_validator(mode="after")
+    def _offloads(self) -> Self:
+        fits = not self.offload or self.strategy.startswith("zero")
+        require(fits, "parallel.offload", True, "only zero1, zero2 and zero3 offload; use one of them or false")
+        return self
 
 
-@dataclass
+class TaskConfig(Section):
+    """The keys that every task has."""
+
+    prefix: ClassVar[str] = "task."
+    kind: str = Field("", description="The task, where model, loss, metrics and data meet.")
+
+
+TASKS: Registry[TaskConfig] = Registry("task", "kind", TaskConfig, "mmtrain.tasks")
+
+
+@TASKS.section("classification")
 class ClassificationConfig(TaskConfig):
-    """Cross-entropy over classes, with label smoothing and timm's Mixup and CutMix (0 turns one off)."""
+    """Cross-entropy over classes, with label smoothing and timm's Mixup and CutMix."""
 
     kind: str = "classification"
-    label_smoothing: float = 0.1
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mix_prob: float = 1.0
-
-    def __post_init__(self) -> None:
-        smoothing = self.label_smoothing
-        require(0 <= smoothing < 1, "task.label_smoothing", smoothing, "it must be in [0, 1)")
-        for key in ("mixup", "cutmix", "mix_prob"):
-            require(getattr(self, key) >= 0, f"task.{key}", getattr(self, key), "it must be 0 or more")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="The part of a target that all classes share.")
+    mixup: float = Field(0.0, ge=0, description="Alpha of Mixup; 0: off.")
+    cutmix: float = Field(0.0, ge=0, description="Alpha of CutMix; 0: off.")
+    mix_prob: float = Field(1.0, ge=0, description="Probability that a batch is mixed.")
 
 
-@dataclass
+@TASKS.section("forecasting")
 class ForecastingConfig(TaskConfig):
-    """MSE or MAE on the standardised values; both are reported, over every window.
-
-    ``spread_weight`` times the pinball loss or the negative log-likelihood is added for a model with quantiles or a
-    Student-t.
-    """
+    """MSE or MAE on the standardised values; both are reported, over every window."""
 
     kind: str = "forecasting"
-    loss: str = "mse"
-    spread_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        require(self.loss in ("mse", "mae"), "task.loss", self.loss, "choose mse or mae")
-        require(self.spread_weight > 0, "task.spread_weight", self.spread_weight, "it must be positive")
+    loss: Literal["mse", "mae"] = Field("mse", description="The loss of the point forecast.")
+    spread_weight: float = Field(
+        1.0, gt=0, description="Weight of the pinball loss or the negative log-likelihood, where the model gives one."
+    )
 
 
-TASKS: dict[str, type[TaskConfig]] = {"classification": ClassificationConfig, "forecasting": ForecastingConfig}
+class OptimConfig(Section):
+    """AdamW with linear warm-up, then a schedule."""
+
+    prefix: ClassVar[str] = "optim."
+    lr: float = Field(1e-3, gt=0, description="Learning rate after the warm-up.")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.9, 0.999], min_length=2, max_length=2, description="Decay of the running mean and of the mean square."
+    )
+    eps: float = Field(1e-8, ge=0, description="Added to the denominator.")
+    weight_decay: float = Field(0.05, ge=0, description="Decoupled weight decay.")
+    warmup_epochs: float = Field(0.0, ge=0, description="Epochs of linear warm-up.")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="The learning rate after the warm-up.")
+    min_lr_ratio: float = Field(0.0, ge=0, description="Cosine: the last learning rate over lr.")
+    clip_norm: float | None = Field(5.0, gt=0, description="Largest norm of the gradient; null: not clipped.")
 
 
-@dataclass
-class OptimConfig:
-    """AdamW with linear warm-up, then ``schedule`` (cosine or constant) down to ``min_lr_ratio``·lr."""
+class TrainConfig(Section):
+    """How long to train, and how a step is taken."""
 
-    lr: float = 1e-3
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-    weight_decay: float = 0.05
-    warmup_epochs: float = 0.0
-    schedule: str = "cosine"
-    min_lr_ratio: float = 0.0
-    clip_norm: float | None = 5.0
+    prefix: ClassVar[str] = "train."
+    epochs: float = Field(1.0, gt=0, description="Length of the run.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after so many steps, if epochs are not over before.")
+    batch_size: int = Field(
+        64, ge=1, description="Samples of a step over all ranks: the world size divides it, never multiplies it."
+    )
+    accumulation: int = Field(
+        1, ge=1, description="Micro-batches of a step, at least; more where the ranks or micro_batch ask for more."
+    )
+    micro_batch: int | None = Field(None, ge=1, description="The most samples that a rank takes at once.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="bf16 and fp16 are by autocast, with parameters, state of the scans, reductions and optimizer in"
+        " fp32; fp16 scales the loss.",
+    )
+    tf32: bool = Field(True, description="TF32 for products of fp32 matrices on GPUs.")
+    deterministic: bool = Field(False, description="Deterministic algorithms only.")
+    compile: bool = Field(False, description="torch.compile of every mixer.")
+    checkpointing: Literal["none", "full", "selective"] = Field(
+        "none",
+        description="Activations computed again in the backward pass: none, all (full), or all except the results of"
+        " matrix products, convolutions and scans (selective).",
+    )
+    checkpointing_every: int = Field(1, ge=1, description="full: in every n-th mixer only.")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="Evaluate an average of the weights; null: none.")
+    log_every: int = Field(20, ge=1, description="Steps from one line of metrics to the next.")
+    gc_every: int = Field(100, ge=1, description="Steps from one garbage collection to the next.")
+    max_bad_steps: int = Field(
+        10, ge=1, description="Stop after so many steps in a row whose loss or gradient is not finite."
+    )
+    spike_factor: float | None = Field(
+        None,
+        gt=1,
+        description="A loss above so many times the median of the last spike_window steps sends the run back to its"
+        " last checkpoint, and the samples since then are left out; null: no rollback.",
+    )
+    spike_window: int = Field(50, ge=1, description="Steps of the median for spike_factor.")
+    profile: str | None = Field(None, description="FIRST:LAST steps to trace, such as 10:12.")
 
-    def __post_init__(self) -> None:
-        require(self.lr > 0, "optim.lr", self.lr, "it must be positive")
-        require(len(self.betas) == 2, "optim.betas", self.betas, "give two numbers")
-        require(self.schedule in ("cosine", "constant"), "optim.schedule", self.schedule, "choose cosine or constant")
-        require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "it must be 0 or more")
-        require(
-            self.clip_norm is None or self.clip_norm > 0,
-            "optim.clip_norm",
-            self.clip_norm,
-            "positive, or null for none",
-        )
-
-
-@dataclass
-class TrainConfig:
-    """How long and how. ``batch_size`` is global: the world size divides it, never multiplies it.
-
-    A step takes at least ``accumulation`` micro-batches: more where the ranks, or ``micro_batch`` (the most samples a
-    rank takes at once), ask for more. ``precision``: fp32, or bf16 or fp16 by autocast, with parameters, state of the
-    scans, reductions and optimizer in fp32; fp16 scales the loss. ``checkpointing``: which activations are computed
-    again in the backward pass: none, full (all of every ``checkpointing_every``-th mixer) or selective (all but the
-    results of matrix products, convolutions and scans). ``compile``: torch.compile of every mixer.
-
-    After ``max_bad_steps`` steps in a row whose loss or gradient is not finite the run stops. ``spike_factor``: a loss
-    above so many times the median of the last ``spike_window`` steps sends the run back to its last checkpoint, and the
-    samples since then are left out. ``profile``: FIRST:LAST steps to trace.
-    """
-
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int = 64
-    accumulation: int = 1
-    micro_batch: int | None = None
-    precision: str = "fp32"
-    tf32: bool = True
-    deterministic: bool = False
-    compile: bool = False
-    checkpointing: str = "none"
-    checkpointing_every: int = 1
-    ema_decay: float | None = None
-    log_every: int = 20
-    gc_every: int = 100
-    max_bad_steps: int = 10
-    spike_factor: float | None = None
-    spike_window: int = 50
-    profile: str | None = None
-
-    def __post_init__(self) -> None:
-        require(self.epochs > 0, "train.epochs", self.epochs, "it must be positive")
-        counts = ("batch_size", "accumulation", "checkpointing_every", "log_every", "gc_every", "max_bad_steps")
-        for key in (*counts, "spike_window"):
-            require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "it must be at least 1")
-        for key in ("max_steps", "micro_batch"):
-            value = getattr(self, key)
-            require(value is None or value >= 1, f"train.{key}", value, "at least 1, or null")
-        for key, known in (("precision", ("fp32", "bf16", "fp16")), ("checkpointing", ("none", "full", "selective"))):
-            value = getattr(self, key)
-            require(value in known, f"train.{key}", value, f"choose one of {', '.join(known)}")
-        decay, factor = self.ema_decay, self.spike_factor
-        require(decay is None or 0 < decay < 1, "train.ema_decay", decay, "it must be in (0, 1), or null for none")
-        require(
-            factor is None or factor > 1, "train.spike_factor", factor, "it must be above 1, or null for no rollback"
-        )
-        if self.profile is not None:
-            self.profiled()
+    @field_validator("profile")
+    @classmethod
+    def _is_a_range(cls, profile: str | None) -> str | None:
+        if profile is not None:
+            first, _, last = profile.partition(":")
+            fits = first.isdigit() and (last or first).isdigit() and 1 <= int(first) <= int(last or first)
+            require(fits, "train.profile", profile, "give FIRST:LAST steps, such as 10:12")
+        return profile
 
     def profiled(self) -> tuple[int, int] | None:
         """The first and the last step to trace, counted from 1."""
         if self.profile is None:
             return None
-        first, _, last = str(self.profile).partition(":")
-        fits = first.isdigit() and (last or first).isdigit() and 1 <= int(first) <= int(last or first)
-        require(fits, "train.profile", self.profile, "give FIRST:LAST steps, such as 10:12")
+        first, _, last = self.profile.partition(":")
         return int(first), int(last or first)
 
 
-@dataclass
-class EvalConfig:
-    """``every_steps`` wins over ``every_epochs``. ``select``: which checkpoint is tested at the end, best or last."""
+class EvalConfig(Section):
+    """When the model is evaluated, and which checkpoint is kept as the best."""
 
-    every_epochs: float = 1.0
-    every_steps: int | None = None
-    batch_size: int = 256
-    select: str = "best"
-    patience: int | None = None
-
-    def __post_init__(self) -> None:
-        require(self.every_epochs > 0, "eval.every_epochs", self.every_epochs, "it must be positive")
-        require(self.every_steps is None or self.every_steps >= 1, "eval.every_steps", self.every_steps, "at least 1")
-        require(self.batch_size >= 1, "eval.batch_size", self.batch_size, "it must be at least 1")
-        require(self.select in ("best", "last"), "eval.select", self.select, "choose best or last")
-        require(self.patience is None or self.patience >= 1, "eval.patience", self.patience, "at least 1, or null")
+    prefix: ClassVar[str] = "eval."
+    every_epochs: float = Field(1.0, gt=0, description="Epochs from one evaluation to the next.")
+    every_steps: int | None = Field(None, ge=1, description="The same in steps; wins over every_epochs.")
+    batch_size: int = Field(256, ge=1, description="Samples of an evaluation batch.")
+    select: Literal["best", "last"] = Field("best", description="The checkpoint that is tested at the end.")
+    patience: int | None = Field(None, ge=1, description="Stop after so many evaluations without a better one.")
 
 
-@dataclass
-class CheckpointConfig:
-    """A checkpoint at every evaluation, and between them each ``every_steps`` and ``every_minutes``.
+class CheckpointConfig(Section):
+    """A checkpoint at every evaluation, and between them by steps and by minutes."""
 
-    The newest ``keep``, the best, and those of every ``keep_every``-th step stay. ``asynchronous``: training goes on
-    while a checkpoint is written.
-    """
-
-    every_steps: int | None = None
-    every_minutes: float = 10.0
-    keep: int = 2
-    keep_every: int | None = None
-    asynchronous: bool = True
-
-    def __post_init__(self) -> None:
-        require(self.keep >= 1, "checkpoint.keep", self.keep, "it must be at least 1")
-        for key in ("every_steps", "keep_every"):
-            every = getattr(self, key)
-            require(every is None or every >= 1, f"checkpoint.{key}", every, "at least 1, or null")
-        require(self.every_minutes > 0, "checkpoint.every_minutes", self.every_minutes, "it must be positive")
+    prefix: ClassVar[str] = "checkpoint."
+    every_steps: int | None = Field(None, ge=1, description="Steps from one checkpoint to the next.")
+    every_minutes: float = Field(10.0, gt=0, description="Minutes from one checkpoint to the next.")
+    keep: int = Field(2, ge=1, description="Keep the newest so many, beside the best.")
+    keep_every: int | None = Field(None, ge=1, description="Keep those of every n-th step, too.")
+    asynchronous: bool = Field(True, description="Train while a checkpoint is written.")
 
 
-@dataclass
-class TrackingConfig:
-    """JSON lines and curves always; ``wandb``: disabled, offline or online (the key comes from the environment).
+class TrackingConfig(Section):
+    """Records beside the JSON lines of metrics, which are always written."""
 
-    ``group``: of the runs in W&B (default: the name of the run). ``tensorboard``: event files in the run folder.
-
-    ``samples`` writes the index of every sample consumed, a line a step and rank, to ``samples/`` in the run folder.
-    """
-
-    wandb: str = "disabled"
-    project: str = "mmtrain"
-    group: str | None = None
-    tensorboard: bool = False
-    plots: bool = True
-    samples: bool = False
-
-    def __post_init__(self) -> None:
-        modes = ("disabled", "offline", "online")
-        require(self.wandb in modes, "tracking.wandb", self.wandb, f"choose one of {', '.join(modes)}")
+    prefix: ClassVar[str] = "tracking."
+    wandb: Literal["disabled", "offline", "online"] = Field(
+        "disabled", description="Weights & Biases; the key comes from the environment."
+    )
+    project: str = Field("mmtrain", description="The project in W&B.")
+    group: str | None = Field(None, description="The group of runs in W&B; null: the name of the run.")
+    tensorboard: bool = Field(False, description="Event files in the run folder.")
+    plots: bool = Field(True, description="Curves and pictures in the run folder.")
+    samples: bool = Field(
+        False, description="Write the index of every sample consumed to `samples/`, a line for each step and rank."
+    )
 
 
-@dataclass
-class ClusterConfig:
-    """The Slurm job. Empty values are left to the site's defaults. ``gpu``: what the plan of the job reckons with.
+class ClusterConfig(Section):
+    """The Slurm job. Empty values are left to the site's defaults."""
 
-    ``min_nodes``, ``max_nodes``: let Slurm choose, in place of ``nodes``. ``tasks_per_node``: one a GPU, or one a node
-    without GPUs. ``margin``: so many seconds before the time limit the run saves and asks for another job; the signal
-    that announces it, and a preemption, is ``signal``. ``max_timeouts``: so often it may come back from a time limit
-    (null: without end; a preemption does not count). ``max_losses``: so often in a row it may come back after a lost
-    node or rank without a new checkpoint. ``check_ranks``: see before the first step that the nodes can work together;
-    ``replace_nodes``: where some cannot, come back without them.
-    """
+    prefix: ClassVar[str] = "cluster."
+    nodes: int = Field(1, ge=1, description="Nodes of the job.")
+    min_nodes: int | None = Field(None, ge=1, description="Let Slurm choose from min_nodes to max_nodes.")
+    max_nodes: int | None = Field(None, ge=1, description="See min_nodes; they replace nodes.")
+    gpus_per_node: int = Field(8, ge=0, description="GPUs of a node; 0: CPU only.")
+    tasks_per_node: int | None = Field(
+        None, ge=1, description="Ranks of a node; null: one for each GPU, or one for a node without GPUs."
+    )
+    gpu: str = Field("h100", description="The GPU that the plan of the job assumes.")
+    cpus_per_task: int = Field(8, ge=1, description="CPU cores of a rank.")
+    time: str = Field("24:00:00", description="Time limit of a job, as sbatch takes it.")
+    partition: str | None = Field(None, description="Partition.")
+    account: str | None = Field(None, description="Account.")
+    qos: str | None = Field(None, description="Quality of service.")
+    mem: str | None = Field(None, description="Memory of a node, as sbatch takes it.")
+    constraint: str | None = Field(None, description="Features that the nodes must have.")
+    exclude: str | None = Field(None, description="Nodes to avoid.")
+    reservation: str | None = Field(None, description="Reservation.")
+    signal: Literal["USR2", "TERM"] = Field("USR2", description="Signal of the time limit and of a preemption.")
+    margin: int = Field(
+        120, ge=0, description="Seconds before the time limit at which the run saves and asks for another job."
+    )
+    max_timeouts: int | None = Field(
+        None,
+        ge=0,
+        description="Times the run may come back from a time limit (not a preemption); null: no end.",
+    )
+    max_losses: int = Field(
+        3, ge=0, description="Times in a row it may come back after a lost node or rank without a new checkpoint."
+    )
+    check_ranks: bool = Field(True, description="Check before the first step that the nodes can work together.")
+    replace_nodes: bool = Field(False, description="Where some nodes cannot, come back without them.")
 
-    nodes: int = 1
-    min_nodes: int | None = None
-    max_nodes: int | None = None
-    gpus_per_node: int = 8
-    tasks_per_node: int | None = None
-    gpu: str = "h100"
-    cpus_per_task: int = 8
-    time: str = "24:00:00"
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    mem: str | None = None
-    constraint: str | None = None
-    exclude: str | None = None
-    reservation: str | None = None
-    signal: str = "USR2"
-    margin: int = 120
-    max_timeouts: int | None = None
-    max_losses: int = 3
-    check_ranks: bool = True
-    replace_nodes: bool = False
-
-    def __post_init__(self) -> None:
-        require(self.signal in ("USR2", "TERM"), "cluster.signal", self.signal, "USR2 or TERM")
-        require(self.margin >= 0, "cluster.margin", self.margin, "seconds before the time limit, 0 or more")
-        require(self.max_losses >= 0, "cluster.max_losses", self.max_losses, "0 or more")
-        pair = (self.min_nodes, self.max_nodes)
-        require(
-            pair == (None, None) or (None not in pair and 1 <= self.min_nodes <= self.max_nodes),  # type: ignore[operator]
-            "cluster.min_nodes",
-            self.min_nodes,
-            "give min_nodes and max_nodes together, the first not above the second",
-        )
-        tasks = self.tasks_per_node
-        fits = tasks is None or (tasks == self.gpus_per_node if self.gpus_per_node else tasks >= 1)
-        require(fits, "cluster.tasks_per_node", tasks, "one task a GPU; with gpus_per_node=0 any number")
-        require(self.nodes >= 1, "cluster.nodes", self.nodes, "it must be at least 1")
-        require(self.gpus_per_node >= 0, "cluster.gpus_per_node", self.gpus_per_node, "0 (CPU only) or more")
+    @model_validator(mode="after")
+    def _nodes_fit(self) -> Self:
+        low, high = self.min_nodes, self.max_nodes
+        fits = low is high is None or (low is not None and high is not None and low <= high)
+        cure = "give min_nodes and max_nodes together, the first not above the second"
+        require(fits, "cluster.min_nodes", low, cure)
+        tasks, gpus = self.tasks_per_node, self.gpus_per_node
+        cure = "one task a GPU; with gpus_per_node=0 any number"
+        require(tasks is None or not gpus or tasks == gpus, "cluster.tasks_per_node", tasks, cure)
+        return self
 
     @property
     def tasks(self) -> int:
@@ -311,32 +260,24 @@ class ClusterConfig:
         return str(self.nodes) if self.min_nodes is None else f"{self.min_nodes}-{self.max_nodes}"
 
 
-@dataclass
-class RunConfig:
+class RunConfig(Section):
     """A whole run. The run folder is ``run_root``/``name`` unless the command line names another."""
 
-    name: str = ""
-    seed: int = 0
-    device: str = "auto"
-    threads: int | None = None
-    run_root: str = "runs"
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    task: TaskConfig = field(default_factory=TaskConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-
-    def __post_init__(self) -> None:
-        devices = ("auto", "cpu", "cuda")
-        require(self.device in devices, "device", self.device, f"choose one of {', '.join(devices)}")
-        require(
-            self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1, or null for torch's own"
-        )
+    name: str = Field("", description="Name of the run; by default that of the configuration.")
+    seed: int = Field(0, description="Seed of the weights, the data order and all other randomness.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of a rank; null: torch's own number.")
+    run_root: str = Field("runs", description="The folder of the run folders.")
+    model: Annotated[SerializeAsAny[ModelConfig], BeforeValidator(MODELS.validate)] = ModelConfig()
+    data: Annotated[SerializeAsAny[DataConfig], BeforeValidator(DATA.validate)] = DataConfig()
+    task: Annotated[SerializeAsAny[TaskConfig], BeforeValidator(TASKS.validate)] = TaskConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
 
 #: Keys that may differ when a run is continued in its folder: they do not change what is learnt.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmtrain.config import ModelConfig, RunConfig, from_yaml, to_yaml
+from mmtrain.config import ModelConfig, RunConfig, from_yaml, replace, to_yaml
 from mmtrain.errors import UserError
 from mmtrain.files import new_path
 

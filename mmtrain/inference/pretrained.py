@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from mmtrain.config import replace
 from mmtrain.errors import UserError, nearest
 from mmtrain.inference.folder import CONFIG, FILES, fit_weights, read_pretrained
 from mmtrain.inference.trained import load_trained
@@ -52,7 +52,7 @@ def from_pretrained(
     else:
         run, weights = read_pretrained(folder, source)
         config = run.model
-    known = [f.name for f in fields(config) if f.name != "name"]
+    known = [key for key in type(config).model_fields if key != "name"]
     for key in overrides:
         if key not in known:
             raise UserError(f"{source}: model '{config.name}' has no argument '{key}'{nearest(key, known)}")

@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -210,7 +209,7 @@ def resolve(name: str, overrides: Sequence[str] = ()) -> Subject:
 
 def _keys(model: ModelConfig) -> list[str]:
     """The model's own keys: not ``name``, which a run configuration has too."""
-    return [field.name for field in fields(model) if field.name != "name"]
+    return [key for key in type(model).model_fields if key != "name"]
 
 
 def _overridden(name: str, overrides: Sequence[str]) -> ModelConfig:
@@ -224,14 +223,8 @@ def _overridden(name: str, overrides: Sequence[str]) -> ModelConfig:
         if key.split("[")[0] not in known:
             raise UserError(f"model '{name}' has no key '{key}'{nearest(key, known)} (keys: {', '.join(known)})")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(preset(name)), OmegaConf.from_dotlist(items))
-        return cast(ModelConfig, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        cause: BaseException | None = error
-        while cause is not None:  # a check of the model's own is the better message
-            if isinstance(cause, UserError):
-                raise cause from None
-            cause = cause.__cause__
-        raise UserError(f"model '{name}': {error.full_key}: {str(error).splitlines()[0]}") from None
-    except Exception as error:  # YAML's errors, which share no base class with OmegaConf's
+        merged = OmegaConf.merge(OmegaConf.create(preset(name).model_dump()), OmegaConf.from_dotlist(items))
+        values = cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+    except Exception as error:  # YAML's errors share no base class with OmegaConf's
         raise UserError(f"model '{name}': {' '.join(items)}: {error}") from None
+    return MODELS.make(**values)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -54,7 +53,7 @@ def test_the_configurations_of_the_runs_resolve(words: list[str]) -> None:
 
 
 def test_keys_exist() -> None:
-    known = {name: {f.name for kind in kinds for f in fields(kind)} for name, kinds in _sections().items()}
+    known = {name: {key for kind in kinds for key in kind.model_fields} for name, kinds in _sections().items()}
     named = set(re.findall(r"`(data|model|train|task)\.(\w+)", PAGE))
     assert len(named) > 30
     assert not [f"{section}.{key}" for section, key in named if key not in known[section]]

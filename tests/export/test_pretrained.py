@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mmtrain.config import RunConfig
+from mmtrain.config import RunConfig, replace
 from mmtrain.config.data import DATA
 from mmtrain.config.schema import TASKS
 from mmtrain.errors import UserError

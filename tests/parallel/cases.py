@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from mmtrain.config import RunConfig
+from mmtrain.config import RunConfig, replace
 
 WORLDS = (1, 2, 4)
 SPLITTING = ("fsdp", "hsdp", "zero1", "zero2", "zero3")
@@ -44,12 +44,8 @@ class Case:
         config = copy.deepcopy(base)
         config.parallel = replace(config.parallel, strategy=self.strategy, shard_size=self._shard_size())
         for key, value in self.changes:
-            *path, name = key.split(".")
-            section: Any = config
-            for part in path:
-                section = getattr(section, part)
-            setattr(section, name, value)
-            section.__post_init__()
+            section, name = key.split(".")
+            setattr(config, section, replace(getattr(config, section), **{name: value}))
         return config
 
     def _shard_size(self) -> int | None:

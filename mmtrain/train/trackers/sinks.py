@@ -6,7 +6,6 @@ once, and the run goes on without it.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import logging
@@ -223,7 +222,7 @@ class WandbRun(BestEffortSink):
             resume="must" if mode == "online" and known.exists() else "allow",
             mode=mode,
             dir=str(self.folder),
-            config=dataclasses.asdict(self.config),
+            config=self.config.model_dump(),
             settings=wandb.Settings(
                 silent=True,
                 init_timeout=_WANDB_START_SECONDS,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -27,16 +26,16 @@ def distinct() -> list[str]:
     """The names whose tiny models differ: sizes of one family shrink to the same one."""
     found: dict[str, str] = {}
     for name in list_models():
-        family, size = MODELS[name]
+        family = MODELS[name]
         assert family.__name__ in TINY, f"give the family of {name} a tiny size above"
-        config = family(**{**size, **TINY[family.__name__][0]})
-        found.setdefault(f"{family.__name__} {dataclasses.asdict(config)}", name)
+        config = MODELS.make(name, **TINY[family.__name__][0])
+        found.setdefault(f"{family.__name__} {config.model_dump(exclude={'name'})}", name)
     return list(found.values())
 
 
 def options_of(name: str) -> list[dict[str, Any]]:
     """The preset itself, and every architecture switch of its family, one at a time."""
-    if MODELS[name][0].__name__ == "ViM2Config":
+    if MODELS[name].__name__ == "ViM2Config":
         switches: dict[str, tuple[object, ...]] = {
             "block": ("bidirectional", "unidirectional", "multi_scan"),
             "channel_mixer": ("mlp", "none"),
@@ -53,7 +52,7 @@ CASES = [(name, options) for name in distinct() for options in options_of(name)]
 @pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n} {o or ''}" for n, o in CASES])
 def test_one_batch_is_learnt_by_heart(name: str, options: dict[str, Any]) -> None:
     """Down to a hundredth of the loss of a guess (log 4 for four classes, 1 for forecasts of deviation 1)."""
-    family = MODELS[name][0].__name__
+    family = MODELS[name].__name__
     tiny, shape = TINY[family]
     model = create_model(name, **{**tiny, **options})
     x = torch.randn(shape)

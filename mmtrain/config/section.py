@@ -1,0 +1,112 @@
+"""The base of all sections: pydantic models whose errors name the key, the value and the cure in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
+
+from mmtrain.errors import UserError, nearest
+
+S = TypeVar("S", bound="Section")
+_TYPES = {"integer": "an int", "number": "a finite float", "boolean": "a bool", "string": "a str", "null": "null"}
+_BOUNDS = {"less_than", "less_than_equal", "greater_than", "greater_than_equal"}
+
+
+class ConfigError(UserError):
+    """A wrong key or value. ``key`` is the dotted name, such as ``train.epochs``."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(key, message)
+        self.key = key
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+def require(condition: bool, key: str, value: object, cure: str) -> None:
+    """Raise the one-line error for a value that does not fit the others."""
+    if not condition:
+        raise ConfigError(key, f"{key} is {value!r}: {cure}")
+
+
+class Section(BaseModel):
+    """A section of the configuration. Numbers are finite and unknown keys are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, allow_inf_nan=False, coerce_numbers_to_str=True, protected_namespaces=()
+    )
+    #: What comes before the names of the keys.
+    prefix: ClassVar[str] = ""
+
+    if not TYPE_CHECKING:  # type checkers keep the signature that pydantic declares
+
+        def __init__(self, /, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise _explained(type(self), error) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: object, info: Any) -> object:
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise PydanticCustomError("not_bool", "a boolean is not a number")
+        return value
+
+
+def replace(section: S, **changes: Any) -> S:
+    """A copy of ``section`` with ``changes``, checked as a whole."""
+    return type(section)(**{**dict(section), **changes})
+
+
+def _explained(cls: type[Section], error: ValidationError) -> ConfigError:
+    """The first error as one line."""
+    first = error.errors(include_url=False)[0]
+    inner = first.get("ctx", {}).get("error")
+    if isinstance(inner, ConfigError):  # from a nested section or a check across keys
+        return inner
+    name, *index = first["loc"]
+    key = f"{cls.prefix}{name}"
+    if first["type"] == "extra_forbidden":
+        return ConfigError(
+            key, f"unknown key '{key}'{nearest(key, [cls.prefix + known for known in cls.model_fields])}"
+        )
+    schema = key_schemas(cls)[str(name)]
+    schema = schema["items"] if index and "items" in schema else schema
+    if first["type"] == "literal_error":
+        cure = f"choose {allowed(schema)}"
+    else:
+        cure = f"it must be {allowed(schema, typed=first['type'] not in _BOUNDS)}"
+    place = "".join(f"[{i}]" for i in index)
+    return ConfigError(key, f"{key}{place} is {first['input']!r}: {cure}")
+
+
+def key_schemas(cls: type[Section]) -> dict[str, dict[str, Any]]:
+    """The JSON schema of each key of a section."""
+    found: dict[str, dict[str, Any]] = cls.model_json_schema()["properties"]
+    return found
+
+
+def allowed(schema: Mapping[str, Any], *, typed: bool = True) -> str:
+    """The values that the JSON schema of a key admits, such as ``a finite float in [0, 1)``."""
+    if "anyOf" in schema:
+        return ", or ".join(allowed(option, typed=typed or option.get("type") == "null") for option in schema["anyOf"])
+    if "enum" in schema:
+        return f"one of {', '.join(schema['enum'])}"
+    if schema["type"] == "array":
+        items, count = allowed(schema["items"], typed=typed), schema.get("minItems")
+        exact = f" of {count}" if count is not None and count == schema.get("maxItems") else ""
+        return f"a list{exact}, each {items}" if typed else items
+    words = [_TYPES[schema["type"]]] if typed else []
+    low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
+    high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
+    if (low, above) != (None, None) and (high, below) != (None, None):
+        left, right = f"[{low}" if above is None else f"({above}", f"{high}]" if below is None else f"{below})"
+        words.append(f"in {left}, {right}")
+    else:
+        bounds = {"at least": low, "above": above, "at most": high, "below": below}
+        words += [f"{word} {bound}" for word, bound in bounds.items() if bound is not None]
+    return " ".join(words)

@@ -26,7 +26,7 @@ KEYS = mix64(11, np.arange(4000))
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**64 - 1), st.integers(0, 60))
 def test_compiled_draws_are_those_of_the_clock(key: int, number: int) -> None:
-    from mmtrain.data.ffcv.decoding import draw, mixed
+    from mmtrain.data.ffcv.engine import draw, mixed
 
     keys = np.array([key], dtype=np.uint64)
     assert draw(keys[0], number) == uniform(keys, number)[0]
@@ -37,7 +37,7 @@ def test_compiled_draws_are_those_of_the_clock(key: int, number: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**64 - 1), st.integers(1, 4000), st.integers(1, 4000))
 def test_a_crop_lies_in_the_image_and_is_that_of_the_shards(key: int, height: int, width: int) -> None:
-    from mmtrain.data.ffcv.decoding import crop_box
+    from mmtrain.data.ffcv.engine import crop_box
 
     top, left, high, wide = crop_box(np.uint64(key), height, width)
     assert random_crops(np.array([key], dtype=np.uint64), [(width, height)]) == [(left, top, wide, high)]
@@ -47,7 +47,7 @@ def test_a_crop_lies_in_the_image_and_is_that_of_the_shards(key: int, height: in
 
 
 def boxes(height: int, width: int) -> np.ndarray:
-    from mmtrain.data.ffcv.decoding import crop_box
+    from mmtrain.data.ffcv.engine import crop_box
 
     return np.array([crop_box(key, height, width) for key in KEYS], dtype=np.float64)
 

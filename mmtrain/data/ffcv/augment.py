@@ -10,18 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmtrain.data.images.photo import Keys, erase
-from mmtrain.data.images.transforms import Affine, Normalise, check_options, policy_of
-from mmtrain.data.images.transforms import augment as augment_images
+from mmtrain.data.images.photo import Keys
+from mmtrain.data.images.transforms import Affine, Distort, Normalise, check_options
 
 #: A decoded batch (``Recipe.shape``) and its keys → float32 (B, 3, S, S), normalised.
-Finish = Callable[[NDArray[Any], Keys | None], torch.Tensor]
+Finish = Callable[[torch.Tensor, Keys | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,48 +69,30 @@ def build_augment(
 ) -> Augment:
     """The recipe of one split; the options are those of ``transforms.build_transform``."""
     check_options(image_size, augment, mean, std, crop_pct)
-    table = _table(mean, std)
+    normalise = Normalise(mean, std)
+    # by the very steps of the tar shards' path, so that the same bytes give the same bits
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 256, 1, 1).expand(1, 256, 1, 3)
+    table = normalise(levels)[0, :, :, 0].numpy().copy()
     if not train or augment == "none":
         return Augment(Recipe(image_size, False, crop_pct, table=table))
     if augment == "light":
         parts = torch.arange(256, dtype=torch.float32).div_(255).repeat(3, 1).numpy()
-        return Augment(Recipe(image_size, False, crop_pct, table=parts), _Light(mean, std))
+        return Augment(Recipe(image_size, False, crop_pct, table=parts), Affine(mean, std))
     if augment == "crop":
         return Augment(Recipe(image_size, True, hflip=hflip, table=table))
-    tail = _Tail(image_size, mean, std, auto_augment, re_prob)
-    return Augment(Recipe(image_size, True, hflip=hflip), tail, compiled=False)
+    distort = Distort(image_size, "bicubic", auto_augment, re_prob, mean, std)
+    return Augment(Recipe(image_size, True, hflip=hflip), _Distorted(distort, normalise), compiled=False)
 
 
-def _table(mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float32]:
-    """(3, 256), by the very steps of the tar shards' path, so that the same bytes give the same bits."""
-    levels = torch.arange(256, dtype=torch.uint8).view(1, 256, 1, 1).expand(1, 256, 1, 3)
-    return Normalise(mean, std)(levels)[0, :, :, 0].numpy().copy()
-
-
-class _Light:
-    """The random affine of the tar shards' path on a batch in 0..1."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.affine = Affine(mean, std)
-
-    def __call__(self, images: NDArray[Any], keys: Keys | None) -> torch.Tensor:
-        return self.affine.normalise(self.affine.move(torch.from_numpy(images), keys))
-
-
-class _Tail:
+@dataclass(frozen=True)
+class _Distorted:
     """RandAugment and random erasing on bytes (B, S, S, 3), as for the tar shards, then normalised."""
 
-    def __init__(
-        self, size: int, mean: Sequence[float], std: Sequence[float], auto_augment: str, re_prob: float
-    ) -> None:
-        self.policy = policy_of(auto_augment, size, mean, "bicubic") if auto_augment else None
-        self.re_prob, self.mean, self.std = re_prob, tuple(mean), tuple(std)
-        self.normalise = Normalise(mean, std)
+    distort: Distort
+    normalise: Normalise
 
-    def __call__(self, images: NDArray[Any], keys: Keys | None) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor, keys: Keys | None) -> torch.Tensor:
         if keys is None:
             raise ValueError('the "imagenet" transform is random: it needs keys')
-        if self.policy is not None:
-            augment_images(self.policy, images, keys)
-        erase(images, keys, self.re_prob, self.mean, self.std)
-        return self.normalise(torch.from_numpy(images))
+        self.distort(images.numpy(), keys)
+        return self.normalise(images)

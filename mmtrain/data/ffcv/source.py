@@ -1,7 +1,4 @@
-"""Whether a random order over a beton fits this machine's memory.
-
-Sources of images from a ``.beton``: the same samples at the same steps as from the tar shards it was made of.
-"""
+"""Sources of images from a ``.beton``: the same samples at the same steps as from the tar shards it was made of."""
 
 from __future__ import annotations
 
@@ -12,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 
 from mmtrain.data.core.buffers import Buffers
-from mmtrain.data.core.order import Order, mix64
+from mmtrain.data.core.order import Order
+from mmtrain.data.core.source import Batch
 from mmtrain.data.ffcv.augment import Augment, build_augment
 from mmtrain.data.ffcv.format import Beton, read_beton, require_ffcv
 from mmtrain.errors import UserError
@@ -24,59 +23,12 @@ from mmtrain.errors import UserError
 if TYPE_CHECKING:
     from mmtrain.data.ffcv.engine import Engine, Request
 
-#: Where Linux tells of free memory, and a container (cgroup v2) of its own limit and use.
-_MACHINE, _CONTAINER = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-logger = logging.getLogger("mmtrain")
-_told: set[tuple[Path, bool]] = set()
-
-
-def free_memory() -> int | None:
-    """Bytes that can be had without swapping, what is now cached of files included; None where nobody tells."""
-    found: list[int] = []
-    try:
-        lines = dict(line.split(":", 1) for line in _MACHINE.read_text().splitlines() if ":" in line)
-        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    except (OSError, KeyError, ValueError, IndexError):
-        pass
-    try:
-        limit = int((_CONTAINER / "memory.max").read_text())  # "max" where there is none
-        used = dict(line.split() for line in (_CONTAINER / "memory.stat").read_text().splitlines())
-        found.append(max(0, limit - int(used["anon"])))
-    except (OSError, KeyError, ValueError):
-        pass
-    return min(found) if found else None
-
-
-def warn_of_thrashing(beton: Beton, os_cache: bool, window: int) -> None:
-    """Say once for a file what to set where the pages of a random order will not stay in memory."""
-    free = free_memory()
-    if free is None or (beton.path, os_cache) in _told:
-        return
-    blocks = max(1, len(beton.block_sizes))
-    # Two windows are at hand where one ends and the next begins.
-    windows = min(beton.stored, 2 * window * beton.stored // blocks)
-    if os_cache and beton.stored > free:
-        cure = (
-            f"set data.os_cache=false, which keeps the pages of two shuffle windows ({_gb(windows)} for each rank), or "
-            "make the file smaller (mmtrain data prepare ffcv --max-resolution 500 --write-mode jpg)"
-        )
-        what = f"{_gb(beton.stored)} of images in a random order, but {_gb(free)} of memory"
-    elif not os_cache and windows > free:
-        cure = f"set data.shuffle_window below {window}"
-        what = f"two shuffle windows of {window} blocks are {_gb(windows)} for each rank, but {_gb(free)} of memory"
-    else:
-        return
-    _told.add((beton.path, os_cache))
-    logger.warning("%s: %s: reading will wait for the disk again and again; %s", beton.path, what, cure)
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
-
-
-Batch = dict[str, torch.Tensor]
+#: Where a container (cgroup v2) tells of its own limit and use, of which psutil knows nothing.
+_CONTAINER = Path("/sys/fs/cgroup")
 #: What is scheduled together without os_cache, in windows of the shuffle, at least.
 _SEGMENT = 4
+logger = logging.getLogger("mmtrain")
+_told: set[tuple[Path, bool]] = set()
 
 
 def open_beton(
@@ -145,9 +97,11 @@ class BetonImages:
         self.fetch(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.uint64))
 
     def _batch(self, images: NDArray[Any], indices: NDArray[np.int64], keys: NDArray[np.uint64] | None) -> Batch:
-        finish = self.augment.finish
-        made = torch.from_numpy(images) if finish is None else finish(images, keys)
-        return {"image": made, "label": torch.from_numpy(self.labels[indices])}
+        made, finish = torch.from_numpy(images), self.augment.finish
+        return {
+            "image": made if finish is None else finish(made, keys),
+            "label": torch.from_numpy(self.labels[indices]),
+        }
 
     def _engine(self, threads: int, os_cache: bool) -> Engine:
         from mmtrain.data.ffcv.engine import Engine
@@ -178,9 +132,9 @@ class StreamedBeton(BetonImages):
         """
         if workers < 0:
             raise UserError(f"data.workers={workers}: give the number of FFCV's threads, 1 or more")
-        return self._run(numbers, order, max(1, workers), max(2, prefetch), pin_memory)
+        return self._stream(numbers, order, max(1, workers), max(2, prefetch), pin_memory)
 
-    def _run(
+    def _stream(
         self, numbers: Iterator[NDArray[np.int64]], order: Order | None, threads: int, ahead: int, pinned: bool
     ) -> Iterator[Batch]:
         from mmtrain.data.ffcv.engine import Stream
@@ -200,8 +154,7 @@ class StreamedBeton(BetonImages):
                 if order is None:
                     yield (part, None), part
                 else:
-                    epochs, indices = order.lookup(part)
-                    yield (indices, mix64(order.seed, epochs, indices)), part
+                    yield order.samples(part), part
 
         def finish(request: Request, part: NDArray[np.int64], images: NDArray[Any]) -> Batch:
             indices, keys = request
@@ -212,14 +165,48 @@ class StreamedBeton(BetonImages):
                 batch["key"] = torch.from_numpy(keys.view(np.int64))
             return batch
 
-        stream = Stream(engine, requests(), take, finish, ahead=ahead, segment=self._segment(order, len(first)))
+        # At least some windows of the shuffle are scheduled together: pages that two segments share are read twice.
+        samples = _SEGMENT * (1 if order is None else order.window) * len(self) // len(self.block_sizes)
+        stream = Stream(engine, requests(), take, finish, ahead=ahead, segment=max(16, -(-samples // len(first))))
         try:
             yield from stream
         finally:
             stream.close()
 
-    def _segment(self, order: Order | None, batch: int) -> int:
-        """Requests to schedule together, of at least some windows: pages that two segments share are read twice."""
-        window = 1 if order is None else order.window
-        samples = _SEGMENT * window * len(self) // len(self.block_sizes)
-        return max(16, -(-samples // batch))
+
+def warn_of_thrashing(beton: Beton, os_cache: bool, window: int) -> None:
+    """Say once for a file what to set where the pages of a random order will not stay in memory."""
+    if (beton.path, os_cache) in _told:
+        return
+    free = free_memory()
+    blocks = max(1, len(beton.block_sizes))
+    # Two windows are at hand where one ends and the next begins.
+    windows = min(beton.stored, 2 * window * beton.stored // blocks)
+    if os_cache and beton.stored > free:
+        cure = (
+            f"set data.os_cache=false, which keeps the pages of two shuffle windows ({_gb(windows)} for each rank), or "
+            "make the file smaller (mmtrain data prepare ffcv --max-resolution 500 --write-mode jpg)"
+        )
+        what = f"{_gb(beton.stored)} of images in a random order, but {_gb(free)} of memory"
+    elif not os_cache and windows > free:
+        cure = f"set data.shuffle_window below {window}"
+        what = f"two shuffle windows of {window} blocks are {_gb(windows)} for each rank, but {_gb(free)} of memory"
+    else:
+        return
+    _told.add((beton.path, os_cache))
+    logger.warning("%s: %s: reading will wait for the disk again and again; %s", beton.path, what, cure)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def free_memory() -> int:
+    """Bytes that can be had without swapping, what is now cached of files included."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = int((_CONTAINER / "memory.max").read_text())  # "max" where there is none
+        used = dict(line.split() for line in (_CONTAINER / "memory.stat").read_text().splitlines())
+        return min(available, max(0, limit - int(used["anon"])))
+    except (OSError, KeyError, ValueError):
+        return available

@@ -1,14 +1,11 @@
-"""Bytes of an image file → a PIL image in RGB (or grey) with 8 bits a channel, upright.
-
-An encoded image whose size is known at once and whose pixels are decoded when a part of them is wanted.
+"""Bytes of an image file → pixels in RGB or grey with 8 bits a channel, upright, and random draws for each sample.
 
 A JPEG is decoded by libjpeg-turbo at a half, a quarter or an eighth of its size where the part wanted is that much
 larger than what it is to become (scaled inverse DCT): a crop for 224 pixels never decodes 4 megapixels whole.
 
-Random resized crop, flip and erasing as functions of samples' keys: the usual distributions, any number of workers.
-
-The crop is that of Szegedy et al. 2015 as torchvision and timm draw it, the erasing that of Zhong et al. 2017 as timm
-does; only where the random numbers come from is ours.
+Random resized crop, flip and erasing are functions of samples' keys. Their distributions are the usual ones (the crop
+of Szegedy et al. 2015 as torchvision and timm draw it, the erasing of Zhong et al. 2017 as timm does); only the source
+of the random numbers is ours.
 """
 
 from __future__ import annotations
@@ -29,6 +26,15 @@ if TYPE_CHECKING:
 MOST_PIXELS = 2 * (1024**3 // 4 // 3)
 
 _ORIENTATION = 0x0112  # the EXIF tag
+#: Colours that simplejpeg turns into RGB or grey. CMYK is left to Pillow, which knows Adobe's inverted ones.
+_SPACES = ("YCbCr", "Gray")
+#: Of a random resized crop: part of the area, width over height, tries before the middle of the image.
+SCALE, RATIO, TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
+#: Draws of a key: crops take the first 4 · tries, then the flip; erasing and everything else begins at 64.
+FLIP_DRAW, _ERASE = 4 * TRIES, 64
+
+Pixels = NDArray[np.uint8]  # (height, width, channels)
+Keys = NDArray[np.uint64]
 
 
 def decode(content: bytes, channels: int = 3) -> Image:
@@ -39,7 +45,9 @@ def decode(content: bytes, channels: int = 3) -> Image:
     """
     from PIL import Image, ImageOps
 
-    mode = _mode(channels)
+    if channels not in (1, 3):
+        raise ValueError(f"images have 1 or 3 channels, not {channels}")
+    mode = "RGB" if channels == 3 else "L"
     try:
         image: Image.Image = Image.open(io.BytesIO(content))
         if image.width * image.height > MOST_PIXELS:
@@ -72,18 +80,6 @@ def orientation(content: bytes) -> int:
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
-def _mode(channels: int) -> str:
-    if channels not in (1, 3):
-        raise ValueError(f"images have 1 or 3 channels, not {channels}")
-    return "RGB" if channels == 3 else "L"
-
-
-Pixels = NDArray[np.uint8]  # (height, width, channels)
-
-#: Colours that simplejpeg turns into RGB or grey. CMYK is left to Pillow, which knows Adobe's inverted ones.
-_SPACES = ("YCbCr", "Gray")
-
-
 class Box(NamedTuple):
     """A part of an image, in pixels."""
 
@@ -102,23 +98,17 @@ class Undecodable(ValueError):
 
 
 class Photo:
-    """Bytes of an image file, of which the header is read. Raises ValueError for what cannot be decoded."""
+    """An image whose size is known and whose pixels are decoded when a part of them is wanted.
 
-    def __init__(self, content: bytes, channels: int = 3) -> None:
-        self.content, self.channels = content, channels
-        self._image: Image | None = None
-        self._jpeg = _jpeg_size(content)
-        if self._jpeg is None:
+    ``content``: the bytes of a file, of which the header is read; ``image``: one that is decoded already, in RGB or L.
+    Raises ValueError for what cannot be decoded.
+    """
+
+    def __init__(self, content: bytes, channels: int = 3, image: Image | None = None) -> None:
+        self.content, self.channels, self._image = content, channels, image
+        self._jpeg = _jpeg_size(content) if image is None else None
+        if self._jpeg is None and image is None:
             self._image = decode(content, channels)
-
-    @classmethod
-    def of(cls, image: Photo | Image, channels: int = 3) -> Photo:
-        """``image`` itself, or a decoded one in RGB or L."""
-        if isinstance(image, Photo):
-            return image
-        made = cls.__new__(cls)
-        made.content, made.channels, made._image, made._jpeg = b"", channels, image, None
-        return made
 
     @property
     def size(self) -> tuple[int, int]:
@@ -134,7 +124,10 @@ class Photo:
             from PIL import Image as images
 
             pixels = self._decode()
-            self._image = decode(self.content, self.channels) if pixels is None else images.fromarray(_flat(pixels))
+            if pixels is None:
+                self._image = decode(self.content, self.channels)
+            else:
+                self._image = images.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
         return self._image
 
     def part(self, box: Box, size: int) -> Pixels:
@@ -182,10 +175,6 @@ def resized(pixels: Pixels, size: int, mode: str = "bicubic") -> Pixels:
     return made[0].permute(1, 2, 0).numpy()
 
 
-def _flat(pixels: Pixels) -> NDArray[np.uint8]:
-    return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-
-
 def _jpeg_size(content: bytes) -> tuple[int, int] | None:
     """Width and height of a JPEG that simplejpeg decodes as it is; None for all else."""
     if not content.startswith(b"\xff\xd8") or orientation(content) != 1:
@@ -201,53 +190,38 @@ def _jpeg_size(content: bytes) -> tuple[int, int] | None:
     return width, height
 
 
-Keys = NDArray[np.uint64]
-
-#: Of a random resized crop: part of the area, width over height, tries before the middle of the image.
-SCALE, RATIO, TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
-#: Draws of a key: crops take the first 4 · tries, then the flip; erasing and everything else begins at 64.
-FLIP_DRAW, _ERASE = 4 * TRIES, 64
-
-
 def uniform(keys: Keys, number: int | NDArray[np.int64]) -> NDArray[np.float64]:
     """Draw ``number`` of each key (broadcast), uniform in [0, 1), float64."""
     return (mix64(keys, number) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def random_crops(
-    keys: Keys,
-    sizes: Sequence[tuple[int, int]],
-    scale: tuple[float, float] = SCALE,
-    ratio: tuple[float, float] = RATIO,
-) -> list[Box]:
-    """For each key and (width, height) a box of ``scale`` of the area, its width to height log-uniform in ``ratio``.
+def random_crops(keys: Keys, sizes: Sequence[tuple[int, int]]) -> list[Box]:
+    """For each key and (width, height) a box of ``SCALE`` of the area, its width to height log-uniform in ``RATIO``.
 
-    Ten tries; then the largest box within ``ratio`` in the middle.
+    Ten tries; then the largest box within ``RATIO`` in the middle.
     """
     if not len(keys):
         return []
     draws = uniform(keys[:, None], np.arange(4 * TRIES)).reshape(len(keys), TRIES, 4)
     whole = np.asarray(sizes, dtype=np.float64).reshape(-1, 2, 1)
-    area = whole[:, 0] * whole[:, 1] * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
-    aspect = np.exp(np.log(ratio[0]) + np.log(ratio[1] / ratio[0]) * draws[..., 1])
+    area = whole[:, 0] * whole[:, 1] * (SCALE[0] + (SCALE[1] - SCALE[0]) * draws[..., 0])
+    aspect = np.exp(np.log(RATIO[0]) + np.log(RATIO[1] / RATIO[0]) * draws[..., 1])
     width, height = np.floor(np.sqrt(area * aspect) + 0.5), np.floor(np.sqrt(area / aspect) + 0.5)
     fits = (width <= whole[:, 0]) & (height <= whole[:, 1]) & (np.minimum(width, height) >= 1)
     top = np.floor(draws[..., 2] * (whole[:, 1] - height + 1))
     left = np.floor(draws[..., 3] * (whole[:, 0] - width + 1))
     boxes = np.stack([left, top, width, height], -1).astype(np.int64)
     first = fits.argmax(1)
-    return [
-        Box(*boxes[n, first[n]].tolist()) if fits[n, first[n]] else _middle(size, ratio) for n, size in enumerate(sizes)
-    ]
+    return [Box(*boxes[n, first[n]].tolist()) if fits[n, first[n]] else _middle(*size) for n, size in enumerate(sizes)]
 
 
-def _middle(size: tuple[int, int], ratio: tuple[float, float]) -> Box:
-    width, height = size
-    if width / height < ratio[0]:
-        height = min(height, max(1, int(width / ratio[0] + 0.5)))
-    elif width / height > ratio[1]:
-        width = min(width, max(1, int(height * ratio[1] + 0.5)))
-    return Box((size[0] - width) // 2, (size[1] - height) // 2, width, height)
+def _middle(width: int, height: int) -> Box:
+    wide, high = width, height
+    if width / height < RATIO[0]:
+        high = min(height, max(1, int(width / RATIO[0] + 0.5)))
+    elif width / height > RATIO[1]:
+        wide = min(width, max(1, int(height * RATIO[1] + 0.5)))
+    return Box((width - wide) // 2, (height - high) // 2, wide, high)
 
 
 def flips(keys: Keys, probability: float) -> NDArray[np.bool_]:

@@ -1,6 +1,4 @@
-"""uint8 images as they come from the loaders' workers → normalised float32, where the model is.
-
-Images → normalised float32 batches, with randomness that is a function of each sample's key alone.
+"""Images → normalised float32 batches, with randomness that is a function of each sample's key alone.
 
 "none"      no randomness: timm's resize and centre crop, as in evaluation.
 "light"     small random affine (rotation, shift, scale) for digits and the like. Done on the decoded batch as tensors
@@ -10,17 +8,16 @@ Images → normalised float32 batches, with randomness that is a function of eac
 "imagenet"  the recipe of timm: crop and flip, RandAugment (timm's, which draws from the global generators of ``random``
             and numpy: they are seeded from the key for each sample and put back afterwards), random erasing.
 
-Each has two halves: ``pixels`` makes small tensors in the loader's workers (uint8 wherever that is exact), ``finish``
-normalises them where the model is. An image that already has the target size is not resized for "none", "light" and
-evaluation.
+Each transform has two halves: ``pixels`` makes small tensors in the loader's workers (uint8 wherever that is exact),
+``finish`` normalises them where the model is. An image that already has the target size is not resized for "none",
+"light" and evaluation.
 """
 
 from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,46 +35,14 @@ from mmtrain.torchvision_compat import ensure_torchvision
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_buffers = Buffers()
-
-
-class Normalise:
-    """(pixels / 255 - mean) / std, per channel."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
-        self.shift = -torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, H, W, C) → float32 (B, C, H, W), on the same device."""
-        scale, shift = self.scale.float(), self.shift.float()
-        if pixels.device.type == "cpu":
-            return _by_planes(pixels, scale, shift)
-        wide = pixels.movedim(-1, 1).to(torch.float32, memory_format=torch.contiguous_format)
-        return wide.mul_(scale.to(wide.device).view(-1, 1, 1)).add_(shift.to(wide.device).view(-1, 1, 1))
-
-
-def _by_planes(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """A plane that stays in the cache at a time, and by numpy: torch would wake threads for each, which the workers
-    need. The memory is used again, for fresh pages (38 MB for 64 photos) cost five times what the arithmetic does.
-    """
-    b, h, w, c = pixels.shape
-    out = _buffers.tensor((b, c, h, w), torch.float32)
-    for source, target in zip(pixels.numpy(), out.numpy(), strict=True):
-        for channel, (factor, term) in enumerate(zip(scale.numpy(), shift.numpy(), strict=True)):
-            plane = target[channel]
-            plane[...] = source[..., channel]
-            plane *= factor
-            plane += term
-    return out
-
-
 AUGMENTS = ("none", "light", "crop", "imagenet")
 INTERPOLATIONS = ("bicubic", "bilinear")
 
 ROTATION = 10.0  # degrees, both ways
 SHIFT = 0.08  # of the side, both ways
 SCALE = (0.9, 1.1)
+
+_buffers = Buffers()
 
 
 def new_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -142,18 +107,45 @@ def build_transform(
         raise UserError(f"data.augment=imagenet works on colour images: data.channels=3, not {channels}")
     normalise = Normalise(mean, std)
     if train and augment == "imagenet":
-        return _ImageNet(image_size, channels, interpolation, hflip, normalise, auto_augment, re_prob, mean, std)
+        distort = Distort(image_size, interpolation, auto_augment, re_prob, mean, std)
+        return _Crop(image_size, channels, interpolation, hflip, normalise, distort)
     if train and augment == "crop":
         return _Crop(image_size, channels, interpolation, hflip, normalise)
     resize = _Resize(image_size, crop_pct, interpolation, channels, normalise)
     return _Light(resize, mean, std) if train and augment == "light" else resize
 
 
+class Normalise:
+    """(pixels / 255 - mean) / std, per channel."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
+        self.shift = -torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, H, W, C) → float32 (B, C, H, W), on the same device."""
+        scale, shift = self.scale.float(), self.shift.float()
+        if pixels.device.type != "cpu":
+            wide = pixels.movedim(-1, 1).to(torch.float32, memory_format=torch.contiguous_format)
+            return wide.mul_(scale.to(wide.device).view(-1, 1, 1)).add_(shift.to(wide.device).view(-1, 1, 1))
+        # One plane at a time, which stays in the cache, and by numpy: torch would wake threads for each, which the
+        # workers need. The memory is used again: fresh pages (38 MB for 64 photos) cost five times the arithmetic.
+        b, h, w, c = pixels.shape
+        out = _buffers.tensor((b, c, h, w), torch.float32)
+        for source, target in zip(pixels.numpy(), out.numpy(), strict=True):
+            for channel, (factor, term) in enumerate(zip(scale.numpy(), shift.numpy(), strict=True)):
+                plane = target[channel]
+                plane[...] = source[..., channel]
+                plane *= factor
+                plane += term
+        return out
+
+
 class _Resize(Transform):
     """Shorter side to S / crop_pct, then the centre S × S."""
 
-    def __init__(self, size: int, crop_pct: float, interpolation: str, channels: int, finish: Normalise) -> None:
-        self.size, self.channels, self.normalise = size, channels, finish
+    def __init__(self, size: int, crop_pct: float, interpolation: str, channels: int, normalise: Normalise) -> None:
+        self.size, self.channels, self.normalise = size, channels, normalise
         self.options: dict[str, Any] = {"crop_pct": crop_pct, "interpolation": interpolation}
         self._resize: Any = None
 
@@ -185,17 +177,36 @@ class _Resize(Transform):
 
 
 class Affine:
-    """The small random affine of a batch float32 (B, C, S, S) in 0..1, and its normalisation."""
+    """A small random rotation, scale and shift of a batch float32 (B, C, S, S) in 0..1, and its normalisation."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
 
+    def __call__(self, pixels: torch.Tensor, keys: Keys | None) -> torch.Tensor:
+        return self.normalise(self.move(pixels, keys))
+
     def move(self, pixels: torch.Tensor, keys: Keys | None) -> torch.Tensor:
-        """Without keys, ``pixels`` itself."""
+        """Without keys, ``pixels`` itself.
+
+        The grid takes element-wise products and sums only: ``F.affine_grid`` multiplies matrices, whose rounding may
+        depend on how many samples share the batch, and then the run would depend on the world size.
+        """
         if keys is None:
             return pixels
-        return functional.grid_sample(pixels, affine_grid(keys, pixels.shape[-1]), align_corners=False)
+        size = pixels.shape[-1]
+        angle = np.deg2rad(ROTATION) * (2 * uniform(keys, 0) - 1)
+        scale = SCALE[0] + (SCALE[1] - SCALE[0]) * uniform(keys, 1)
+        # Side = 2 in grid coordinates. The grid says where each output pixel comes from: hence 1 / scale.
+        shift_x, shift_y = (2 * SHIFT * (2 * uniform(keys, n) - 1) for n in (2, 3))
+        cos, sin, move_x, move_y = (
+            torch.from_numpy(values.astype(np.float32)).view(-1, 1, 1)
+            for values in (np.cos(angle) / scale, np.sin(angle) / scale, shift_x, shift_y)
+        )
+        at = (torch.arange(size, dtype=torch.float32) * 2 + 1) / size - 1
+        x, y = at.view(1, 1, -1) - move_x, at.view(1, -1, 1) - move_y
+        grid = torch.stack((cos * x - sin * y, sin * x + cos * y), dim=-1)
+        return functional.grid_sample(pixels, grid, align_corners=False)
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """Into other memory."""
@@ -216,57 +227,8 @@ class _Light(Transform):
         return self.affine.normalise(pixels)
 
 
-def affine_grid(keys: Keys, size: int) -> torch.Tensor:
-    """Sampling grid (B, S, S, 2) of a rotation, scale and shift drawn for each key.
-
-    Element-wise products and sums only: ``F.affine_grid`` multiplies matrices, whose rounding may depend on how many
-    samples share the batch, and then the run would depend on the world size.
-    """
-    angle = np.deg2rad(ROTATION) * (2 * uniform(keys, 0) - 1)
-    scale = SCALE[0] + (SCALE[1] - SCALE[0]) * uniform(keys, 1)
-    # Side = 2 in grid coordinates. The grid says where each output pixel comes from: hence 1 / scale.
-    shift_x, shift_y = (2 * SHIFT * (2 * uniform(keys, n) - 1) for n in (2, 3))
-    cos, sin, move_x, move_y = (
-        torch.from_numpy(values.astype(np.float32)).view(-1, 1, 1)
-        for values in (np.cos(angle) / scale, np.sin(angle) / scale, shift_x, shift_y)
-    )
-    at = (torch.arange(size, dtype=torch.float32) * 2 + 1) / size - 1
-    x, y = at.view(1, 1, -1) - move_x, at.view(1, -1, 1) - move_y
-    return torch.stack((cos * x - sin * y, sin * x + cos * y), dim=-1)
-
-
 class _Crop(Transform):
-    """Random resized crop and flip."""
-
-    def __init__(self, size: int, channels: int, interpolation: str, hflip: float, finish: Normalise) -> None:
-        self.size, self.channels, self.interpolation, self.hflip = size, channels, interpolation, hflip
-        self.normalise = finish
-
-    def pixels(self, images: Sequence[Photo | Image], keys: Keys | None, empty: Empty = new_tensor) -> torch.Tensor:
-        if keys is None:
-            raise ValueError("a random transform needs keys")
-        made = empty((len(images), self.size, self.size, self.channels), torch.uint8)
-        self.fill(made.numpy(), images, keys)
-        return made
-
-    def fill(self, batch: NDArray[np.uint8], images: Sequence[Photo | Image], keys: Keys) -> None:
-        """Make ``batch``, (B, S, S, C)."""
-        photos = [Photo.of(image, self.channels) for image in images]
-        boxes, mirrored = random_crops(keys, [photo.size for photo in photos]), flips(keys, self.hflip)
-        for place, (photo, box, mirror) in enumerate(zip(photos, boxes, mirrored.tolist(), strict=True)):
-            try:
-                part = photo.part(box, self.size)
-            except ValueError as error:
-                raise Undecodable(place, error) from error
-            made = resized(part, self.size, self.interpolation)
-            batch[place] = made[:, ::-1] if mirror else made
-
-    def finish(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.normalise(pixels)
-
-
-class _ImageNet(_Crop):
-    """Crop and flip, RandAugment, random erasing."""
+    """Random resized crop and flip, then ``distort`` where that is wanted."""
 
     def __init__(
         self,
@@ -274,35 +236,66 @@ class _ImageNet(_Crop):
         channels: int,
         interpolation: str,
         hflip: float,
-        finish: Normalise,
+        normalise: Normalise,
+        distort: Distort | None = None,
+    ) -> None:
+        self.size, self.channels, self.interpolation, self.hflip = size, channels, interpolation, hflip
+        self.normalise, self.distort = normalise, distort
+
+    def pixels(self, images: Sequence[Photo | Image], keys: Keys | None, empty: Empty = new_tensor) -> torch.Tensor:
+        if keys is None:
+            raise ValueError("a random transform needs keys")
+        made = empty((len(images), self.size, self.size, self.channels), torch.uint8)
+        batch = made.numpy()
+        photos = [image if isinstance(image, Photo) else Photo(b"", self.channels, image) for image in images]
+        boxes, mirrored = random_crops(keys, [photo.size for photo in photos]), flips(keys, self.hflip)
+        for place, (photo, box, mirror) in enumerate(zip(photos, boxes, mirrored.tolist(), strict=True)):
+            try:
+                part = photo.part(box, self.size)
+            except ValueError as error:
+                raise Undecodable(place, error) from error
+            cropped = resized(part, self.size, self.interpolation)
+            batch[place] = cropped[:, ::-1] if mirror else cropped
+        if self.distort is not None:
+            self.distort(batch, keys)
+        return made
+
+    def finish(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.normalise(pixels)
+
+
+class Distort:
+    """RandAugment or AutoAugment (timm's, "" for none), then random erasing, of bytes (B, S, S, C), in place."""
+
+    def __init__(
+        self,
+        size: int,
+        interpolation: str,
         auto_augment: str,
         re_prob: float,
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
-        super().__init__(size, channels, interpolation, hflip, finish)
+        self.policy = _policy(auto_augment, size, mean, interpolation) if auto_augment else None
         self.re_prob, self.mean, self.std = re_prob, tuple(mean), tuple(std)
-        self.policy = policy_of(auto_augment, size, self.mean, interpolation) if auto_augment else None
 
-    def fill(self, batch: NDArray[np.uint8], images: Sequence[Photo | Image], keys: Keys) -> None:
-        super().fill(batch, images, keys)
+    def __call__(self, batch: NDArray[np.uint8], keys: Keys) -> None:
         if self.policy is not None:
-            augment(self.policy, batch, keys)
+            from PIL import Image
+
+            states = random.getstate(), np.random.get_state()
+            try:
+                for row, key in zip(batch, keys.tolist(), strict=True):
+                    random.seed(key)
+                    np.random.seed(key & 0xFFFFFFFF)  # timm's RandAugment uses numpy's global generator
+                    row[...] = np.asarray(self.policy(Image.fromarray(row)))
+            finally:
+                random.setstate(states[0])
+                np.random.set_state(states[1])
         erase(batch, keys, self.re_prob, self.mean, self.std)
 
 
-def augment(policy: Any, batch: NDArray[np.uint8], keys: Keys) -> None:
-    """Each image (S, S, 3) of the batch, in place."""
-    from PIL import Image
-
-    with _own_random_state():
-        for row, key in zip(batch, keys.tolist(), strict=True):
-            random.seed(key)
-            np.random.seed(key & 0xFFFFFFFF)  # timm's RandAugment uses numpy's global generator
-            row[...] = np.asarray(policy(Image.fromarray(row)))
-
-
-def policy_of(name: str, size: int, mean: Sequence[float], interpolation: str) -> Any:
+def _policy(name: str, size: int, mean: Sequence[float], interpolation: str) -> Any:
     """timm's RandAugment or AutoAugment, with the settings that its own factory gives it."""
     ensure_torchvision()
     from timm.data import auto_augment
@@ -319,17 +312,6 @@ def policy_of(name: str, size: int, mean: Sequence[float], interpolation: str) -
         raise UserError(f"auto_augment {name!r}: AugMix is not supported; use rand-... or a policy of AutoAugment")
     make = auto_augment.rand_augment_transform if name.startswith("rand") else auto_augment.auto_augment_transform
     return make(name, options)
-
-
-@contextmanager
-def _own_random_state() -> Iterator[None]:
-    """Put the caller's global random states back at the end."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 def _posterize(image: Image, bits: int, **_: Any) -> Image:

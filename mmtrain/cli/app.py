@@ -1,65 +1,73 @@
-"""The commands of ``mmtrain``."""
+"""The commands of ``mmtrain``, and how a command's errors reach the user."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from mmtrain.cli import data, runs
-from mmtrain.cli.doctor import doctor_command
-from mmtrain.cli.model import model_command, plan_command
-from mmtrain.cli.options import Checkpoint, Overrides, Run
-from mmtrain.cli.predict import predict_command
-from mmtrain.cli.runs import report_command
-from mmtrain.cli.train import train_command
+from mmtrain.cli.common import lazy_app
+from mmtrain.errors import SharedError, UserError
+from mmtrain.log import log_to_console
+from mmtrain.version import __version__
 
-app = typer.Typer(
-    name="mmtrain",
-    help="Train and use MambaMixer models: ViM2 for images, TSM2 for time series.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mmtrain {__version__}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None: ...
+
+
+app = lazy_app(
+    "mmtrain",
+    "Train and use MambaMixer models: ViM2 for images, TSM2 for time series.",
+    {
+        "train": ("mmtrain.cli.train:train_command", "Train in this process, or as one rank of torchrun or Slurm."),
+        "submit": ("mmtrain.cli.submit:submit_command", "Train on Slurm, in several processes here, or in front."),
+        "configs": ("mmtrain.cli.train:configs_command", "List the configurations that --config takes by name."),
+        "runs": ("mmtrain.cli.runs:app", "List the runs with their state and results, watch, stop and read them."),
+        "report": ("mmtrain.cli.runs:report_command", "Write one HTML file about one or several runs."),
+        "predict": ("mmtrain.cli.trained:predict_command", "Classify images, or forecast a series."),
+        "eval": ("mmtrain.cli.trained:eval_command", "Measure a trained run on a whole split of its data."),
+        "export": ("mmtrain.cli.trained:export_command", "Write a trained model as safetensors, ONNX or a program."),
+        "model": ("mmtrain.cli.model:model_command", "Show a model's parameters and FLOPs, and what it selects."),
+        "plan": ("mmtrain.cli.model:plan_command", "Plan a run: memory, traffic, step time and GPU-hours."),
+        "data": ("mmtrain.cli.data:app", "Fetch, prepare and look at datasets; index shards."),
+        "doctor": ("mmtrain.cli.doctor:doctor_command", "Say what this machine and installation offer."),
+    },
+    callback=_options,
 )
-app.command("train")(train_command)
-app.command("predict")(predict_command)
-app.command("model")(model_command)
-app.command("plan")(plan_command)
-app.command("doctor")(doctor_command)
-app.command("report")(report_command)
-app.add_typer(data.app, name="data")
-app.add_typer(runs.app, name="runs")
 
 
-@app.command("eval")
-def eval_command(
-    run: Run,
-    overrides: Overrides = None,
-    split: Annotated[str, typer.Option(help="val or test.")] = "test",
-    checkpoint: Checkpoint = "best",
-) -> None:
-    """Measure a trained run on a whole split of its data (overrides such as data.root=… may move the data)."""
-    import json
-
-    from mmtrain.cli.predict import evaluate_run
-
-    print(json.dumps(evaluate_run(run, split, checkpoint, overrides or []), indent=1))
+def main() -> None:
+    """Run ``mmtrain``."""
+    run_app(app)
 
 
-@app.command("export")
-def export_command(
-    run: Run,
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
-    format: Annotated[
-        str, typer.Option(help="safetensors, onnx or torch (a program without mmtrain).")
-    ] = "safetensors",
-    checkpoint: Checkpoint = "best",
-) -> None:
-    """Write a trained model, with the configuration and what prediction needs beside it."""
-    from mmtrain.export import export_trained
-    from mmtrain.inference.trained import load_trained
+def run_app(app: Callable[[], object]) -> None:
+    """Run an application; the user's errors become one message.
 
-    path = export_trained(load_trained(run, checkpoint), out, format)
-    print(f"{path}: {', '.join(sorted(p.name for p in path.iterdir()))}")
+    Exit status: 2 for bad input, 130 or 143 after a signal asked a run to save and stop.
+    """
+    log_to_console()
+    try:
+        app()
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        if rank == "0":
+            print(f"error: {error}", file=sys.stderr)
+        elif not isinstance(error, SharedError):
+            print(f"[rank {rank}] error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(1)

@@ -9,7 +9,14 @@ import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
 import typer
+
+from mmtrain.cluster.task import torch_variables
+from mmtrain.ops import backend_report
+from mmtrain.parallel.preflight import check_ranks
+from mmtrain.parallel.ranks import init_distributed
+from mmtrain.version import __version__
 
 # what each optional package is for, and how to get it
 _OPTIONAL = {
@@ -32,18 +39,12 @@ def doctor_command(
     if ranks:
         _check_ranks(Path(run_dir))
         return
-    import torch
-
-    import mmtrain
-
-    _line("mmtrain", mmtrain.__version__)
+    _line("mmtrain", __version__)
     _line("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     _line("torch", f"{torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} CPUs")
     cuda = torch.cuda.is_available()
     _line("cuda", torch.cuda.get_device_name() if cuda else "none: models run on the CPU")
     if scan:
-        from mmtrain.ops import backend_report
-
         for key, value in backend_report().items():
             _line(f"scan {key}", str(value))
     for name, (purpose, cure) in _OPTIONAL.items():
@@ -60,12 +61,7 @@ def doctor_command(
 def _check_ranks(folder: Path) -> None:
     """``srun mmtrain doctor --ranks``: the checks that a job makes before its first step, on their own."""
     if "SLURM_PROCID" in os.environ and "RANK" not in os.environ:
-        from mmtrain.cluster.task import torch_variables
-
         os.environ.update(torch_variables(os.environ))
-    from mmtrain.parallel.preflight import check_ranks
-    from mmtrain.parallel.ranks import init_distributed
-
     with init_distributed(timeout=120.0) as here:
         seen = check_ranks(here, folder, "auto")
         if here.main:

@@ -1,53 +1,29 @@
-"""``mmtrain plan``: what a run would need, before it is started.
-
-``mmtrain model``: what a model is made of and costs, and what a trained one has learned to select.
-"""
+"""``mmtrain model``: what a model costs, and what a trained one selects. ``mmtrain plan``: what a run would need."""
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
-from mmtrain.cli.options import Checkpoint, Config, Overrides
+from mmtrain.cli.common import Checkpoint, Config, Overrides
+from mmtrain.config import TSM2Config, load_config
 from mmtrain.errors import UserError
-
-if TYPE_CHECKING:
-    from mmtrain.inference.trained import TrainedModel
-    from mmtrain.inspect.stages import StageRow, Subject
-
-
-def plan_command(
-    config: Config,
-    overrides: Overrides = None,
-    nodes: Annotated[int | None, typer.Option(help="Nodes (default: cluster.nodes).")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs a node (default: cluster.gpus_per_node).")] = None,
-    gpu: Annotated[str | None, typer.Option(help="Which GPU, such as h100 (default: cluster.gpu).")] = None,
-    samples: Annotated[int | None, typer.Option(help="Training samples, where the data is not at hand.")] = None,
-) -> None:
-    """Plan a run without any GPU: memory, traffic and step time under each strategy, data rate, GPU-hours."""
-    from rich.console import Console
-
-    from mmtrain.config import load_config
-    from mmtrain.plan import plan_run
-    from mmtrain.plan.report import render
-
-    resolved = load_config(config, overrides or [])
-    cluster = resolved.cluster
-    plan = plan_run(
-        resolved,
-        cluster.nodes if nodes is None else nodes,
-        cluster.gpus_per_node if gpus_per_node is None else gpus_per_node,
-        cluster.gpu if gpu is None else gpu,
-        samples=samples,
-    )
-    console = Console()
-    print(render(plan, console.width if console.is_terminal else 120))
-
+from mmtrain.inference.trained import TrainedModel, load_trained
+from mmtrain.inspect.averaging import averaging_matrices
+from mmtrain.inspect.selection import image_selection, window_selection
+from mmtrain.inspect.stages import NOT_COUNTED, StageRow, Subject, resolve, stage_table, total
+from mmtrain.plan import plan_run
+from mmtrain.plan.report import render
+from mmtrain.plotting.averaging import draw_averaging
+from mmtrain.plotting.selection import draw_image_selection, draw_window_selection
 
 logger = logging.getLogger("mmtrain")
 
@@ -68,8 +44,6 @@ def model_command(
     checkpoint: Checkpoint = "best",
 ) -> None:
     """Show parameters and FLOPs stage by stage; of a run or export folder also draw averaging.png and selection.png."""
-    from mmtrain.inspect.stages import resolve
-
     subject = resolve(name, overrides or [])
     if subject.folder is None and (out or series or image):
         cure = f" (for the folder write ./{name})" if Path(name).is_dir() else ""
@@ -83,12 +57,6 @@ def model_command(
 
 
 def _show_stages(subject: Subject, input_size: str | None, variates: int | None, batch: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from mmtrain.config import TSM2Config
-    from mmtrain.inspect.stages import NOT_COUNTED, stage_table, total
-
     model = subject.model
     if isinstance(model, TSM2Config):
         if input_size is not None:
@@ -148,8 +116,6 @@ def _own_size(subject: Subject) -> tuple[int, int]:
 
 
 def _variates(subject: Subject) -> int:
-    import json
-
     if subject.folder is not None:
         assets = subject.folder / "assets.json"
         if assets.is_file():
@@ -159,10 +125,6 @@ def _variates(subject: Subject) -> int:
 
 
 def _draw(subject: Subject, folder: Path, out: Path, series: Path | None, image: Path | None, checkpoint: str) -> None:
-    from mmtrain.inference.trained import load_trained
-    from mmtrain.inspect.averaging import averaging_matrices
-    from mmtrain.plotting.averaging import draw_averaging
-
     trained = load_trained(folder, checkpoint)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -184,9 +146,6 @@ def _selection(
     trained: TrainedModel, subject: Subject, series: Path | None, image: Path | None
 ) -> Callable[[Path], None] | None:
     """How to draw the selection, or None, with a warning, where there is nothing to draw it from."""
-    from mmtrain.inspect.selection import image_selection, window_selection
-    from mmtrain.plotting.selection import draw_image_selection, draw_window_selection
-
     forecasts = image is None if series is not None or image is not None else _is_forecaster(trained)
     flag = "--series FILE" if forecasts else "--image FILE"
     try:
@@ -209,3 +168,25 @@ def _selection(
 
 def _is_forecaster(trained: TrainedModel) -> bool:
     return trained.config.task.kind == "forecasting"
+
+
+def plan_command(
+    config: Config,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes (default: cluster.nodes).")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs a node (default: cluster.gpus_per_node).")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Which GPU, such as h100 (default: cluster.gpu).")] = None,
+    samples: Annotated[int | None, typer.Option(help="Training samples, where the data is not at hand.")] = None,
+) -> None:
+    """Plan a run without any GPU: memory, traffic and step time under each strategy, data rate, GPU-hours."""
+    resolved = load_config(config, overrides or [])
+    cluster = resolved.cluster
+    plan = plan_run(
+        resolved,
+        cluster.nodes if nodes is None else nodes,
+        cluster.gpus_per_node if gpus_per_node is None else gpus_per_node,
+        cluster.gpu if gpu is None else gpu,
+        samples=samples,
+    )
+    console = Console()
+    print(render(plan, console.width if console.is_terminal else 120))

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from mmtrain.errors import UserError
+from mmtrain.runs.folder import RunFolder
 
 #: An offline record of an unfinished run that was written so few seconds ago is taken to be still growing.
 _STILL_WRITTEN = 60.0
@@ -34,8 +35,6 @@ def sync_runs(runs: list[Path], *, dry_run: bool = False) -> None:
     Raises:
         UserError: for folders without records, without a key, and with all parts that could not be uploaded.
     """
-    from mmtrain.runs.folder import RunFolder
-
     parts: list[Path] = []
     for path in runs:
         run = RunFolder.existing(path)

@@ -1,21 +1,18 @@
-"""``mmtrain train`` and what every launcher calls."""
+"""``mmtrain train``, the command of every process of a run, and ``mmtrain configs``. Neither needs torch to start."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import shutil
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
-from mmtrain.cli.options import Config, Overrides, RunDir
-
-if TYPE_CHECKING:
-    from mmtrain.config import RunConfig
+from mmtrain.cli.common import Config, Overrides, RunDir
+from mmtrain.cluster.task import SlurmTask, run_training
+from mmtrain.config import RunConfig, load_config, to_yaml
+from mmtrain.config.load import config_folders
+from mmtrain.runs.folder import run_path
 
 logger = logging.getLogger("mmtrain")
 
@@ -29,53 +26,39 @@ def train_command(
     print_config: bool = typer.Option(False, help="Print the resolved configuration and stop."),
 ) -> None:
     """Train in this process (or as one rank of torchrun), or go on with the run in its folder."""
-    from mmtrain.config import load_config, to_yaml
-
     resolved = load_config(config, overrides or ())
     if print_config:
         print(to_yaml(resolved), end="")
-        return
-    if slurm:
-        from mmtrain.cluster.task import SlurmTask
-        from mmtrain.runs.folder import run_path
-
+    elif slurm:
         SlurmTask(resolved, str(run_path(resolved, run_dir).resolve()))()
+    elif debug:
+        run_training(*debug_run(resolved), debug=True)
     else:
-        run_training(resolved, run_dir, debug=debug)
+        run_training(resolved, run_dir)
 
 
-def run_training(config: RunConfig, run_dir: str | Path | None = None, debug: bool = False) -> None:
-    """Train, say how it ended and what to do next. Exits with 128 + signal after a signal stopped it."""
-    from mmtrain.runs.folder import run_path
-    from mmtrain.train.session import train
-
-    if debug:
-        config, run_dir = shrink(config), Path(config.run_root) / "debug" / config.name
-        shutil.rmtree(run_dir, ignore_errors=True)
-        logger.info("debug: a shrunken model, 2 steps, 64 samples of each split: no figure here means anything")
-    path = run_path(config, run_dir)
-    try:
-        outcome = train(config, run_dir, debug=debug)
-    except BaseException:
-        _note_end(path, "failed")
-        raise
-    _note_end(path, "finished" if outcome.finished else "stopped")
-    if outcome.stopped_by is not None:
-        logger.info("stopped at step %d with a checkpoint in %s: the same command goes on", outcome.step, path)
-        sys.exit(128 + outcome.stopped_by)
-    shown = ", ".join(f"{k} {v:.4g}" for k, v in (outcome.test or {}).items())
-    logger.info("done: %s at step %d%s", path, outcome.step, f", test: {shown}" if shown else "")
-    logger.info("curves: %s   use it: mmtrain predict %s FILE", path / "curves.png", path)
+def configs_command() -> None:
+    """List the configurations that --config takes by name: those of ./configs, and those that come with mmtrain."""
+    listed: set[Path] = set()
+    for folder in config_folders():
+        names = {path.relative_to(folder) for path in folder.rglob("*.yaml")} - listed
+        names = {name for name in names if name.parts[0] != "base"}
+        if names:
+            print(f"{folder}:")
+        width = max((len(str(name)) for name in names), default=0)
+        for name in sorted(names):
+            first, *_ = (folder / name).read_text(encoding="utf-8").splitlines() or [""]
+            description = first.lstrip("# ") if first.startswith("#") else ""
+            print(f"  {name.with_suffix('')!s:<{width}}{description}".rstrip())
+        listed |= names
 
 
-def _note_end(run: Path, reason: str) -> None:
-    """Note how a run without Slurm ended; what a Slurm job comes to is noted when all its tasks have ended."""
-    from mmtrain.runs import journal
-    from mmtrain.runs.journal import newest_step
-
-    if os.environ.get("RANK", "0") == "0" and "SLURM_JOB_ID" not in os.environ and (run / journal.NAME).exists():
-        with contextlib.suppress(OSError):  # a folder that cannot be written was why the run ended, and was told
-            journal.record(run, "ended", job=None, restart=0, reason=reason, step=newest_step(run), requeued=False)
+def debug_run(config: RunConfig) -> tuple[RunConfig, Path]:
+    """The shrunken configuration and the fresh folder of a debug run."""
+    run_dir = Path(config.run_root) / "debug" / config.name
+    shutil.rmtree(run_dir, ignore_errors=True)
+    logger.info("debug: a shrunken model, 2 steps, 64 samples of each split: no figure here means anything")
+    return shrink(config), run_dir
 
 
 def shrink(config: RunConfig) -> RunConfig:

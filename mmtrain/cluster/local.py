@@ -1,4 +1,4 @@
-"""Run on this machine: in this process, or in several that find each other over loopback."""
+"""Run on this machine, in several processes that find each other over loopback."""
 
 from __future__ import annotations
 
@@ -10,24 +10,16 @@ import sys
 import time
 from collections.abc import Sequence
 
+from mmtrain.cluster.task import run_training
 from mmtrain.config import RunConfig, to_yaml
 from mmtrain.errors import UserError
+from mmtrain.runs.folder import run_path
 
 #: How long the other processes may take to end after one has failed or rank 0 has finished, in seconds.
 _GRACE = 10.0
 
 #: The exit status of a rank whose input is wrong, or whose disk is full (mmtrain.errors.UserError).
 _USER_ERROR = 2
-
-
-def run_here(config: RunConfig, run_dir: str | None, *, debug: bool, dry_run: bool) -> None:
-    """Train in this process, in the foreground."""
-    if dry_run:
-        _say(config, run_dir, "in this process" + (", two steps of a shrunken model" if debug else ""))
-        return
-    from mmtrain.cli.train import run_training
-
-    run_training(config, run_dir, debug=debug)
 
 
 def run_local(
@@ -50,13 +42,15 @@ def run_local(
     """
     if processes < 1:
         raise UserError(f"--local {processes}: give the number of processes, at least 1")
-    if processes == 1 and not restarts:
-        run_here(config, run_dir, debug=False, dry_run=dry_run)
-        return
+    alone = processes == 1 and not restarts
     command = [sys.executable, "-m", "mmtrain", "train", "--config", config_name, *overrides]
     command += ["--run-dir", run_dir] if run_dir else []
     if dry_run:
-        _say(config, run_dir, f"in {processes} processes, each: {' '.join(command)}")
+        how = "in this process" if alone else f"in {processes} processes, each: {' '.join(command)}"
+        print_dry_run(config, run_dir, how)
+        return
+    if alone:
+        run_training(config, run_dir)
         return
     for left in range(restarts, -1, -1):
         status, killed = _together(command, processes)
@@ -141,7 +135,6 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _say(config: RunConfig, run_dir: str | None, how: str) -> None:
-    from mmtrain.runs.folder import run_path
-
+def print_dry_run(config: RunConfig, run_dir: str | None, how: str) -> None:
+    """Print the run folder, ``how`` the run would train, and the whole configuration."""
     print(f"run folder: {run_path(config, run_dir)}\nwould train {how}\n\n{to_yaml(config)}", end="")

@@ -1,18 +1,55 @@
-"""What each task of a Slurm job runs: it finds its rank in Slurm's variables and trains."""
+"""What each process of a run does: it trains, as a task of a Slurm job or by itself, and leaves word how it ended.
+
+Only training itself imports torch, which takes seconds: the signals of a Slurm job are listened to before that.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import socket
+import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmtrain.config import RunConfig
 from mmtrain.errors import UserError
-from mmtrain.runs import slurm
-from mmtrain.runs.journal import JobAttempt
+from mmtrain.log import log_to_console
+from mmtrain.runs import journal, slurm
+from mmtrain.runs.folder import run_path
+from mmtrain.runs.journal import JobAttempt, newest_step
+from mmtrain.train.preemption import StopRequest
+
+logger = logging.getLogger("mmtrain")
+
+
+def run_training(config: RunConfig, run_dir: str | Path | None = None, debug: bool = False) -> None:
+    """Train, say how it ended and what to do next. Exits with 128 + signal after a signal stopped it."""
+    from mmtrain.train.session import train
+
+    path = run_path(config, run_dir)
+    try:
+        outcome = train(config, run_dir, debug=debug)
+    except BaseException:
+        _note_end(path, "failed")
+        raise
+    _note_end(path, "finished" if outcome.finished else "stopped")
+    if outcome.stopped_by is not None:
+        logger.info("stopped at step %d with a checkpoint in %s: the same command goes on", outcome.step, path)
+        sys.exit(128 + outcome.stopped_by)
+    shown = ", ".join(f"{k} {v:.4g}" for k, v in (outcome.test or {}).items())
+    logger.info("done: %s at step %d%s", path, outcome.step, f", test: {shown}" if shown else "")
+    logger.info("curves: %s   use it: mmtrain predict %s FILE", path / "curves.png", path)
+
+
+def _note_end(run: Path, reason: str) -> None:
+    """Note how a run without Slurm ended; what a Slurm job comes to is noted when all its tasks have ended."""
+    if os.environ.get("RANK", "0") == "0" and "SLURM_JOB_ID" not in os.environ and (run / journal.NAME).exists():
+        with contextlib.suppress(OSError):  # a folder that cannot be written was why the run ended, and was told
+            journal.record(run, "ended", job=None, restart=0, reason=reason, step=newest_step(run), requeued=False)
 
 
 @dataclass
@@ -27,8 +64,6 @@ class SlurmTask:
     run_dir: str
 
     def __call__(self) -> int:
-        from mmtrain.train.preemption import StopRequest
-
         attempt, run = JobAttempt.current(), Path(self.run_dir)
         rank = int(os.environ.get("SLURM_PROCID", "0"))
         with StopRequest(self._seconds(attempt, rank)) as stop:
@@ -48,7 +83,6 @@ class SlurmTask:
 
     def _train(self, run: Path) -> None:
         os.environ.update(torch_variables(os.environ))
-        from mmtrain.log import log_to_console
         from mmtrain.train.session import train
 
         log_to_console()

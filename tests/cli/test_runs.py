@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mmtrain.cli import runs
+from mmtrain.runs import logs
 from mmtrain.runs.status import run_statuses
 from mmtrain.runs.table import COLUMNS, span, table
 from tests.cluster.made import BEGIN, HERE, make_run, noted
@@ -222,8 +222,8 @@ def test_follow_goes_on_with_what_is_written(
         with log.open("a") as file:
             file.write(text)
 
-    monkeypatch.setattr(runs.time, "sleep", sleep)
-    runs.show_logs(str(run), 0, follow=True)
+    monkeypatch.setattr(logs.time, "sleep", sleep)
+    logs.show_logs(str(run), 0, follow=True)
     assert capsys.readouterr().out == f"== {log} ==\none\ntwo\nthree\n"
 
 

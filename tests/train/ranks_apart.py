@@ -77,7 +77,7 @@ def _rank(
     import torch
 
     from mmtrain.cli import run_app
-    from mmtrain.cli.train import run_training
+    from mmtrain.cluster.task import run_training
     from mmtrain.config import load_config
     from mmtrain.tasks.forecasting import Forecasting
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
-from mmtrain.cli.prepare import Dates, Last, Ratios, SplitName, split_rule
+from mmtrain.cli.data.series import Dates, Last, Ratios, SplitName, split_rule
+from mmtrain.data.prepare.panel import ID_NAMES, prepare_panel
+from mmtrain.data.prepare.tables import SUFFIXES, schema_of
+from mmtrain.data.series.describe import PanelReport, describe_panel, describe_table, draw_panel, draw_table
+from mmtrain.data.series.panel import is_panel, open_panel
+from mmtrain.data.series.split import SplitRule
 from mmtrain.errors import UserError
-
-if TYPE_CHECKING:
-    from mmtrain.data.series.describe import PanelReport
-    from mmtrain.data.series.split import SplitRule
 
 
 def describe_command(
@@ -44,19 +47,12 @@ def describe_command(
 
 
 def _has_ids(path: Path) -> bool:
-    from mmtrain.data.prepare.panel import ID_NAMES
-    from mmtrain.data.prepare.tables import SUFFIXES, schema_of
-
     if not path.is_file() or path.suffix.lower() not in SUFFIXES or not path.stat().st_size:
         return False
     return any(name.strip().lower() in ID_NAMES for name in schema_of(path).names)
 
 
 def _describe_table(file: str, root: Path | None, plot: Path | None, rule: SplitRule | None) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from mmtrain.data.series.describe import describe_table
 
     report = describe_table(file, root)
     console = Console()
@@ -75,17 +71,10 @@ def _describe_table(file: str, root: Path | None, plot: Path | None, rule: Split
         table.add_row(column.name, column.kind, str(column.holes), *figures)
     console.print(table)
     if plot is not None:
-        from mmtrain.data.series.describe import draw_table
-
         _draw(plot, lambda: draw_table(plot, report, rule))
 
 
 def _describe_panel(path: Path, id: str | None, plot: Path | None, rule: SplitRule | None) -> None:
-    from mmtrain.data.prepare.panel import prepare_panel
-    from mmtrain.data.series.describe import describe_panel, draw_panel
-    from mmtrain.data.series.panel import is_panel, open_panel
-    from mmtrain.data.series.split import SplitRule
-
     with tempfile.TemporaryDirectory() as scratch:
         folder = path
         if not is_panel(path):
@@ -100,9 +89,6 @@ def _describe_panel(path: Path, id: str | None, plot: Path | None, rule: SplitRu
 
 
 def _print_panel(report: PanelReport) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     console = Console()
 
     def say(text: str) -> None:

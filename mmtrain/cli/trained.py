@@ -1,52 +1,26 @@
-"""What ``mmtrain eval`` does.
-
-``mmtrain predict``: images to classes, or a table to a forecast.
-"""
+"""``mmtrain predict``, ``eval`` and ``export``: what a trained model is used for."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
+import numpy as np
+import pandas as pd
+import torch
 import typer
 
-from mmtrain.cli.options import Checkpoint
+from mmtrain.cli.common import Checkpoint, Overrides, Run
+from mmtrain.config import load_config
 from mmtrain.errors import UserError
-
-if TYPE_CHECKING:
-    from mmtrain.inference.trained import TrainedModel
-
-
-def evaluate_run(run: str, split: str, checkpoint: str, overrides: list[str]) -> dict[str, float]:
-    """The metrics of a trained run on ``split``, with the run's configuration and ``overrides`` of its data."""
-    import torch
-
-    from mmtrain.config import load_config
-    from mmtrain.inference.trained import load_trained
-    from mmtrain.parallel.ranks import Ranks
-    from mmtrain.tasks import build_task
-    from mmtrain.train.evaluate import evaluate
-
-    trained = load_trained(run, checkpoint)
-    changed = [item for item in overrides if not item.startswith(("data.", "eval.", "device", "threads"))]
-    if changed:
-        raise UserError(f"eval takes overrides of data, eval, device and threads only, not {', '.join(changed)}")
-    config = load_config(trained.folder / "config.yaml", overrides)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    task = build_task(config)
-    sources = {"train": task.train, "val": task.val, "test": task.test}
-    source = sources.get(split)
-    if source is None:
-        there = ", ".join(name for name, found in sources.items() if found is not None)
-        raise UserError(f"--split {split}: this run has no such split (it has {there})")
-    cuda = config.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    if split == "train":
-        raise UserError("--split train: training samples are augmented; give val or test")
-    found = evaluate(task, trained.model.to(device), source, config, Ranks(0, 1, device))
-    assert found is not None  # nobody asks it to stop
-    return found
+from mmtrain.export import export_trained
+from mmtrain.inference import TrainedModel, classify, forecast, forecast_panel, load_trained
+from mmtrain.inference.panels import draw_some
+from mmtrain.parallel.ranks import Ranks
+from mmtrain.plotting.runs import draw_forecast
+from mmtrain.tasks import build_task
+from mmtrain.train.evaluate import evaluate
 
 
 def predict_command(
@@ -62,8 +36,6 @@ def predict_command(
     checkpoint: Checkpoint = "best",
 ) -> None:
     """Classify images (top 5 with probabilities), or forecast a series (CSV and a picture)."""
-    from mmtrain.inference.trained import load_trained
-
     trained = load_trained(model, checkpoint)
     for path in files:
         if not path.exists():
@@ -80,8 +52,6 @@ def predict_command(
 
 
 def _classify(trained: TrainedModel, files: list[Path]) -> None:
-    from mmtrain.inference import classify
-
     for path, ranking in zip(files, classify(trained, files), strict=True):
         print(path)
         for name, probability in ranking:
@@ -89,10 +59,6 @@ def _classify(trained: TrainedModel, files: list[Path]) -> None:
 
 
 def _forecast_panel(trained: TrainedModel, folder: Path, out: Path, back: int, missing: str) -> None:
-    import numpy as np
-
-    from mmtrain.inference.panels import draw_some, forecast_panel
-
     made = forecast_panel(trained, folder, back, missing)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -110,12 +76,6 @@ def _forecast_panel(trained: TrainedModel, folder: Path, out: Path, back: int, m
 
 
 def _forecast(trained: TrainedModel, file: Path, out: Path, back: int, missing: str) -> None:
-    import numpy as np
-    import pandas as pd
-
-    from mmtrain.inference import forecast
-    from mmtrain.plotting.runs import draw_forecast
-
     made = forecast(trained, file, back, missing)
     table = pd.DataFrame(made.values, columns=made.columns)
     if made.stamps is not None:
@@ -132,3 +92,44 @@ def _forecast(trained: TrainedModel, file: Path, out: Path, back: int, missing: 
         errors = np.nanmean(np.abs(made.values - made.truth), axis=0)
         for name, mean in zip(made.columns, errors, strict=True):
             print(f"  mean absolute error  {mean:10.4g}  {name}")
+
+
+def eval_command(
+    run: Run,
+    overrides: Overrides = None,
+    split: Annotated[str, typer.Option(help="val or test.")] = "test",
+    checkpoint: Checkpoint = "best",
+) -> None:
+    """Measure a trained run on a whole split of its data (overrides such as data.root=… may move the data)."""
+    trained = load_trained(run, checkpoint)
+    changed = [item for item in overrides or () if not item.startswith(("data.", "eval.", "device", "threads"))]
+    if changed:
+        raise UserError(f"eval takes overrides of data, eval, device and threads only, not {', '.join(changed)}")
+    config = load_config(trained.folder / "config.yaml", overrides or ())
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    task = build_task(config)
+    sources = {"train": task.train, "val": task.val, "test": task.test}
+    source = sources.get(split)
+    if source is None:
+        there = ", ".join(name for name, found in sources.items() if found is not None)
+        raise UserError(f"--split {split}: this run has no such split (it has {there})")
+    cuda = config.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    if split == "train":
+        raise UserError("--split train: training samples are augmented; give val or test")
+    found = evaluate(task, trained.model.to(device), source, config, Ranks(0, 1, device))
+    print(json.dumps(found, indent=1))
+
+
+def export_command(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    format: Annotated[
+        str, typer.Option(help="safetensors, onnx or torch (a program without mmtrain).")
+    ] = "safetensors",
+    checkpoint: Checkpoint = "best",
+) -> None:
+    """Write a trained model, with the configuration and what prediction needs beside it."""
+    path = export_trained(load_trained(run, checkpoint), out, format)
+    print(f"{path}: {', '.join(sorted(p.name for p in path.iterdir()))}")

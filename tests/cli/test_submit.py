@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 
 import pytest
 
+from mmtrain.cli import submit
 from mmtrain.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def where() -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(ROOT / "mmtrain/cluster/settings.py")))
+def where() -> ModuleType:
+    return submit
 
 
 @pytest.fixture
@@ -25,22 +23,22 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_flags_beat_the_sites_file_and_overrides_beat_both(where: SimpleNamespace, site: Path) -> None:
+def test_flags_beat_the_sites_file_and_overrides_beat_both(where: ModuleType, site: Path) -> None:
     site.write_text("partition: gpu\naccount: ours\nmin_nodes: 1\nmax_nodes: 4\n")
     given = where.job_settings({"partition": "debug", "nodes": 2, "qos": None})
     assert given == ["cluster.partition=debug", "cluster.account=ours", "cluster.nodes=2"]
-    config, *_ = where.settings_of("vim2_digits", None, ["cluster.account=theirs"], given, None)
+    config, *_ = where.resolve_run("vim2_digits", None, ["cluster.account=theirs"], given, None)
     assert (config.cluster.partition, config.cluster.account, config.cluster.nodes) == ("debug", "theirs", 2)
 
 
 @pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "partition: {a: 1}\n", "time: 24:00:00\n"])
-def test_a_bad_site_file_is_named(where: SimpleNamespace, site: Path, text: str) -> None:
+def test_a_bad_site_file_is_named(where: ModuleType, site: Path, text: str) -> None:
     site.write_text(text)
     with pytest.raises(UserError, match=r"cluster\.yaml"):
         where.job_settings({})
 
 
-def test_no_site_file_is_no_setting(where: SimpleNamespace, site: Path) -> None:
+def test_no_site_file_is_no_setting(where: ModuleType, site: Path) -> None:
     assert where.job_settings({"nodes": None}) == []
 
 
@@ -54,27 +52,27 @@ def test_no_site_file_is_no_setting(where: SimpleNamespace, site: Path) -> None:
         (("grid", None, False, None), "choose auto"),
     ],
 )
-def test_flags_that_contradict_are_refused(where: SimpleNamespace, arguments: tuple[object, ...], said: str) -> None:
+def test_flags_that_contradict_are_refused(where: ModuleType, arguments: tuple[object, ...], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        where.choose(*arguments)
+        where.choose_launcher(*arguments)
 
 
-def test_the_place_follows_from_the_flags(where: SimpleNamespace) -> None:
-    assert where.choose("auto", None, False, None) == "slurm"
-    assert where.choose("auto", 2, False, None) == "local"
-    assert where.choose("local", None, False, None) == "local"
-    assert where.choose("auto", None, True, None) == "debug"
+def test_the_place_follows_from_the_flags(where: ModuleType) -> None:
+    assert where.choose_launcher("auto", None, False, None) == "slurm"
+    assert where.choose_launcher("auto", 2, False, None) == "local"
+    assert where.choose_launcher("local", None, False, None) == "local"
+    assert where.choose_launcher("auto", None, True, None) == "debug"
 
 
-def test_either_a_configuration_or_a_run(where: SimpleNamespace, tmp_path: Path) -> None:
+def test_either_a_configuration_or_a_run(where: ModuleType, tmp_path: Path) -> None:
     for config, resume in ((None, None), ("vim2_digits", tmp_path)):
         with pytest.raises(UserError, match="not both"):
-            where.settings_of(config, resume, [], [], None)
+            where.resolve_run(config, resume, [], [], None)
     with pytest.raises(UserError, match="there is no run to go on with"):
-        where.settings_of(None, tmp_path, [], [], None)
+        where.resolve_run(None, tmp_path, [], [], None)
 
 
-def test_seeds(where: SimpleNamespace) -> None:
+def test_seeds(where: ModuleType) -> None:
     assert where.seeds_of("0,1,5") == [0, 1, 5]
     for bad in ("a", "1,,2", "1,1"):
         with pytest.raises(UserError, match="--array-seeds"):

@@ -1,21 +1,19 @@
-"""``mmtrain data prepare panel`` and ``m5``: many series into memory-mapped shards.
-
-``mmtrain data prepare`` for the public image datasets.
-"""
+"""``mmtrain data prepare`` for series: many of them into a panel, and the demo's table."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from mmtrain.cli.options import Force, Out, Workers
+from mmtrain.cli.common import Force, Out
+from mmtrain.data.prepare.demo import prepare_traffic
+from mmtrain.data.prepare.m5 import prepare_m5
+from mmtrain.data.prepare.output import Prepared
+from mmtrain.data.prepare.panel import prepare_panel
+from mmtrain.data.series.split import SplitRule
 from mmtrain.errors import UserError
-
-if TYPE_CHECKING:
-    from mmtrain.data.prepare.output import Prepared
-    from mmtrain.data.series.split import SplitRule
 
 SplitName = Annotated[
     str | None, typer.Option("--split", help="ratio, date or last: only needed where none of the next three is given.")
@@ -36,8 +34,6 @@ def split_rule(kind: str | None, ratios: str | None, dates: str | None, last: st
     Raises:
         UserError: for options that contradict each other, or hold no numbers.
     """
-    from mmtrain.data.series.split import SplitRule
-
     given = {"ratio": ratios, "date": dates, "last": last}
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1 or (kind in given and named and named != [kind]):
@@ -59,7 +55,7 @@ def split_rule(kind: str | None, ratios: str | None, dates: str | None, last: st
     return SplitRule.make(kind, numbers or [0.7, 0.1, 0.2], parts, numbers)
 
 
-def prepare_panel_command(
+def panel_command(
     root: Annotated[Path, typer.Option(help="A CSV or parquet file, or a folder of them.")],
     out: Out,
     id: Annotated[
@@ -102,9 +98,6 @@ def prepare_panel_command(
         mmtrain data prepare panel --root sales.csv --out data/sales --id shop \\
             --columns sold --known price --static city --last 28,28
     """
-    from mmtrain.data.prepare.panel import prepare_panel
-    from mmtrain.data.series.split import SplitRule
-
     done = prepare_panel(
         root,
         out,
@@ -122,10 +115,10 @@ def prepare_panel_command(
         shard_mb=shard_mb,
         force=force,
     )
-    _tell(done)
+    _report(done)
 
 
-def prepare_m5_command(
+def m5_command(
     root: Annotated[Path, typer.Option(help="Folder with sales.parquet, prices_cents_wide.parquet, calendar.csv.")],
     out: Out,
     days: Annotated[int, typer.Option(help="Days of the test split, and of validation before it.")] = 28,
@@ -137,12 +130,10 @@ def prepare_m5_command(
     sales_train_evaluation.csv as parquet); prices_cents_wide.parquet a row for each of its rows and a column w11101,
     ... for each week, in cents, 0 where there is none (from sell_prices.csv); calendar.csv is M5's own.
     """
-    from mmtrain.data.prepare.m5 import prepare_m5
-
-    _tell(prepare_m5(root, out, days=days, force=force))
+    _report(prepare_m5(**locals()))
 
 
-def _tell(done: Prepared) -> None:
+def _report(done: Prepared) -> None:
     counts = done.meta["counts"]
     notes = {
         "holes": "holes kept (data.missing=mask)",
@@ -159,124 +150,12 @@ def _tell(done: Prepared) -> None:
     )
 
 
-Size = Annotated[int | None, typer.Option(help="Shrink images whose shorter side is longer than this (pixels).")]
-Quality = Annotated[int, typer.Option(help="Of the JPEGs that are made anew, 1 to 100.")]
-ShardSize = Annotated[int, typer.Option(help="Samples in a shard, at most.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be used: OUT/skipped.txt lists it.")]
-
-
-def add_commands(prepare: typer.Typer) -> None:
-    """Register the commands of this module."""
-    prepare.command("imagenet")(imagenet_command)
-    prepare.command("segmentation")(segmentation_command)
-    prepare.command("coco")(coco_command)
-
-
-def imagenet_command(
-    root: Annotated[Path, typer.Option(help="Holds train/WNID and val, or Kaggle's ILSVRC/Data/CLS-LOC.")],
-    out: Out,
-    image_size: Size = None,
-    quality: Quality = 95,
-    shard_size: ShardSize = 1000,
-    workers: Workers = None,
-    expect: Annotated[str, typer.Option(help="full: every image must be there; any: take what is.")] = "full",
-    val_labels: Annotated[
-        Path | None, typer.Option(help="Classes of a flat val folder, a line an image, or Kaggle's list.")
-    ] = None,
-    devkit: Annotated[
-        Path | None, typer.Option(help="meta.mat of the devkit, if --val-labels holds its ILSVRC ids.")
-    ] = None,
-    skip_bad: SkipBad = False,
-    force: Force = False,
-) -> None:
-    """ImageNet (ILSVRC 2012) into tar shards; goes on where it was interrupted."""
-    from mmtrain.data.prepare.imagenet import prepare_imagenet
-
-    done = prepare_imagenet(
-        root,
-        out,
-        image_size=image_size,
-        quality=quality,
-        shard_size=shard_size,
-        workers=workers,
-        expect=expect,
-        val_labels=val_labels,
-        devkit=devkit,
-        skip_bad=skip_bad,
-        force=force,
+def traffic_command(out: Out) -> None:
+    """Two years of hourly road traffic and weather: OUT/traffic.csv."""
+    report = prepare_traffic(out)
+    typer.echo(
+        f"{report.file}: {report.rows} hours"
+        + ("" if report.fresh else " (was there already)")
+        + f"; {report.holes} hours without a measurement (at most {report.longest} in a row) filled linearly"
+        + "".join(f"; {name}: {count} values beyond 8 deviations, kept" for name, count in report.outliers.items())
     )
-    tell(done)
-
-
-def segmentation_command(
-    root: Annotated[Path, typer.Option(help="Holds images/train and annotations/train, or train and trainannot.")],
-    out: Out,
-    classes: Annotated[Path | None, typer.Option(help="A file with the classes' names, one a line.")] = None,
-    ignore: Annotated[
-        list[int] | None, typer.Option(help="A number that is no class (default: 255); may be repeated.")
-    ] = None,
-    zero_is_void: Annotated[
-        bool, typer.Option("--zero-is-void", help="0 becomes 255 and n becomes n - 1, as is usual for ADE20K.")
-    ] = False,
-    image_size: Size = None,
-    quality: Quality = 95,
-    shard_size: ShardSize = 1000,
-    workers: Workers = None,
-    skip_bad: SkipBad = False,
-    force: Force = False,
-) -> None:
-    """Images and masks (a class number for each pixel) into tar shards."""
-    from mmtrain.data.prepare.targets import VOID, prepare_segmentation
-
-    done = prepare_segmentation(
-        root,
-        out,
-        classes=classes,
-        ignore=ignore or [VOID],
-        zero_is_void=zero_is_void,
-        image_size=image_size,
-        quality=quality,
-        shard_size=shard_size,
-        workers=workers,
-        skip_bad=skip_bad,
-        force=force,
-    )
-    tell(done)
-
-
-def coco_command(
-    images: Annotated[Path, typer.Option(help="Folder of the training images.")],
-    annotations: Annotated[Path, typer.Option(help="Their annotations, such as instances_train2017.json.")],
-    out: Out,
-    val_images: Annotated[Path | None, typer.Option(help="Folder of the validation images.")] = None,
-    val_annotations: Annotated[Path | None, typer.Option(help="Their annotations.")] = None,
-    shard_size: ShardSize = 1000,
-    workers: Workers = None,
-    skip_bad: SkipBad = False,
-    force: Force = False,
-) -> None:
-    """Images with boxes and outlines in COCO's format into tar shards."""
-    from mmtrain.data.prepare.targets import prepare_coco
-
-    done = prepare_coco(
-        images,
-        annotations,
-        out,
-        val_images=val_images,
-        val_annotations=val_annotations,
-        shard_size=shard_size,
-        workers=workers,
-        skip_bad=skip_bad,
-        force=force,
-    )
-    tell(done)
-
-
-def tell(done: Prepared) -> None:
-    """What is in the dataset, in a line; and what is not."""
-    counts = ", ".join(f"{count} {split}" for split, count in done.meta["counts"].items())
-    state = "written" if done.fresh else "was there already, nothing to do"
-    classes = f"{len(done.meta['classes'])} classes" if "classes" in done.meta else "classes without names"
-    typer.echo(f"{done.out}: {counts}; {classes}; {state}")
-    if skipped := done.meta.get("skipped"):
-        typer.echo(f"{skipped} could not be used and were left out: {done.out / 'skipped.txt'}", err=True)

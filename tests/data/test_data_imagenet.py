@@ -18,8 +18,7 @@ from PIL import Image
 from mmtrain.data.images.source import ImageShards
 from mmtrain.data.images.tar_index import index_shard
 from mmtrain.data.prepare import imagenet
-from mmtrain.data.prepare.imagenet import prepare_imagenet
-from mmtrain.data.prepare.imagenet_classes import official_wnids, read_devkit, read_val_labels
+from mmtrain.data.prepare.imagenet import official_wnids, prepare_imagenet, read_devkit, read_val_labels
 from mmtrain.errors import UserError
 
 WNIDS = ["n01440764", "n01443537", "n01484850"]

@@ -16,8 +16,8 @@ import numpy as np
 
 from mmtrain.data.prepare.encode import Item
 from mmtrain.data.prepare.images import stratify
-from mmtrain.data.prepare.output import Prepared
-from mmtrain.data.prepare.writer import existing, write_dataset
+from mmtrain.data.prepare.output import Prepared, existing
+from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.data.series.table import read_frame, regularity
 from mmtrain.errors import UserError
 from mmtrain.files import write_atomically

@@ -84,6 +84,15 @@ def read_file(path: str) -> bytes:
         raise UserError(f"{path}: cannot read the file ({error.strerror})") from error
 
 
+def read_lines(path: Path) -> list[str]:
+    """Lines that are not empty, without spaces around them."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
 def encode_image(item: Item, image_size: int | None, quality: int) -> tuple[str, bytes, tuple[int, int]]:
     """Suffix, bytes, and the size (W, H) before shrinking.
 

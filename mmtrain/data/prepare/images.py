@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmtrain.data.prepare.encode import ClassEncoder, Item, check_encoding
-from mmtrain.data.prepare.output import Prepared, check_root
-from mmtrain.data.prepare.writer import existing, write_dataset
+from mmtrain.data.prepare.output import Prepared, check_root, existing
+from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.errors import UserError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})

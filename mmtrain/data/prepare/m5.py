@@ -1,6 +1,6 @@
 """The M5 competition's daily sales of 30,490 Walmart products, with their prices, events and SNAP days.
 
-``prepare_m5`` reads three files: sales.parquet (six id columns, then d_1, d_2, ...), prices_cents_wide.parquet (one row
+It reads three files: sales.parquet (six id columns, then d_1, d_2, ...), prices_cents_wide.parquet (one row
 for each row of the sales, one column for each week; 0: not on sale yet) and calendar.csv. The data is Kaggle's, for
 non-commercial and academic use.
 """
@@ -19,7 +19,7 @@ from mmtrain.data.prepare.output import Prepared
 from mmtrain.data.prepare.panel_writer import Layout, Series, write_panel
 from mmtrain.data.prepare.tables import batches, numbers_of, rows_of, schema_of
 from mmtrain.data.series.split import SplitRule
-from mmtrain.data.series.table import fill_column, read_frame
+from mmtrain.data.series.table import carry, read_frame
 from mmtrain.data.series.timeline import UNITS, Step, Timeline
 from mmtrain.errors import UserError
 
@@ -119,7 +119,10 @@ def _series(root: Path, calendar: pd.DataFrame) -> Iterator[Series]:
         text = {name: sold.column(name).to_pylist() for name in ("id", *STATIC)}
         for row in range(sold.num_rows):
             begin = int(np.argmax((price[row] > 0) | (values[row] > 0)))
-            carried += _carry(price[row, begin:])
+            unpriced = price[row, begin:] == 0
+            carried += int(unpriced.sum())
+            if not unpriced.all():
+                carry(price[row, begin:], unpriced)
             ids: tuple[Any, ...] = tuple(text[name][row] for name in STATIC)
             yield Series(
                 text["id"][row],
@@ -130,14 +133,3 @@ def _series(root: Path, calendar: pd.DataFrame) -> Iterator[Series]:
                 state[text["state_id"][row]],
             )
     logger.info("%s: %d days without a price have that of the nearest day before, else after", root / FILES[1], carried)
-
-
-def _carry(price: NDArray[np.float32]) -> int:
-    """Fill zeros of ``price`` (T,) in place with the last price before, at the beginning the first one; how many."""
-    bad = price == 0
-    count = int(bad.sum())
-    if 0 < count < len(price):
-        first = int(np.argmin(bad))
-        price[:first], bad[:first] = price[first], False
-        fill_column(price, bad, "ffill")
-    return count

@@ -16,6 +16,7 @@ from typing import Any
 from mmtrain.errors import UserError
 from mmtrain.files import exclusive, write_atomically
 
+FORMAT = 1  # of datasets of shards and of betons
 logger = logging.getLogger("mmtrain")
 
 
@@ -37,16 +38,17 @@ def check_root(root: Path, out: Path | None = None) -> None:
 
 
 def existing(
-    out: Path, source: str, settings: Mapping[str, Any], made_as: Mapping[str, Any], *, force: bool
+    out: Path, source: str, settings: Mapping[str, Any], *, force: bool, kind: str | None = None, format: int = FORMAT
 ) -> Prepared | None:
     """The dataset at ``out`` if it is complete and was made from ``source`` with these settings.
 
-    None without one, or with ``force``. ``made_as``: more keys of meta.json, and what they must be (the format).
+    None without one, or with ``force``. ``kind`` and ``format``: what meta.json must say too.
 
     Raises:
         UserError: for a dataset of another source or with other settings; it lists all that differs.
     """
     file = out / "meta.json"
+    made_as = {"format": format} if kind is None else {"kind": kind, "format": format}
     if force or not file.is_file():
         return None
     try:

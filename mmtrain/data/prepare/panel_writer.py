@@ -15,7 +15,7 @@ from mmtrain.data.prepare.output import Prepared, existing, prepared_folder, wri
 from mmtrain.data.series.panel import FORMAT, KIND, open_panel
 from mmtrain.data.series.panel_inputs import fit_scalers
 from mmtrain.data.series.split import SplitRule
-from mmtrain.data.series.table import FILLS, fill_column
+from mmtrain.data.series.table import FILLS, carry, fill_column
 from mmtrain.data.series.timeline import Timeline
 from mmtrain.errors import UserError, nearest
 
@@ -139,10 +139,7 @@ class PanelWriter:
                     f"series {name!r}: the known column {self.layout.known[place]!r} holds nothing at all: leave the "
                     "column out of --known, or the series out of the data"
                 )
-            before = int(np.argmin(column))
-            known[:before, place] = known[before, place]
-            column[:before] = False
-            fill_column(known[:, place], column, "ffill")
+            carry(known[:, place], column)
         self.counts.known_filled += int(bad.sum())
 
     def _flush(self) -> None:
@@ -251,7 +248,7 @@ def write_panel(
     ``open_source``: from a folder for temporary files, what the panel has, and its series as a stream.
     """
     settings = {**settings, "split": split.to_json()}
-    if (done := existing(out, source, settings, {"kind": KIND, "format": FORMAT}, force=force)) is not None:
+    if (done := existing(out, source, settings, force=force, kind=KIND, format=FORMAT)) is not None:
         return done
     with prepared_folder(out, force=force, resume=False) as part:
         layout, series = open_source(part)

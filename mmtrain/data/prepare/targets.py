@@ -22,13 +22,13 @@ from mmtrain.data.prepare.encode import (
     check_encoding,
     encode_image,
     read_file,
+    read_lines,
     shrunk,
     to_bytes,
 )
-from mmtrain.data.prepare.imagenet_classes import read_lines
 from mmtrain.data.prepare.images import image_files
-from mmtrain.data.prepare.output import Prepared, check_root
-from mmtrain.data.prepare.writer import existing, write_dataset
+from mmtrain.data.prepare.output import Prepared, check_root, existing
+from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.errors import UserError
 
 VOID = 255

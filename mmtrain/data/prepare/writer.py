@@ -22,13 +22,11 @@ import numpy as np
 from mmtrain.data.core.order import mix64
 from mmtrain.data.images.tar_index import index_shard
 from mmtrain.data.prepare.encode import BadSample, ClassEncoder, Encoder, Item
-from mmtrain.data.prepare.output import Prepared, prepared_folder, write_meta
-from mmtrain.data.prepare.output import existing as existing_folder
+from mmtrain.data.prepare.output import FORMAT, Prepared, prepared_folder, write_meta
 from mmtrain.data.prepare.pool import progress, run_jobs
 from mmtrain.errors import UserError
 from mmtrain.files import read_json_lines, write_atomically
 
-FORMAT = 1
 logger = logging.getLogger("mmtrain")
 
 
@@ -40,11 +38,6 @@ class _Job(NamedTuple):
     encoder: Encoder
     skip_bad: bool
     known: Finished | None  # what an earlier process wrote down of it
-
-
-def existing(out: Path, source: str, settings: Mapping[str, Any], *, force: bool) -> Prepared | None:
-    """The dataset of shards or betons at ``out`` if it is complete and was made from ``source`` with ``settings``."""
-    return existing_folder(out, source, settings, {"format": FORMAT}, force=force)
 
 
 def write_dataset(

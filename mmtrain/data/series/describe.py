@@ -185,11 +185,11 @@ def _examples(panel: Panel, holes: NDArray[np.int64]) -> list[SeriesReport]:
         chosen[int(np.argmax(holes))] = "most holes"
     for number in np.linspace(0, len(panel) - 1, 5).astype(int).tolist():
         chosen.setdefault(number, "")
-    return [_series(panel, number, why, int(holes[number])) for number, why in sorted(chosen.items())]
-
-
-def _series(panel: Panel, number: int, why: str, holes: int) -> SeriesReport:
-    values = panel.series(number)[:, 0]
-    good = values[np.isfinite(values)].astype(np.float64)
-    figures = (float(good.min()), float(good.mean()), float(good.max())) if len(good) else (np.nan,) * 3
-    return SeriesReport(number, str(panel.ids[number]), why, int(panel.lengths[number]), holes, *figures)
+    reports = []
+    for number, why in sorted(chosen.items()):
+        values = panel.series(number)[:, 0]
+        good = values[np.isfinite(values)].astype(np.float64)
+        figures = (float(good.min()), float(good.mean()), float(good.max())) if len(good) else (np.nan,) * 3
+        rows = int(panel.lengths[number])
+        reports.append(SeriesReport(number, str(panel.ids[number]), why, rows, int(holes[number]), *figures))
+    return reports

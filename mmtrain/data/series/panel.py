@@ -167,7 +167,9 @@ def open_panel(folder: str | Path) -> Panel:
         holes = int(meta["holes"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / 'meta.json'}: not that of a panel ({error!r}); {_CURE}") from error
-    small = {name: _load(folder / f"{name}.npy") for name in ("ids", "lengths", "rows", "first", "groups", "shards")}
+    small = {
+        name: load_array(folder / f"{name}.npy") for name in ("ids", "lengths", "rows", "first", "groups", "shards")
+    }
     panel = Panel(
         folder=folder,
         meta=meta,
@@ -175,11 +177,11 @@ def open_panel(folder: str | Path) -> Panel:
         lengths=small["lengths"],
         rows=small["rows"],
         first=small["first"],
-        values=[_load(folder / f"values-{n:05d}.npy", mapped=True) for n in range(shards)],
-        known=[_load(folder / f"known-{n:05d}.npy", mapped=True) for n in range(shards if names["known"] else 0)],
-        shared=_load(folder / "shared.npy", mapped=True),
+        values=[load_array(folder / f"values-{n:05d}.npy", mapped=True) for n in range(shards)],
+        known=[load_array(folder / f"known-{n:05d}.npy", mapped=True) for n in range(shards if names["known"] else 0)],
+        shared=load_array(folder / "shared.npy", mapped=True),
         groups=small["groups"],
-        statics={name: _load(folder / f"static-{n:03d}.npy") for n, name in enumerate(names["static"])},
+        statics={name: load_array(folder / f"static-{n:03d}.npy") for n, name in enumerate(names["static"])},
         columns=names["columns"],
         known_columns=names["known"],
         shared_columns=names["shared"],
@@ -205,7 +207,12 @@ def _meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _load(file: Path, mapped: bool = False) -> NDArray[Any]:
+def load_array(file: Path, mapped: bool = False) -> NDArray[Any]:
+    """An array of a panel, ``mapped`` into memory or read.
+
+    Raises:
+        UserError: for a file that is missing or damaged.
+    """
     try:
         found = np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

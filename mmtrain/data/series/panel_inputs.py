@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmtrain.data.series.panel import Panel
+from mmtrain.data.series.panel import Panel, load_array
 from mmtrain.data.series.split import Scaler
 from mmtrain.data.series.timeline import calendar_features, calendar_names
 from mmtrain.data.series.windows import Floats, Int64s, known_batch, runs
@@ -112,17 +112,12 @@ class _Sums:
 
 def prepared_scalers(panel: Panel) -> PanelScalers:
     """Those which lie in the panel's folder, of the split that it was prepared with."""
-    arrays = {}
-    for name in ("scaler-mean", "scaler-std", "known-mean", "known-std"):
-        file = panel.folder / f"{name}.npy"
-        try:
-            arrays[name] = np.load(file, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file}: cannot be read ({error}); prepare the panel again with --force") from error
+    names = ("scaler-mean", "scaler-std", "known-mean", "known-std")
+    mean, std, known_mean, known_std = (load_array(panel.folder / f"{name}.npy") for name in names)
     wanted = (len(panel), len(panel.columns))
-    if arrays["scaler-mean"].shape != wanted or arrays["scaler-std"].shape != wanted:
+    if mean.shape != wanted or std.shape != wanted:
         raise UserError(f"{panel.folder}: the scalers are not of {wanted[0]} series; prepare the panel again, --force")
-    return PanelScalers(arrays["scaler-mean"], arrays["scaler-std"], Scaler(arrays["known-mean"], arrays["known-std"]))
+    return PanelScalers(mean, std, Scaler(known_mean, known_std))
 
 
 @dataclass(frozen=True)
@@ -170,21 +165,21 @@ def fit_static(panel: Panel, names: Sequence[str], trained: NDArray[np.bool_]) -
                 f"are {', '.join(panel.statics) or 'none: prepare it with --static'}"
             )
         if name in panel.categories:
-            column = StaticColumn(name, tuple(panel.categories[name]))
-            if column.width == 1 and len(column.categories) > 1:
+            columns.append(StaticColumn(name, tuple(panel.categories[name])))
+            count = len(panel.categories[name])
+            if count > MOST_ONE_HOT:
                 logger.info(
                     "%s: static column %r has %d values, more than %d: it becomes one number, the code of the value",
                     panel.folder,
                     name,
-                    len(column.categories),
+                    count,
                     MOST_ONE_HOT,
                 )
-            columns.append(column)
-            continue
-        values = panel.statics[name][trained].astype(np.float64)
-        good = values[np.isfinite(values)]
-        mean, std = (float(good.mean()), float(good.std())) if len(good) else (0.0, 1.0)
-        columns.append(StaticColumn(name, (), mean, std if std > 1e-6 * abs(mean) else 1.0))
+        else:
+            values = panel.statics[name][trained].astype(np.float64)
+            good = values[np.isfinite(values)]
+            mean, std = (float(good.mean()), float(good.std())) if len(good) else (0.0, 1.0)
+            columns.append(StaticColumn(name, (), mean, std if std > 1e-6 * abs(mean) else 1.0))
     return columns
 
 

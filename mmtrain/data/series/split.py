@@ -81,13 +81,11 @@ class Scaler:
     @classmethod
     def fit(cls, values: NDArray[np.floating]) -> Scaler:
         """Mean and population deviation of the rows given: the training rows, never others, and without holes."""
+        deviation: Any = np.std
+        average: Any = np.mean
         if np.isnan(values).any():
+            deviation, average = np.nanstd, np.nanmean
             values = np.where(np.isnan(values).all(axis=0), 0, values)  # a column without a number: mean 0, deviation 1
-            return cls._fit(np.nanstd, np.nanmean, values)
-        return cls._fit(np.std, np.mean, values)
-
-    @classmethod
-    def _fit(cls, deviation: Any, average: Any, values: NDArray[np.floating]) -> Scaler:
         std = deviation(values, axis=0, dtype=np.float64)
         # A constant column's deviation is rounding noise of its mean, not exactly 0.
         constant = np.nanmax(values, axis=0) == np.nanmin(values, axis=0)

@@ -34,14 +34,9 @@ class SeriesTable:
     stamps: NDArray[np.datetime64] | None  # (T,) or None without a time column (or with a numeric one)
     path: Path
     filled: int = 0  # holes that were filled
-    #: (T + ahead, K) of the columns that are known in advance; stamps then go on for the ``ahead`` rows too.
+    #: (T + ahead, K) of the columns that are known in advance; ``stamps`` have the rows ahead too.
     known: NDArray[np.float32] | None = None
     holes: int = 0  # holes that were kept, as NaN
-
-    @property
-    def ahead(self) -> int:
-        """Rows behind the last target in which only the known columns hold anything."""
-        return 0 if self.known is None else len(self.known) - len(self.values)
 
 
 def find_table(name: str | Path, data_root: str | Path | None = None) -> Path:
@@ -111,7 +106,7 @@ def read_table(
     other name must exist. ``columns``: which to use, in this order (None: all but the time column). ``missing``: what
     to do with holes (empty, NaN, infinite): "error", "ffill" (last value before: never looks ahead), "interpolate"
     (linear, nearest at the ends), "zero", or "mask" (they stay, as NaN). ``known``: columns known in advance, which are
-    no targets and may have no holes; rows at the end in which only they are given are the table's ``ahead`` rows.
+    no targets and may have no holes; rows at the end in which only they are given lie ahead of the values.
     Raises UserError naming file, column, row and cure.
     """
     if missing not in MISSING:
@@ -273,6 +268,13 @@ def _fill(values: NDArray[np.float32], names: list[str], file: Path, missing: st
         "%s: filled %d hole(s) in %d column(s) (data.missing=%s)", file, counts.sum(), (counts > 0).sum(), missing
     )
     return int(counts.sum())
+
+
+def carry(column: NDArray[np.float32], bad: NDArray[np.bool_]) -> None:
+    """Fill the ``bad`` rows of ``column`` (T,) in place with the last value before, at the beginning with the first."""
+    first = int(np.argmin(bad))
+    column[:first] = column[first]
+    fill_column(column, bad & (np.arange(len(bad)) >= first), "ffill")
 
 
 def fill_column(column: NDArray[np.float32], bad: NDArray[np.bool_], fill: str) -> bool:

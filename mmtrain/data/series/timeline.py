@@ -21,7 +21,6 @@ Int64s = NDArray[np.int64]
 _SECOND = 1_000_000
 UNITS = {"s": _SECOND, "min": 60 * _SECOND, "h": 3600 * _SECOND, "D": 86400 * _SECOND, "W": 7 * 86400 * _SECOND}
 _MONTHS = {"M": 1, "Q": 3, "Y": 12}
-_SHORTEST_MONTH, _LONGEST_MONTH = 28 * UNITS["D"], 31 * UNITS["D"]
 
 
 @dataclass(frozen=True)
@@ -132,10 +131,8 @@ class Steps:
 
 
 def _spans(step: int, months: int) -> bool:
-    """Can so many months be ``step`` µs long?"""
-    if months == 1:
-        return _SHORTEST_MONTH <= step <= _LONGEST_MONTH
-    days = {3: (90, 92), 6: (181, 184), 12: (365, 366)}[months]
+    """Can ``months`` months be ``step`` µs long?"""
+    days = {1: (28, 31), 3: (90, 92), 6: (181, 184), 12: (365, 366)}[months]
     return days[0] * UNITS["D"] <= step <= days[1] * UNITS["D"]
 
 

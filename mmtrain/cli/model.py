@@ -20,8 +20,7 @@ from mmtrain.inference.trained import TrainedModel, load_trained
 from mmtrain.inspect.averaging import averaging_matrices
 from mmtrain.inspect.selection import image_selection, window_selection
 from mmtrain.inspect.stages import NOT_COUNTED, StageRow, Subject, resolve, stage_table, total
-from mmtrain.plan import plan_run
-from mmtrain.plan.report import render
+from mmtrain.plan import plan_run, render
 from mmtrain.plotting.averaging import draw_averaging
 from mmtrain.plotting.selection import draw_image_selection, draw_window_selection
 

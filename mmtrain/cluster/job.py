@@ -83,7 +83,7 @@ def describe(config: RunConfig, run_dir: str | None) -> str:
     """What would be submitted: the run folder, the size of the job and the sbatch script. Touches nothing."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    from mmtrain.plan.report import render
+    from mmtrain.plan import render
 
     folder, path = _job_folder(config, run_dir), run_path(config, run_dir).resolve()
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"

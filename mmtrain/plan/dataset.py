@@ -14,6 +14,10 @@ from mmtrain.config import (
     TSM2Config,
     ViM2Config,
 )
+from mmtrain.data.ffcv.format import read_beton
+from mmtrain.data.images.shards import find_shards
+from mmtrain.data.images.tar_index import index_shards
+from mmtrain.data.open import open_data
 from mmtrain.errors import UserError
 
 #: ImageNet-1k's training split (ILSVRC 2012).
@@ -77,15 +81,10 @@ def _images(config: RunConfig, data: ShardsDataConfig | FFCVDataConfig, samples:
     if isinstance(data, FFCVDataConfig):
         folder = folder.with_name(f"{folder.name}.beton")
         if data.root and folder.is_file():
-            from mmtrain.data.ffcv.format import read_beton
-
             beton = read_beton(folder)
             size = beton.stored / len(beton)
             return Dataset(*_given(samples, len(beton), f"counted in {folder}"), size, decoded, f"of {folder}")
     elif data.root and folder.is_dir():
-        from mmtrain.data.images.shards import find_shards
-        from mmtrain.data.images.tar_index import index_shards
-
         skip = data.faults == "skip"
         indexes = index_shards(find_shards(folder, missing=skip), skip=skip)
         found = sum(len(index) for index in indexes)
@@ -100,8 +99,6 @@ def _images(config: RunConfig, data: ShardsDataConfig | FFCVDataConfig, samples:
 
 
 def _series(config: RunConfig, data: SeriesDataConfig, samples: int | None) -> Dataset:
-    from mmtrain.data.open import open_data
-
     model = config.model
     assert isinstance(model, TSM2Config)
     variates = len(data.columns) if data.columns else _VARIATES

@@ -1,135 +1,37 @@
-"""Each strategy's row of the plan: its memory, its traffic, its time.
-
-From a configuration and a cluster to a plan.
-"""
+"""From a configuration and a cluster to a plan: each strategy's memory, traffic and time, and which to choose."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from torch import nn
 
 from mmtrain.config import STRATEGIES, RunConfig
 from mmtrain.errors import UserError
-from mmtrain.plan import costs as memory
-from mmtrain.plan import costs as wire
-from mmtrain.plan.costs import FP32, Transfer, Unit, fake_group, fsdp_units, step_time
-from mmtrain.plan.dataset import Dataset, describe_dataset
-from mmtrain.plan.gpus import Gpu, find_gpu
-from mmtrain.plan.results import FILL, Memory, Plan, Recipe, StrategyPlan, cut_batch
+from mmtrain.plan.dataset import describe_dataset
+from mmtrain.plan.results import FILL, BatchCut, Plan, StrategyPlan
+from mmtrain.plan.roofline import Gpu, find_gpu, step_time
+from mmtrain.plan.sharding import fake_group, fsdp_units
 from mmtrain.plan.step import Shape, StepCosts, meta_model, trace_step
-
-
-@dataclass
-class Planner:
-    """Plans ``config`` on ``nodes`` × ``gpus_per_node`` × ``gpu``; ``costs`` are those of one of ``micros``
-    micro-batches."""
-
-    config: RunConfig
-    nodes: int
-    gpus_per_node: int
-    gpu: Gpu
-    costs: StepCosts
-    micros: int
-
-    @property
-    def world(self) -> int:
-        return self.nodes * self.gpus_per_node
-
-    @cached_property
-    def model(self) -> nn.Module:
-        """The whole model on the meta device, only to be looked at: FSDP splits one of its own."""
-        return meta_model(self.config.model)
-
-    @cached_property
-    def parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
-
-    def rows(self) -> tuple[list[StrategyPlan], dict[str, str]]:
-        """The rows in the order of :data:`STRATEGIES`, and why the missing ones are missing."""
-        left_out = dict(self._left_out())
-        return [self._row(name) for name in STRATEGIES if name not in left_out], left_out
-
-    def _left_out(self) -> Iterator[tuple[str, str]]:
-        if self.world > 1:
-            yield "none", f"for one process, and these are {self.world}"
-        if self.world % self._shards("hsdp"):
-            yield (
-                "hsdp",
-                f"parallel.shard_size={self._shards('hsdp')} does not divide {self.world} ranks",
-            )
-        if self.config.train.precision == "fp16":
-            for name in ("zero1", "zero2", "zero3"):
-                yield name, "train.precision=fp16 is not for DeepSpeed here"
-
-    def _shards(self, name: str) -> int:
-        if name != "hsdp":
-            return self.world
-        return self.config.parallel.shard_size or self.gpus_per_node
-
-    def _row(self, name: str) -> StrategyPlan:
-        held, transfers, local = self._parts(name)
-        ema = held.ema // FP32
-        time = step_time(
-            self.costs,
-            micros=self.micros,
-            tf32=self.config.train.tf32,
-            gpu=self.gpu,
-            transfers=transfers,
-            local=local,
-            ema=ema,
-            gathers_in_forward=name in ("fsdp", "hsdp", "zero3"),
-        )
-        fits = held.total <= FILL * self.gpu.memory_bytes
-        return StrategyPlan(name, held, sum(t.sent for t in transfers), time, fits)
-
-    def _parts(self, name: str) -> tuple[Memory, list[Transfer], int]:
-        """Memory, transfers, and the elements that a rank's optimizer updates."""
-        load = memory.workload(self.config, self.parameters, self.costs.kept, self.costs.working, self.micros)
-        if name in ("none", "ddp"):
-            transfers = wire.ddp_transfers(self.parameters, self.world, self.nodes > 1) if name == "ddp" else []
-            return memory.replicated_memory(load), transfers, self.parameters
-        if name in ("fsdp", "hsdp"):
-            return self._fsdp_parts(name, load)
-        return self._zero_parts(int(name[-1]), load)
-
-    def _fsdp_parts(self, name: str, load: memory.Workload) -> tuple[Memory, list[Transfer], int]:
-        units = self._units(name)
-        shards = self._shards(name)
-        reshard = self.config.parallel.reshard_after_forward
-        transfers = wire.fsdp_transfers(
-            units,
-            self.world // shards,
-            self.micros,
-            reshard,
-            across_shards=self.nodes > 1 and bool(shards > self.gpus_per_node or self.gpus_per_node % shards),
-            across_copies=self.nodes > 1,
-        )
-        local = sum(unit.count * unit.local for unit in units)
-        return memory.fsdp_memory(load, units, reshard), transfers, local
-
-    def _units(self, name: str) -> list[Unit]:
-        shards = self._shards(name)
-        shape = (self.world // shards, shards) if name == "hsdp" else (self.world,)
-        with fake_group(self.world):
-            return fsdp_units(meta_model(self.config.model), shape, self.config.parallel)
-
-    def _zero_parts(self, stage: int, load: memory.Workload) -> tuple[Memory, list[Transfer], int]:
-        model, world, spread = self.model, self.world, self.config.parallel
-        offload, reshard = spread.offload, spread.reshard_after_forward
-        if stage == 3:
-            local = memory.zero3_local(model, world)
-            held, padded = memory.zero3_memory(load, local, offload, reshard), local * world
-        else:
-            padded = memory.zero12_padded(model, world)
-            local = padded // world
-            held = memory.zero12_memory(load, stage, padded, world, offload)
-        transfers = wire.zero_transfers(stage, self.parameters, padded, world, self.micros, self.nodes > 1, reshard)
-        return held, transfers, local
-
+from mmtrain.plan.strategies import (
+    FP32,
+    Memory,
+    Transfer,
+    Workload,
+    ddp_transfers,
+    fsdp_memory,
+    fsdp_transfers,
+    replicated_memory,
+    zero3_local,
+    zero3_memory,
+    zero12_memory,
+    zero12_padded,
+    zero_transfers,
+)
+from mmtrain.train.build import micro_batches
+from mmtrain.train.state import Schedule
 
 #: The largest process group that is simulated.
 MAX_RANKS = 4096
@@ -162,11 +64,12 @@ def plan_run(
         costs = trace_step(config.model, config.train, shape)
     except ValueError as error:  # the model's word on its input
         raise UserError(f"model '{config.model.name}': {error}") from None
-    planner = Planner(config, nodes, gpus_per_node, chosen_gpu, costs, batch.micros)
+    planner = _Planner(config, nodes, gpus_per_node, chosen_gpu, costs, batch.micros)
     rows, left_out = planner.rows()
     choice, reason = _choose(rows)
     asked = config.parallel.strategy
-    plan = Plan(
+    steps = config.train.max_steps if dataset.samples is None else Schedule.of(config, dataset.samples).steps
+    return Plan(
         name=config.name,
         model=config.model.name,
         nodes=nodes,
@@ -185,9 +88,109 @@ def plan_run(
         advice=[] if choice else _advice(config, batch.samples),
         configured=asked if asked != "auto" else "none" if world == 1 else "ddp",
         dataset=dataset,
-        recipe=None,
+        steps=steps,
     )
-    return _with_recipe(plan, config, dataset)
+
+
+def cut_batch(config: RunConfig, world: int) -> BatchCut:
+    """How a run on ``world`` ranks would cut its batch; with the words by which it would refuse to."""
+    train = config.train
+    batch, most = train.batch_size, train.micro_batch
+    try:
+        micros = micro_batches(config, world)
+        return BatchCut(batch, batch // (world * micros), micros)
+    except UserError as error:
+        samples = max(batch // (world * train.accumulation), 1)
+        return BatchCut(batch, min(samples, most or samples), train.accumulation, f"{error} (the run would be refused)")
+
+
+@dataclass
+class _Planner:
+    """Plans ``config`` on ``nodes`` × ``gpus_per_node`` × ``gpu``; ``costs`` are those of one of ``micros``
+    micro-batches."""
+
+    config: RunConfig
+    nodes: int
+    gpus_per_node: int
+    gpu: Gpu
+    costs: StepCosts
+    micros: int
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The whole model on the meta device, only to be looked at: FSDP splits one of its own."""
+        return meta_model(self.config.model)
+
+    @cached_property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def rows(self) -> tuple[list[StrategyPlan], dict[str, str]]:
+        """The rows in the order of :data:`STRATEGIES`, and why the missing ones are missing."""
+        left_out = dict(self._left_out())
+        return [self._row(name) for name in STRATEGIES if name not in left_out], left_out
+
+    def _left_out(self) -> Iterator[tuple[str, str]]:
+        if self.world > 1:
+            yield "none", f"for one process, and these are {self.world}"
+        if self.world % self._shards("hsdp"):
+            yield "hsdp", f"parallel.shard_size={self._shards('hsdp')} does not divide {self.world} ranks"
+        if self.config.train.precision == "fp16":
+            for name in ("zero1", "zero2", "zero3"):
+                yield name, "train.precision=fp16 is not for DeepSpeed here"
+
+    def _shards(self, name: str) -> int:
+        if name != "hsdp":
+            return self.world
+        return self.config.parallel.shard_size or self.gpus_per_node
+
+    def _row(self, name: str) -> StrategyPlan:
+        memory, transfers, local = self._parts(name)
+        time = step_time(
+            self.costs,
+            micros=self.micros,
+            tf32=self.config.train.tf32,
+            gpu=self.gpu,
+            transfers=transfers,
+            local=local,
+            ema=memory.ema // FP32,
+            gathers_in_forward=name in ("fsdp", "hsdp", "zero3"),
+        )
+        fits = memory.total <= FILL * self.gpu.memory_bytes
+        return StrategyPlan(name, memory, sum(t.sent for t in transfers), time, fits)
+
+    def _parts(self, name: str) -> tuple[Memory, list[Transfer], int]:
+        """Memory, transfers, and the elements that a rank's optimizer updates."""
+        model, world, micros, parallel = self.model, self.world, self.micros, self.config.parallel
+        across, reshard = self.nodes > 1, parallel.reshard_after_forward
+        ema = self.config.train.ema_decay is not None
+        load = Workload(self.parameters, self.costs.kept, self.costs.working, micros, ema)
+        if name == "none":
+            return replicated_memory(load), [], self.parameters
+        if name == "ddp":
+            return replicated_memory(load), ddp_transfers(self.parameters, world, across), self.parameters
+        if name in ("fsdp", "hsdp"):
+            shards = self._shards(name)
+            shape = (world // shards, shards) if name == "hsdp" else (world,)
+            with fake_group(world):
+                units = fsdp_units(meta_model(self.config.model), shape, parallel)
+            one_node = shards <= self.gpus_per_node and self.gpus_per_node % shards == 0
+            transfers = fsdp_transfers(
+                units, world // shards, micros, reshard, across_shards=across and not one_node, across_copies=across
+            )
+            return fsdp_memory(load, units, reshard), transfers, sum(unit.count * unit.local for unit in units)
+        stage = int(name.removeprefix("zero"))
+        if stage == 3:
+            local = zero3_local(model, world)
+            memory, padded = zero3_memory(load, local, parallel.offload, reshard), local * world
+        else:
+            padded = zero12_padded(model, world)
+            memory, local = zero12_memory(load, stage, padded, world, parallel.offload), padded // world
+        return memory, zero_transfers(stage, self.parameters, padded, world, micros, across, reshard), local
 
 
 def _choose(rows: list[StrategyPlan]) -> tuple[str | None, str]:
@@ -216,17 +219,3 @@ def _advice(config: RunConfig, samples: int) -> list[str]:
     if train.precision == "fp32":
         found.append("set train.precision=bf16")
     return [*found, "use GPUs with more memory"]
-
-
-def _with_recipe(plan: Plan, config: RunConfig, dataset: Dataset) -> Plan:
-    """``plan`` with its days and hours, where the length of an epoch is known, or the number of steps is given."""
-    most = config.train.max_steps
-    if dataset.samples is None and most is None:
-        return plan
-    steps = math.inf
-    if dataset.samples is not None:
-        # as mmtrain.train.state.Schedule counts them
-        steps = math.ceil(config.train.epochs * dataset.samples / config.train.batch_size)
-    steps = int(min(steps, most) if most is not None else steps)
-    seconds = steps * plan.basis.time.total
-    return replace(plan, recipe=Recipe(steps, seconds / 86400, seconds / 3600 * plan.world))

@@ -1,8 +1,7 @@
-"""What autocast does on a GPU, done on the meta device, of which torch knows no autocast.
+"""One micro-batch, forward and backward, on the meta device: its activations, FLOPs and memory traffic.
 
-Watches a step on the meta device: what is alive at any time, and what each operation computes and moves.
-
-One micro-batch, forward and backward, on the meta device: its activations, FLOPs and memory traffic.
+:func:`trace_step` runs it under :class:`StepTrace`, which watches what is alive and what each operation computes and
+moves, and under :class:`MetaAutocast`, since torch knows no autocast of the meta device.
 """
 
 from __future__ import annotations
@@ -30,6 +29,103 @@ from mmtrain.models.registry import example_inputs
 from mmtrain.ops.backend import scan_backend
 from mmtrain.train.build import checkpoint_activations
 from mmtrain.train.optim import autocast_dtype
+
+_aten = torch.ops.aten
+#: Run on the matrix units. Convolutions do not count as such: nearly all of these models' are depthwise.
+_MATRIX = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm}
+_FREE = {_aten._unsafe_view, _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.detach}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One operation: FLOPs, the bytes it reads and writes, and the dtype of a matrix product ("" for the rest)."""
+
+    flops: int
+    moved: int
+    matrix: str = ""
+
+
+@dataclass
+class Costs:
+    """The operations of a pass, those of one kind and size counted together."""
+
+    counts: Counter[Cost] = field(default_factory=Counter)
+    scan_flops: int = 0
+
+    @property
+    def flops(self) -> int:
+        return sum(cost.flops * count for cost, count in self.counts.items())
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The input of a micro-batch: ``samples`` images of ``image_size``² pixels, or windows of ``variates`` series."""
+
+    samples: int
+    image_size: int = 224
+    variates: int = 7
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Of one micro-batch on one rank.
+
+    ``kept``: bytes alive at the end of the forward pass, which are the inputs and what the backward pass needs (with
+    autocast also the narrow copies of the weights). ``working``: bytes beyond ``kept`` in the fullest moment of both
+    passes: results under way, gradients of activations, what is being recomputed. Neither holds parameters, their
+    gradients, workspaces of kernels, or what the allocator loses to fragmentation.
+    """
+
+    kept: int
+    working: int
+    forward: Costs
+    backward: Costs
+
+    @property
+    def flops(self) -> int:
+        return self.forward.flops + self.backward.flops
+
+
+def trace_step(model_config: ModelConfig, train: TrainConfig, shape: Shape) -> StepCosts:
+    """Run one micro-batch without memory.
+
+    The loss is plain cross-entropy or the squared error of the point forecast: what Mixup, smoothing, quantiles and
+    metrics add to it is a few numbers a sample.
+    """
+    model = meta_model(model_config).train()
+    autocast = meta_autocast(model, autocast_dtype(train))
+    checkpoint_activations(model, train)
+    measure: Callable[[Tensor, Tensor], Tensor]
+    with torch.device("meta"):
+        inputs = example_inputs(
+            model_config,
+            batch=shape.samples,
+            image_size=(shape.image_size, shape.image_size),
+            variates=shape.variates,
+        )
+        if isinstance(model_config, TSM2Config):
+            measure, target = F.mse_loss, torch.zeros(shape.samples, model_config.horizon, shape.variates)
+        else:
+            measure, target = F.cross_entropy, torch.zeros(shape.samples, dtype=torch.long)
+    trace = StepTrace(model)
+    # the kernels' own rules for shapes and FLOPs, whatever backend the environment asks for
+    with scan_backend("auto"), trace, autocast:
+        for tensor in (*inputs, target):
+            if tensor is not None:
+                trace.watch(tensor)
+        # the output gets no name here: it would count as kept for the backward pass
+        loss = measure(model(*inputs).float(), target)
+        forward, trace.costs = trace.costs, Costs()
+        kept = trace.live
+        loss.backward()
+    return StepCosts(kept, trace.peak - kept, forward, trace.costs)
+
+
+def meta_model(config: ModelConfig) -> nn.Module:
+    """The model of ``config`` as shapes."""
+    with torch.device("meta"):
+        return build_model(config)
+
 
 #: PyTorch, "Automatic Mixed Precision", Autocast Op Reference: those of its lists that the models and losses call.
 NARROWED: frozenset[Callable[..., Any]] = frozenset({F.linear, F.conv1d, F.conv2d, torch.matmul, torch.mm, torch.bmm})
@@ -71,57 +167,18 @@ def meta_autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContex
     if dtype is None:
         return nullcontext()
     mode = MetaAutocast(dtype)
+
+    def within(branch: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
+        def run(stream: Tensor, i: int) -> Tensor:
+            with mode:
+                return branch(stream, i)
+
+        return run
+
     for stack in [module for module in model.modules() if isinstance(module, MixerStack)]:
         stack.register_forward_pre_hook(lambda _, args: (args[0].float(),))
-        stack._branch = _within(mode, stack._branch)  # type: ignore[method-assign, assignment]
+        stack._branch = within(stack._branch)  # type: ignore[method-assign, assignment]
     return mode
-
-
-def _within(mode: MetaAutocast, branch: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
-    def run(stream: Tensor, i: int) -> Tensor:
-        with mode:
-            return branch(stream, i)
-
-    return run
-
-
-_aten = torch.ops.aten
-#: Run on the matrix units. Convolutions do not count as such: nearly all of these models' are depthwise.
-_MATRIX = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm}
-_FREE = {_aten._unsafe_view, _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.detach}
-
-
-@dataclass(frozen=True)
-class Cost:
-    """One operation: FLOPs, the bytes it reads and writes, and the dtype of a matrix product ("" for the rest)."""
-
-    flops: int
-    moved: int
-    matrix: str = ""
-
-
-@dataclass
-class Costs:
-    """The operations of a pass, those of one kind and size counted together."""
-
-    counts: Counter[Cost] = field(default_factory=Counter)
-    scan_flops: int = 0
-
-    @property
-    def flops(self) -> int:
-        return sum(cost.flops * count for cost, count in self.counts.items())
-
-    @property
-    def matrix_flops(self) -> int:
-        return sum(cost.flops * count for cost, count in self.counts.items() if cost.matrix)
-
-    @property
-    def moved(self) -> int:
-        return sum(cost.moved * count for cost, count in self.counts.items())
-
-    @property
-    def kernels(self) -> int:
-        return self.counts.total()
 
 
 class StepTrace(TorchDispatchMode):
@@ -198,7 +255,7 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """By the rules of torch's FLOP counter, but for the gradients of a convolution.
+    """By the rules of torch's FLOP counter, except for the gradients of a convolution.
 
     Its rule counts the weight gradient of a depthwise convolution as that of a dense one; each of the two gradients
     takes as many operations as the convolution itself.
@@ -213,80 +270,3 @@ def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
 def _bytes(tensor: Tensor) -> int:
     """What reading ``tensor`` moves: of an expanded one, its storage alone."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The input of a micro-batch: ``samples`` images of ``image_size``² pixels, or windows of ``variates`` series."""
-
-    samples: int
-    image_size: int = 224
-    variates: int = 7
-
-
-@dataclass(frozen=True)
-class StepCosts:
-    """Of one micro-batch on one rank.
-
-    ``kept``: bytes alive at the end of the forward pass, which are the inputs and what the backward pass needs (with
-    autocast also the narrow copies of the weights). ``working``: bytes beyond ``kept`` in the fullest moment of both
-    passes: results under way, gradients of activations, what is being recomputed. Neither holds parameters, their
-    gradients, workspaces of kernels, or what the allocator loses to fragmentation.
-    """
-
-    kept: int
-    working: int
-    forward: Costs
-    backward: Costs
-
-    @property
-    def flops(self) -> int:
-        return self.forward.flops + self.backward.flops
-
-
-def trace_step(model_config: ModelConfig, train: TrainConfig, shape: Shape) -> StepCosts:
-    """Run one micro-batch without memory.
-
-    The loss is plain cross-entropy or the squared error of the point forecast: what Mixup, smoothing, quantiles and
-    metrics add to it is a few numbers a sample.
-    """
-    model = meta_model(model_config).train()
-    autocast = meta_autocast(model, autocast_dtype(train))
-    checkpoint_activations(model, train)
-    with torch.device("meta"):
-        inputs = example_inputs(
-            model_config,
-            batch=shape.samples,
-            image_size=(shape.image_size, shape.image_size),
-            variates=shape.variates,
-        )
-        target = _target(model_config, shape)
-    trace = StepTrace(model)
-    # the kernels' own rules for shapes and FLOPs, whatever backend the environment asks for
-    with scan_backend("auto"), trace, autocast:
-        for tensor in (*inputs, target):
-            if tensor is not None:
-                trace.watch(tensor)
-        loss = _loss(model_config, model(*inputs), target)
-        forward, trace.costs = trace.costs, Costs()
-        kept = trace.live
-        loss.backward()
-    return StepCosts(kept, trace.peak - kept, forward, trace.costs)
-
-
-def meta_model(config: ModelConfig) -> nn.Module:
-    """The model of ``config`` as shapes."""
-    with torch.device("meta"):
-        return build_model(config)
-
-
-def _target(config: ModelConfig, shape: Shape) -> Tensor:
-    if isinstance(config, TSM2Config):
-        return torch.zeros(shape.samples, config.horizon, shape.variates)
-    return torch.zeros(shape.samples, dtype=torch.long)
-
-
-def _loss(config: ModelConfig, output: Tensor, target: Tensor) -> Tensor:
-    if isinstance(config, TSM2Config):
-        return F.mse_loss(output.float(), target)
-    return F.cross_entropy(output.float(), target)

@@ -16,9 +16,9 @@ from mmtrain.config.models import preset
 from mmtrain.models.averaging import model_blocks
 from mmtrain.parallel.fsdp import apply_fsdp
 from mmtrain.plan import plan_run
-from mmtrain.plan.costs import fake_group, fsdp_units, zero3_local, zero12_padded
-from mmtrain.plan.results import Memory
+from mmtrain.plan.sharding import fake_group, fsdp_units
 from mmtrain.plan.step import meta_model
+from mmtrain.plan.strategies import Memory, zero3_local, zero12_padded
 from tests.conftest import ROOT
 from tests.plan.real_runs import settings
 

@@ -17,11 +17,11 @@ import pytest
 from mmtrain.config import RunConfig, load_config
 from mmtrain.data.images.tar_index import index_shard
 from mmtrain.errors import UserError
-from mmtrain.plan import GPUS, Plan, find_gpu, plan_run
-from mmtrain.plan.costs import Transfer, _transfer_time
+from mmtrain.plan import GPUS, Plan, find_gpu, plan_run, render
 from mmtrain.plan.dataset import describe_dataset
-from mmtrain.plan.report import render
-from mmtrain.plan.results import cut_batch
+from mmtrain.plan.planner import cut_batch
+from mmtrain.plan.roofline import _transfer_time
+from mmtrain.plan.strategies import Transfer
 from tests.conftest import ROOT, Cli
 
 SMALL = ["model=vim2_nano", "data.image_size=16"]

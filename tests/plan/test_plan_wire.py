@@ -18,8 +18,8 @@ from mmtrain.config.models import preset
 from mmtrain.models import build_model
 from mmtrain.models.averaging import model_blocks
 from mmtrain.parallel.fsdp import apply_fsdp
-from mmtrain.plan import costs
-from mmtrain.plan.costs import fake_group, fsdp_units
+from mmtrain.plan import strategies
+from mmtrain.plan.sharding import fake_group, fsdp_units
 from mmtrain.plan.step import meta_model
 
 MODEL = preset("vim2_nano")
@@ -79,7 +79,7 @@ def test_fsdp_issues_what_is_planned(shape: tuple[int, ...], options: dict[str, 
     with fake_group(world):
         units = fsdp_units(meta_model(MODEL), shape, config)
         issued = issue(shape, config, micros)
-    planned = costs.fsdp_transfers(units, copies, micros, config.reshard_after_forward, False, False)
+    planned = strategies.fsdp_transfers(units, copies, micros, config.reshard_after_forward, False, False)
     assert {t.kind: t.payload for t in planned} == dict(issued.payload)
     assert {t.kind: t.calls for t in planned} == dict(issued.calls)
 
@@ -98,21 +98,21 @@ def test_ddp_issues_what_is_planned() -> None:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
         parallel.register_comm_hook(None, hook)
         parallel(torch.zeros(1, 3, 16, 16)).sum().backward()
-    (planned,) = costs.ddp_transfers(sum(p.numel() for p in model.parameters()), 8, False)
+    (planned,) = strategies.ddp_transfers(sum(p.numel() for p in model.parameters()), 8, False)
     assert planned.payload == sum(buckets)
     assert planned.sent == pytest.approx(2 * 7 / 8 * sum(buckets))
 
 
 def test_rings_by_hand() -> None:
-    assert costs.Transfer("all-gather", 800, 8, 1).sent == 700
-    assert costs.Transfer("reduce-scatter", 800, 8, 1).sent == 700
-    assert costs.Transfer("all-reduce", 800, 8, 1).sent == 1400
-    assert costs.Transfer("all-reduce", 800, 1, 1).sent == 0
+    assert strategies.Transfer("all-gather", 800, 8, 1).sent == 700
+    assert strategies.Transfer("reduce-scatter", 800, 8, 1).sent == 700
+    assert strategies.Transfer("all-reduce", 800, 8, 1).sent == 1400
+    assert strategies.Transfer("all-reduce", 800, 1, 1).sent == 0
 
 
 def test_stages_of_zero_by_hand() -> None:
     def sent(stage: int, elements: int, micros: int = 1, reshard: bool = False) -> float:
-        found = costs.zero_transfers(stage, elements, elements, 4, micros, False, reshard)
+        found = strategies.zero_transfers(stage, elements, elements, 4, micros, False, reshard)
         return sum(t.sent for t in found) / (4 * elements * 3 / 4)
 
     assert sent(1, 1000) == sent(2, 1000) == 3

@@ -25,7 +25,7 @@ from data_parts.photos import HIGH, WIDE, make_images
 from mmtrain.data.core.loader import train_batches
 from mmtrain.data.core.order import mix64
 from mmtrain.data.images.photo import Photo
-from mmtrain.data.images.source import ImageShards
+from mmtrain.data.images.shards import ImageShards
 from mmtrain.data.images.transforms import build_transform
 from mmtrain.data.prepare.writer import Item, write_dataset
 from mmtrain.torchvision_compat import ensure_torchvision

@@ -95,7 +95,7 @@ def _in_its_own_process(what: str, folder: Path, count: int, workers: int) -> di
 
 def _main(what: str, folder: Path, count: int, workers: int) -> None:
     from mmtrain.data.core.loader import train_batches
-    from mmtrain.data.images.source import ImageShards
+    from mmtrain.data.images.shards import ImageShards
 
     mean, std = [0.5] * 3, [0.25] * 3
     source = ImageShards(folder, image_size=224, train=True, augment="crop", mean=mean, std=std)

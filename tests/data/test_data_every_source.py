@@ -22,7 +22,7 @@ from mmtrain.data.core.loader import eval_batches, train_batches
 from mmtrain.data.core.order import Order, mix64
 from mmtrain.data.core.source import Source
 from mmtrain.data.images.cache import ShardCache
-from mmtrain.data.images.source import ImageShards
+from mmtrain.data.images.shards import ImageShards
 from mmtrain.data.images.synthetic import SyntheticImages
 from mmtrain.data.series import windows
 from mmtrain.data.series.table_source import SeriesWindows

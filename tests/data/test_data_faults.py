@@ -17,8 +17,8 @@ import torch
 from mmtrain.data.core import workers
 from mmtrain.data.core.loader import eval_batches, train_batches
 from mmtrain.data.core.source import Fault, FaultLog
-from mmtrain.data.images import source as images
-from mmtrain.data.images.source import ImageShards
+from mmtrain.data.images import shards as images
+from mmtrain.data.images.shards import ImageShards
 from mmtrain.errors import UserError
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.train import evaluate

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mmtrain.data.core.order import mix64
 from mmtrain.data.ffcv.augment import build_augment
 from mmtrain.data.images.photo import random_crops, uniform
-from mmtrain.data.images.source import ImageShards
+from mmtrain.data.images.shards import ImageShards
 from mmtrain.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("ffcv")

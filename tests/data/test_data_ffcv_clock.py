@@ -10,7 +10,7 @@ from beton_cases import LOOK, Made
 
 from mmtrain.data.core.loader import train_batches
 from mmtrain.data.core.source import Source, Streaming
-from mmtrain.data.images.source import ImageShards
+from mmtrain.data.images.shards import ImageShards
 
 
 def test_a_beton_is_a_source_that_streams(photos: Made) -> None:

@@ -31,7 +31,7 @@ FILES = [picture(n, (30 + n, 40 - n)) for n in range(8)]
 
 
 def order_of_shards(shards: Path, split: str = "train") -> list[bytes]:
-    from mmtrain.data.images.source import find_shards
+    from mmtrain.data.images.shards import find_shards
     from mmtrain.data.images.tar_index import index_shards
 
     found = []

@@ -10,7 +10,7 @@ import pytest
 from beton_cases import LOOK, make, picture
 from PIL import Image
 
-from mmtrain.data.images.source import ImageShards
+from mmtrain.data.images.shards import ImageShards
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmtrain.data.images.source import ImageShards
+from mmtrain.data.images.shards import ImageShards
 from mmtrain.data.images.tar_index import index_shard
 from mmtrain.data.prepare import imagenet
 from mmtrain.data.prepare.imagenet import official_wnids, prepare_imagenet, read_devkit, read_val_labels

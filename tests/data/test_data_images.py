@@ -25,7 +25,7 @@ from mmtrain.data.core.loader import eval_batches
 from mmtrain.data.core.order import mix64
 from mmtrain.data.core.source import Source
 from mmtrain.data.images.photo import decode
-from mmtrain.data.images.source import ImageShards, find_shards
+from mmtrain.data.images.shards import ImageShards, find_shards
 from mmtrain.data.images.transforms import _posterize, build_transform
 from mmtrain.data.open import open_images
 from mmtrain.errors import UserError

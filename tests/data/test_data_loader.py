@@ -19,7 +19,7 @@ import torch
 from mmtrain.data.core.loader import eval_batches, train_batches
 from mmtrain.data.core.order import mix64
 from mmtrain.data.core.source import Source
-from mmtrain.data.images.source import ImageShards
+from mmtrain.data.images.shards import ImageShards
 from mmtrain.errors import UserError
 
 

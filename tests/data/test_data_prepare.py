@@ -19,7 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mmtrain.cli.data import app
-from mmtrain.data.images.source import ImageShards
+from mmtrain.data.images.shards import ImageShards
 from mmtrain.data.images.tar_index import index_shard
 from mmtrain.data.prepare import demo
 from mmtrain.data.prepare import output as folder_module

@@ -22,8 +22,7 @@ import torch
 from mmtrain.data.core.loader import eval_batches, train_batches
 from mmtrain.data.images import cache as cache_module
 from mmtrain.data.images.cache import ShardCache, Unreachable
-from mmtrain.data.images.shards import find_shards
-from mmtrain.data.images.source import ImageShards
+from mmtrain.data.images.shards import ImageShards, find_shards
 from mmtrain.data.images.tar_index import index_shards
 from mmtrain.errors import UserError
 

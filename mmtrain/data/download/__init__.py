@@ -1,1 +1,5 @@
-"""Public forecasting tables: where they are, fetching them so that a whole file or none is there, and checking them."""
+"""Public forecasting tables: the ``registry`` of them, fetching and checking.
+
+``fetch`` brings a whole file or none under the data root, through ``http``, which resumes what was interrupted;
+``check`` compares the content with the registry. Reading tables to train on belongs to ``data.series``.
+"""

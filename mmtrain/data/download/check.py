@@ -1,12 +1,11 @@
-"""What a table holds, as a digest that does not depend on how it is stored.
+"""Whether a table is the one that the registry describes, and how sure that is.
 
-The digest is SHA-256 over: ``mmtrain-series-1`` and a line feed; the column names as a JSON list and a line feed; the
-stamps in seconds since 1970 as int64; the values row by row as float32, both little-endian. Negative zeros count as
-zeros and every NaN is the same one, so a CSV and a parquet file of the same series agree.
+The content of a table has a digest that does not depend on how it is stored: SHA-256 over ``mmtrain-series-1`` and a
+line feed; the column names as a JSON list and a line feed; the stamps in seconds since 1970 as int64; the values row by
+row as float32, both little-endian. Negative zeros count as zeros and every NaN is the same one, so a CSV and a parquet
+file of the same series agree.
 
-Tables of bare numbers under gzip → CSV with the benchmark's column names and stamps.
-
-Whether a file is the table that the registry describes, and how sure that is.
+Tables of bare numbers under gzip become CSV files with the benchmark's column names and stamps.
 """
 
 from __future__ import annotations
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _MARK = b"mmtrain-series-1\n"
+_LONGEST = 1 << 20  # bytes of a line
+_GROWTH = 64  # bytes for each compressed one, at most
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,61 @@ class Content:
     step: int  # seconds, the usual one
     irregular: int  # steps that differ from it
     digest: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    path: Path
+    sha256: str  # of the file
+    content: Content
+    how: str  # what the check rests on, for people
+
+
+def check_table(path: Path, dataset: Dataset) -> Checked:
+    """Compare the content of ``path`` with ``dataset``. Raises UserError with all that differs."""
+    content = read_content(path)
+    names = [tuple(_plain(name) for name in each.columns) for each in (content, dataset)]
+    pairs = {
+        "rows": (content.rows, dataset.rows),
+        "columns": (names[0], names[1]),
+        "first stamp": (content.first, dataset.first),
+        "last stamp": (content.last, dataset.last),
+        "step in seconds": (content.step, dataset.step),
+        "irregular steps": (content.irregular, dataset.irregular),
+    }
+    different = [
+        f"{key} {_short(found)}, not {_short(right)}" for key, (found, right) in pairs.items() if found != right
+    ]
+    if not different and dataset.digest is not None and content.digest != dataset.digest:
+        different = [f"other values: their digest is {content.digest}, not {dataset.digest}"]
+    if different:
+        raise UserError(f"{path}: not the table {dataset.stem} of the benchmark: {'; '.join(different)}")
+    if dataset.digest is not None:
+        how = "all values and stamps are those of the official file (digest of the content)"
+    else:
+        how = "rows, columns, stamps and step are right; no hash of the official file is known, so its values are taken"
+        how += " on trust"
+    return Checked(path, file_sha256(path), content, how)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, 64 hex digits."""
+    try:
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _plain(name: str) -> str:
+    """The benchmark's weather.csv has lost its µ and ²: what is not ASCII is not compared."""
+    return "".join(letter for letter in name if letter.isascii())
+
+
+def _short(value: object) -> str:
+    if not isinstance(value, tuple):
+        return str(value)
+    return f"{', '.join(value[:3])}, ..., {value[-1]} ({len(value)})" if len(value) > 4 else ", ".join(value)
 
 
 def canonical_digest(columns: Sequence[str], stamps: NDArray[np.int64], values: NDArray[np.float32]) -> str:
@@ -117,10 +173,6 @@ def _floats(frame: pd.DataFrame, path: Path, name: str) -> NDArray[np.float32]:
         return column.to_numpy(dtype=np.float64, na_value=np.nan).astype(np.float32)
 
 
-_LONGEST = 1 << 20  # bytes of a line
-_GROWTH = 64  # bytes for each compressed one, at most
-
-
 def table_to_csv(source: Path, target: Path, dataset: Dataset) -> None:
     """Write ``target``: a header, then each line of ``source`` behind its stamp, its numbers as they are written there.
 
@@ -158,58 +210,3 @@ def _lines(packed: BinaryIO, source: Path) -> Iterator[bytes]:
                 raise UserError(f"{source.name}: unpacks to far more than such a table holds")
             if line.strip():
                 yield line.strip()
-
-
-@dataclass(frozen=True)
-class Checked:
-    path: Path
-    sha256: str  # of the file
-    content: Content
-    how: str  # what the check rests on, for people
-
-
-def check_table(path: Path, dataset: Dataset) -> Checked:
-    """Compare the content of ``path`` with ``dataset``. Raises UserError with all that differs."""
-    content = read_content(path)
-    names = [tuple(_plain(name) for name in each.columns) for each in (content, dataset)]
-    pairs = {
-        "rows": (content.rows, dataset.rows),
-        "columns": (names[0], names[1]),
-        "first stamp": (content.first, dataset.first),
-        "last stamp": (content.last, dataset.last),
-        "step in seconds": (content.step, dataset.step),
-        "irregular steps": (content.irregular, dataset.irregular),
-    }
-    different = [
-        f"{key} {_short(found)}, not {_short(right)}" for key, (found, right) in pairs.items() if found != right
-    ]
-    if not different and dataset.digest is not None and content.digest != dataset.digest:
-        different = [f"other values: their digest is {content.digest}, not {dataset.digest}"]
-    if different:
-        raise UserError(f"{path}: not the table {dataset.stem} of the benchmark: {'; '.join(different)}")
-    if dataset.digest is not None:
-        how = "all values and stamps are those of the official file (digest of the content)"
-    else:
-        how = "rows, columns, stamps and step are right; no hash of the official file is known, so its values are taken"
-        how += " on trust"
-    return Checked(path, file_sha256(path), content, how)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, 64 hex digits."""
-    try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _plain(name: str) -> str:
-    """The benchmark's weather.csv has lost its µ and ²: what is not ASCII is not compared."""
-    return "".join(letter for letter in name if letter.isascii())
-
-
-def _short(value: object) -> str:
-    if not isinstance(value, tuple):
-        return str(value)
-    return f"{', '.join(value[:3])}, ..., {value[-1]} ({len(value)})" if len(value) > 4 else ", ".join(value)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmtrain.data.download.check import Checked, check_table, file_sha256, table_to_csv
 from mmtrain.data.download.http import Patience, discard, download
 from mmtrain.data.download.registry import Dataset, Source
 from mmtrain.errors import UserError
-from mmtrain.files import exclusive, sync
+from mmtrain.files import exclusive, sync, write_atomically
 
 logger = logging.getLogger("mmtrain")
 
@@ -57,7 +58,11 @@ def get_dataset(
     with exclusive(root / f".{dataset.stem}.lock", wait=True):
         if not force and from_file is None and (there := _there(dataset, root)) is not None:
             return _keep(check_table(there, dataset), "")
-        sources = dataset.sources if from_file is None else (_local(from_file),)
+        if from_file is not None and not from_file.is_file():
+            raise UserError(f"--from-file {from_file}: no such file")
+        sources = dataset.sources
+        if from_file is not None:
+            sources = (Source(str(from_file), "table.gz" if from_file.suffix == ".gz" else "csv"),)
         faults = []
         for source in sources:
             try:
@@ -84,12 +89,6 @@ def _there(dataset: Dataset, root: Path) -> Path | None:
     return next((path for path in names if path.is_file()), None)
 
 
-def _local(path: Path) -> Source:
-    if not path.is_file():
-        raise UserError(f"--from-file {path}: no such file")
-    return Source(str(path), "table.gz" if path.suffix == ".gz" else "csv")
-
-
 def _from(
     source: Source,
     dataset: Dataset,
@@ -103,11 +102,18 @@ def _from(
         download(source.url, part, limit=source.limit, patience=patience, told=told)
     raw = local or part
     try:
-        _pinned(source, raw)
+        size = raw.stat().st_size
+        if source.size is not None and size != source.size:
+            raise UserError(f"{raw.name}: {size} bytes, not {source.size}")
+        if source.sha256 is not None and (found := file_sha256(raw)) != source.sha256:
+            raise UserError(f"{raw.name}: its SHA-256 is {found}, not {source.sha256}")
         if source.form == "table.gz":
             table_to_csv(raw, made, dataset)
+        elif local is None:
+            os.replace(raw, made)
         else:
-            _copy(raw, made, move=local is None)
+            shutil.copyfile(raw, made)
+            sync(made)
         checked = check_table(made, dataset)
         _same_as_before(final, checked.sha256)
         os.replace(made, final)
@@ -122,26 +128,7 @@ def _from(
     finally:
         with suppress(OSError):
             made.unlink()
-    return _keep(Checked(final, checked.sha256, checked.content, checked.how), source.url)
-
-
-def _pinned(source: Source, raw: Path) -> None:
-    size = raw.stat().st_size
-    if source.size is not None and size != source.size:
-        raise UserError(f"{raw.name}: {size} bytes, not {source.size}")
-    if source.sha256 is not None and (found := file_sha256(raw)) != source.sha256:
-        raise UserError(f"{raw.name}: its SHA-256 is {found}, not {source.sha256}")
-
-
-def _copy(raw: Path, target: Path, *, move: bool) -> None:
-    if move:
-        os.replace(raw, target)
-        return
-    with open(raw, "rb") as source, open(target, "wb") as stream:
-        while chunk := source.read(1 << 20):
-            stream.write(chunk)
-        stream.flush()
-        os.fsync(stream.fileno())
+    return _keep(replace(checked, path=final), source.url)
 
 
 def _keep(checked: Checked, origin: str) -> Fetched:
@@ -149,9 +136,7 @@ def _keep(checked: Checked, origin: str) -> Fetched:
     if not known:
         note = _note(checked.path)
         try:
-            part = note.with_name(f".{note.name}.{os.getpid()}")
-            part.write_text(f"{checked.sha256}  {checked.path.name}\n", encoding="utf-8")  # as sha256sum -c reads it
-            os.replace(part, note)
+            write_atomically(note, f"{checked.sha256}  {checked.path.name}\n")  # as sha256sum -c reads it
         except OSError as error:
             logger.warning(
                 "%s: cannot be written (%s): the next call has nothing to compare with", note, error.strerror

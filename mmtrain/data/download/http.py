@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import urljoin, urlsplit
 
 from mmtrain.errors import UserError
+from mmtrain.files import write_atomically
 from mmtrain.version import __version__
 
 if TYPE_CHECKING:
@@ -122,7 +123,9 @@ def _attempt(
             raise UserError(f"{url}: {total} bytes are announced, and no more than {limit} can be right")
         if offset == 0:
             etag = response.headers.get("ETag", "")
-            _remember(target, _State(url, "" if etag.startswith("W/") else etag, total))
+            state = _State(url, "" if etag.startswith("W/") else etag, total)
+            target.unlink(missing_ok=True)  # the old bytes must never stand beside the new state
+            write_atomically(_beside(target), json.dumps(asdict(state)) + "\n")
         with open(target, "ab" if offset else "wb") as stream:
             try:
                 _receive(response, stream, offset, total, limit, patience, told)
@@ -239,11 +242,6 @@ def _known(url: str, target: Path) -> _State | None:
         return None
     fits = state.url == url and bool(state.etag) and target.is_file() and (state.length is None or size <= state.length)
     return state if fits else None
-
-
-def _remember(target: Path, state: _State) -> None:
-    target.unlink(missing_ok=True)  # the old bytes must never stand beside the new state
-    _beside(target).write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
 
 
 def _beside(target: Path) -> Path:

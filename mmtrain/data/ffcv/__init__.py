@@ -1,4 +1,5 @@
-"""FFCV's ``.beton`` files on the data clock: format, compiled decoding keyed by sample, and the sources built on both.
+"""FFCV's ``.beton`` files on the data clock: ``format``, ``augment``, compiled decoding (``engine``) and ``source``.
 
-``format`` needs numpy alone; what decodes needs the extra ``ffcv`` and is imported when a source is first read.
+``format`` needs numpy and torch alone. ``engine`` needs the extra ``ffcv`` and is imported when a source is first read.
+Betons are written in ``data.prepare``.
 """

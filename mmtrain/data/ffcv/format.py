@@ -1,6 +1,4 @@
-"""The optional packages, and an error that says how to get them.
-
-What a .beton holds, read with numpy alone: its samples, labels and sizes, and whether it is whole.
+"""What a .beton holds: its samples, labels and sizes, and whether it is whole. Also, whether FFCV is installed.
 
 A beton is a header, a table of fields, a row for each sample, pages of data, and at the end a table of what lies where.
 ``meta.json`` beside it (written by ``mmtrain data prepare ffcv``) has the classes, the number of samples of each split,
@@ -28,31 +26,6 @@ INSTALL = (
     "(or read the same images as tar shards: data.kind=shards)"
 )
 _PACKAGES = ("ffcv", "numba", "cv2")
-
-
-def require_ffcv() -> None:
-    """Import ffcv, or raise UserError with the commands that install it."""
-    lacking = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-    if lacking:
-        raise UserError(f"data.kind=ffcv: {' and '.join(lacking)} cannot be found; {INSTALL}")
-    try:
-        with torch_threads_kept():
-            import ffcv.memory_managers  # noqa: F401
-    except (ImportError, OSError) as error:  # its library is compiled: OpenCV or libturbojpeg may be gone
-        raise UserError(f"data.kind=ffcv: ffcv does not load ({error}); {INSTALL}") from error
-
-
-@contextmanager
-def torch_threads_kept() -> Iterator[None]:
-    """ffcv sets torch's number of threads when it is imported and when a loader is made: put it back."""
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        if torch.get_num_threads() != before:
-            torch.set_num_threads(before)
-
-
 VERSION = 2
 #: ``mode`` of an image stored as JPEG; the others are stored as they are.
 JPG = 0
@@ -119,7 +92,12 @@ def read_beton(path: str | Path) -> Beton:
             fields = _read(stream, file, _FIELD, int(header["fields"]))
             names = [bytes(name).split(b"\0")[0].decode("ascii", "replace") for name in fields["name"]]
             kinds = dict(zip(names, fields["type"].tolist(), strict=True))
-            _check_fields(file, kinds)
+            wrong = [name for name, kind in _KINDS.items() if kinds.get(name) != kind]
+            if wrong or any(kind not in _ROWS for kind in kinds.values()):
+                raise UserError(
+                    f"{file}: its fields are {', '.join(kinds)}; wanted is an RGBImageField image and an IntField "
+                    "label: write it with mmtrain data prepare ffcv"
+                )
             row = np.dtype([("", _ROWS[kind]) for kind in kinds.values()], align=True)
             rows = _read(stream, file, row, int(header["samples"]))
             table, page = int(header["table"]), int(header["page_size"])
@@ -160,21 +138,11 @@ def read_beton(path: str | Path) -> Beton:
 
 
 def _read(stream: Any, file: Path, kind: np.dtype, count: int) -> NDArray[Any]:
-    if count * kind.itemsize > file.stat().st_size:  # a damaged count: do not ask for the memory
-        raise UserError(f"{file}: the file is truncated or not a .beton; {_CURE}")
-    content = stream.read(count * kind.itemsize)
-    if len(content) != count * kind.itemsize:
+    size = count * kind.itemsize
+    content = stream.read(size) if size <= file.stat().st_size else b""  # a damaged count: do not ask for the memory
+    if len(content) != size:
         raise UserError(f"{file}: the file is truncated or not a .beton; {_CURE}")
     return np.frombuffer(content, dtype=kind)
-
-
-def _check_fields(file: Path, kinds: dict[str, int]) -> None:
-    wrong = [name for name, kind in _KINDS.items() if kinds.get(name) != kind]
-    if wrong or any(kind not in _ROWS for kind in kinds.values()):
-        raise UserError(
-            f"{file}: its fields are {', '.join(kinds)}; wanted is an RGBImageField image and an IntField label: write "
-            "it with mmtrain data prepare ffcv"
-        )
 
 
 def _meta(file: Path) -> dict[str, Any]:
@@ -216,3 +184,26 @@ def _classes(file: Path, meta: dict[str, Any], labels: NDArray[np.int64]) -> lis
             "--force"
         )
     return classes
+
+
+def require_ffcv() -> None:
+    """Import ffcv, or raise UserError with the commands that install it."""
+    lacking = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise UserError(f"data.kind=ffcv: {' and '.join(lacking)} cannot be found; {INSTALL}")
+    try:
+        with torch_threads_kept():
+            import ffcv.memory_managers  # noqa: F401
+    except (ImportError, OSError) as error:  # its library is compiled: OpenCV or libturbojpeg may be gone
+        raise UserError(f"data.kind=ffcv: ffcv does not load ({error}); {INSTALL}") from error
+
+
+@contextmanager
+def torch_threads_kept() -> Iterator[None]:
+    """ffcv sets torch's number of threads when it is imported and when a loader is made: put it back."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)

@@ -60,7 +60,10 @@ class ShardCache:
         target = self.place(address)
         if not fresh and self._good(target, size):
             return target
-        self._make_folder()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"data.cache={self.folder}: cannot be written ({error.strerror})") from error
         with exclusive(target.with_name(target.name + ".lock"), wait=True, tell=False):
             if fresh or not self._good(target, size):  # another process may have fetched it meanwhile
                 self._download(address, target, size, digest)
@@ -113,12 +116,6 @@ class ShardCache:
         except OSError:
             return False
         return size is None or found == size
-
-    def _make_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"data.cache={self.folder}: cannot be written ({error.strerror})") from error
 
     def _download(self, address: str, target: Path, size: int | None, digest: str) -> None:
         part = target.with_name(target.name + ".part")

@@ -23,7 +23,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -32,6 +31,7 @@ from numpy.typing import NDArray
 
 from mmtrain.data.images.cache import ShardCache, Unreachable
 from mmtrain.errors import UserError
+from mmtrain.files import complete_or_absent
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _FORMAT = 1
@@ -101,32 +101,34 @@ def index_shards(
     makers = [_Maker(path, rebuild, digest, skip, cache) for path in paths]
     with ThreadPoolExecutor(min(threads, max(1, len(makers)))) as pool:
         indexes = list(pool.map(_Maker.index, makers))
-    changed = [maker.shard for maker in makers if maker.state == "changed"]
-    unwritten = [maker for maker in makers if maker.unwritten]
+    changed = [maker.shard for maker in makers if maker.changed]
+    unwritten = [maker.shard for maker in makers if maker.unwritten]
     if changed:
-        logger.warning("%d shard(s) changed since they were indexed, so were indexed again: %s", *_count(changed))
+        logger.warning(
+            "%d shard(s) changed since they were indexed, so were indexed again: %s", len(changed), _some(changed)
+        )
     if unwritten:
         logger.warning(
             "cannot write the index of %d shard(s) (%s); it is kept in memory and made again at every start: %s",
             len(unwritten),
-            unwritten[0].unwritten,
-            _count([maker.shard for maker in unwritten])[1],
+            next(maker.unwritten for maker in makers if maker.unwritten),
+            _some(unwritten),
         )
     return indexes
 
 
-def _count(paths: list[Path | str]) -> tuple[int, str]:
-    return len(paths), str(paths[0]) + (", ..." if len(paths) > 1 else "")
+def _some(shards: Sequence[Path | str]) -> str:
+    return f"{shards[0]}{', ...' if len(shards) > 1 else ''}"
 
 
 class _Maker:
-    """How one index comes: ``state`` is "read", "made" or "changed", ``unwritten`` why it could not be written."""
+    """Reads or makes one index. ``changed``: the shard was another one before; ``unwritten``: why it is not stored."""
 
     def __init__(self, shard: Path | str, rebuild: bool, digest: bool, skip: bool, cache: ShardCache | None) -> None:
         remote = isinstance(shard, str) and "://" in shard
         self.shard: Path | str = shard if remote else Path(shard)
         self.rebuild, self.digest, self.skip, self.cache = rebuild, digest, skip, cache
-        self.state, self.unwritten = "made", ""
+        self.changed, self.unwritten = False, ""
 
     def index(self) -> ShardIndex:
         try:
@@ -135,7 +137,9 @@ class _Maker:
             if not self.skip:
                 raise
             none = np.empty(0, np.int64)
-            return ShardIndex(self.shard, np.empty(0, "U1"), none, none, none, fault=_without(self.shard, error))
+            return ShardIndex(
+                self.shard, np.empty(0, "U1"), none, none, none, fault=str(error).removeprefix(f"{self.shard}: ")
+            )
 
     def _near(self, shard: Path) -> ShardIndex:
         try:
@@ -146,15 +150,17 @@ class _Maker:
             found = _read(index_path(shard), shard)
             if found is not None and not found.changed_since(stat) and (found.digest or not self.digest):
                 return found
-            self.state = "changed" if found is None or found.changed_since(stat) else "made"
-        with _opened(shard) as stream:
+            self.changed = found is None or found.changed_since(stat)
+        try:
+            stream = shard.open("rb")
+        except OSError as error:
+            raise Damaged(f"{shard}: cannot read the shard ({error.strerror})") from error
+        with stream:
             index = replace(_walk(shard, stream, self.skip), bytes=stat.st_size, changed=stat.st_mtime_ns)
             if self.digest:
                 stream.seek(0)
                 index = replace(index, digest=hashlib.file_digest(stream, "sha256").hexdigest())
-        if not index.fault:
-            self.unwritten = write_index(index, index_path(shard))
-        return index
+        return self._stored(index, index_path(shard))
 
     def _far(self) -> ShardIndex:
         """From beside the address, or of the shard itself, which is fetched for it."""
@@ -169,25 +175,16 @@ class _Maker:
         size = self.cache.size(address)
         if found is not None and size in (None, found.bytes):
             return found
-        self.state = "made" if found is None else "changed"
+        self.changed = found is not None
         with self.cache.open(address, fresh=found is not None) as stream:
             digest, size = hashlib.file_digest(stream, "sha256").hexdigest(), os.fstat(stream.fileno()).st_size
             index = replace(_walk(address, stream, self.skip), bytes=size, digest=digest)
+        return self._stored(index, kept)
+
+    def _stored(self, index: ShardIndex, target: Path) -> ShardIndex:
         if not index.fault:
-            self.unwritten = write_index(index, kept)
+            self.unwritten = write_index(index, target)
         return index
-
-
-def _opened(shard: Path) -> BufferedReader:
-    try:
-        return shard.open("rb")
-    except OSError as error:
-        raise Damaged(f"{shard}: cannot read the shard ({error.strerror})") from error
-
-
-def _without(shard: Path | str, error: Exception) -> str:
-    """The message without the name that it begins with: a fault carries that apart."""
-    return str(error).removeprefix(f"{shard}: ")
 
 
 def _read(file: Path, shard: Path | str) -> ShardIndex | None:
@@ -224,17 +221,13 @@ def _fits(index: ShardIndex) -> bool:
 
 def write_index(index: ShardIndex, target: Path) -> str:
     """Write ``target``; returns why it could not be written, "" if it was."""
-    # Several ranks may index the same shard at once: each writes its own file, the last rename wins.
-    part = target.with_name(f"{target.name}.{os.uname().nodename}.{os.getpid()}.part")
     stamp = np.array([_FORMAT, index.bytes, index.changed], dtype=np.int64)
     arrays: dict[str, Any] = {name: getattr(index, name) for name in ("keys", "offsets", "sizes", "labels")}
     try:
-        with open(part, "wb") as stream:
+        # several ranks may index the same shard at once: the last rename wins
+        with complete_or_absent(target) as partial, open(partial, "wb") as stream:
             np.savez(stream, stamp=stamp, digest=np.array(index.digest), **arrays)
-        os.replace(part, target)
     except OSError as error:
-        with suppress(OSError):
-            part.unlink()
         return error.strerror or str(error)
     return ""
 
@@ -256,13 +249,18 @@ def _walk(shard: Path | str, stream: BinaryIO, skip: bool) -> ShardIndex:
     def damaged(message: str) -> None:
         if not skip:
             raise Damaged(message)
-        faults.append(_without(shard, UserError(message)))
+        faults.append(message.removeprefix(f"{shard}: "))
 
     try:
         with tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
                 try:
-                    _check_name(shard, member.name)
+                    if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
+                        raise Damaged(
+                            f"{shard}: member {member.name!r} points outside of the archive. Nothing is ever extracted,"
+                            " but no tool for shards writes such names: check where the file comes from; "
+                            f"{_CURE_SHARD}"
+                        )
                     if member.isfile() and not _META_NAME.match(member.name):
                         _add(samples, shard, stream, member)
                 except Damaged as error:
@@ -279,14 +277,6 @@ def _walk(shard: Path | str, stream: BinaryIO, skip: bool) -> ShardIndex:
     if not samples:
         damaged(f"{shard}: the shard holds no samples; {_CURE_SHARD}, or delete it")
     return replace(_collect(shard, size, samples, damaged), fault="; ".join(faults))
-
-
-def _check_name(shard: Path | str, name: str) -> None:
-    if name.startswith("/") or ".." in PurePosixPath(name).parts:
-        raise Damaged(
-            f"{shard}: member {name!r} points outside of the archive. Nothing is ever extracted, but no tool for "
-            f"shards writes such names: check where the file comes from; {_CURE_SHARD}"
-        )
 
 
 def _check_end(shard: Path | str, stream: BinaryIO, offset: int) -> None:
@@ -319,20 +309,15 @@ def _add(samples: dict[str, _Sample], shard: Path | str, stream: BinaryIO, membe
     content = os.pread(stream.fileno(), member.size, member.offset_data)
     if len(content) < member.size:
         raise Damaged(f"{shard}: the shard is truncated within {member.name!r}; {_CURE_SHARD}")
-    label = _label(content, field)
-    if label is None:
+    try:
+        label = json.loads(content)["label"] if field == "json" else int(content)
+    except (ValueError, KeyError, TypeError):
+        label = None
+    if not isinstance(label, int) or isinstance(label, bool) or label < 0:
         if field == "json":
             return  # metadata without a label; .cls may hold it
         raise Damaged(f"{shard}: {member.name!r} holds {content[:40]!r}: a .cls member is a class number 0, 1, ...")
     setattr(sample, field, label)
-
-
-def _label(content: bytes, field: str) -> int | None:
-    try:
-        value = json.loads(content)["label"] if field == "json" else int(content)
-    except (ValueError, KeyError, TypeError):
-        return None
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def _collect(shard: Path | str, size: int, samples: dict[str, _Sample], damaged: Callable[[str], None]) -> ShardIndex:

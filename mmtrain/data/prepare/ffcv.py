@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from mmtrain.data.core.order import mix64
 from mmtrain.data.ffcv.format import read_beton, require_ffcv
 from mmtrain.data.images.photo import decode, orientation
-from mmtrain.data.images.shards import find_shards
-from mmtrain.data.images.source import read_classes
+from mmtrain.data.images.shards import find_shards, read_classes
 from mmtrain.data.images.tar_index import ShardIndex, index_shards
 from mmtrain.data.prepare.output import FORMAT, Prepared, check_root, existing, prepared_folder, write_meta
 from mmtrain.data.prepare.pool import progress, run_jobs

@@ -10,8 +10,8 @@ TRAFFIC := data/traffic/traffic.csv
 .PHONY: demo test test-fast lint format clean
 
 demo: $(DIGITS) $(TRAFFIC)
-	$(BIN)/python launch/submit.py --config vim2_digits --local 1
-	$(BIN)/python launch/submit.py --config tsm2_traffic --local 1
+	$(BIN)/mmtrain submit --config vim2_digits --local 1
+	$(BIN)/mmtrain submit --config tsm2_traffic --local 1
 	@echo
 	@$(BIN)/mmtrain runs runs
 	@echo
@@ -21,9 +21,9 @@ demo: $(DIGITS) $(TRAFFIC)
 	@echo "  . .venv/bin/activate"
 	@echo "  mmtrain predict runs/tsm2_traffic data/traffic/traffic.csv --back 48"
 	@echo "  mmtrain export runs/vim2_digits --out vim2_digits_export"
-	@echo "  python launch/submit.py --config vim2_digits --local 2 name=two_processes"
-	@echo "  python launch/submit.py --config vim2_base_in1k --debug data=synthetic"
-	@echo "  python launch/submit.py --config vim2_base_in1k --nodes 4 --dry-run"
+	@echo "  mmtrain submit --config vim2_digits --local 2 name=two_processes"
+	@echo "  mmtrain submit --config vim2_base_in1k --debug data=synthetic"
+	@echo "  mmtrain submit --config vim2_base_in1k --nodes 4 --dry-run"
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -35,6 +35,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/lint-imports
 
 format: $(STAMP)

@@ -1,4 +1,4 @@
-"""Builds the C++ kernels at install time. Everything else about the package is in pyproject.toml.
+"""Builds the C++ kernels and packs ``configs/`` at install time. All else about the package is in pyproject.toml.
 
 A missing or failing compiler does not fail the installation: mmtrain then builds the kernels on first use, or says
 loudly that it runs without them (``mmtrain doctor``).
@@ -12,6 +12,7 @@ from types import ModuleType
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 
 def load_builder() -> ModuleType:
@@ -27,6 +28,15 @@ def load_builder() -> ModuleType:
 
 
 builder = load_builder()
+
+
+class BuildPython(build_py):
+    """Pack ``configs/`` as ``mmtrain/configs``. An editable installation reads it from the checkout."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            self.copy_tree("configs", str(Path(self.build_lib, "mmtrain", "configs")))
 
 
 class BuildKernels(build_ext):
@@ -48,5 +58,5 @@ class BuildKernels(build_ext):
 sources = sorted(f"mmtrain/ops/cpu/csrc/{path.name}" for path in builder.SOURCES.iterdir())
 setup(
     ext_modules=[Extension("mmtrain.ops.cpu._kernels", sources=sources, optional=True)],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_py": BuildPython, "build_ext": BuildKernels},
 )

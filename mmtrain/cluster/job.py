@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from mmtrain.cluster import requeue
 from mmtrain.cluster.task import SlurmTask
 from mmtrain.config import RunConfig, replace
@@ -202,12 +204,8 @@ def _nodes_of(partition: str | None) -> int:
 
 def _file_system(path: Path) -> str:
     """The kind of file system that ``path`` lies on; empty where the system does not tell."""
-    try:
-        mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
-    except OSError:
-        return ""
-    inside = [(mount[1], mount[2]) for mount in mounts if path.is_relative_to(mount[1])]
-    return max(inside, key=lambda mount: len(mount[0]), default=("", ""))[1]
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if path.is_relative_to(mount.mountpoint)]
+    return max(mounts, key=lambda mount: len(mount.mountpoint)).fstype if mounts else ""
 
 
 def _refusal(words: str) -> str:
@@ -242,7 +240,7 @@ def _next_steps(job_id: str, path: Path, folder: Path) -> str:
         ("watch", f"mmtrain runs logs {path} --follow"),
         ("state", f"mmtrain runs {path.parent}"),
         ("stop", f"mmtrain runs stop {path}"),
-        ("go on", f"python launch/submit.py --resume {path}"),
+        ("go on", f"mmtrain submit --resume {path}"),
     )
     return "\n".join(f"{name:<11}{text}" for name, text in rows)
 

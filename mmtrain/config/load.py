@@ -35,9 +35,10 @@ class _Layer:
 
 
 def config_folders() -> list[Path]:
-    """Where named configurations are looked for: the current folder's ``configs/``, then the project's."""
+    """Where named configurations are looked for: the current folder's ``configs/``, then those that mmtrain ships."""
     package = Path(__file__).resolve().parents[1]
-    candidates = [Path("configs"), package.parent / "configs", package / "configs"]
+    shipped = package / "configs"  # in a wheel; a checkout has them beside the package
+    candidates = [Path("configs"), shipped if shipped.is_dir() else package.parent / "configs"]
     return [folder for folder in candidates if folder.is_dir()]
 
 

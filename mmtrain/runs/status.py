@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from mmtrain.runs import slurm
 from mmtrain.runs.reader import Line, RunRecord, read_run
 
@@ -24,10 +26,10 @@ def runs_training(pid: int) -> bool:
     The number alone would not do: after a restart of the machine another process may have it.
     """
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
+        command = psutil.Process(pid).cmdline()
+    except psutil.Error:
         return False
-    return b"mmtrain" in command or b"submit.py" in command
+    return any("mmtrain" in word or "submit.py" in word for word in command)
 
 
 #: By the kind of task: the metric that chooses the best checkpoint, and which of two values is better.

@@ -13,7 +13,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from typer.main import get_command
 
+from mmtrain.cli import data
+from mmtrain.cli.app import app
 from mmtrain.config import config_names, load_config
 from mmtrain.train.session import train
 from tests.conftest import ROOT, Cli, Done
@@ -64,6 +67,41 @@ def quickest(*command: str) -> float:
 def test_import_and_help_are_quick() -> None:
     assert quickest("-c", "import mmtrain") <= 3
     assert quickest("-m", "mmtrain", "--help") <= 1.5
+
+
+def test_help_is_that_of_the_commands_and_imports_none_of_them() -> None:
+    for group in (app, data.app, data.prepare):
+        commands = get_command(group).commands  # type: ignore[attr-defined]
+        for name in commands:
+            assert commands[name].name == name
+            assert commands[name].help
+    code = "import sys, mmtrain.cli.submit, mmtrain.cli.train, mmtrain.cli.runs, mmtrain.cli.data.series\n"
+    subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True, cwd=ROOT)
+    code = """
+import sys
+from mmtrain.cli import main
+sys.argv[1:] = ["--help"]
+try:
+    main()
+finally:
+    assert {m for m in sys.modules if m.startswith("mmtrain.cli.")} == {"mmtrain.cli.app", "mmtrain.cli.common"}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+
+
+def test_configs_lists_local_ones_first_and_describes_them(cli: Cli, tmp_path: Path) -> None:
+    assert cli("--version").stdout.startswith("mmtrain ")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "vim2_digits.yaml").write_text(
+        f"# Mine.\ninclude: {ROOT}/configs/vim2_digits.yaml\nseed: 7\n"
+    )
+    lines = cli("configs").stdout.splitlines()
+    assert lines[0] == "configs:"
+    assert lines[1].split() == ["vim2_digits", "Mine."]
+    assert lines[2] == f"{ROOT / 'configs'}:"
+    assert not [line for line in lines[3:] if line.split()[0] in ("vim2_digits", "base/vision")]
+    assert all(len(line.split()) > 2 for line in lines[3:])  # every one is described
+    assert "seed: 7" in cli("train", "--config", "vim2_digits", "--print-config").stdout
 
 
 @pytest.mark.slow

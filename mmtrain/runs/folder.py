@@ -1,18 +1,11 @@
-"""What the checkout that a run was started from has beside its commit.
-
-A run is a folder: resolved configuration, code version, metrics, checkpoints, logs, pictures, result.
-"""
+"""A run is a folder: resolved configuration, code version, metrics, checkpoints, logs, pictures, result."""
 
 from __future__ import annotations
 
 import errno
 import json
-import platform
-import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,40 +14,8 @@ from mmtrain.config.load import differences
 from mmtrain.config.schema import FREE_ON_RESUME
 from mmtrain.errors import UserError
 from mmtrain.files import write_atomically
+from mmtrain.runs.code import ROOT, code_diff, code_version
 from mmtrain.runs.reader import check_run_folder
-from mmtrain.version import __version__
-
-#: The most that is kept, in bytes.
-LIMIT = 1_000_000
-
-#: Files that may hold secrets, by any part of their path, in any case. Their changes are never written down.
-_SECRET = (".env", "key", "secret", "token", "credential", "password", ".pem", "netrc")
-
-
-def code_diff(root: Path) -> str | None:
-    """``git diff HEAD`` of the checkout ``root``, without files that may hold secrets; None where there is none.
-
-    Only tracked files count. What goes beyond :data:`LIMIT` is cut off, and said.
-    """
-    if not (root / ".git").exists():
-        return None
-    left_out = [f":(exclude,icase)*{word}*" for word in _SECRET]
-    # no rename detection: it would name, and quote, a file that is left out under its other name
-    options = ["--no-color", "--no-ext-diff", "--no-textconv", "--no-renames"]
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "diff", "HEAD", *options, "--", ".", *left_out], capture_output=True, timeout=20
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    text = done.stdout[:LIMIT].decode(errors="replace")
-    if len(done.stdout) > LIMIT:
-        text += f"\n[cut off: {LIMIT} of {len(done.stdout)} bytes]\n"
-    return text or None
-
-
-#: Where the source checkout is, if mmtrain runs from one.
-_ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_path(config: RunConfig, run_dir: str | Path | None = None) -> Path:
@@ -117,7 +78,7 @@ class RunFolder:
         with self._preparing():
             if not self.config_file.is_file():
                 write_atomically(self.path / "code.json", json.dumps(code_version(), indent=1))
-                if diff := code_diff(_ROOT):
+                if diff := code_diff(ROOT):
                     write_atomically(self.path / "code.diff", diff)
                 write_atomically(self.assets_file, json.dumps(assets, indent=1))
                 write_atomically(self.config_file, to_yaml(config))
@@ -165,36 +126,3 @@ class RunFolder:
 
     def assets(self) -> dict[str, Any]:
         return json.loads(self.assets_file.read_text())
-
-
-def code_version() -> dict[str, Any]:
-    """The code and packages that a run was made with."""
-    packages = {}
-    for name in ("torch", "timm", "numpy", "triton", "mamba-ssm"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {
-        "mmtrain": __version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "packages": packages,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def _commit() -> str | None:
-    """The git commit of the source checkout, with ``+`` when it has local changes; None outside a checkout."""
-    root = _ROOT
-    if not (root / ".git").exists():
-        return None
-    try:
-        commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        dirty = subprocess.run(
-            ["git", "-C", root, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "") or None

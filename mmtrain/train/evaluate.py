@@ -15,7 +15,7 @@ from mmtrain.data.core.source import OnFault, Source
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.tasks import Batch, Task
 
-#: So many batches lie between two looks at whether a rank was asked to leave.
+#: Batches between two looks at whether a rank was asked to leave.
 _LOOK_EVERY = 8
 
 
@@ -59,7 +59,8 @@ def evaluate(
         totals = values if not len(totals) else totals + values
     beat("add up")
     if ranks.world > 1:
-        names, totals = _agree(names, totals, ranks)
+        names = max(ranks.gather(names), key=len)  # a rank may have had no sample at all
+        totals = ranks.sum(totals if len(totals) else torch.zeros(len(names), dtype=torch.float64))
     return task.metrics(dict(zip(names, totals.tolist(), strict=True)))
 
 
@@ -82,21 +83,9 @@ def _batches(
         yield batch, True
     most = math.ceil(math.ceil(len(source) / ranks.world) / size)  # of rank 0
     if made < most:
-        stand_in = _first(source, ranks.device) if together else None
+        stand_in: Batch | None = None
+        if together:  # on the first sample that can be used
+            with closing(eval_batches(source, batch_size=1, device=ranks.device)) as usable:  # type: ignore[type-var]
+                stand_in = next(usable, None)
         for _ in range(most - made):
             yield stand_in, False
-
-
-def _first(source: Source, device: torch.device) -> Batch | None:
-    """The first sample that can be used; None without any."""
-    batches = eval_batches(source, batch_size=1, device=device)
-    with closing(batches):  # type: ignore[type-var]
-        return next(batches, None)
-
-
-def _agree(names: list[str], totals: torch.Tensor, ranks: Ranks) -> tuple[list[str], torch.Tensor]:
-    """Sum over ranks, where a rank may have had no sample at all."""
-    names = max(ranks.gather(names), key=len)
-    if not len(totals):
-        totals = torch.zeros(len(names), dtype=torch.float64)
-    return names, ranks.sum(totals)

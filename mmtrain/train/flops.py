@@ -1,6 +1,6 @@
-"""Peak rates of matrix products by GPU, from the makers' data sheets.
+"""Floating-point operations of a training step, and their share of the GPU's peak (MFU).
 
-Floating-point operations of a training step, and what share of the machine's peak they come to (MFU).
+The peak rates of matrix products are from the makers' data sheets.
 """
 
 from __future__ import annotations
@@ -69,9 +69,7 @@ def peak_by_name(name: str, precision: str) -> float | None:
     return None
 
 
-#: Samples in the batch that is counted.
-_BATCH = 2
-_counted: dict[tuple[str, tuple[int, int], int], float] = {}
+_counted: dict[tuple[str, int, int], float] = {}
 
 
 def sample_flops(config: RunConfig, variates: int | None = None) -> float:
@@ -90,17 +88,18 @@ def sample_flops(config: RunConfig, variates: int | None = None) -> float:
     if isinstance(config.model, TSM2Config) and variates is None:
         raise UserError(f"model '{config.model.name}': the FLOPs of a sample need its number of variates")
     side = config.data.image_size if isinstance(config.data, ImageDataConfig) else 224
-    key = (repr(config.model), (side, side), variates or 1)
+    key = (repr(config.model), side, variates or 1)
     if key not in _counted:
-        _counted[key] = _count(config, (side, side), variates or 1)
+        _counted[key] = _count(config, side, variates or 1)
     return _counted[key]
 
 
-def _count(config: RunConfig, image_size: tuple[int, int], variates: int) -> float:
+def _count(config: RunConfig, side: int, variates: int) -> float:
+    batch = 2
     with torch.device("meta"):
         # eval: dropout and drop path want the samples' keys, and change no count
         model = build_model(config.model).eval()
-        inputs = example_inputs(config.model, batch=_BATCH, image_size=image_size, variates=variates)
+        inputs = example_inputs(config.model, batch=batch, image_size=(side, side), variates=variates)
     outputs: list[torch.Tensor] = []
     spread = getattr(model, "spread", None)  # TSM2 returns the point alone, unless asked: its loss needs both
     if spread is not None:
@@ -116,7 +115,7 @@ def _count(config: RunConfig, image_size: tuple[int, int], variates: int) -> flo
             torch.stack([output.sum() for output in outputs]).sum().backward()
     except ValueError as error:
         raise UserError(f"model '{config.model.name}': {error}") from None
-    return counter.get_total_flops() / _BATCH
+    return counter.get_total_flops() / batch
 
 
 def _convolution_backward(

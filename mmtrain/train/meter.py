@@ -1,8 +1,6 @@
-"""What tells whether a run is well: peak memory, and how far the weights of the averaging have moved.
+"""What a line of metrics tells of the machine and the model: speed, utilisation, memory, stragglers, averaging.
 
-Which rank holds the others up.
-
-What a line of metrics tells of the machine: speed, where the time goes, utilisation, memory, stragglers.
+The places where a step spends its time are in ``timing.py``, its operations and the peaks of GPUs in ``flops.py``.
 """
 
 from __future__ import annotations
@@ -12,8 +10,10 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -25,19 +25,17 @@ from mmtrain.config import RunConfig
 from mmtrain.models.averaging import MixerStack, WeightedAverage
 from mmtrain.models.kinds import is_channel_mixer
 from mmtrain.parallel.ranks import Ranks
-from mmtrain.parallel.strategy import Strategy
+from mmtrain.parallel.strategy import Strategy, to_local
 from mmtrain.tasks import Task
 from mmtrain.train.flops import Utilization
 from mmtrain.train.timing import StepTimer
 
+logger = logging.getLogger("mmtrain")
+
 #: The families of the averaging's weights, by (is the consumer a channel mixer, is the source one).
-_FAMILIES = {
-    (False, False): "alpha",
-    (False, True): "beta",
-    (True, False): "theta",
-    (True, True): "gamma",
-}
-FAMILIES = (*_FAMILIES.values(), "out")
+_FAMILIES = {(False, False): "alpha", (False, True): "beta", (True, False): "theta", (True, True): "gamma"}
+#: A rank that takes so many times the median is worth a warning, at most once in so many seconds.
+_SLOW, _WARN_EVERY = 1.3, 600.0
 
 
 def memory_peak(device: torch.device) -> float:
@@ -66,73 +64,51 @@ def averaging_norms(model: nn.Module) -> dict[str, float]:
     Raises:
         ValueError: for a parameter that is neither whole nor a DTensor: gather it first (ZeRO-3).
     """
-    averages, families = [], []
+    parameters: list[Tensor] = []
+    families: list[list[str]] = []  # of each element of each parameter
     for stack in model.modules():
-        if isinstance(stack, MixerStack) and len(stack.averages):
-            found = [average for average in stack.averages if isinstance(average, WeightedAverage)]
-            averages += found
-            families += _families([is_channel_mixer(mixer) for mixer in stack.mixers])
-    if not averages:
+        if not isinstance(stack, MixerStack):
+            continue
+        channel = [is_channel_mixer(mixer) for mixer in stack.mixers]
+        for i, average in enumerate(cast(Iterable[WeightedAverage], stack.averages)):
+            parameters += [average.weight, average.input_copy]
+            # the first copy of the stack's input is a token one, the second a channel one
+            sources = [False, *channel[:i], True]
+            found = [_FAMILIES[channel[i], source] if i < len(channel) else "out" for source in sources]
+            families += [found[:-1], found[-1:]]
+    if not parameters:
         return {}
-    parameters = [parameter for average in averages for parameter in (average.weight, average.input_copy)]
-    start = [float(i % 2 == 0) for i in range(len(parameters))]
-    moved = [value - start[i] for i, values in enumerate(_whole(parameters, families)) for value in values]
-    labels = [label for group in families for label in group]
-    sums = {family: [d * d for d, label in zip(moved, labels, strict=True) if label == family] for family in FAMILIES}
-    return {family: (sum(found) / len(found)) ** 0.5 for family, found in sums.items() if found}
+    squares: dict[str, list[float]] = {family: [] for family in (*_FAMILIES.values(), "out")}
+    for i, values in enumerate(_elements(parameters, [len(labels) for labels in families])):
+        start = float(i % 2 == 0)  # of a weight, or of an input copy
+        for family, value in zip(families[i], values, strict=True):
+            squares[family].append((value - start) ** 2)
+    return {family: (sum(found) / len(found)) ** 0.5 for family, found in squares.items() if found}
 
 
-def _families(channel: list[bool]) -> list[list[str]]:
-    """The family of each element of a stack's parameters: ``weight`` and ``input_copy`` of its averages in turn.
-
-    Args:
-        channel: whether each of its mixers is a channel mixer.
-    """
-    groups = []
-    for i in range(len(channel) + 1):
-        sources = [False, *channel[:i]]  # the stack's input, first copy, then what is earlier
-        if i < len(channel):
-            groups += [[_FAMILIES[channel[i], source] for source in sources], [_FAMILIES[channel[i], True]]]
-        else:
-            groups += [["out"] * len(sources), ["out"]]
-    return groups
-
-
-def _whole(parameters: list[nn.Parameter], families: list[list[str]]) -> list[list[float]]:
-    """The elements of each parameter, put together from all ranks if any is sharded.
+def _elements(parameters: list[Tensor], sizes: list[int]) -> list[list[float]]:
+    """The elements of each one-dimensional parameter, of ``sizes`` elements, put together from all ranks.
 
     Every rank writes what it holds into a vector of all elements and counts it: the sum of the vectors over the sum of
     the counts is right for any mesh, sharded or replicated, with one reduction for hundreds of tiny parameters.
     """
-    sizes = [len(group) for group in families]
-    local, index, begin = [], [], 0
+    parts, index, begin = [], [], 0
     for parameter, size in zip(parameters, sizes, strict=True):
         if parameter.numel() != size:
             raise ValueError(f"a parameter of the averaging holds {parameter.numel()} elements of {size}: gather it")
-        here, offset = _held(parameter.detach())
-        local.append(here)
-        index.append(torch.arange(begin + offset, begin + offset + len(here)))
+        first = begin
+        if isinstance(parameter, DTensor):
+            layout = parameter.shape, parameter.device_mesh, parameter.placements
+            first += compute_local_shape_and_global_offset(*layout)[1][0]
+        parts.append(to_local(parameter.detach()))
+        index.append(torch.arange(first, first + len(parts[-1])))
         begin += size
-    held = torch.cat(local).double()
-    vectors = held.new_zeros(2, begin)
-    vectors[:, torch.cat(index).to(held.device)] = torch.stack([held, torch.ones_like(held)])
+    local = torch.cat(parts).double()
+    sums = local.new_zeros(2, begin)
+    sums[:, torch.cat(index).to(local.device)] = torch.stack([local, torch.ones_like(local)])
     if any(isinstance(parameter, DTensor) for parameter in parameters):
-        dist.all_reduce(vectors)
-    return [values.tolist() for values in torch.split((vectors[0] / vectors[1]).cpu(), sizes)]
-
-
-def _held(parameter: Tensor) -> tuple[Tensor, int]:
-    """The elements of a one-dimensional parameter that this rank holds, and where they begin."""
-    if not isinstance(parameter, DTensor):
-        return parameter, 0
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return parameter.to_local(), offset[0]
-
-
-logger = logging.getLogger("mmtrain")
-
-#: A rank that takes so many times the median is worth a warning, at most once in so many seconds.
-_SLOW, _WARN_EVERY = 1.3, 600.0
+        dist.all_reduce(sums)
+    return [values.tolist() for values in torch.split((sums[0] / sums[1]).cpu(), sizes)]
 
 
 @dataclass(frozen=True)
@@ -214,9 +190,13 @@ class Meter:
         timings = self.timer.window()
         speed = timings.speed(self.config.train.batch_size, self.ranks.world)
         slowest = self._stragglers.check(timings.busy(gathers=self.strategy.collective_forward))
+        used: dict[str, float] = {}
         with self.timer.paused():
             norms = averaging_norms(self.strategy.model) if self.strategy.readable else {}
-            used = self._used(speed["samples_per_second_per_rank"]) if self.ranks.main else {}
+            if self.ranks.main:
+                if self._utilization is None:  # takes a second or two, which a start should not
+                    self._utilization = Utilization.of_run(self.config, self.ranks.device, self.task.variates)
+                used = self._utilization.line(speed["samples_per_second_per_rank"])
         return {
             **speed,
             **timings.line(),
@@ -225,8 +205,3 @@ class Meter:
             **(slowest.line() if slowest is not None else {}),
             **{f"averaging_{family}": value for family, value in norms.items()},
         }
-
-    def _used(self, samples_per_second: float) -> dict[str, float]:
-        if self._utilization is None:  # takes a second or two, which a start should not
-            self._utilization = Utilization.of_run(self.config, self.ranks.device, self.task.variates)
-        return self._utilization.line(samples_per_second)

@@ -109,7 +109,9 @@ class StepProfiler:
     def _write(self, found: profile) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"rank{self.ranks.rank:05d}_steps{self._first}-{self._last}"
-        (self.folder / f"ops_{name}.txt").write_text(self._table(found))
+        by = "self_device_time_total" if self._on_gpu else "self_cpu_time_total"
+        table = found.key_averages().table(sort_by=by, row_limit=_ROWS, max_name_column_width=80)
+        (self.folder / f"ops_{name}.txt").write_text(table)
         if self._on_gpu:
             torch.cuda.memory._dump_snapshot(str(self.folder / f"memory_{name}.pickle"))
             memory = "a memory snapshot"
@@ -119,10 +121,6 @@ class StepProfiler:
         found.export_chrome_trace(str(self.folder / f"trace_{name}.json.gz"))
         said = "profile of steps %d to %d: a trace, %s and a table of operations in %s"
         logger.info(said, self._first, self._last, memory, self.folder)
-
-    def _table(self, found: profile) -> str:
-        by = "self_device_time_total" if self._on_gpu else "self_cpu_time_total"
-        return found.key_averages().table(sort_by=by, row_limit=_ROWS, max_name_column_width=80)
 
     @property
     def _on_gpu(self) -> bool:

@@ -1,12 +1,9 @@
-"""Borders in time, on a CPU and on a GPU.
+"""Where the time of a step goes: data, forward, backward, optimizer, communication, and the rest.
 
-On a CPU a border is a reading of the clock. On a GPU it is an event put into the stream, so what is measured is when
-the GPU came past it: work that the CPU only queued is counted where it runs, and a wait for data that the GPU did not
-notice, being busy still, counts as nothing.
-
-Where the time of a step goes: data, forward, backward, optimizer, communication, and the rest.
-
-On a GPU its own time is split (:mod:`mmtrain.train.timing`), and read once a window: no step waits for the GPU.
+On a CPU the border between two phases is a reading of the clock. On a GPU it is an event put into the stream, so what
+is measured is when the GPU came past it: work that the CPU only queued is counted where it runs, and a wait for data
+that the GPU did not notice, being busy still, counts as nothing. The events are read once a window: no step waits for
+the GPU.
 """
 
 from __future__ import annotations
@@ -57,11 +54,6 @@ class CudaClock:
         gaps = [before.elapsed_time(after) / 1000 for before, after in pairwise(borders)]
         self._free += borders
         return gaps
-
-
-def clock_of(device: torch.device) -> Clock:
-    """The clock of what ``device`` does."""
-    return CudaClock(device) if device.type == "cuda" else HostClock()
 
 
 #: The phases of a step; what is in none of them is "other".
@@ -127,7 +119,7 @@ class StepTimer:
     """
 
     def __init__(self, device: torch.device, clock: Clock | None = None) -> None:
-        self.clock: Clock = clock or clock_of(device)
+        self.clock: Clock = clock or (CudaClock(device) if device.type == "cuda" else HostClock())
         self._phases = {name: _Phase(self, name) for name in (*PHASES, _PAUSED)}
         self._open: list[str] = []
         self._start()
@@ -160,6 +152,7 @@ class StepTimer:
         return timings
 
     def _start(self) -> None:
+        """Begin a window."""
         self._spent = dict.fromkeys((*PHASES, _OTHER, _PAUSED), 0.0)
         self._steps = 0
         self._names: list[str] = []

@@ -1,11 +1,9 @@
-"""The manifest of a checkpoint: size and SHA-256 of every file, written last and verified before a load.
-
-Checkpoints that are complete or do not exist.
+"""Checkpoints that are complete or do not exist.
 
 A checkpoint is a folder ``step_00001234``: the tensors as torch's distributed checkpoint (DCP) writes them,
 ``state.json`` (where the run stands), ``config.yaml`` and ``manifest.json`` (size and SHA-256 of every file). It is
-written under another name, made durable with fsync and then renamed; at load the manifest is verified, and the newest
-valid one wins. The layout depends neither on the number of ranks nor on the strategy.
+written under another name, made durable with fsync and then renamed. At load the manifest is verified, and the newest
+valid checkpoint wins. The layout depends neither on the number of ranks nor on the strategy.
 
 A save copies the state aside and returns; a thread of each rank writes the copy while training goes on. There is no
 generator state to save: all randomness follows from the seed and the step.
@@ -26,15 +24,18 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 
 from mmtrain.errors import SharedError
 from mmtrain.files import sync
 from mmtrain.parallel.ranks import PATIENT, Ranks
+from mmtrain.parallel.strategy import StateDict
 from mmtrain.train.checkpoint.tensor_files import Stage, write_tensors
 
-MANIFEST = "manifest.json"
+logger = logging.getLogger("mmtrain")
 
+MANIFEST, _STATE, _CONFIG = "manifest.json", "state.json", "config.yaml"
+
+#: Of a manifest: size and SHA-256 of each file, by name.
 Entries = dict[str, dict[str, Any]]
 
 
@@ -77,14 +78,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-logger = logging.getLogger("mmtrain")
-
-_STATE, _CONFIG = "state.json", "config.yaml"
-Parts = dict[str, dict[str, Tensor]]
-
-
 class CheckpointStore:
-    """The checkpoints of one run folder. All ranks call its methods together, but for :meth:`at`."""
+    """The checkpoints of one run folder. All ranks call its methods together, except :meth:`at`."""
 
     def __init__(
         self,
@@ -111,7 +106,7 @@ class CheckpointStore:
         self._stage = Stage() if asynchronous else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._stands: Path | None = None  # the newest that is known to be whole
+        self._newest_valid: Path | None = None
         self._torn: set[Path] = set()
         _, error = _attempt(self._clean) if ranks.main and clean else (None, None)
         words = ranks.gather(_words(error))[0]
@@ -125,16 +120,16 @@ class CheckpointStore:
 
     # ------------------------------------------------------------------ saving
 
-    def prepare(self, parts: Parts) -> None:
-        """Take the memory that saves of such ``parts`` will copy them to, in the background; optional."""
+    def prepare(self, tensors: StateDict) -> None:
+        """Take the memory that saves of such ``tensors`` will copy them to, in the background; optional."""
         if self._stage is not None:
-            self._stage.prepare(parts)
+            self._stage.prepare(tensors)
 
-    def save(self, step: int, parts: Parts, state: dict[str, Any], best: int | None = None) -> None:
+    def save(self, step: int, tensors: StateDict, state: dict[str, Any], best: int | None = None) -> None:
         """Begin the checkpoint of ``step``; once it stands, delete all but the newest ``keep`` and the others to stay.
 
         Args:
-            parts: {part: {name: tensor}}; ranks may hold different names.
+            tensors: ranks may hold different names.
             state: JSON values.
             best: a step whose checkpoint stays.
 
@@ -143,13 +138,13 @@ class CheckpointStore:
                 was asynchronous); the older checkpoints stay.
         """
         self.wait()
-        if self._stands == self.at(step):
+        if self._newest_valid == self.at(step):
             return
         if self._stage is None:
-            self._write(step, parts, state, best)
+            self._write(step, tensors, state, best)
             self._raise()
             return
-        staged = self._stage.copy(parts)
+        staged = self._stage.copy(tensors)
         self._thread = threading.Thread(target=self._write, args=(step, staged, dict(state), best), name="checkpoint")
         self._thread.start()
 
@@ -181,19 +176,19 @@ class CheckpointStore:
         if error is not None:
             raise error
 
-    def _write(self, step: int, parts: Parts, state: dict[str, Any], best: int | None) -> None:
+    def _write(self, step: int, tensors: StateDict, state: dict[str, Any], best: int | None) -> None:
         """Write, commit, prune; an error is kept for the training thread, on every rank."""
         try:
-            self._error = self._written(step, parts, state, best)
+            self._error = self._commit(step, tensors, state, best)
         except Exception as error:  # of the ranks' talk: one of them is gone
             self._error = error
 
-    def _written(self, step: int, parts: Parts, state: dict[str, Any], best: int | None) -> BaseException | None:
+    def _commit(self, step: int, tensors: StateDict, state: dict[str, Any], best: int | None) -> BaseException | None:
         final = self.at(step)
         aside = final.with_suffix(".partial")
 
-        def tensors() -> Entries:
-            write_tensors(aside, parts, self._group)
+        def write() -> Entries:
+            write_tensors(aside, tensors, self._group)
             return entries_of(aside.glob(f"__{self.ranks.rank}_*"))
 
         def commit(entries: Entries) -> None:
@@ -209,7 +204,7 @@ class CheckpointStore:
             sync(self.folder)
             self._prune(best)
 
-        mine, error = _attempt(tensors)
+        mine, error = _attempt(write)
         written = self._gather((mine, _words(error)))
         words = next((said for _, said in written if said is not None), None)
         if words is None:
@@ -218,7 +213,7 @@ class CheckpointStore:
                 _, error = _attempt(lambda: commit(entries))
             words = self._gather(_words(error))[0]
         if words is None:
-            self._stands = final
+            self._newest_valid = final
             self._torn.discard(final)
             return None
         if self.ranks.main:
@@ -263,10 +258,9 @@ class CheckpointStore:
         names = self.ranks.gather([p.name for p in self.folder.glob("step_*") if p.suffix != ".partial"])[0]
         for name in sorted(names, reverse=True):
             path = self.folder / name
-            faults = self.ranks.gather(verify(path, self.ranks.rank, self.ranks.world))
-            fault = next((f for f in faults if f is not None), None)
+            fault = self._fault(path)
             if fault is None:
-                self._stands = path
+                self._newest_valid = path
                 return path
             self._torn.add(path)
             if self.ranks.main:
@@ -275,8 +269,12 @@ class CheckpointStore:
 
     def whole(self, step: int) -> bool:
         """Whether the checkpoint of ``step`` is there and passes its manifest."""
-        faults = self.ranks.gather(verify(self.at(step), self.ranks.rank, self.ranks.world))
-        return all(fault is None for fault in faults)
+        return self._fault(self.at(step)) is None
+
+    def _fault(self, path: Path) -> str | None:
+        """As :func:`verify`, the same on every rank."""
+        faults = self.ranks.gather(verify(path, self.ranks.rank, self.ranks.world))
+        return next((fault for fault in faults if fault is not None), None)
 
     def at(self, step: int) -> Path:
         """The folder of the checkpoint of ``step``, which may not exist."""

@@ -1,15 +1,15 @@
-"""A copy of a training state in memory of its own, which a thread can write while the training changes the state.
+"""The tensors of a checkpoint: on disk as torch's distributed checkpoint (DCP), and the copy that a thread writes.
 
-The training waits for the copy, so the copy is all that it may wait for. The memory is taken once, by a thread at the
-start of the run, since the pages of fresh memory take longer to come by than to fill; every copy goes into the same.
-From a GPU the memory is pinned, and the copies of all tensors are queued before one wait for all of them. On the CPU
-numpy copies, in one thread: torch would share out each of thousands of tensors among all threads, which gains little
-on the memory bus, and where the cores are busy, with a save before this or another rank, waits for them every time.
+DCP fits any number of ranks. It keeps its metadata, and all that is no tensor, as pickles. We save tensors only, refuse
+anything else at load, and unpickle the metadata from a list of allowed types: no checkpoint can run code.
 
-Tensors of a training state on disk, through torch's distributed checkpoint (DCP), which fits any number of ranks.
-
-DCP keeps its metadata, and all that is no tensor, as pickles. We save tensors only, refuse anything else at load, and
-unpickle the metadata from a list of allowed types: no checkpoint can run code.
+:class:`Stage` copies a training state into memory of its own, which a thread can write while the training changes the
+state. The training waits for the copy, so the copy is all that it may wait for. The memory is taken once, by a thread
+at the start of the run, since the pages of fresh memory take longer to come by than to fill; every copy goes into the
+same. From a GPU the memory is pinned, and the copies of all tensors are queued before one wait for all of them. On the
+CPU numpy copies, in one thread: torch would share out each of thousands of tensors among all threads, which gains
+little on the memory bus, and where the cores are busy, with a save before this or another rank, waits for them every
+time.
 """
 
 from __future__ import annotations
@@ -32,22 +32,20 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.tensor import DTensor
 
 from mmtrain.errors import UserError
-from mmtrain.parallel.strategy import to_local
-
-Parts = dict[str, dict[str, Tensor]]
+from mmtrain.parallel.strategy import AVERAGE, MODEL, StateDict, to_local
 
 
 class Stage:
-    """Memory for one copy of a state {part: {name: tensor}} on the CPU."""
+    """Memory for one copy of a training state on the CPU."""
 
     def __init__(self) -> None:
         self._copies: dict[tuple[str, str], Tensor] = {}
         self._thread: threading.Thread | None = None
 
-    def prepare(self, parts: Parts) -> None:
-        """Take the memory for a copy of ``parts`` in the background, and return at once. Values are not looked at."""
+    def prepare(self, tensors: StateDict) -> None:
+        """Take the memory for a copy of ``tensors`` in the background, and return at once. Values are not looked at."""
         self.close()
-        shapes = [(key, to_local(tensor).shape, tensor.dtype, tensor.is_cuda) for key, tensor in _flat(parts)]
+        shapes = [(key, to_local(tensor).shape, tensor.dtype, tensor.is_cuda) for key, tensor in _flat(tensors)]
 
         def take() -> None:
             self._copies.update({key: _memory(shape, dtype, pinned) for key, shape, dtype, pinned in shapes})
@@ -56,24 +54,24 @@ class Stage:
         self._thread.start()
 
     @torch.no_grad()
-    def copy(self, parts: Parts) -> Parts:
-        """A copy of ``parts``, which stays as it is until the next call. A DTensor stays one, its part on the CPU."""
+    def copy(self, tensors: StateDict) -> StateDict:
+        """A copy of ``tensors``, which stays as it is until the next call. A DTensor stays one, its part on the CPU."""
         self.close()
         cuda = False
-        for key, tensor in _flat(parts):
-            source = to_local(tensor).detach()
-            if not _fits(self._copies.get(key), source):
-                self._copies[key] = _memory(source.shape, source.dtype, source.is_cuda)
+        for key, tensor in _flat(tensors):
+            source, memory = to_local(tensor).detach(), self._copies.get(key)
+            if memory is None or (memory.shape, memory.dtype) != (source.shape, source.dtype):
+                memory = self._copies[key] = _memory(source.shape, source.dtype, source.is_cuda)
             if source.is_cuda:
-                self._copies[key].copy_(source, non_blocking=True)
+                memory.copy_(source, non_blocking=True)
                 cuda = True
             else:
-                np.copyto(self._copies[key].numpy(), source.numpy())
+                np.copyto(memory.numpy(), source.numpy())
         if cuda:
             torch.cuda.current_stream().synchronize()
         return {
-            part: {name: _like(tensor, self._copies[part, name]) for name, tensor in tensors.items()}
-            for part, tensors in parts.items()
+            part: {name: _like(tensor, self._copies[part, name]) for name, tensor in named.items()}
+            for part, named in tensors.items()
         }
 
     def close(self) -> None:
@@ -83,12 +81,8 @@ class Stage:
             self._thread = None
 
 
-def _flat(parts: Parts) -> list[tuple[tuple[str, str], Tensor]]:
-    return [((part, name), tensor) for part, tensors in parts.items() for name, tensor in tensors.items()]
-
-
-def _fits(memory: Tensor | None, source: Tensor) -> bool:
-    return memory is not None and memory.shape == source.shape and memory.dtype == source.dtype
+def _flat(tensors: StateDict) -> list[tuple[tuple[str, str], Tensor]]:
+    return [((part, name), tensor) for part, named in tensors.items() for name, tensor in named.items()]
 
 
 def _memory(shape: torch.Size, dtype: torch.dtype, pinned: bool) -> Tensor:
@@ -144,19 +138,19 @@ class _TensorsOnly(DefaultLoadPlanner):
         raise UserError(f"a checkpoint holds {read_item.dest_index.fqn} as an object and not as a tensor: not loaded")
 
 
-def write_tensors(folder: Path, parts: dict[str, dict[str, Tensor]], group: dist.ProcessGroup | None) -> None:
-    """Write ``parts`` {part: {name: tensor or DTensor}} of all ranks of ``group``; ranks may have different names.
+def write_tensors(folder: Path, tensors: StateDict, group: dist.ProcessGroup | None) -> None:
+    """Write ``tensors``, DTensors too, of all ranks of ``group``; ranks may have different names.
 
     Raises:
         OSError, RuntimeError, CheckpointException: when a rank cannot write.
     """
-    with _quiet():
+    with _no_group_warning():
         writer = dcp.FileSystemWriter(folder, sync_files=True, overwrite=True)
-        dcp.save(parts, storage_writer=writer, process_group=group, no_dist=group is None)
+        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
 
 
-def read_tensors(folder: Path, parts: dict[str, dict[str, Tensor]], *, alone: bool) -> None:
-    """Fill ``parts`` in place from ``folder``.
+def read_tensors(folder: Path, tensors: StateDict, *, alone: bool) -> None:
+    """Fill ``tensors`` in place from ``folder``.
 
     Args:
         alone: this process reads on its own; otherwise all ranks of the default group read together.
@@ -167,32 +161,31 @@ def read_tensors(folder: Path, parts: dict[str, dict[str, Tensor]], *, alone: bo
     reader = SafeReader(folder)
     there = reader.read_metadata().state_dict_metadata  # here, since DCP would bury what is wrong with it
     wrong = []
-    for part, tensors in parts.items():
-        for name, tensor in tensors.items():
-            found = getattr(there.get(f"{part}.{name}"), "size", None)
-            what = name if part == "model" else f"{part} of {name}"
-            if found is None:
-                wrong.append(f"{what} is not in it")
-            elif found != tensor.shape:
-                wrong.append(f"{what} is {tuple(found)} in it and {tuple(tensor.shape)} in the model")
+    for (part, name), tensor in _flat(tensors):
+        found = getattr(there.get(f"{part}.{name}"), "size", None)
+        what = name if part == MODEL else f"{part} of {name}"
+        if found is None:
+            wrong.append(f"{what} is not in it")
+        elif found != tensor.shape:
+            wrong.append(f"{what} is {tuple(found)} in it and {tuple(tensor.shape)} in the model")
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UserError(
             f"{folder} holds another model than its configuration describes: {'; '.join(wrong[:5])}{more}."
             " It may be of another version of mmtrain (see code.json in the run folder)"
         )
-    with _quiet():
-        dcp.load(parts, storage_reader=reader, planner=_TensorsOnly(), no_dist=alone)
+    with _no_group_warning():
+        dcp.load(tensors, storage_reader=reader, planner=_TensorsOnly(), no_dist=alone)
 
 
 def read_weights(model: nn.Module, folder: Path, *, averaged: bool) -> None:
     """Give ``model`` the trained weights in ``folder``, or their average; on this process's own."""
-    part = "average" if averaged else "model"
+    part = AVERAGE if averaged else MODEL
     weights = {name: p.detach() for name, p in model.named_parameters()}
     read_tensors(folder, {part: weights}, alone=True)
 
 
-class _quiet(warnings.catch_warnings):
+class _no_group_warning(warnings.catch_warnings):
     """Without torch's remark that a lone process needs no process group."""
 
     def __enter__(self) -> None:

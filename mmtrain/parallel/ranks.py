@@ -48,12 +48,12 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, value: T) -> list[T]:
-        """``value`` of every rank, on every rank. Small JSON-like objects only."""
+    def gather(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+        """``value`` of every rank, on every rank. Small JSON-like objects only. ``group``: another one of all ranks."""
         if self.world == 1:
             return [value]
         found: list[T | None] = [None] * self.world
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=group)
         return found  # type: ignore[return-value]
 
     def any(self, flag: bool) -> bool:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import threading
 import time
 from types import FrameType, TracebackType
-
-logger = logging.getLogger("mmtrain")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 

@@ -41,7 +41,7 @@ class StepProfiler:
     def __init__(self, span: tuple[int, int] | None, folder: Path, ranks: Ranks) -> None:
         chosen = ranks.world <= _ALL_RANKS or ranks.rank in (0, ranks.world - 1)
         self.span = span if chosen else None
-        self.folder, self.ranks = folder / "profile", ranks
+        self.folder, self.ranks, self._on_gpu = folder / "profile", ranks, ranks.device.type == "cuda"
         self._profile: profile | None = None
         self._named: AbstractContextManager[Any] | None = None
         self._first = self._last = 0
@@ -53,8 +53,14 @@ class StepProfiler:
         first, last = self.span
         if first <= number <= last:
             if self._profile is None:
-                self._start(number)
-            self._name(number)
+                self._first = number
+                activities = [ProfilerActivity.CPU]
+                if self._on_gpu:
+                    activities.append(ProfilerActivity.CUDA)
+                    torch.cuda.memory._record_memory_history(max_entries=_HISTORY)
+                self._profile = profile(activities=activities, record_shapes=True, profile_memory=True)
+                self._profile.start()
+            self._name_step(number)
         elif self._profile is not None:
             self._stop()
         elif number > last:
@@ -70,16 +76,7 @@ class StepProfiler:
         if self._profile is not None:
             self._stop()
 
-    def _start(self, number: int) -> None:
-        self._first = number
-        activities = [ProfilerActivity.CPU]
-        if self._on_gpu:
-            activities.append(ProfilerActivity.CUDA)
-            torch.cuda.memory._record_memory_history(max_entries=_HISTORY)
-        self._profile = profile(activities=activities, record_shapes=True, profile_memory=True)
-        self._profile.start()
-
-    def _name(self, number: int | None) -> None:
+    def _name_step(self, number: int | None) -> None:
         """Close the span of the step before in the trace, and open the next."""
         if self._named is not None:
             self._named.__exit__(None, None, None)
@@ -92,7 +89,7 @@ class StepProfiler:
     def _stop(self) -> None:
         """End the tracing, for good, and write what was found."""
         assert self._profile is not None
-        self._name(None)
+        self._name_step(None)
         found, self._profile, self.span = self._profile, None, None
         try:
             if self._on_gpu:
@@ -121,10 +118,6 @@ class StepProfiler:
         found.export_chrome_trace(str(self.folder / f"trace_{name}.json.gz"))
         said = "profile of steps %d to %d: a trace, %s and a table of operations in %s"
         logger.info(said, self._first, self._last, memory, self.folder)
-
-    @property
-    def _on_gpu(self) -> bool:
-        return self.ranks.device.type == "cuda"
 
 
 def _timeline(found: profile) -> str:

@@ -205,13 +205,13 @@ class CheckpointStore:
             self._prune(best)
 
         mine, error = _attempt(write)
-        written = self._gather((mine, _words(error)))
+        written = self.ranks.gather((mine, _words(error)), self._group)
         words = next((said for _, said in written if said is not None), None)
         if words is None:
             if self.ranks.main:
                 entries = {name: entry for found, _ in written for name, entry in found.items()}
                 _, error = _attempt(lambda: commit(entries))
-            words = self._gather(_words(error))[0]
+            words = self.ranks.gather(_words(error), self._group)[0]
         if words is None:
             self._newest_valid = final
             self._torn.discard(final)
@@ -224,13 +224,6 @@ class CheckpointStore:
             f"{final}: the checkpoint could not be written ({words}). Free or grow the disk, or give another"
             " folder with --run-dir; the last good checkpoint is untouched and the same command goes on from it"
         )
-
-    def _gather(self, value: Any) -> list[Any]:
-        if self._group is None:
-            return [value]
-        found: list[Any] = [None] * self.ranks.world
-        dist.all_gather_object(found, value, group=self._group)
-        return found
 
     def _prune(self, best: int | None) -> None:
         there = {p for p in self.folder.glob("step_*") if p.suffix != ".partial" and (p / MANIFEST).exists()}

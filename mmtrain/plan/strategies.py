@@ -34,6 +34,7 @@ from torch import nn
 
 from mmtrain.parallel.zero import BUCKET
 from mmtrain.plan.sharding import Unit
+from mmtrain.train.optim import decays
 
 FP32 = 4
 #: DDP's default bucket of gradients, in bytes (``bucket_cap_mb``).
@@ -221,7 +222,7 @@ def zero3_memory(load: Workload, local: int, offload: bool, reshard: bool = True
 def zero12_padded(model: nn.Module, world: int) -> int:
     """Elements of DeepSpeed's flat buffers: one for each of our two groups (with decay, without), each padded to twice
     the ranks."""
-    decayed = sum(p.numel() for p in model.parameters() if _decays(p))
+    decayed = sum(p.numel() for p in model.parameters() if decays(p))
     rest = sum(p.numel() for p in model.parameters()) - decayed
     unit = 2 * world
     return sum(-(-size // unit) * unit for size in (decayed, rest))
@@ -230,8 +231,3 @@ def zero12_padded(model: nn.Module, world: int) -> int:
 def zero3_local(model: nn.Module, world: int) -> int:
     """Elements of a rank when each parameter is cut into equal parts, the last one padded."""
     return sum(-(-p.numel() // world) for p in model.parameters())
-
-
-def _decays(p: nn.Parameter) -> bool:
-    """As :func:`mmtrain.train.optim.build_optimizer` sorts them."""
-    return p.ndim > 1 and not getattr(p, "_no_weight_decay", False)

@@ -19,16 +19,19 @@ from mmtrain.parallel.strategy import to_local
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """AdamW; biases, gains and what is marked ``_no_weight_decay`` (A_log, D, the bias of Δ, averages) do not decay."""
-    decay: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            exempt = parameter.ndim <= 1 or getattr(parameter, "_no_weight_decay", False)
-            (rest if exempt else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    """AdamW in two groups: with weight decay, and without (see :func:`decays`)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if decays(p)], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if not decays(p)], "weight_decay": 0.0},
+    ]
     first, second = config.betas
     return AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(first, second), eps=config.eps, fused=True)
+
+
+def decays(parameter: nn.Parameter) -> bool:
+    """False for biases, gains and what is marked ``_no_weight_decay`` (A_log, D, the bias of Δ, averages)."""
+    return parameter.ndim > 1 and not getattr(parameter, "_no_weight_decay", False)
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int, warmup: int) -> float:

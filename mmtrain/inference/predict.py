@@ -126,7 +126,7 @@ def _check_columns(path: Path, there: list[str], known: list[str]) -> None:
 def _stamps(
     stamps: NDArray[np.datetime64] | None, end: int, lookback: int, horizon: int
 ) -> NDArray[np.datetime64] | None:
-    """Times of the look-back and the horizon; beyond the table they go on with its median step."""
+    """Times of the look-back and the horizon; beyond the table they continue with its median step."""
     if stamps is None or len(stamps) < 2:
         return None
     step = np.median(np.diff(stamps).astype(np.int64)).astype(np.int64)

@@ -58,7 +58,7 @@ def draw_forecast(
     Args:
         past: (lookback, M); forecast and truth: (horizon, M), in the units of the data.
         stamps: (lookback + horizon,) times, or None for row numbers.
-        most: at most so many variates are drawn; the title says how many were left out.
+        most: the largest number of variates drawn; the title says how many were left out.
     """
     shown = min(len(columns), most)
     rows = -(-shown // 2)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmtrain.config import ViM2Config
+from mmtrain.config import ImageModelConfig
 from mmtrain.errors import UserError, nearest
 from mmtrain.files import new_path
 from mmtrain.inference import TrainedModel, export
@@ -73,7 +73,7 @@ def export_trained(trained: TrainedModel, out: str | Path, format: str = "safete
 def example_input(trained: TrainedModel) -> Inputs:
     """Two random samples of the shape that the run was trained on, as the arguments of the model's forward."""
     config, assets = trained.config.model, trained.assets
-    if isinstance(config, ViM2Config):
+    if isinstance(config, ImageModelConfig):
         inputs = example_inputs(config, batch=2, image_size=(assets["image_size"],) * 2)
     else:
         inputs = example_inputs(config, batch=2, variates=len(assets["columns"]))

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmtrain.cli.common import Checkpoint, Config, Overrides
-from mmtrain.config import TSM2Config, load_config
+from mmtrain.config import ForecasterConfig, load_config
 from mmtrain.errors import UserError
 from mmtrain.inference.trained import TrainedModel, load_trained
 from mmtrain.inspect.averaging import averaging_matrices
@@ -57,7 +57,7 @@ def model_command(
 
 def _show_stages(subject: Subject, input_size: str | None, variates: int | None, batch: int) -> None:
     model = subject.model
-    if isinstance(model, TSM2Config):
+    if isinstance(model, ForecasterConfig):
         if input_size is not None:
             raise UserError(f"--input-size is for images: '{model.name}' takes series (set lookback, or --variates)")
         series = variates if variates is not None else _variates(subject)

@@ -63,19 +63,13 @@ def debug_run(config: RunConfig) -> tuple[RunConfig, Path]:
 
 def shrink(config: RunConfig) -> RunConfig:
     """A small and short copy of ``config`` that takes the same code paths."""
-    from mmtrain.config import TSM2Config, ViM2Config, replace
+    from mmtrain.config import replace
 
-    model = config.model
-    if isinstance(model, ViM2Config):
-        few = [2] * len(model.dims)
-        model = replace(model, dims=[8 * 2**i for i in range(len(few))], token_mixers=few)
-    elif isinstance(model, TSM2Config):
-        model = replace(model, dim=8, depth=1)
     parts = config.train.accumulation * 2
     train = replace(config.train, max_steps=2, batch_size=max(parts, 4), log_every=1)
     return replace(
         config,
-        model=model,
+        model=config.model.shrunk(),
         train=train,
         data=replace(config.data, workers=0),
         eval=replace(config.eval, every_steps=2, batch_size=16),

@@ -4,17 +4,27 @@ A key, its default, its bounds and its description belong here; what a key does 
 """
 
 from mmtrain.config.data import (
+    DATA,
     DataConfig,
     FFCVDataConfig,
+    ImageDataConfig,
     PanelDataConfig,
     SeriesDataConfig,
     ShardsDataConfig,
     SyntheticDataConfig,
 )
 from mmtrain.config.load import config_names, from_yaml, load_config, to_yaml
-from mmtrain.config.models import MODELS, ModelConfig, TSM2Config, ViM2Config
+from mmtrain.config.models import (
+    MODELS,
+    ForecasterConfig,
+    ImageModelConfig,
+    ModelConfig,
+    TSM2Config,
+    ViM2Config,
+)
 from mmtrain.config.schema import (
     STRATEGIES,
+    TASKS,
     CheckpointConfig,
     ClassificationConfig,
     ClusterConfig,
@@ -30,15 +40,20 @@ from mmtrain.config.schema import (
 from mmtrain.config.section import replace
 
 __all__ = [
+    "DATA",
     "MODELS",
     "STRATEGIES",
+    "TASKS",
     "CheckpointConfig",
     "ClassificationConfig",
     "ClusterConfig",
     "DataConfig",
     "EvalConfig",
     "FFCVDataConfig",
+    "ForecasterConfig",
     "ForecastingConfig",
+    "ImageDataConfig",
+    "ImageModelConfig",
     "ModelConfig",
     "OptimConfig",
     "PanelDataConfig",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from mmtrain.config.registry import Registry
-from mmtrain.config.section import Section, require
+from mmtrain.config.section import Section, replace, require
 from mmtrain.errors import UserError, nearest
 
 Count = Annotated[int, Field(ge=1)]
@@ -27,6 +27,41 @@ class ModelConfig(Section):
     prefix: ClassVar[str] = "model."
     name: str = Field("", description="The model: one of the names that `mmtrain model` and `list_models()` show.")
 
+    def shrunk(self) -> Self:
+        """A small model of the same kind, for debugging."""
+        return self
+
+
+class ImageModelConfig(ModelConfig):
+    """The keys of every model that takes images (B, in_channels, H, W) and gives logits (B, num_classes)."""
+
+    num_classes: int = Field(1000, ge=1, description="Classes of the head.")
+    in_channels: int = Field(3, ge=1, description="Channels of the images.")
+
+
+class ForecastInputs(NamedTuple):
+    """What a forecaster takes beside the past: widths of the static and of the known-future input; a mask.
+
+    ``steps``: T_Z, the length of the known-future input.
+    """
+
+    static: int
+    future: int
+    steps: int
+    mask: bool
+
+
+class ForecasterConfig(ModelConfig):
+    """The keys of every model that takes series (B, lookback, M) and gives forecasts (B, horizon, M)."""
+
+    lookback: int = Field(512, ge=1, description="Steps of the window that the model sees.")
+    horizon: int = Field(96, ge=1, description="Steps of the forecast.")
+
+    @property
+    def auxiliary(self) -> ForecastInputs:
+        """The inputs beside the past: none, unless a model says otherwise."""
+        return ForecastInputs(0, 0, self.lookback + self.horizon, False)
+
 
 MODELS: Registry[ModelConfig] = Registry("model", "name", ModelConfig, "mmtrain.models")
 
@@ -44,11 +79,9 @@ _VIM2_SIZES: dict[str, dict[str, Any]] = {
 
 
 @MODELS.section(**_VIM2_SIZES)
-class ViM2Config(ModelConfig):
+class ViM2Config(ImageModelConfig):
     """ViM2 (paper, section "ViM2"): a stem, then stages of [token, token, channel] mixer groups."""
 
-    num_classes: int = Field(1000, ge=1, description="Classes of the head.")
-    in_channels: int = Field(3, ge=1, description="Channels of the images.")
     patch_size: int = Field(4, ge=1, description="Side in pixels of the patches that the stem embeds.")
     dims: list[Count] = Field([96, 192, 384, 768], min_length=1, description="Width C of each stage.")
     token_mixers: list[int] = Field(
@@ -80,16 +113,18 @@ class ViM2Config(ModelConfig):
         require(pairs, "model.token_mixers", self.token_mixers, "two per channel mixer")
         return self
 
+    def shrunk(self) -> Self:
+        stages = len(self.dims)
+        return replace(self, dims=[8 * 2**i for i in range(stages)], token_mixers=[2] * stages)
+
 
 @MODELS.section("tsm2")
-class TSM2Config(ModelConfig):
+class TSM2Config(ForecasterConfig):
     """TSM2 (paper, section "TSM2"): patches of each variate, causal time mixer, bidirectional variate mixer.
 
     No weight depends on the number of variates.
     """
 
-    lookback: int = Field(512, ge=1, description="Steps of the window that the model sees.")
-    horizon: int = Field(96, ge=1, description="Steps of the forecast.")
     patch_size: int = Field(16, ge=1, description="Steps of a patch.")
     patch_stride: int = Field(8, ge=1, description="Steps from one patch to the next.")
     dim: int = Field(32, ge=1, description="Width of the embedding of a patch.")
@@ -132,6 +167,14 @@ class TSM2Config(ModelConfig):
         rising = all(0 < q < 1 for q in self.quantiles) and sorted(set(self.quantiles)) == self.quantiles
         require(rising and len(self.quantiles) > 0, "model.quantiles", self.quantiles, "give rising numbers in (0, 1)")
         return self
+
+    @property
+    def auxiliary(self) -> ForecastInputs:
+        steps = self.future_length or self.lookback + self.horizon
+        return ForecastInputs(self.static_features, self.future_features, steps, self.mask_input)
+
+    def shrunk(self) -> Self:
+        return replace(self, dim=8, depth=1)
 
 
 def preset(name: str, **overrides: Any) -> ModelConfig:

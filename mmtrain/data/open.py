@@ -1,15 +1,16 @@
-"""The images of a run: made up, tar shards or betons, as its configuration says.
+"""The data of a run, as its configuration says: images in three splits, or a series cut into windows.
 
-The data of a forecasting run: a table or a panel, as its configuration says.
+Each kind of data registers the function that opens it for its section with ``@DATA.implements``: for images it takes
+the section, the number of classes and the seed, for series the section and the model's.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from mmtrain.config import PanelDataConfig, SeriesDataConfig, TSM2Config
+from mmtrain.config import DATA, ForecasterConfig, PanelDataConfig, SeriesDataConfig
 from mmtrain.config.data import (
     FFCVDataConfig,
     ImageDataConfig,
@@ -29,7 +30,7 @@ from mmtrain.data.series.windows import ForecastingData, known_steps
 from mmtrain.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 class Images(NamedTuple):
@@ -47,57 +48,69 @@ def open_images(data: ImageDataConfig, num_classes: int, seed: int) -> Images:
     Raises:
         UserError: for data that is not there, is faulty, or has another number of classes.
     """
-    if isinstance(data, SyntheticDataConfig):
-        made = SyntheticImages(num_classes, data.image_size, data.length, seed=seed)
-        held_out = SyntheticImages(num_classes, data.image_size, data.val_length, seed=seed, first=data.length)
-        return Images(made, held_out, None, None)
-    assert isinstance(data, StoredImagesConfig)
-    if not data.root or (not is_address(data.root) and not Path(data.root).exists()):
-        command = "ffcv --root SHARDS" if isinstance(data, FFCVDataConfig) else "images --root IMAGES"
-        raise UserError(
-            f"data.root: {f'there is no folder {data.root}' if data.root else 'it is not set'}. Make one with `mmtrain"
-            f" data prepare {command} --out {data.root or 'FOLDER'}`, point data.root at yours, or try the"
-            " configuration on made-up images with data=synthetic"
-        )
-    train = _split(data, data.train, train=True)
-    found = train.num_classes
-    if found is not None and found != num_classes:
-        raise UserError(
-            f"{data.root} has {found} classes, but model.num_classes is {num_classes}: set model.num_classes={found}"
-        )
-    test = _split(data, data.test, train=False) if data.test else None
-    return Images(train, _split(data, data.val, train=False), test, train.classes)
+    return cast(Images, DATA.implementation(data)(data, num_classes, seed))
 
 
-def _split(data: StoredImagesConfig, name: str, *, train: bool) -> ImageShards | BetonImages:
-    options: dict[str, Any] = {
-        "image_size": data.image_size,
-        "train": train,
-        "augment": data.augment if train else "none",
-        "mean": data.mean,
-        "std": data.std,
-        "crop_pct": data.crop_pct,
-        "hflip": data.hflip,
-        "auto_augment": data.auto_augment,
-        "re_prob": data.re_prob,
-    }
-    path = f"{data.root.rstrip('/')}/{name}"
-    if isinstance(data, FFCVDataConfig):
-        return open_beton(f"{path}.beton", os_cache=data.os_cache, window=data.shuffle_window, **options)
-    assert isinstance(data, ShardsDataConfig)
-    cache = default_cache(data.cache, data.cache_gb) if is_address(path) else None
-    return ImageShards(path, skip=data.faults == "skip", cache=cache, **options)
-
-
-def open_data(data: SeriesDataConfig, model: TSM2Config) -> ForecastingData:
+def open_data(data: SeriesDataConfig, model: ForecasterConfig) -> ForecastingData:
     """Open what ``data`` names, cut into windows of ``model.lookback`` and ``model.horizon``.
 
     Raises:
         UserError: for data that is not there, is faulty, or does not fit.
     """
-    root = data.root or os.environ.get("MMTRAIN_DATA") or "data"
-    if isinstance(data, PanelDataConfig):
-        return load_panel(data, model.lookback, model.horizon, model.future_length, root)
+    return cast(ForecastingData, DATA.implementation(data)(data, model))
+
+
+@DATA.implements(SyntheticDataConfig)
+def _open_synthetic(data: SyntheticDataConfig, num_classes: int, seed: int) -> Images:
+    made = SyntheticImages(num_classes, data.image_size, data.length, seed=seed)
+    held_out = SyntheticImages(num_classes, data.image_size, data.val_length, seed=seed, first=data.length)
+    return Images(made, held_out, None, None)
+
+
+@DATA.implements(ShardsDataConfig)
+def _open_shards(data: ShardsDataConfig, num_classes: int, seed: int) -> Images:
+    def split(name: str, **options: Any) -> ImageShards:
+        path = f"{data.root.rstrip('/')}/{name}"
+        cache = default_cache(data.cache, data.cache_gb) if is_address(path) else None
+        return ImageShards(path, skip=data.faults == "skip", cache=cache, **options)
+
+    return _open_stored(data, num_classes, split, "images --root IMAGES")
+
+
+@DATA.implements(FFCVDataConfig)
+def _open_betons(data: FFCVDataConfig, num_classes: int, seed: int) -> Images:
+    def split(name: str, **options: Any) -> BetonImages:
+        path = f"{data.root.rstrip('/')}/{name}.beton"
+        return open_beton(path, os_cache=data.os_cache, window=data.shuffle_window, **options)
+
+    return _open_stored(data, num_classes, split, "ffcv --root SHARDS")
+
+
+def _open_stored(
+    data: StoredImagesConfig, num_classes: int, split: Callable[..., ImageShards | BetonImages], command: str
+) -> Images:
+    """The splits below ``data.root``; ``command`` prepares such a folder."""
+    if not data.root or (not is_address(data.root) and not Path(data.root).exists()):
+        raise UserError(
+            f"data.root: {f'there is no folder {data.root}' if data.root else 'it is not set'}. Make one with `mmtrain"
+            f" data prepare {command} --out {data.root or 'FOLDER'}`, point data.root at yours, or try the"
+            " configuration on made-up images with data=synthetic"
+        )
+    shared = ("image_size", "mean", "std", "crop_pct", "hflip", "auto_augment", "re_prob")
+    options = {key: getattr(data, key) for key in shared}
+    train = split(data.train, train=True, augment=data.augment, **options)
+    found = train.num_classes
+    if found is not None and found != num_classes:
+        raise UserError(
+            f"{data.root} has {found} classes, but model.num_classes is {num_classes}: set model.num_classes={found}"
+        )
+    held_out = {**options, "train": False, "augment": "none"}
+    test = split(data.test, **held_out) if data.test else None
+    return Images(train, split(data.val, **held_out), test, train.classes)
+
+
+@DATA.implements(SeriesDataConfig)
+def _open_table(data: SeriesDataConfig, model: ForecasterConfig) -> ForecastingData:
     return load_series(
         data.path,
         lookback=model.lookback,
@@ -106,15 +119,24 @@ def open_data(data: SeriesDataConfig, model: TSM2Config) -> ForecastingData:
         columns=data.columns,
         time_column=data.time_column,
         missing=data.missing,
-        data_root=root,
+        data_root=_series_root(data),
         stride=data.stride,
         known=data.known,
         calendar=data.calendar,
-        known_steps=known_steps(model.future_length, model.lookback, model.horizon),
+        known_steps=known_steps(model.auxiliary.steps, model.lookback, model.horizon),
     )
 
 
-def check_inputs(data: ForecastingData, model: TSM2Config, path: str) -> None:
+@DATA.implements(PanelDataConfig)
+def _open_panel(data: PanelDataConfig, model: ForecasterConfig) -> ForecastingData:
+    return load_panel(data, model.lookback, model.horizon, model.auxiliary.steps, _series_root(data))
+
+
+def _series_root(data: SeriesDataConfig) -> str:
+    return data.root or os.environ.get("MMTRAIN_DATA") or "data"
+
+
+def check_inputs(data: ForecastingData, model: ForecasterConfig, path: str) -> None:
     """Does the model take what the data gives?
 
     Raises:
@@ -123,8 +145,8 @@ def check_inputs(data: ForecastingData, model: TSM2Config, path: str) -> None:
     static, known = data.static, data.known
     wrong: list[str] = []
     for key, has, wanted, what in (
-        ("future_features", model.future_features, len(known), _named("known in advance", known)),
-        ("static_features", model.static_features, sum(static.values()), _named("static", _widths(static))),
+        ("future_features", model.auxiliary.future, len(known), _named("known in advance", known)),
+        ("static_features", model.auxiliary.static, sum(static.values()), _named("static", _widths(static))),
     ):
         if has != wanted:
             wrong.append(f"model.{key} is {has}, but the data gives {wanted} ({what}): set model.{key}={wanted}")

@@ -99,7 +99,7 @@ def _inputs(panel: Panel, assets: dict[str, Any], ends: NDArray[np.int64], model
     inputs = PanelInputs(
         panel,
         _scalers(panel, assets, ends),
-        steps=model.future_length or model.lookback + model.horizon,
+        steps=model.auxiliary.steps,
         known=saved["columns"],
         calendar=saved["calendar"],
         static=[StaticColumn.from_json(column) for column in assets["static"]],

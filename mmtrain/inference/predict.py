@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmtrain.config import SeriesDataConfig, TSM2Config
+from mmtrain.config import ForecasterConfig, SeriesDataConfig
 from mmtrain.data.images.photo import decode
 from mmtrain.data.images.transforms import build_transform
 from mmtrain.data.series.split import Scaler
@@ -102,7 +102,7 @@ def forecast(trained: TrainedModel, path: Path, back: int = 0, missing: str = "e
     if missing == "mask":
         inputs["mask"] = torch.from_numpy(seen)[None]
     if beside["columns"] or beside.get("calendar"):
-        steps = cast(TSM2Config, trained.config.model).future_length or lookback + horizon
+        steps = cast(ForecasterConfig, trained.config.model).auxiliary.steps
         inputs["known"] = _known_until(table, beside, end + horizon, steps, len(known))
     made = trained.model(**inputs)[0].float().numpy()
     truth = values[end : end + horizon] if back else None

@@ -22,8 +22,6 @@ from mmtrain.models import build_model
 from mmtrain.models.averaging import MixerStack
 from mmtrain.models.kinds import is_channel_mixer
 from mmtrain.models.registry import example_inputs
-from mmtrain.models.tsm2 import TSM2
-from mmtrain.models.vim2 import ViM2
 from mmtrain.ops.backend import scan_backend
 
 #: What the FLOPs leave out, as torch's counter does: about one operation an element each.
@@ -96,21 +94,11 @@ def stage_table(
 
 
 def _parts(model: nn.Module) -> list[_Part]:
-    if isinstance(model, ViM2):
-        parts = [_Part("stem", ["stem", "stem_norm"], "stem_norm")]
-        for i in range(len(model.stages)):
-            parts.append(_Part(f"stage {i + 1}", [f"downs.{i - 1}"] * (i > 0) + [f"stages.{i}"], f"stages.{i}"))
-        return [*parts, _Part("head", ["norm", "head"], "")]
-    if isinstance(model, TSM2):
-        parts = [_Part("embed", ["auxiliary", "embed", "embed_missing"], "embed")]
-        count = len(model.blocks.mixers)
-        for i, mixer in enumerate(model.blocks.mixers):
-            name = f"mixer {i + 1} ({'variate' if is_channel_mixer(mixer) else 'time'})"
-            modules = [f"blocks.{kind}.{i}" for kind in ("averages", "norms", "mixers", "drops")]
-            parts.append(_Part(name, modules, f"blocks.mixers.{i}"))
-        head = [f"blocks.averages.{count}", "norm", "head_drop", "head", "spread", "linear"]
-        return [*parts, _Part("head", head, "")]
-    raise TypeError(f"{type(model).__name__} has no table of stages")
+    """The parts that the model names, or else all of it as one."""
+    stage_parts = getattr(model, "stage_parts", None)
+    if stage_parts is None:
+        return [_Part("model", [name for name, _ in model.named_children()], "")]
+    return [_Part(*part) for part in stage_parts()]
 
 
 def _rows(

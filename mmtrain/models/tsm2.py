@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import StudentT
 
-from mmtrain.config import TSM2Config
+from mmtrain.config import MODELS, TSM2Config
 from mmtrain.models.averaging import MixerStack
 from mmtrain.models.mixers import FeatureMLP, Linear, SequenceMixer
 from mmtrain.models.stochastic import SampleDropout, name_streams
@@ -37,7 +37,7 @@ class AuxiliaryInputs(nn.Module):
         super().__init__()
         c = config
         self.config = config
-        self.known_length = c.future_length or c.lookback + c.horizon
+        self.known_length = c.auxiliary.steps
         self.static = Linear(c.static_features, c.lookback) if c.static_features else None
         self.known_embed = Linear(c.future_features, c.dim) if c.future_features else None
         if self.known_embed is not None:
@@ -144,6 +144,7 @@ class Forecasts:
     distribution: StudentT | None = None
 
 
+@MODELS.implements(TSM2Config)
 class TSM2(nn.Module):
     """Forecaster: past (B, lookback, M) → future (B, horizon, M), in the units of its input.
 
@@ -262,6 +263,17 @@ class TSM2(nn.Module):
         ladder = gaps.cumsum(-1)
         middle = min(range(len(self.config.quantiles)), key=lambda i: abs(self.config.quantiles[i] - 0.5))
         return point.unsqueeze(-1) + ladder - ladder[..., middle : middle + 1]
+
+    def stage_parts(self) -> list[tuple[str, list[str], str]]:
+        """Name, modules and module of the output of each row of the table of stages."""
+        parts = [("embed", ["auxiliary", "embed", "embed_missing"], "embed")]
+        count = len(self.blocks.mixers)
+        for i, mixer in enumerate(self.blocks.mixers):
+            name = f"mixer {i + 1} ({'variate' if isinstance(mixer, VariateMixer | FeatureMLP) else 'time'})"
+            modules = [f"blocks.{kind}.{i}" for kind in ("averages", "norms", "mixers", "drops")]
+            parts.append((name, modules, f"blocks.mixers.{i}"))
+        head = [f"blocks.averages.{count}", "norm", "head_drop", "head", "spread", "linear"]
+        return [*parts, ("head", head, "")]
 
 
 def _mixers(c: TSM2Config, patches: int) -> list[nn.Module]:

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmtrain.config import ViM2Config
+from mmtrain.config import MODELS, ViM2Config
 from mmtrain.models.averaging import MixerStack
 from mmtrain.models.initialise import initialise, reset_module
 from mmtrain.models.mixers import FeatureMLP, ImageChannelMixer, ImageTokenMixer, Linear
@@ -50,6 +50,7 @@ class PatchMerging(nn.Module):
         return self.proj(self.norm(x))
 
 
+@MODELS.implements(ViM2Config)
 class ViM2(nn.Module):
     """Image classifier: x (B, in_channels, H, W) → logits (B, num_classes).
 
@@ -158,6 +159,17 @@ class ViM2(nn.Module):
             return {"stem": r"^stem", "blocks": [(r"^(?:stages|downs)\.(\d+)", None), (last, (99999,))]}
         mixer = r"^stages\.(\d+)\.(?:mixers|norms|drops|averages)\.(\d+)"
         return {"stem": r"^stem", "blocks": [(r"^downs\.(\d+)", (99998,)), (mixer, None), (last, (99999,))]}
+
+    def pyramid(self, out_indices: Sequence[int] | None = None) -> ViM2Features:
+        """This model as the pyramid of feature maps for dense tasks."""
+        return ViM2Features(self, out_indices)
+
+    def stage_parts(self) -> list[tuple[str, list[str], str]]:
+        """Name, modules and module of the output of each row of the table of stages."""
+        parts = [("stem", ["stem", "stem_norm"], "stem_norm")]
+        for i in range(len(self.stages)):
+            parts.append((f"stage {i + 1}", [f"downs.{i - 1}"] * (i > 0) + [f"stages.{i}"], f"stages.{i}"))
+        return [*parts, ("head", ["norm", "head"], "")]
 
 
 class ViM2Features(nn.Module):

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from mmtrain.config import (
     FFCVDataConfig,
+    ForecasterConfig,
     RunConfig,
     SeriesDataConfig,
     ShardsDataConfig,
     SyntheticDataConfig,
-    TSM2Config,
-    ViM2Config,
 )
 from mmtrain.data.ffcv.format import read_beton
 from mmtrain.data.images.shards import find_shards
@@ -54,19 +53,20 @@ def describe_dataset(config: RunConfig, samples: int | None = None) -> Dataset:
     data = config.data
     if samples is not None and samples < 1:
         raise UserError(f"--samples {samples}: give the training samples of an epoch, 1 or more")
-    if isinstance(data, SeriesDataConfig) != isinstance(config.model, TSM2Config):
+    if isinstance(data, SeriesDataConfig) != isinstance(config.model, ForecasterConfig):
         raise UserError(
             f"model '{config.model.name}' cannot train on data.kind={data.kind}: use data=series with tsm2, and"
             " data=shards, data=ffcv or data=synthetic with ViM2"
         )
     if isinstance(data, SeriesDataConfig):
         return _series(config, data, samples)
-    channels = config.model.in_channels if isinstance(config.model, ViM2Config) else 3
+    channels = getattr(config.model, "in_channels", 3)
     size = getattr(data, "image_size", 224)
     decoded = 4 * channels * size * size
     if isinstance(data, SyntheticDataConfig):
         return Dataset(*_given(samples, data.length, "data.length"), 0, decoded, "made up, nothing is read")
-    assert isinstance(data, ShardsDataConfig | FFCVDataConfig)
+    if not isinstance(data, ShardsDataConfig | FFCVDataConfig):
+        raise UserError(f"data.kind is {data.kind!r}: the planner does not know how many samples it has or how large")
     if isinstance(data, ShardsDataConfig) and data.augment != "light":  # bytes, normalised on the device
         return replace(_images(config, data, samples, decoded // 4), form="uint8")
     return _images(config, data, samples, decoded)
@@ -100,7 +100,7 @@ def _images(config: RunConfig, data: ShardsDataConfig | FFCVDataConfig, samples:
 
 def _series(config: RunConfig, data: SeriesDataConfig, samples: int | None) -> Dataset:
     model = config.model
-    assert isinstance(model, TSM2Config)
+    assert isinstance(model, ForecasterConfig)
     variates = len(data.columns) if data.columns else _VARIATES
     try:
         series = open_data(data, model)
@@ -110,7 +110,7 @@ def _series(config: RunConfig, data: SeriesDataConfig, samples: int | None) -> D
         what = "table" if data.kind == "series" else data.kind
         why = f"unknown, since the {what} {data.path} cannot be used ({error}): give --samples"
         given = _given(samples, None, why)
-    steps = (model.future_length or model.lookback + model.horizon) * model.future_features
-    window = 4 * variates * (model.lookback + model.horizon + steps + model.static_features)
+    more = model.auxiliary
+    window = 4 * variates * (model.lookback + model.horizon + more.steps * more.future + more.static)
     where = "in memory" if data.kind == "series" else "in memory-mapped files"
     return Dataset(*given, window, window, f"a window of {variates} series {where}", variates)

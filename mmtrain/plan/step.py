@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import mmtrain.ops  # noqa: F401 - defines torch.ops.mmtrain
-from mmtrain.config import ModelConfig, TrainConfig, TSM2Config
+from mmtrain.config import ForecasterConfig, ModelConfig, TrainConfig
 from mmtrain.models import build_model
 from mmtrain.models.averaging import MixerStack
 from mmtrain.models.registry import example_inputs
@@ -103,7 +103,7 @@ def trace_step(model_config: ModelConfig, train: TrainConfig, shape: Shape) -> S
             image_size=(shape.image_size, shape.image_size),
             variates=shape.variates,
         )
-        if isinstance(model_config, TSM2Config):
+        if isinstance(model_config, ForecasterConfig):
             measure, target = F.mse_loss, torch.zeros(shape.samples, model_config.horizon, shape.variates)
         else:
             measure, target = F.cross_entropy, torch.zeros(shape.samples, dtype=torch.long)

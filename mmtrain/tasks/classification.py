@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmtrain.config import ClassificationConfig, RunConfig, ViM2Config
-from mmtrain.config.data import ImageDataConfig
+from mmtrain.config import TASKS, ClassificationConfig, ImageDataConfig, ImageModelConfig, RunConfig
 from mmtrain.data.core.order import mix64
 from mmtrain.data.open import open_images
 from mmtrain.errors import UserError
@@ -23,6 +22,7 @@ from mmtrain.tasks.base import Batch, StepKey, Task
 _DRAWN_CLASSES, _DRAWN_SAMPLES = 50, 1000
 
 
+@TASKS.implements(ClassificationConfig)
 class Classification(Task):
     """Top-1 accuracy chooses the best checkpoint."""
 
@@ -32,7 +32,7 @@ class Classification(Task):
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
-        if not isinstance(config.model, ViM2Config):
+        if not isinstance(config.model, ImageModelConfig):
             raise UserError(f"task.kind is 'classification', but model '{config.model.name}' takes no images")
         self.options = cast(ClassificationConfig, config.task)
         self.num_classes = config.model.num_classes

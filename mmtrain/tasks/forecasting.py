@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmtrain.config import ForecastingConfig, RunConfig, SeriesDataConfig, TSM2Config
+from mmtrain.config import TASKS, ForecasterConfig, ForecastingConfig, RunConfig, SeriesDataConfig
 from mmtrain.data.open import check_inputs, open_data
 from mmtrain.errors import UserError
 from mmtrain.models.tsm2 import Forecasts
 from mmtrain.tasks.base import Batch, StepKey, Task
 
 
+@TASKS.implements(ForecastingConfig)
 class Forecasting(Task):
     """The mean squared error on the validation split chooses the best checkpoint."""
 
@@ -27,7 +28,7 @@ class Forecasting(Task):
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
         model, data = config.model, config.data
-        if not isinstance(model, TSM2Config):
+        if not isinstance(model, ForecasterConfig):
             raise UserError(f"task.kind is 'forecasting', but model '{model.name}' makes no forecasts: use model=tsm2")
         if not isinstance(data, SeriesDataConfig):
             raise UserError(f"task.kind is 'forecasting', but data.kind is '{data.kind}': use data=series (or panel)")
@@ -53,7 +54,7 @@ class Forecasting(Task):
     def _spread(self, made: Forecasts, future: Tensor) -> dict[str, Tensor]:
         """The pinball loss or the negative log-likelihood of each number, (B, horizon, M), where the model has one."""
         if made.quantiles is not None:
-            levels = torch.tensor(cast(TSM2Config, self.config.model).quantiles, device=future.device)
+            levels = torch.tensor(cast(Any, self.config.model).quantiles, device=future.device)
             short = future.unsqueeze(-1) - made.quantiles.float()
             return {"pinball": torch.maximum(levels * short, (levels - 1) * short).mean(-1)}
         if made.distribution is not None:

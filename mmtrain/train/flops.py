@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmtrain.config import RunConfig, TSM2Config
+from mmtrain.config import ForecasterConfig, RunConfig
 from mmtrain.config.data import ImageDataConfig
 from mmtrain.errors import UserError
 from mmtrain.models import build_model
@@ -85,7 +85,7 @@ def sample_flops(config: RunConfig, variates: int | None = None) -> float:
     Raises:
         UserError: for a model that cannot be counted, or an input that it cannot take.
     """
-    if isinstance(config.model, TSM2Config) and variates is None:
+    if isinstance(config.model, ForecasterConfig) and variates is None:
         raise UserError(f"model '{config.model.name}': the FLOPs of a sample need its number of variates")
     side = config.data.image_size if isinstance(config.data, ImageDataConfig) else 224
     key = (repr(config.model), side, variates or 1)

@@ -1,7 +1,7 @@
 """Tar shards → FFCV's ``.beton``: OUT/{train,val,test}.beton and OUT/meta.json.
 
 FFCV encodes the images and defines the format; the pages are laid out here, one shard after the other. FFCV's own
-DatasetWriter waits for ever when one of its processes fails, lays the samples out in whichever order they come, and
+DatasetWriter hangs when one of its processes fails, lays the samples out in whichever order they come, and
 draws which ones to compress. So: the same shards give the same bytes, and each shard is one run of pages.
 """
 
@@ -70,7 +70,7 @@ def prepare_beton(
 
     ``write_mode``: "jpg", "raw" (pixels: fast to read, several times larger) or "proportion" (a part of
     ``compress_probability`` as JPEG, chosen by a hash of the sample's number). ``max_resolution``: shrink images whose
-    longer side is longer. ``jpeg_quality``: encode every image anew; None: keep JPEG files as they are where they need
+    longer side is longer. ``jpeg_quality``: encode every image again; None: keep JPEG files as they are where they need
     not be shrunk, and encode others at 90. ``page_size``: MiB, a power of two from 2 to 2048; no image may be larger.
     ``workers``: processes (None: one per core, at most 8). A finished OUT is left alone.
     """
@@ -241,7 +241,7 @@ class _Pages:
 
 
 class _Slot:
-    """What FFCV assigns an image's bytes to: ``slot[:] = bytes``."""
+    """FFCV assigns an image's bytes to it: ``slot[:] = bytes``."""
 
     def __init__(self, stream: BinaryIO, at: int) -> None:
         self.stream, self.at = stream, at

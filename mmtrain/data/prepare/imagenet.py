@@ -37,7 +37,7 @@ logger = logging.getLogger("mmtrain")
 
 @dataclass
 class _Layout:
-    """Where things are."""
+    """The paths of the images and of the lists beside them, as far as they are there."""
 
     train: Path
     val: Path
@@ -64,11 +64,11 @@ def prepare_imagenet(
 ) -> Prepared:
     """Write OUT/{train,val}/shard-*.tar and OUT/meta.json with ``classes`` (WNIDs; a class's place is its index).
 
-    ``image_size``: shrink images whose shorter side is longer than that; ``quality``: of the JPEGs that are made anew.
+    ``image_size``: shrink images whose shorter side is longer than that; ``quality``: of JPEGs that are encoded again.
     ``expect``: "full" refuses anything but 1,281,167 and 50,000 images of the 1000 classes, "any" takes what is there.
     ``val_labels``, ``devkit``: for a flat validation folder, see ``read_val_labels``. ``skip_bad``: leave out images
     that cannot be decoded, and list them in OUT/skipped.txt; otherwise they are an error. A preparation that was
-    interrupted, by an error too, goes on from its finished shards. ``workers``: as for ``prepare_images``.
+    interrupted, by an error too, continues from its finished shards. ``workers``: as for ``prepare_images``.
     """
     root, out = Path(root).expanduser(), Path(out).expanduser()
     if expect not in ("full", "any"):

@@ -78,7 +78,7 @@ def prepared_folder(
 
     ``force`` replaces what is there, at the very end. ``recipe`` names the sibling: a process that is killed or
     interrupted leaves it behind, and the next one with the same recipe gets it back with all that is in it; those of
-    other recipes are removed. ``keep``: it stays after an error too. ``resume=False``: it is always begun anew. One
+    other recipes are removed. ``keep``: it stays after an error too. ``resume=False``: it always starts empty. One
     process at a time writes ``out``.
     """
     out = out.absolute()

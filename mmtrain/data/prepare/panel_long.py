@@ -194,7 +194,7 @@ class _Sorter:
         self._next = np.zeros_like(scan.rows)
 
     def sort(self, table: _Table) -> int:
-        """Write every row to its place in ``table``; how many came a second time."""
+        """Write every row to its place in ``table``; return how many came a second time."""
         columns, repeated = self.columns, 0
         data = [*columns.targets, *columns.known]
         keys = [name for name in (columns.id, columns.time) if name is not None]
@@ -281,7 +281,7 @@ class _Table:
             stream.truncate(max(rows, 1))
 
     def taken(self, where: Int64s) -> NDArray[np.bool_]:
-        """Which rows were written before, or come twice in ``where``; then all of them are."""
+        """Mark the rows ``where`` as written; tells which were marked before, or come again in ``where``."""
         mark = np.memmap(self.mark, dtype=np.bool_, mode="r+")
         again = mark[where].copy()
         _, first = np.unique(where, return_index=True)
@@ -291,7 +291,7 @@ class _Table:
         return again | later
 
     def write(self, where: Int64s, rows: NDArray[np.float32]) -> None:
-        """Of rows for one place the last stays."""
+        """Write ``rows`` to the places ``where``; of several rows for one place the last stays."""
         if not len(where):
             return
         table = np.memmap(self.data, dtype=np.float32, mode="r+", shape=self.shape)

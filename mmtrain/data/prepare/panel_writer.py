@@ -39,7 +39,7 @@ class Series(NamedTuple):
 
 @dataclass
 class Counts:
-    """What was found on the way."""
+    """Counts of what was written and what was filled, for meta.json."""
 
     series: int = 0
     rows: int = 0

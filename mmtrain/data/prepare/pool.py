@@ -49,7 +49,7 @@ def run_jobs(work: Callable[[Job], Done], jobs: Sequence[Job], workers: int | No
 
 
 def _die_with_parent() -> None:
-    """Workers of a killed process would wait for work for ever. An interrupt is the parent's to handle."""
+    """End this worker with its parent, which may be killed; an interrupt is left to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is None:

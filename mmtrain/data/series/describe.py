@@ -1,4 +1,4 @@
-"""What is in a table or a panel, in figures and as a picture: for looking at series before training on them."""
+"""Describe a table or a panel before training on it: in figures, faults included, and as a picture."""
 
 from __future__ import annotations
 

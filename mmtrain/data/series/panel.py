@@ -122,7 +122,7 @@ class Panel:
 
 
 def is_panel(path: Path) -> bool:
-    """Does ``path`` look like a prepared panel?"""
+    """Whether ``path`` looks like a prepared panel."""
     return path.is_dir() and (path / "meta.json").is_file()
 
 
@@ -167,20 +167,13 @@ def open_panel(folder: str | Path) -> Panel:
         holes = int(meta["holes"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / 'meta.json'}: not that of a panel ({error!r}); {_CURE}") from error
-    small = {
-        name: load_array(folder / f"{name}.npy") for name in ("ids", "lengths", "rows", "first", "groups", "shards")
-    }
     panel = Panel(
         folder=folder,
         meta=meta,
-        ids=small["ids"],
-        lengths=small["lengths"],
-        rows=small["rows"],
-        first=small["first"],
+        **{name: load_array(folder / f"{name}.npy") for name in ("ids", "lengths", "rows", "first", "groups")},
         values=[load_array(folder / f"values-{n:05d}.npy", mapped=True) for n in range(shards)],
         known=[load_array(folder / f"known-{n:05d}.npy", mapped=True) for n in range(shards if names["known"] else 0)],
         shared=load_array(folder / "shared.npy", mapped=True),
-        groups=small["groups"],
         statics={name: load_array(folder / f"static-{n:03d}.npy") for n, name in enumerate(names["static"])},
         columns=names["columns"],
         known_columns=names["known"],
@@ -188,7 +181,7 @@ def open_panel(folder: str | Path) -> Panel:
         categories=categories,
         timeline=timeline,
         holes=holes,
-        shard_series=small["shards"],
+        shard_series=load_array(folder / "shards.npy"),
     )
     _check(panel)
     return panel

@@ -1,4 +1,4 @@
-"""What a window of a panel has beside its values: scalers, static covariates, and covariates known in advance.
+"""Scalers and covariates of a panel's windows: static ones, and those known in advance.
 
 Each series and column is standardised by its own training rows, known columns by those of all series. Static columns
 become numbers: categories one-hot (many of them as one code), numbers standardised.
@@ -111,7 +111,7 @@ class _Sums:
 
 
 def prepared_scalers(panel: Panel) -> PanelScalers:
-    """Those which lie in the panel's folder, of the split that it was prepared with."""
+    """The scalers that were prepared with the panel, for its own split."""
     names = ("scaler-mean", "scaler-std", "known-mean", "known-std")
     mean, std, known_mean, known_std = (load_array(panel.folder / f"{name}.npy") for name in names)
     wanted = (len(panel), len(panel.columns))
@@ -243,7 +243,7 @@ class PanelInputs:
         return made
 
     def known(self, series: Int64s, start: Int64s) -> Floats:
-        """What is known of ``steps`` rows of each series from row ``start`` (B,) on: (B, T_Z, C_Z), standardised."""
+        """(B, T_Z, C_Z): covariates of ``steps`` rows of each series (B,) from row ``start`` (B,) on, standardised."""
         panel = self.panel
         made = np.empty((len(series), self.steps, len(self.names)), dtype=np.float32)
         place = panel.first[series] + start

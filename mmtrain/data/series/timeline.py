@@ -131,7 +131,7 @@ class Steps:
 
 
 def _spans(step: int, months: int) -> bool:
-    """Can ``months`` months be ``step`` µs long?"""
+    """Whether ``months`` months can be ``step`` µs long."""
     days = {1: (28, 31), 3: (90, 92), 6: (181, 184), 12: (365, 366)}[months]
     return days[0] * UNITS["D"] <= step <= days[1] * UNITS["D"]
 
@@ -151,7 +151,7 @@ FEATURES = (*_PERIODS, "day", "yearday", "month")
 
 
 def calendar_names(step: Step) -> list[str]:
-    """The features that vary when time goes on by ``step``: hour, weekday, day, yearday and month for hourly data."""
+    """The features that vary over steps of ``step``: hour, weekday, day, yearday and month for hourly data."""
     if step.months:
         return ["month"] if step.count % 12 else []
     return [name for name in FEATURES if name not in _PERIODS or step.count % _PERIODS[name]]

@@ -55,11 +55,12 @@ class Spans:
 
 
 class Covariates(Protocol):
-    """What the model reads beside the values."""
+    """Inputs of the model beside the values."""
 
     def batch(self, series: Int64s, stop: Int64s, variates: int) -> dict[str, Tensor]:
-        """For windows of ``series`` (B,) whose targets end before row ``stop`` (B,), as far as there is any of it:
-        "known" (B, T_Z, M, C_Z), known in advance for the T_Z rows before ``stop``, and "static" (B, M, C_S).
+        """Covariates of windows of ``series`` (B,) whose targets end before row ``stop`` (B,), as far as there are any.
+
+        "known" (B, T_Z, M, C_Z) is known in advance for the T_Z rows before ``stop``; "static" is (B, M, C_S).
         """
         ...
 
@@ -112,7 +113,7 @@ class Windows(ABC):
 
 
 class WindowOrigin(NamedTuple):
-    """Where a window is from: names of its M variates, their scaler, and its L + H rows with their times, if any."""
+    """The origin of a window: names of its M variates, their scaler, and its L + H rows with their times, if any."""
 
     labels: list[str]
     scaler: Scaler
@@ -137,7 +138,7 @@ class ForecastingData(ABC):
     static: dict[str, int]
 
     def origin(self, source: Windows, index: int) -> WindowOrigin:
-        """Where window ``index`` of one of the splits is from, to show it in the units of the data."""
+        """The origin of window ``index`` of one of the splits, to show it in the units of the data."""
         series, target = (int(found[0]) for found in source.locate(np.array([index])))
         return self._origin(series, np.arange(target - source.lookback, target + source.horizon))
 
@@ -146,7 +147,7 @@ class ForecastingData(ABC):
 
     @abstractmethod
     def assets(self) -> dict[str, Any]:
-        """What prediction needs beside the columns, as JSON values."""
+        """JSON values that prediction needs beside the columns."""
 
 
 def known_steps(wanted: int, lookback: int, horizon: int) -> int:

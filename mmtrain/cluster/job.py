@@ -72,7 +72,7 @@ def _around(config: RunConfig, run: Path) -> list[str]:
     words += ["--max-timeouts", str(cluster.max_timeouts)] if cluster.max_timeouts is not None else []
     words += ["--replace-nodes"] if cluster.replace_nodes else []
     command = " ".join(word if word == "$?" else shlex.quote(word) for word in words)
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     return [
         "# signals are for the tasks: this script waits for them",
         "trap : TERM USR1 USR2 CONT",

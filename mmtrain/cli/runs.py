@@ -19,7 +19,6 @@ from mmtrain.cli.common import SETTINGS, Run
 from mmtrain.cli.sync import sync_command
 from mmtrain.cluster.stop import stop_run
 from mmtrain.errors import UserError, nearest
-from mmtrain.report import write_report
 from mmtrain.runs.logs import show_logs
 from mmtrain.runs.reader import check_run_folder, find_runs
 from mmtrain.runs.status import run_statuses
@@ -112,6 +111,8 @@ def report_command(
     ] = None,
 ) -> None:
     """Write curves, speed, configuration and jobs of runs into one HTML file that needs nothing else."""
+    from mmtrain.report import write_report  # brings matplotlib, which would double the time of a table of runs
+
     paths = [check_run_folder(run) for run in runs]
     file = out or (paths[0] / "report.html" if len(paths) == 1 else Path("report.html"))
     print(write_report(paths, file))

@@ -38,14 +38,7 @@ def parameters(config: RunConfig, run: Path) -> dict[str, Any]:
     One task a GPU, or a task a node without GPUs; a task that fails ends the others.
     """
     cluster = config.cluster
-    site = {
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "mem": cluster.mem,
-        "constraint": cluster.constraint,
-        "exclude": cluster.exclude,
-    }
+    site = {key: getattr(cluster, key) for key in ("partition", "account", "qos", "mem", "constraint", "exclude")}
     extra = {"requeue": True, "open-mode": "append", "signal": f"{cluster.signal}@{cluster.margin}"}
     extra |= {"reservation": cluster.reservation} if cluster.reservation else {}
     extra |= {"nodes": cluster.node_range} if cluster.max_nodes else {}
@@ -87,7 +80,8 @@ def describe(config: RunConfig, run_dir: str | None) -> str:
 
     from mmtrain.plan import render
 
-    folder, path = _job_folder(config, run_dir), run_path(config, run_dir).resolve()
+    path = run_path(config, run_dir).resolve()
+    folder = path / "slurm"
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     script = _make_sbatch_string(command=command, folder=folder, **parameters(config, path))
     cluster = config.cluster
@@ -98,18 +92,11 @@ def describe(config: RunConfig, run_dir: str | None) -> str:
         share = f"which does not divide by {world} ranks × accumulation {config.train.accumulation}: this would fail"
     plan = _plan(config)
     shown = plan if isinstance(plan, str) else render(plan)
-    lines = [
-        f"run folder: {run_path(config, run_dir)}",
-        f"model: {config.model.name}, global batch {batch}, {share}",
-        f"ranks: {cluster.node_range} nodes × {cluster.tasks} = {world}",
-        "",
-        shown,
-        "",
-        "would submit:",
-        "",
-        script.rstrip(),
-    ]
-    return "\n".join(lines)
+    return (
+        f"run folder: {run_path(config, run_dir)}\nmodel: {config.model.name}, global batch {batch}, {share}\n"
+        f"ranks: {cluster.node_range} nodes × {cluster.tasks} = {world}\n\n{shown}\n\n"
+        f"would submit:\n\n{script.rstrip()}"
+    )
 
 
 def warn_of_misfits(config: RunConfig) -> None:
@@ -145,7 +132,7 @@ def submit(config: RunConfig, run_dir: str | None, seeds: Sequence[int] = ()) ->
     path = run_path(config, run_dir).resolve()
     _check(config, path)
     warn_of_misfits(config)
-    folder = _job_folder(config, run_dir)
+    folder = path / "slurm"
     import submitit
 
     executor = submitit.SlurmExecutor(folder=folder)
@@ -158,7 +145,15 @@ def submit(config: RunConfig, run_dir: str | None, seeds: Sequence[int] = ()) ->
     except submitit.core.utils.FailedJobError as error:
         raise UserError(_refusal(str(error))) from None
     journal.record(path, "submitted", job=job.job_id, nodes=config.cluster.node_range, tasks=config.cluster.tasks)
-    return _next_steps(job.job_id, path, folder)
+    rows = {
+        "job": job.job_id,
+        "run folder": path,
+        "watch": f"mmtrain runs logs {path} --follow",
+        "state": f"mmtrain runs {path.parent}",
+        "stop": f"mmtrain runs stop {path}",
+        "go on": f"mmtrain submit --resume {path}",
+    }
+    return "\n".join(f"{name:<11}{text}" for name, text in rows.items())
 
 
 def _check(config: RunConfig, path: Path) -> None:
@@ -231,19 +226,3 @@ def _refusal(words: str) -> str:
 def _ask(*command: str) -> str:
     asked = subprocess.run(command, capture_output=True, text=True, timeout=30)
     return ", ".join(dict.fromkeys(asked.stdout.split("\n"))).strip(", ")
-
-
-def _next_steps(job_id: str, path: Path, folder: Path) -> str:
-    rows: Sequence[tuple[str, str]] = (
-        ("job", job_id),
-        ("run folder", str(path)),
-        ("watch", f"mmtrain runs logs {path} --follow"),
-        ("state", f"mmtrain runs {path.parent}"),
-        ("stop", f"mmtrain runs stop {path}"),
-        ("go on", f"mmtrain submit --resume {path}"),
-    )
-    return "\n".join(f"{name:<11}{text}" for name, text in rows)
-
-
-def _job_folder(config: RunConfig, run_dir: str | None) -> Path:
-    return run_path(config, run_dir).resolve() / "slurm"

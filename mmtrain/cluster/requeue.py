@@ -15,7 +15,6 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from mmtrain.errors import UserError
 from mmtrain.runs import journal, slurm
@@ -91,16 +90,17 @@ def main() -> int:
     if not run.is_dir():
         print(f"{run}: the run folder is gone, or this node does not see it", file=sys.stderr)
         return 1
+    where = {"job": attempt.job, "restart": attempt.restart, "step": newest_step(run)}
     state = slurm.states([attempt.job]).get(attempt.job, "UNKNOWN")
     reason = end_reason(run, attempt, slurm.seconds_left(attempt.job), given.margin)
     if slurm.restarts(attempt.job) > attempt.restart:  # a lost node, or scontrol requeue
         reason = "preempted" if reason == "lost" else reason
-        journal.record(run, "ended", **_where(attempt, run), reason=reason, requeued=True)
+        journal.record(run, "ended", **where, reason=reason, requeued=True)
         return given.status
     if state in ("CANCELLED", "COMPLETING") and reason in ("preempted", "lost"):
         reason = "stopped"  # by scancel
     back = should_requeue(run, reason, given.max_timeouts, given.max_losses, given.replace_nodes)
-    journal.record(run, "ended", **_where(attempt, run), reason=reason, requeued=back)
+    journal.record(run, "ended", **where, reason=reason, requeued=back)
     if reason == "stopped":
         (run / STOP).unlink(missing_ok=True)
     if reason in ("failed", "bad_nodes"):
@@ -111,23 +111,15 @@ def main() -> int:
     try:
         slurm.scontrol("requeue", attempt.job)
         if reason == "bad_nodes":
-            _leave_out(bad_nodes(run, attempt), attempt.job)
+            # Slurm starts the job, which waits, on other nodes than these and those that were left out before
+            excluded = [*slurm.excluded(attempt.job), *bad_nodes(run, attempt)]
+            slurm.scontrol("update", f"jobid={attempt.job}", "excnodelist=" + ",".join(excluded))
     except UserError as error:
         # Slurm has put it back itself, or takes it away
         print(error, file=sys.stderr)
         return given.status
     time.sleep(60)  # until Slurm ends this script: an end of our own might count as the job's
     return 0
-
-
-def _leave_out(nodes: list[str], job: str) -> None:
-    """Let Slurm start ``job``, which waits, on other nodes, beside those that were left out before."""
-    before = slurm.excluded(job)
-    slurm.scontrol("update", f"jobid={job}", "excnodelist=" + ",".join([*before, *nodes]))
-
-
-def _where(attempt: JobAttempt, run: Path) -> dict[str, Any]:
-    return {"job": attempt.job, "restart": attempt.restart, "step": newest_step(run)}
 
 
 def _say(attempt: JobAttempt, run: Path) -> None:

@@ -1,6 +1,6 @@
-"""What the tasks of a Slurm job leave in the run folder for the decision whether the job comes back.
+"""``jobs.jsonl`` of a run folder: every job that was submitted, started or ended for the run, a line each.
 
-``jobs.jsonl`` of a run folder: every job that was submitted, started or ended for the run, a line each.
+Also what the tasks of a Slurm job leave in the folder, which decides whether the job is queued again.
 
 Kinds of lines, all with ``time`` (Unix seconds):
 

@@ -1,7 +1,4 @@
-"""Whether a process of this machine is one of ours.
-
-The state of runs, from their folders and one question to Slurm. Pure functions of what was read; no torch.
-"""
+"""The state of runs, from their folders, the processes of this machine and one question to Slurm."""
 
 from __future__ import annotations
 
@@ -87,17 +84,11 @@ def observe(records: Sequence[RunRecord]) -> Environment:
     host, starts = socket.gethostname(), [last_launch(record) for record in records]
     jobs = sorted({str(line["job"]) for line in starts if line and line.get("job")})
     pids = {line["pid"] for line in starts if line and isinstance(line.get("pid"), int) and line.get("host") == host}
-    return Environment(time.time(), host, _ask(jobs), frozenset(pid for pid in pids if runs_training(pid)))
-
-
-def _ask(jobs: Sequence[str]) -> Mapping[str, str] | None:
-    """Slurm's states of ``jobs``; None where it cannot tell, so that a silent controller makes no run lost."""
-    if not jobs:
-        return None
     try:
-        return slurm.query_states(jobs)
-    except (OSError, subprocess.SubprocessError):
-        return None
+        states = slurm.query_states(jobs) if jobs else None
+    except (OSError, subprocess.SubprocessError):  # a silent controller makes no run lost
+        states = None
+    return Environment(time.time(), host, states, frozenset(pid for pid in pids if runs_training(pid)))
 
 
 def status(record: RunRecord, environment: Environment) -> Status:
@@ -151,9 +142,10 @@ def _local_state(record: RunRecord, begin: Line, environment: Environment) -> st
     ended = _end(record, begin)
     if ended:
         return _ended_state(ended)
-    if begin.get("host") == environment.host:
-        return _live_state(record, begin, environment) if begin.get("pid") in environment.pids else "lost"
-    return _state_by_age(record, begin, environment)
+    if begin.get("host") == environment.host and begin.get("pid") not in environment.pids:
+        return "lost"
+    quiet = "stalled" if begin.get("host") == environment.host else "lost"  # elsewhere only its files tell
+    return quiet if is_quiet(record, begin, environment.now) else "running"
 
 
 def _slurm_state(record: RunRecord, begin: Line, environment: Environment) -> str:
@@ -162,12 +154,14 @@ def _slurm_state(record: RunRecord, begin: Line, environment: Environment) -> st
     if environment.slurm is None:  # this machine cannot ask
         if ended:
             return "requeued" if ended.get("requeued") else _ended_state(ended)
-        return _state_by_age(record, begin, environment) if started else "queued"
+        if not started:
+            return "queued"
+        return "lost" if is_quiet(record, begin, environment.now) else "running"
     now = environment.slurm.get(job)
     if now in WAITING:
         return "requeued" if started else "queued"
     if now in slurm.LIVE and ended is None:
-        return _live_state(record, begin, environment)
+        return "stalled" if is_quiet(record, begin, environment.now) else "running"
     if now in slurm.LIVE and ended and ended.get("requeued"):  # it is about to be
         return "requeued"
     if ended:
@@ -188,15 +182,6 @@ def _end(record: RunRecord, begin: Line) -> Line | None:
 
 def _ended_state(ended: Line) -> str:
     return str(ended.get("reason") or "lost")
-
-
-def _live_state(record: RunRecord, begin: Line, environment: Environment) -> str:
-    return "stalled" if is_quiet(record, begin, environment.now) else "running"
-
-
-def _state_by_age(record: RunRecord, begin: Line, environment: Environment) -> str:
-    """Of a run elsewhere, which can be told by its files alone."""
-    return "lost" if is_quiet(record, begin, environment.now) else "running"
 
 
 def is_quiet(record: RunRecord, begin: Line, now: float) -> bool:

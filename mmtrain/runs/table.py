@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+
+from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
 
 from mmtrain.runs.status import Status
-
-if TYPE_CHECKING:
-    from rich.table import Table
-    from rich.text import Text
 
 #: The columns in order, each with what it shows of a run.
 COLUMNS: dict[str, Callable[[Status], str]] = {
@@ -44,9 +43,6 @@ _COLORS = {
 
 def table(found: Sequence[Status], width: int) -> Table:
     """The runs ``found`` as a table of at most ``width`` columns of text, if need be with fewer columns."""
-    from rich.cells import cell_len
-    from rich.table import Table
-
     cells = {name: [show(status) for status in found] for name, show in COLUMNS.items()}
     wide = {name: max(map(cell_len, (name, *texts))) + 2 for name, texts in cells.items()}
     shown = list(COLUMNS)
@@ -58,7 +54,8 @@ def table(found: Sequence[Status], width: int) -> Table:
         made.add_column(name, no_wrap=name != "run", overflow="fold")
     for i, status in enumerate(found):
         made.add_row(
-            *(_text(cells[name][i], _COLORS.get(status.state, "") if name == "state" else "") for name in shown)
+            # as a Text, in which square brackets of a name are no markup
+            *(Text(cells[name][i], _COLORS.get(status.state, "") if name == "state" else "") for name in shown)
         )
     return made
 
@@ -74,10 +71,3 @@ def span(seconds: float) -> str:
         if seconds < limit:
             return f"{seconds / unit:.0f} {name}"
     return f"{seconds / 86400:.0f} d"
-
-
-def _text(text: str, style: str) -> Text:
-    """As it stands: square brackets in a name are no markup."""
-    from rich.text import Text
-
-    return Text(text, style=style)

@@ -1,0 +1,99 @@
+"""Write docs/config.md from the schema: ``python docs/make_config_reference.py``."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmtrain.config import DATA, MODELS, TASKS, ForecasterConfig, ImageDataConfig, ImageModelConfig, RunConfig
+from mmtrain.config.data import StoredImagesConfig
+from mmtrain.config.registry import Registry
+from mmtrain.config.section import Section, allowed, key_schemas
+
+PAGE = Path(__file__).with_name("config.md")
+_HEAD = """# Configuration keys
+
+Made from the schema by `python docs/make_config_reference.py`: do not edit this page.
+
+A key is written `section.key=value` on the command line and `section: {key: value}` in a YAML file. Numbers are finite.
+An empty cell under "allowed" means any value of the type. `model`, `data` and `task` come in kinds: each kind has its
+own keys beside those of the tables above it that it names.
+"""
+_TYPES = {"integer": "int", "number": "float", "boolean": "bool", "string": "str", "null": "null"}
+_REGISTRIES: dict[str, Registry[Any]] = {"model": MODELS, "data": DATA, "task": TASKS}
+#: Classes that are no kind, but whose keys several kinds share.
+_SHARED: dict[str, dict[type[Section], str]] = {
+    "model": {ImageModelConfig: "models of images", ForecasterConfig: "forecasters"},
+    "data": {ImageDataConfig: "images", StoredImagesConfig: "stored images"},
+    "task": {},
+}
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [_HEAD, *_section("Top level", RunConfig)]
+    for name, default in RunConfig():
+        if name in _REGISTRIES:
+            parts += _kinds(name, _REGISTRIES[name])
+        elif isinstance(default, Section):
+            parts += _section(f"`{name}`", type(default))
+    return "\n".join(parts)
+
+
+def _kinds(name: str, registry: Registry[Any]) -> Iterator[str]:
+    """The keys of all kinds, then those that some share, then those of each kind."""
+    yield from _section(f"`{name}`", registry.base)
+    titles = {registry.base: "all", **_SHARED[name]}
+    for cls, title in _SHARED[name].items():
+        yield from _section(f"`{name}`, {title}", cls, titles)
+    kinds: dict[type[Section], list[str]] = {}
+    for kind in registry:
+        kinds.setdefault(registry[kind], []).append(kind)
+    for cls, names in kinds.items():
+        titles[cls] = f"`{name}.{registry.key}={names[0]}`"
+        shown = ", ".join(f"`{kind}`" for kind in names)
+        yield from _section(f"`{name}.{registry.key}`: {shown}", cls, titles)
+
+
+def _section(title: str, cls: type[Section], titles: dict[type[Section], str] | None = None) -> Iterator[str]:
+    """A heading, the docstring, and a table of the keys that ``cls`` adds to the classes above it."""
+    above = next((parent for parent in cls.__mro__[1:] if parent in (titles or {})), None)
+    yield f"## {title}\n"
+    yield re.sub(r"``([^`]*)``", r"`\1`", inspect.getdoc(cls) or "") + "\n"
+    if above is not None and titles is not None:
+        yield f"Beside the keys of {titles[above]}:\n"
+    inherited = above.model_fields if above is not None else {}
+    yield "| key | type | default | allowed | description |"
+    yield "|---|---|---|---|---|"
+    for key, schema in key_schemas(cls).items():
+        field = cls.model_fields[key]
+        new = key not in inherited or repr(field) != repr(inherited[key])
+        if new and field.description is not None:
+            yield _row(f"{cls.prefix}{key}", schema, field.get_default(call_default_factory=True), field.description)
+    yield ""
+
+
+def _row(key: str, schema: dict[str, Any], default: object, description: str) -> str:
+    text = default if isinstance(default, str) and default else json.dumps(default)
+    cells = (
+        f"`{key}`",
+        _type(schema),
+        f"`{text}`",
+        allowed(schema, typed=False).removesuffix(", or null"),
+        description,
+    )
+    return "| " + " | ".join(cell.strip().replace("|", "\\|") for cell in cells) + " |"
+
+
+def _type(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(_type(option) for option in schema["anyOf"])
+    return f"list of {_type(schema['items'])}" if schema["type"] == "array" else _TYPES[schema["type"]]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -207,8 +207,7 @@ def draw_tsm2(path: Path) -> None:
 def draw_run(run: Path, out: Path) -> list[Path]:
     """The averaging weights and the selection of one finished run."""
     from mmtrain.inference.trained import load_trained
-    from mmtrain.inspect.averaging import averaging_matrices
-    from mmtrain.inspect.selection import image_selection, window_selection
+    from mmtrain.inspect.learned import averaging_matrices, image_selection, window_selection
     from mmtrain.plotting.averaging import draw_averaging
     from mmtrain.plotting.selection import draw_image_selection, draw_window_selection
 

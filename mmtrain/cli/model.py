@@ -17,8 +17,7 @@ from mmtrain.cli.common import Checkpoint, Config, Overrides
 from mmtrain.config import ForecasterConfig, load_config
 from mmtrain.errors import UserError
 from mmtrain.inference.trained import TrainedModel, load_trained
-from mmtrain.inspect.averaging import averaging_matrices
-from mmtrain.inspect.selection import image_selection, window_selection
+from mmtrain.inspect.learned import averaging_matrices, image_selection, window_selection
 from mmtrain.inspect.stages import NOT_COUNTED, StageRow, Subject, resolve, stage_table, total
 from mmtrain.plan import plan_run, render
 from mmtrain.plotting.averaging import draw_averaging

@@ -13,11 +13,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+#: Colours of the observed past, of a forecast, and of the values that followed.
 HISTORY, FORECAST, TRUTH = "#5b6770", "#d1495b", "#2e86ab"
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of this size in inches, without pyplot."""
+    """Return an empty figure of ``width`` × ``height`` inches.
+
+    pyplot is not used: it would look for a display and keep every figure.
+    """
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -33,5 +37,5 @@ def line_axes(figure: Figure, rows: int = 1, columns: int = 1) -> list[Axes]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write ``figure`` as a PNG."""
+    """Write ``figure`` as a PNG of 110 dots per inch to ``path``; an older file there is replaced."""
     figure.savefig(path, dpi=110)

@@ -4,6 +4,40 @@
 How a run folder is read, and what state a run is in, belongs in ``mmtrain.runs``.
 """
 
-from mmtrain.report.write import write_report
+from __future__ import annotations
 
-__all__ = ["write_report"]
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from mmtrain.errors import UserError
+from mmtrain.files import write_atomically
+from mmtrain.report.charts import draw_chart
+from mmtrain.report.collect import collect
+
+
+def write_report(runs: Sequence[Path], out: Path) -> Path:
+    """Write the report on ``runs`` to ``out``; returns its path.
+
+    Raises:
+        UserError: when it cannot be written.
+    """
+    environment = Environment(
+        loader=PackageLoader("mmtrain.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["svg"] = draw_chart
+    template = environment.get_template("report.html.jinja")
+    page = template.render(report=collect(runs), made=time.strftime("%Y-%m-%d %H:%M:%S %Z"))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, page)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}): choose another file with --out") from None
+    return out

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from mmtrain.config import load_config
 from mmtrain.config.models import preset
 from mmtrain.inference.trained import load_trained
-from mmtrain.inspect.averaging import averaging_matrices
-from mmtrain.inspect.selection import image_selection, step_maps, window_selection
+from mmtrain.inspect.learned import averaging_matrices, image_selection, step_maps, window_selection
 from mmtrain.models import build_model, create_model
 from mmtrain.models.averaging import WeightedAverage
 from mmtrain.models.mixers import ImageTokenMixer, SequenceMixer

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mmtrain.config.models import preset
-from mmtrain.inspect.averaging import averaging_matrices
+from mmtrain.inspect.learned import averaging_matrices
 from mmtrain.models import build_model
 from mmtrain.models.averaging import MixerStack, WeightedAverage
 from mmtrain.parallel.ranks import Ranks

@@ -1,4 +1,7 @@
-"""What a model selects (paper: "dual selection", of tokens and of channels): the steps Δ of its mixers, recorded.
+"""What a model has learned: the weights of its averaging, and what it selects.
+
+:func:`averaging_matrices` reads α, β, θ, γ of the weighted averaging (paper, "Weighted Averaging of Earlier Features").
+The paper's "dual selection", of tokens and of channels, shows in the steps Δ of the mixers.
 
 A step of S6 says how much of a position enters the state: h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t. With Δ near 0 the
 state passes by the position unchanged; with a large Δ it forgets what was before and takes the position in. The steps
@@ -21,11 +24,13 @@ from torch import Tensor, nn
 from mmtrain.config import RunConfig, TSM2Config
 from mmtrain.errors import UserError
 from mmtrain.inference import TrainedModel, classify, forecast
+from mmtrain.models.averaging import MixerStack
 from mmtrain.models.kinds import mixer_labels
 from mmtrain.models.mixers import ImageTokenMixer
 from mmtrain.models.s6 import S6
 from mmtrain.models.tsm2 import TimeMixer, VariateMixer
 from mmtrain.ops.mix import Direction, convolved, observed
+from mmtrain.plotting.averaging import AveragingMatrix
 from mmtrain.plotting.selection import ImageSelection, StepMap, WindowSelection
 from mmtrain.tasks import build_task
 
@@ -154,3 +159,20 @@ def image_selection(
 def _check_kind(trained: TrainedModel, kind: str, flag: str) -> None:
     if trained.config.task.kind != kind:
         raise UserError(f"{trained.folder} holds a model for {trained.config.task.kind}: give {flag} instead")
+
+
+def averaging_matrices(model: nn.Module) -> list[AveragingMatrix]:
+    """The weights of every :class:`MixerStack` in ``model``; none for a model that was made without averaging."""
+    found = []
+    stacks = [(name, m) for name, m in model.named_modules() if isinstance(m, MixerStack) and len(m.averages)]
+    for number, (name, stack) in enumerate(stacks, 1):
+        labels = mixer_labels(stack.mixers)
+        size = len(stack.averages)
+        weights = np.full((size, size), np.nan, np.float32)
+        for i, average in enumerate(stack.averages):
+            row = average.get_parameter("weight").detach().float().cpu().numpy().copy()
+            row[0] += float(average.get_parameter("input_copy").detach())
+            weights[i, : len(row)] = row
+        title = f"stage {number}" if name.startswith("stages.") else name
+        found.append(AveragingMatrix(title, [*labels, "out"], ["x", *labels], weights))
+    return found

@@ -26,8 +26,7 @@ from mmtrain.data.series.table_source import SeriesData, SeriesWindows, load_ser
 from mmtrain.data.series.timeline import calendar_features
 from mmtrain.models.stochastic import sample_keys
 from mmtrain.parallel.ranks import keep_freed_memory
-from mmtrain.tasks import Batch, build_task
-from mmtrain.tasks.base import StepKey
+from mmtrain.tasks import Batch, StepKey, build_task
 
 PART = "series"
 

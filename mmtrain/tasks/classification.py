@@ -16,7 +16,7 @@ from mmtrain.config import TASKS, ClassificationConfig, ImageDataConfig, ImageMo
 from mmtrain.data.core.order import mix64
 from mmtrain.data.open import open_images
 from mmtrain.errors import UserError
-from mmtrain.tasks.base import Batch, StepKey, Task
+from mmtrain.tasks import Batch, StepKey, Task
 
 #: A confusion matrix is drawn of at most so many classes and samples: one rank makes it while the others wait.
 _DRAWN_CLASSES, _DRAWN_SAMPLES = 50, 1000

@@ -14,7 +14,7 @@ from mmtrain.config import TASKS, ForecasterConfig, ForecastingConfig, RunConfig
 from mmtrain.data.open import check_inputs, open_data
 from mmtrain.errors import UserError
 from mmtrain.models.tsm2 import Forecasts
-from mmtrain.tasks.base import Batch, StepKey, Task
+from mmtrain.tasks import Batch, StepKey, Task
 
 
 @TASKS.implements(ForecastingConfig)

@@ -58,10 +58,10 @@ def get_dataset(
     with exclusive(root / f".{dataset.stem}.lock", wait=True):
         if not force and from_file is None and (there := _there(dataset, root)) is not None:
             return _keep(check_table(there, dataset), "")
-        if from_file is not None and not from_file.is_file():
-            raise UserError(f"--from-file {from_file}: no such file")
         sources = dataset.sources
         if from_file is not None:
+            if not from_file.is_file():
+                raise UserError(f"--from-file {from_file}: no such file")
             sources = (Source(str(from_file), "table.gz" if from_file.suffix == ".gz" else "csv"),)
         faults = []
         for source in sources:

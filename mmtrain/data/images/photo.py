@@ -190,9 +190,9 @@ def _jpeg_size(content: bytes) -> tuple[int, int] | None:
     return width, height
 
 
-def uniform(keys: Keys, number: int | NDArray[np.int64]) -> NDArray[np.float64]:
-    """Draw ``number`` of each key (broadcast), uniform in [0, 1), float64."""
-    return (mix64(keys, number) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+def uniform(keys: Keys | int, *numbers: int | NDArray[np.int64]) -> NDArray[np.float64]:
+    """Draw number ``numbers`` of each key (broadcast), uniform in [0, 1), float64."""
+    return (mix64(keys, *numbers) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def random_crops(keys: Keys, sizes: Sequence[tuple[int, int]]) -> list[Box]:

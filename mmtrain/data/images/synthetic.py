@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from mmtrain.data.core.order import mix64
+from mmtrain.data.images.photo import uniform
 from mmtrain.errors import UserError
 
 _TAPE = 1 << 16
@@ -50,9 +51,7 @@ class SyntheticImages:
         """(classes, C, S, S), root mean square near 1: a plane wave with its own direction and colour per class."""
         channels, size, _ = self.shape
         numbers = np.arange(self.num_classes * channels).reshape(self.num_classes, channels, 1, 1)
-        waves, angle, phase = (
-            (mix64(self.seed, numbers, draw) >> np.uint64(11)).astype(np.float64) * 2.0**-53 for draw in range(3)
-        )
+        waves, angle, phase = (uniform(self.seed, numbers, draw) for draw in range(3))
         y, x = np.meshgrid(np.arange(size) / size, np.arange(size) / size, indexing="ij")
         along = x * np.cos(2 * np.pi * angle) + y * np.sin(2 * np.pi * angle)
         return (math.sqrt(2) * np.sin(2 * np.pi * ((1 + 3 * waves) * along + phase))).astype(np.float32)
@@ -60,5 +59,5 @@ class SyntheticImages:
 
 def _gaussian(seed: int, count: int) -> NDArray[np.float32]:
     """Box-Muller on hashed uniforms: the same numbers with every version of numpy and torch."""
-    u, v = ((mix64(seed, np.arange(count), draw) >> np.uint64(11)).astype(np.float64) * 2.0**-53 for draw in (11, 12))
+    u, v = (uniform(seed, np.arange(count), draw) for draw in (11, 12))
     return (np.sqrt(-2 * np.log1p(-u)) * np.cos(2 * np.pi * v)).astype(np.float32)

@@ -19,14 +19,8 @@ ensure_torchvision()  # before timm imports torchvision
 from timm.models import register_model  # noqa: E402
 
 _OURS = {"in_chans": "in_channels", "drop_path_rate": "drop_path"}
-# timm passes these to every model; they mean nothing here
+# timm passes these to every model; they have no meaning for ours
 _IGNORED = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "img_size")
-
-
-def _register() -> None:
-    """Add every ViM2 to timm's registry."""
-    for name in list_models("vim2*"):
-        register_model(_entry_point(name))
 
 
 def _entry_point(name: str) -> Callable[..., nn.Module]:
@@ -38,8 +32,8 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
 
     build.__name__ = build.__qualname__ = name
     build.__module__ = __name__
-    globals()[name] = build
     return build
 
 
-_register()
+for _name in list_models("vim2*"):
+    globals()[_name] = register_model(_entry_point(_name))

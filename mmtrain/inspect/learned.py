@@ -25,7 +25,6 @@ from mmtrain.config import RunConfig, TSM2Config
 from mmtrain.errors import UserError
 from mmtrain.inference import TrainedModel, classify, forecast
 from mmtrain.models.averaging import MixerStack
-from mmtrain.models.kinds import mixer_labels
 from mmtrain.models.mixers import ImageTokenMixer
 from mmtrain.models.s6 import S6
 from mmtrain.models.tsm2 import TimeMixer, VariateMixer
@@ -159,6 +158,12 @@ def image_selection(
 def _check_kind(trained: TrainedModel, kind: str, flag: str) -> None:
     if trained.config.task.kind != kind:
         raise UserError(f"{trained.folder} holds a model for {trained.config.task.kind}: give {flag} instead")
+
+
+def mixer_labels(mixers: nn.ModuleList) -> list[str]:
+    """T1, T2, C1, …: token and channel mixers numbered each on their own, in order."""
+    kinds = ["C" if getattr(mixer, "mixes", "") == "channels" else "T" for mixer in mixers]
+    return [f"{kind}{kinds[: i + 1].count(kind)}" for i, kind in enumerate(kinds)]
 
 
 def averaging_matrices(model: nn.Module) -> list[AveragingMatrix]:

@@ -20,7 +20,6 @@ from mmtrain.config.models import preset
 from mmtrain.errors import UserError, nearest
 from mmtrain.models import build_model
 from mmtrain.models.averaging import MixerStack
-from mmtrain.models.kinds import is_channel_mixer
 from mmtrain.models.registry import example_inputs
 from mmtrain.ops.backend import scan_backend
 
@@ -112,7 +111,7 @@ def _rows(
         modules = [there[name] for name in names]
         spent = [counts.get(f"{root}.{name}", {}) for name in names]
         mixers = _mixers(modules, part.output, there)
-        channel = sum(is_channel_mixer(mixer) for mixer in mixers)
+        channel = sum(getattr(mixer, "mixes", "") == "channels" for mixer in mixers)
         rows.append(
             StageRow(
                 part.name,

@@ -17,7 +17,7 @@ from mmtrain.ops import weighted_sum
 class WeightedAverage(nn.Module):
     """A learnable weighted sum of the earlier token and channel outputs: the input of one mixer.
 
-    The four scalars families α, β, θ, γ of the paper are the entries of ``weight``: one for each earlier output, in
+    The four families of scalars α, β, θ, γ of the paper are the entries of ``weight``: one for each earlier output, in
     the order in which they were made. They start at 1, so the sum starts as the residual stream of a pre-norm
     network. The paper's second copy of the input (y⁰_Channel = y⁰_Token = x) has a weight of its own, starting at 0.
     """
@@ -54,7 +54,7 @@ class MixerStack(nn.Module):
         self.norms = nn.ModuleList(norms)
         self.drops = nn.ModuleList(drops)
         self.averages = nn.ModuleList(WeightedAverage(i + 1) for i in range(len(mixers) + 1) if averaging)
-        #: Recompute every so many-th mixer in the backward pass instead of keeping its activations; 0 for none.
+        #: Recompute every n-th mixer in the backward pass instead of keeping its activations; 0 for none.
         self.checkpoint_every = 0
         #: What torch.utils.checkpoint takes as ``context_fn``: which results are kept nevertheless.
         self.checkpoint_contexts: Callable[[], Any] = noop_context_fn

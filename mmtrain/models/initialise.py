@@ -1,7 +1,7 @@
 """Initial weights: in place for a model of one's own, or as a pure function of a seed for the trainer.
 
-The trainer's weights depend on (seed, name of the module) alone, not on the order in which modules are made or on who
-holds which part of them: so every way of spreading a model over ranks starts from the same numbers.
+The trainer's weights depend on (seed, name of the module) alone, neither on the order in which modules are made nor on
+the rank that holds them. So every strategy of sharding starts from the same numbers.
 """
 
 from __future__ import annotations
@@ -37,15 +37,14 @@ def initialise(model: nn.Module, linear_std: float | None = None) -> None:
         reset_module(module, linear_std)
 
 
-def initial_weights(build_meta_model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Names and initial values (CPU) of the parameters of ``build_meta_model``, module by module.
+def initial_weights(meta_model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Names and initial values (CPU) of the parameters of ``meta_model``, module by module.
 
-    ``build_meta_model`` is on the meta device and stays there: no more than one module is in memory at a
-    time. Its class may
-    have a ``reset_module(module)`` that knows better than ``module.reset_parameters()``.
+    ``meta_model`` is on the meta device and stays there: no more than one module is in memory at a time. Its class may
+    have a ``reset_module(module)`` that is used instead of ``module.reset_parameters()``.
     """
-    reset = getattr(build_meta_model, "reset_module", reset_module)
-    for name, module in _owners(build_meta_model):
+    reset = getattr(meta_model, "reset_module", reset_module)
+    for name, module in _owners(meta_model):
         module.to_empty(device="cpu")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))

@@ -1,8 +1,7 @@
-"""The linear layer of the models.
+"""The selective token and channel mixers (paper, section "The MambaMixer block"), and the MLP of the ablations.
 
-The selective token and channel mixers (paper, section "The MambaMixer block").
-
-Every mixer maps x to Linear_out(scan(SiLU(Conv(Linear(x)))) ⊗ SiLU(Linear(x))), without adding x.
+A selective mixer maps x to Linear_out(scan(SiLU(Conv(Linear(x)))) ⊗ SiLU(Linear(x))) and does not add x. The attribute
+``mixes`` of every mixer says what it is in the paper's sense: "tokens" or "channels".
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ class SequenceMixer(nn.Module):
     """
 
     axis = -2
+    mixes = "tokens"
 
     def __init__(
         self, dim: int, *, expand: int = 2, state: int = 16, conv: int = 4, bidirectional: bool = False
@@ -49,7 +49,7 @@ class SequenceMixer(nn.Module):
         return self.out_proj(mixed.transpose(self.axis, -2))
 
 
-#: The directions of a scan over an image, as :mod:`mmtrain.ops.orders` names them.
+#: The directions of a scan over an image, as :data:`mmtrain.ops.arguments.NAMES` has them.
 IMAGE_SCANS: dict[str, tuple[str, ...]] = {
     "forward": ("rows",),
     "bidirectional": ("rows", "rows_reversed"),
@@ -64,6 +64,8 @@ class ImageTokenMixer(nn.Module):
     ``forward``. Each direction has its own S6; with ``shared_conv`` one convolution serves them all (paper, Fig. 8),
     else each has its own (Fig. 1, 6, 7). The outputs are averaged.
     """
+
+    mixes = "tokens"
 
     def __init__(
         self, dim: int, *, expand: int = 2, state: int = 16, scans: str = "cross", shared_conv: bool = True
@@ -109,6 +111,8 @@ class ImageChannelMixer(nn.Module):
     ``scans`` = 4 adds two scans with the tokens of a window in column-major order (paper, Fig. 7): for the channel axis
     that only permutes the features, so two is the default.
     """
+
+    mixes = "channels"
 
     def __init__(
         self, dim: int, *, expand: int = 2, state: int = 16, window: int = 7, conv: int = 4, scans: int = 2
@@ -159,7 +163,9 @@ class ImageChannelMixer(nn.Module):
 
 
 class FeatureMLP(nn.Module):
-    """Linear, GELU, Linear on the features of x (..., dim): what the ablations put in the place of a channel mixer."""
+    """Linear, GELU, Linear on the features of x (..., dim): the ablations use it instead of a channel mixer."""
+
+    mixes = "channels"
 
     def __init__(self, dim: int, ratio: int = 2) -> None:
         super().__init__()

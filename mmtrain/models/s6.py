@@ -71,7 +71,7 @@ class S6(nn.Module):
         )
 
     def scan(self, x: Tensor, order: str = "rows", height: int = 1) -> Tensor:
-        """Scan x (B, L, features) in an order of :mod:`mmtrain.ops.orders`; returns y (B, L, features)."""
+        """Scan x (B, L, features) in an order of :data:`mmtrain.ops.arguments.NAMES`; returns y (B, L, features)."""
         return selective_mix(x, [self(order)], height=height)
 
 

@@ -1,16 +1,15 @@
 """The recurrent mode of a causal mixer: one position at a time, from a state of fixed size (Mamba, section 3.3).
 
-A :class:`SequenceMixer` of one direction (TSM2's time mixer) is a causal convolution and a linear recurrence, so what
-it has seen is summed up by the last taps of the convolution and the state of the S6: a step costs the same after ten
-positions as after a million.
+A :class:`SequenceMixer` of one direction (TSM2's time mixer) is a causal convolution and a linear recurrence. The last
+inputs of the convolution and the state of the S6 sum up what it has read, so a step costs the same after ten positions
+as after a million.
 
     y, state = prefill(mixer, past)             # (B, L, dim), in parallel
     y_next, state = step(mixer, x_next, state)  # (B, dim)
 
-There is no streaming TSM2, on purpose: its window normalisation, its 2-D normalisation over time and features and its
-head look at the whole look-back, so one more observation changes every token, and a forecast that kept old states
-would be another model's. Call the model on the new window instead. The variate mixer and the image mixers scan in
-two or more directions and have no such state either.
+A whole TSM2 cannot stream: its window normalisation, its 2-D normalisation over time and features and its head look at
+the whole look-back, so one more observation changes every token. Call the model on the new window instead. The variate
+mixer and the image mixers scan in two or more directions and have no such state either.
 """
 
 from __future__ import annotations

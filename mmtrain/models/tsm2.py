@@ -1,13 +1,11 @@
-"""Static and known-future inputs of TSM2 (paper, equations 21-24).
+"""TSM2, the time-series MambaMixer (paper, section "TSM2").
 
-TSM2, the time-series MambaMixer (paper, section "TSM2").
-
-Notable:
-- each variate is cut into patches on its own and embedded with shared weights;
-- a causal time mixer over the patches and a bidirectional mixer over the variates, in turn;
-- weighted averaging of earlier features instead of residual connections;
-- static and known-future inputs (equations 21-24), missing values by mask, quantiles or a Student-t beside the point;
-- no weight depends on the number of variates.
+- Each variate is cut into patches on its own and embedded with shared weights.
+- A causal time mixer over the patches and a bidirectional mixer over the variates take turns.
+- Weighted averaging of earlier features takes the place of residual connections.
+- Static and known-future inputs (equations 21-24) stand beside the series, missing values are masked, and quantiles or
+  a Student-t come with the point forecast.
+- No weight depends on the number of variates.
 """
 
 from __future__ import annotations
@@ -23,6 +21,64 @@ from mmtrain.config import MODELS, TSM2Config
 from mmtrain.models.averaging import MixerStack
 from mmtrain.models.mixers import FeatureMLP, Linear, SequenceMixer
 from mmtrain.models.stochastic import SampleDropout, name_streams
+
+
+class TimeMixer(SequenceMixer):
+    """The mixer along the patches of x (B, M, P, dim), each variate on its own; causal unless bidirectional."""
+
+
+class LinearTimeMixer(nn.Module):
+    """One linear map along the patches of x (B, M, P, dim): the time half of the ablation "Mamba + linear time"."""
+
+    mixes = "tokens"
+
+    def __init__(self, patches: int) -> None:
+        super().__init__()
+        self.linear = Linear(patches, patches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.transpose(-1, -2)).transpose(-1, -2)
+
+
+class VariateMixer(SequenceMixer):
+    """The bidirectional mixer along the variates of x (B, M, P, dim), each patch position on its own."""
+
+    axis = 1
+    mixes = "channels"
+
+
+def _mixers(c: TSM2Config, patches: int) -> list[nn.Module]:
+    """One block: the time mixer and, unless it is ``none``, the variate mixer."""
+    both = c.block == "bidirectional"
+    found: list[nn.Module] = [
+        TimeMixer(c.dim, expand=c.expand, state=c.state, conv=c.conv, bidirectional=both)
+        if c.time_mixer == "scan"
+        else LinearTimeMixer(patches)
+    ]
+    if c.variate_mixer == "mlp":
+        found.append(FeatureMLP(c.dim))
+    elif c.variate_mixer != "none":
+        both = c.variate_mixer == "bidirectional"
+        found.append(VariateMixer(c.dim, expand=c.expand, state=c.state, conv=c.conv, bidirectional=both))
+    return found
+
+
+class TimeFeatureNorm(nn.Module):
+    """2-D normalisation: each variate of x (B, M, P, dim) over time and features at once, with a gain a feature."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.weight.fill_(1.0)
+        self.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = x.shape[-2:]
+        return F.layer_norm(x, shape, self.weight.expand(shape), self.bias.expand(shape))
 
 
 class AuxiliaryInputs(nn.Module):
@@ -83,45 +139,6 @@ def _check(name: str, given: Tensor | None, shape: tuple[int, ...], keys: str) -
         raise ValueError(f"{name} was given, but this model was made without it ({keys})")
     if given is not None and torch.Size(shape) != given.shape:
         raise ValueError(f"{name} has shape {tuple(given.shape)}: this model needs {shape} ({keys})")
-
-
-class TimeMixer(SequenceMixer):
-    """The mixer along the patches of x (B, M, P, dim), each variate on its own; causal unless bidirectional."""
-
-
-class LinearTimeMixer(nn.Module):
-    """One linear map along the patches of x (B, M, P, dim): the time half of the ablation "Mamba + linear time"."""
-
-    def __init__(self, patches: int) -> None:
-        super().__init__()
-        self.linear = Linear(patches, patches)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x.transpose(-1, -2)).transpose(-1, -2)
-
-
-class VariateMixer(SequenceMixer):
-    """The bidirectional mixer along the variates of x (B, M, P, dim), each patch position on its own."""
-
-    axis = 1
-
-
-class TimeFeatureNorm(nn.Module):
-    """2-D normalisation: each variate of x (B, M, P, dim) over time and features at once, with a gain a feature."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        self.weight.fill_(1.0)
-        self.bias.zero_()
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape = x.shape[-2:]
-        return F.layer_norm(x, shape, self.weight.expand(shape), self.bias.expand(shape))
 
 
 class LinearPath(Linear):
@@ -269,24 +286,8 @@ class TSM2(nn.Module):
         parts = [("embed", ["auxiliary", "embed", "embed_missing"], "embed")]
         count = len(self.blocks.mixers)
         for i, mixer in enumerate(self.blocks.mixers):
-            name = f"mixer {i + 1} ({'variate' if isinstance(mixer, VariateMixer | FeatureMLP) else 'time'})"
+            name = f"mixer {i + 1} ({'variate' if getattr(mixer, 'mixes', '') == 'channels' else 'time'})"
             modules = [f"blocks.{kind}.{i}" for kind in ("averages", "norms", "mixers", "drops")]
             parts.append((name, modules, f"blocks.mixers.{i}"))
         head = [f"blocks.averages.{count}", "norm", "head_drop", "head", "spread", "linear"]
         return [*parts, ("head", head, "")]
-
-
-def _mixers(c: TSM2Config, patches: int) -> list[nn.Module]:
-    """One block: the time mixer and, but for ``none``, the variate mixer."""
-    both = c.block == "bidirectional"
-    found: list[nn.Module] = [
-        TimeMixer(c.dim, expand=c.expand, state=c.state, conv=c.conv, bidirectional=both)
-        if c.time_mixer == "scan"
-        else LinearTimeMixer(patches)
-    ]
-    if c.variate_mixer == "mlp":
-        found.append(FeatureMLP(c.dim))
-    elif c.variate_mixer != "none":
-        both = c.variate_mixer == "bidirectional"
-        found.append(VariateMixer(c.dim, expand=c.expand, state=c.state, conv=c.conv, bidirectional=both))
-    return found

@@ -1,10 +1,9 @@
 """ViM2, the vision MambaMixer (paper, section "ViM2"): a hierarchy of token and channel mixers.
 
-Notable:
-- a stem and four stages at strides 4, 8, 16, 32 (other sizes by configuration), any input size;
-- groups of two token mixers (cross-scan) and one channel mixer;
-- weighted averaging of earlier features within each stage instead of residual connections;
-- the methods that timm's models have: features, head reset, checkpointing, groups for layer decay.
+- A stem and four stages at strides 4, 8, 16, 32 (other sizes by configuration) take images of any size.
+- A stage has groups of two token mixers (cross-scan) and one channel mixer.
+- Weighted averaging of earlier features within a stage takes the place of residual connections.
+- The model has the methods of timm's models: features, head reset, checkpointing, groups for layer decay.
 """
 
 from __future__ import annotations
@@ -22,15 +21,13 @@ from mmtrain.models.initialise import initialise, reset_module
 from mmtrain.models.mixers import FeatureMLP, ImageChannelMixer, ImageTokenMixer, Linear
 from mmtrain.models.stochastic import DropPath, name_streams
 
-# which scans each block variant has: of the tokens, whether they share a convolution, of the channels
+# The scans of each block variant: of the tokens, whether these share a convolution, and of the channels.
 _BLOCKS: dict[str, tuple[str, bool, int]] = {
     "bidirectional": ("bidirectional", False, 2),
     "unidirectional": ("forward", False, 2),
     "multi_scan": ("cross", False, 4),
     "shared_conv": ("cross", True, 2),
 }
-
-
 #: The deviation of the truncated normal that linear maps start from.
 _LINEAR_STD = 0.02
 

@@ -23,7 +23,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from mmtrain.config import RunConfig
 from mmtrain.models.averaging import MixerStack, WeightedAverage
-from mmtrain.models.kinds import is_channel_mixer
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.parallel.strategy import Strategy, to_local
 from mmtrain.tasks import Task
@@ -69,7 +68,7 @@ def averaging_norms(model: nn.Module) -> dict[str, float]:
     for stack in model.modules():
         if not isinstance(stack, MixerStack):
             continue
-        channel = [is_channel_mixer(mixer) for mixer in stack.mixers]
+        channel = [getattr(mixer, "mixes", "") == "channels" for mixer in stack.mixers]
         for i, average in enumerate(cast(Iterable[WeightedAverage], stack.averages)):
             parameters += [average.weight, average.input_copy]
             # the first copy of the stack's input is a token one, the second a channel one

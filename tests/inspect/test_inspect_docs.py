@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import mmtrain.config
@@ -37,11 +38,11 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def example(which: str, folder: Path) -> None:
+def example(which: str, folder: Path) -> dict[str, Any]:
     (code,) = [code for code in EXAMPLES if which in code]
     assert len(code.splitlines()) < 20
     (folder / "example.py").write_text(code)
-    runpy.run_path(str(folder / "example.py"), run_name="__main__")
+    return runpy.run_path(str(folder / "example.py"), run_name="__main__")
 
 
 def test_own_images(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,6 +65,13 @@ def test_own_series(small: Path, waves: Path, capsys: pytest.CaptureFixture[str]
     said = capsys.readouterr().out
     assert "test MSE" in said
     assert len(re.findall(r"^[abc] \[", said, re.MULTILINE)) == 3
+
+
+def test_one_position_at_a_time(tmp_path: Path) -> None:
+    found = example("prefill", tmp_path)
+    whole = found["mixer"](torch.cat([found["past"], found["new"][:, None]], 1))
+    torch.testing.assert_close(found["y"], whole[:, :-1])
+    torch.testing.assert_close(found["y_new"], whole[:, -1])
 
 
 @pytest.mark.parametrize(

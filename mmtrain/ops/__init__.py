@@ -1,13 +1,12 @@
-"""Scans, convolutions and what surrounds them behind one door: the same call whichever backend runs.
+"""The operators of the models: scans, convolutions, mixers, matrix products and dropout, one call for every device.
 
-``selective_scan``, ``cross_selective_scan``, ``causal_conv1d`` and ``selective_mix`` choose between the C++ kernels for
-CPUs (``cpu``) and plain PyTorch (``reference``, ``parallel``). ``MMTRAIN_SCAN=auto|reference|parallel|cpu`` or
-``scan_backend(...)`` overrides the choice, and ``backend_report()`` tells it. See :mod:`mmtrain.ops.backend`.
+Each public function checks its arguments, asks :mod:`mmtrain.ops.backend` which implementation runs, and calls it. The
+C++ kernels for CPUs are in ``cpu``, the Triton kernels in ``triton``, calls of mamba-ssm in ``upstream``, and plain
+PyTorch in ``reference``. Modules with parameters do not belong here (see :mod:`mmtrain.models`).
 """
 
 from mmtrain.ops.backend import backend_report, scan_backend
 from mmtrain.ops.conv import causal_conv1d
-from mmtrain.ops.cross import cross_selective_scan
 from mmtrain.ops.dense import linear
 from mmtrain.ops.dropout import keyed_dropout
 from mmtrain.ops.mix import Direction, selective_mix
@@ -18,7 +17,6 @@ __all__ = [
     "Direction",
     "backend_report",
     "causal_conv1d",
-    "cross_selective_scan",
     "keyed_dropout",
     "linear",
     "scan_backend",

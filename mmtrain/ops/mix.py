@@ -162,12 +162,13 @@ def compose(x: Tensor, directions: Sequence[Direction], gated: bool, height: int
 
 
 def _one_launch(x: Tensor, directions: Sequence[Direction]) -> bool:
-    """Whether one kernel walks all directions: in Triton, for directions of equal sizes."""
+    """Whether one Triton kernel walks all directions: of equal sizes, any convolution along the rows."""
     return (
         x.device.type != "meta"
         and backend.choose(x.device.type, x.dtype == torch.float64) in gpu.BACKENDS
         and backend.has_triton()
         and _equal(directions)
+        and all(d.conv is None or ORDERS[d.code].axis == "rows" for d in directions)
     )
 
 

@@ -23,8 +23,6 @@ class Order(NamedTuple):
 ORDERS = (Order("rows", False), Order("rows", True), Order("columns", False), Order("columns", True))
 #: The names of the codes.
 NAMES = ("rows", "rows_reversed", "columns", "columns_reversed")
-#: The four directions of a cross-scan (VMamba, arXiv 2401.10166; paper, section "ViM2").
-CROSS = (0, 1, 2, 3)
 
 
 def codes(op: str, orders: Sequence[str]) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmtrain.errors import UserError
-from mmtrain.ops import Direction, causal_conv1d, cross_selective_scan, scan_backend, selective_mix, selective_scan
+from mmtrain.ops import Direction, causal_conv1d, scan_backend, selective_mix, selective_scan
 from mmtrain.ops.orders import NAMES
 
 
@@ -69,26 +69,31 @@ def test_a_convolution() -> None:
     assert_as_the_reference(lambda: causal_conv1d(x, weight, bias, "silu", reverse=True), [x, weight, bias])
 
 
-def test_a_cross_scan() -> None:
-    u, delta, A = leaf(2, 5, 3, 4), leaf(2, 4, 5, 3, 4), decay(4, 5, 3)
-    B, C, D = leaf(2, 4, 3, 3, 4), leaf(2, 4, 3, 3, 4), leaf(4, 5)
-    assert_as_the_reference(
-        lambda: cross_selective_scan(u, delta, A, B, C, D, delta_softplus=True), [u, delta, A, B, C]
-    )
-
-
-@pytest.mark.parametrize(("orders", "height", "taps"), [(NAMES, 3, 0), (NAMES[:2], 1, 3), (NAMES[1:2], 1, 0)])
-@pytest.mark.parametrize("gated", [True, False])
-def test_a_mixer(orders: tuple[str, ...], height: int, taps: int, gated: bool) -> None:
-    x = leaf(2, 12, 10 if gated else 5)
-    leaves, directions = [x], []
+def made_directions(orders: tuple[str, ...], taps: int) -> tuple[list[Direction], list[Tensor]]:
+    """Directions of 5 channels, 3 states and rank 2, and their parameters."""
+    leaves, directions = [], []
     for order in orders:
         parameters = {"x_proj": leaf(8, 5), "dt_proj": leaf(5, 2), "dt_bias": leaf(5), "A": decay(5, 3), "D": leaf(5)}
         if taps:
             parameters |= {"conv": leaf(5, taps), "conv_bias": leaf(5)}
         leaves += parameters.values()
         directions.append(Direction(**parameters, order=order))  # type: ignore[arg-type]
-    assert_as_the_reference(lambda: selective_mix(x, directions, gated, height), leaves)
+    return directions, leaves
+
+
+@pytest.mark.parametrize("taps", [0, 2])
+def test_a_cross_scan(taps: int) -> None:
+    x = leaf(2, 2, 12, 5)
+    directions, leaves = made_directions((*NAMES, NAMES[3]), taps)
+    assert_as_the_reference(lambda: selective_mix(x, directions, height=4), [x, *leaves])
+
+
+@pytest.mark.parametrize(("orders", "height", "taps"), [(NAMES, 3, 0), (NAMES[:2], 1, 3), (NAMES[1:2], 1, 0)])
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_mixer(orders: tuple[str, ...], height: int, taps: int, gated: bool) -> None:
+    x = leaf(2, 12, 10 if gated else 5)
+    directions, leaves = made_directions(orders, taps)
+    assert_as_the_reference(lambda: selective_mix(x, directions, gated, height), [x, *leaves])
 
 
 def test_half_precision_in_and_out() -> None:

@@ -1,40 +1,44 @@
-"""The scan of a grid in several orders, against position by position in float64."""
+"""The mixer of a grid in several orders, against position by position in float64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from mmtrain.errors import UserError
-from mmtrain.ops import cross_selective_scan, scan_backend, selective_scan
+from mmtrain.ops import Direction, scan_backend, selective_mix, selective_scan
 from mmtrain.ops.orders import NAMES, positions
 
 
-def inputs(k: int, channels: int, height: int, width: int, state: int, channels_last: bool, full: bool) -> list[Tensor]:
-    def grid(*shape: int) -> Tensor:
-        made = torch.randn(*shape, height, width)
-        return made.movedim(-3, -1).contiguous().movedim(-1, -3) if channels_last else made
+def inputs(k: int, channels: int, length: int, state: int, channels_last: bool) -> tuple[Tensor, list[Tensor]]:
+    """x (2, L, D), and x_proj, dt_proj, dt_bias, A and D of each of k directions in turn."""
+    x = torch.randn(2, length, channels) if channels_last else torch.randn(2, channels, length).mT
+    parameters: list[Tensor] = []
+    for _ in range(k):
+        parameters += [torch.randn(3 + 2 * state, channels) * channels**-0.5, torch.randn(channels, 3) * 3**-0.5]
+        parameters += [torch.randn(channels), -torch.exp(torch.randn(channels, state) * 0.5), torch.randn(channels)]
+    return x, parameters
 
-    tensors = [grid(2, channels), grid(2, k, channels), -torch.exp(torch.randn(k, channels, state) * 0.5)]
-    tensors += [grid(2, k, state), grid(2, k, state)]
-    return tensors + ([torch.randn(k, channels), torch.randn(k, channels)] if full else [])
+
+def made_directions(parameters: list[Tensor], orders: tuple[str, ...]) -> list[Direction]:
+    return [Direction(*parameters[5 * k : 5 * k + 5], order=order) for k, order in enumerate(orders)]
 
 
-def by_hand(tensors: list[Tensor], orders: tuple[str, ...]) -> Tensor:
-    """Every direction on copies in its own order, put back."""
-    u, delta, A, B, C, *rest = tensors
-    height, width = u.shape[2:]
-    total = torch.zeros_like(u).flatten(2)
-    for k, order in enumerate(orders):
-        walk = positions((NAMES.index(order),), height, width)[0]
-        parts = [t.flatten(-2)[..., walk] for t in (u, delta[:, k], B[:, k], C[:, k])]
-        D, bias = (t[k] for t in rest) if rest else (None, None)
-        y = selective_scan(parts[0], parts[1], A[k], parts[2], parts[3], D, delta_bias=bias, delta_softplus=True)
-        total = total.index_add(2, walk, y)
-    return total.view(u.shape)
+def by_hand(x: Tensor, parameters: list[Tensor], orders: tuple[str, ...], height: int) -> Tensor:
+    """Every direction on copies in its own order, put back; their mean."""
+    total = torch.zeros_like(x)
+    for d in made_directions(parameters, orders):
+        walk = positions((d.code,), height, x.shape[1] // height)[0]
+        u = x[:, walk]
+        low, B, C = F.linear(u, d.x_proj).split([d.dt_proj.shape[1], d.A.shape[1], d.A.shape[1]], -1)
+        delta = F.linear(low, d.dt_proj)
+        y = selective_scan(u.mT, delta.mT, d.A, B.mT, C.mT, d.D, delta_bias=d.dt_bias, delta_softplus=True)
+        total = total.index_add(1, walk, y.mT)
+    return total / len(orders)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference", "parallel"])
@@ -46,24 +50,18 @@ def by_hand(tensors: list[Tensor], orders: tuple[str, ...]) -> Tensor:
     width=st.integers(1, 12),
     state=st.integers(1, 9),
     channels_last=st.booleans(),
-    full=st.booleans(),
 )
 def test_matches_copies_in_every_order(
-    backend: str,
-    orders: list[str],
-    channels: int,
-    height: int,
-    width: int,
-    state: int,
-    channels_last: bool,
-    full: bool,
+    backend: str, orders: list[str], channels: int, height: int, width: int, state: int, channels_last: bool
 ) -> None:
-    tensors = inputs(len(orders), channels, height, width, state, channels_last, full)
-    leaves, doubles = ([t.detach().to(d).requires_grad_() for t in tensors] for d in (torch.float32, torch.float64))
+    x, parameters = inputs(len(orders), channels, height * width, state, channels_last)
+    leaves, doubles = (
+        [t.detach().to(d).requires_grad_() for t in (x, *parameters)] for d in (torch.float32, torch.float64)
+    )
     with scan_backend(backend):
-        found = cross_selective_scan(*leaves, delta_softplus=True, orders=orders)
+        found = selective_mix(leaves[0], made_directions(leaves[1:], tuple(orders)), height=height)
     with scan_backend("reference"):
-        expected = by_hand(doubles, tuple(orders))
+        expected = by_hand(doubles[0], doubles[1:], tuple(orders), height)
     weight = torch.randn(found.shape)
     values = [found, *torch.autograd.grad(found, leaves, weight)]
     exact = [expected, *torch.autograd.grad(expected, doubles, weight.double())]
@@ -72,24 +70,26 @@ def test_matches_copies_in_every_order(
         assert error <= (1e-4 if i else 1e-5), (i, error)  # sums may cancel
 
 
-def test_channels_last_stays_channels_last() -> None:
-    tensors = inputs(4, 8, 6, 5, 3, True, True)
-    tensors[0].requires_grad_()
-    found = cross_selective_scan(*tensors, delta_softplus=True)
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    (du,) = torch.autograd.grad(found.sum(), tensors[0])
-    assert du.is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_channels_last_stays_channels_last(channels_last: bool) -> None:
+    x, parameters = inputs(4, 8, 30, 3, channels_last)
+    x.requires_grad_()
+    found = selective_mix(x, made_directions(parameters, NAMES), height=6)
+    assert (found if channels_last else found.mT).is_contiguous()
+    (dx,) = torch.autograd.grad(found.sum(), x)
+    assert (dx if channels_last else dx.mT).is_contiguous()
 
 
 def test_bad_input_names_the_argument() -> None:
-    u, delta, A, B, C, D, bias = inputs(4, 8, 6, 5, 3, False, True)
-    with pytest.raises(UserError, match=r"u has shape \(8, 6, 5\)"):
-        cross_selective_scan(u[0], delta, A, B, C)
-    with pytest.raises(UserError, match=r"delta has shape .*, expected \(batch, directions, channels, H, W\)"):
-        cross_selective_scan(u, delta[:, :3], A, B, C)
-    with pytest.raises(UserError, match=r"A has shape .*K = 4 and D = 8"):
-        cross_selective_scan(u, delta, A[0], B, C)
-    with pytest.raises(UserError, match=r"C has shape"):
-        cross_selective_scan(u, delta, A, B, C[..., :2])
+    x, parameters = inputs(4, 8, 30, 3, True)
+    directions = made_directions(parameters, NAMES)
+    with pytest.raises(UserError, match=r"x has shape \(8,\)"):
+        selective_mix(x[0, 0], directions, height=6)
+    with pytest.raises(UserError, match=r"30 positions make no grid of 7 rows"):
+        selective_mix(x, directions, height=7)
+    with pytest.raises(UserError, match=r"directions\[3\].A has shape .*D = 8"):
+        selective_mix(x, [*directions[:3], directions[3]._replace(A=directions[3].A[0])], height=6)
+    with pytest.raises(UserError, match=r"directions\[0\].x_proj has shape"):
+        selective_mix(x, [directions[0]._replace(x_proj=directions[0].x_proj[:2]), *directions[1:]], height=6)
     with pytest.raises(UserError, match=r"order 'diagonal' is none of"):
-        cross_selective_scan(u, delta, A, B, C, D, bias, orders=["diagonal"])
+        selective_mix(x, [directions[0]._replace(order="diagonal")], height=6)

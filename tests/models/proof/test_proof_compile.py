@@ -112,19 +112,6 @@ def mix_samples(backward: bool) -> Iterator[tuple[object, ...]]:
             yield (*leaves, *settings, True)
 
 
-def cross_samples(backward: bool) -> Iterator[tuple[object, ...]]:
-    for orders, full in (([0, 1, 2, 3], True), ([2], False)):
-        k = len(orders)
-        tensors = [torch.randn(2, 70, 6).mT, torch.randn(2, k, 6, 70), -torch.rand(k, 6, 3) - 0.1]
-        tensors += [torch.randn(2, k, 3, 70), torch.randn(2, k, 3, 70)]
-        optional = (torch.randn(k, 6), torch.randn(k, 6)) if full else (None, None)
-        if backward:
-            out, states = torch.ops.mmtrain.cross_scan_fwd(*tensors, *optional, True, orders, 5, True)
-            yield (torch.randn_like(out), *tensors, *optional, states, True, orders, 5)
-        else:
-            yield (*(t.requires_grad_() for t in tensors), *optional, True, orders, 5, True)
-
-
 def linear_samples(backward: bool) -> Iterator[tuple[object, ...]]:
     for bias in (True, False):
         x, weight, dy = torch.randn(30, 8), torch.randn(5, 8), torch.randn(30, 5)
@@ -151,8 +138,6 @@ SAMPLES = {
     "keyed_dropout": dropout_samples,
     "selective_mix_fwd": lambda: mix_samples(backward=False),
     "selective_mix_bwd": lambda: mix_samples(backward=True),
-    "cross_scan_fwd": lambda: cross_samples(backward=False),
-    "cross_scan_bwd": lambda: cross_samples(backward=True),
     "linear_fwd": lambda: linear_samples(backward=False),
     "linear_bwd": lambda: linear_samples(backward=True),
     "weighted_sum_fwd": lambda: sum_samples(backward=False),

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtrain.ops import upstream
+from mmtrain.ops.arguments import ScanInputs
 from mmtrain.ops.triton.api import directional_scan_triton, selective_scan_triton
 from scan_gpu_parts.shapes import Inputs, Shape, walk
 
@@ -62,7 +63,7 @@ def composed(shape: Shape, scan: Callable[..., tuple[Tensor, Tensor]], channels_
             copies.append(flat.flip(1) if order % 2 else flat)
         u = along(torch.cat(copies, 2).transpose(1, 2))
         rest = (t["A"].flatten(0, 1), t["B"], t["C"], t["D"].flatten(), None, t["delta_bias"].flatten())
-        y, _ = scan(u, t["delta"], *rest, True, False, None)
+        y, _ = scan(ScanInputs(u, t["delta"], *rest, delta_softplus=True))
         total = torch.zeros(batch, d, length, device=u.device)
         for i, order in enumerate(shape.orders):
             part = y[:, i * d : (i + 1) * d]

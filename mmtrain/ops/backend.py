@@ -32,6 +32,8 @@ from mmtrain.ops.cpu import build, library
 logger = logging.getLogger("mmtrain")
 
 BACKENDS = ("auto", "reference", "parallel", "cpu", "triton", "mamba_ssm")
+#: Those for CUDA tensors.
+GPU_BACKENDS = ("triton", "mamba_ssm")
 #: What the C++ kernels read and write; others are converted.
 CPU_DTYPES = (torch.float32, torch.bfloat16)
 _PLAIN = {"reference": "plain PyTorch", "parallel": "plain PyTorch, associative scan"}
@@ -173,6 +175,13 @@ TRITON_CURE = "pip install triton (it comes with the CUDA build of torch)"
 @functools.cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def tell_triton_instead(name: str, obstacle: str) -> None:
+    """Say once that the Triton kernel runs instead of mamba-ssm's or causal-conv1d's, or raise UserError without it."""
+    if not has_triton():
+        raise UserError(f"{name}: {obstacle}, and Triton is not installed; cure: {TRITON_CURE}")
+    tell_once(f"{name}: {obstacle}", logging.INFO, f"{name}: our Triton kernel, since {obstacle}")
 
 
 def backend_report() -> dict[str, str | int]:

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmtrain.errors import UserError
-from mmtrain.ops import backend, gpu
-from mmtrain.ops.checks import check_floats, check_shape, layout_like
+from mmtrain.ops import backend, upstream
+from mmtrain.ops.arguments import check_floats, check_shape, layout_like
 from mmtrain.ops.cpu.conv import causal_conv1d_fwd
+from mmtrain.ops.reference import causal_conv1d_reference
 
 OP = "causal_conv1d"
-
-
-def causal_conv1d_reference(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
-    """The definition, by ``F.conv1d`` on the padded input. Shapes as in :func:`causal_conv1d`, one dtype."""
-    channels, width = weight.shape
-    padded = F.pad(x, (0, width - 1) if reverse else (width - 1, 0))
-    kernel = weight.flip(1) if reverse else weight
-    out = F.conv1d(padded, kernel[:, None], bias, groups=channels)
-    return F.silu(out) if silu else out
+MOST_TAPS = 8  # of the Triton kernel
 
 
 def causal_conv1d(
@@ -58,8 +50,8 @@ def causal_conv1d(
     float64 = x.dtype == torch.float64
     compute = torch.float64 if float64 else torch.float32
     chosen = backend.choose(x.device.type, float64)
-    if chosen in gpu.BACKENDS:
-        return gpu.convolution(chosen, x, weight, bias, activation == "silu", reverse)
+    if chosen in backend.GPU_BACKENDS:
+        return _on_gpu(chosen, x, weight, bias, activation == "silu", reverse)
     as_it_is = backend.CPU_DTYPES if chosen == "cpu" else (compute,)
     x_in = x if x.dtype in as_it_is else x.to(compute)
     inputs = (x_in, weight.to(compute), None if bias is None else bias.to(compute))
@@ -68,3 +60,16 @@ def causal_conv1d(
     else:
         out = layout_like(causal_conv1d_reference(*inputs, activation == "silu", reverse), x)
     return out.to(x.dtype)
+
+
+def _on_gpu(chosen: str, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
+    if chosen == "mamba_ssm":
+        obstacle = upstream.conv_obstacle(x, weight)
+        if obstacle is None:
+            return upstream.causal_conv1d_upstream(x, weight, bias, silu, reverse)
+        backend.tell_triton_instead(OP, obstacle)
+    if weight.shape[1] > MOST_TAPS:
+        raise UserError(f"{OP}: weight has {weight.shape[1]} taps, the Triton kernel takes up to {MOST_TAPS}")
+    from mmtrain.ops.triton.api import causal_conv1d_triton
+
+    return causal_conv1d_triton(x, weight, bias, silu, reverse)

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from mmtrain.errors import UserError, nearest
 from mmtrain.ops import backend
 from mmtrain.ops.cpu import library
 from mmtrain.ops.cpu.library import MatmulArgs
+from mmtrain.ops.registration import register
 
 logger = logging.getLogger("mmtrain")
 
@@ -95,11 +95,6 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y.view(*x.shape[:-1], -1)
 
 
-@linear_fwd.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
 @torch.library.custom_op("mmtrain::linear_bwd", mutates_args=(), device_types="cpu")
 def linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool) -> tuple[Tensor, Tensor]:
     """(dx, dweight) for dy (..., N) and x (..., K); without elements what is not wanted."""
@@ -123,8 +118,7 @@ def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-@linear_bwd.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool) -> tuple[Tensor, Tensor]:
+def _empty_gradients(dy: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool) -> tuple[Tensor, Tensor]:
     nothing = x.new_empty(0)
     return x.new_empty(x.shape) if want_x else nothing, weight.new_empty(weight.shape) if want_weight else nothing
 
@@ -146,16 +140,15 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tenso
     )
 
 
-linear_fwd.register_autograd(_backward, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.mmtrain.linear_fwd)
-def _forward_flops(x: torch.Size, weight: torch.Size, *args: Any, **kwargs: Any) -> int:
-    return 2 * prod(x) * weight[0]
-
-
-@register_flop_formula(torch.ops.mmtrain.linear_bwd)
-def _backward_flops(
-    dy: torch.Size, x: torch.Size, weight: torch.Size, want_x: bool, want_weight: bool, **kwargs: Any
-) -> int:
-    return 2 * prod(x) * weight[0] * (want_x + want_weight)
+register(
+    linear_fwd,
+    lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    lambda x, weight, *rest, **_: 2 * prod(x) * weight[0],
+    _setup_context,
+    _backward,
+)
+register(
+    linear_bwd,
+    _empty_gradients,
+    lambda dy, x, weight, want_x, want_weight, **_: 2 * prod(x) * weight[0] * (want_x + want_weight),
+)

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from mmtrain.ops import backend
 from mmtrain.ops.cpu import library
 from mmtrain.ops.cpu.library import DropoutArgs
+from mmtrain.ops.registration import register
 
 #: Weyl steps of an odd constant, so that neighbouring elements start far apart.
 STEP = -0x61C88647
@@ -75,11 +75,6 @@ def keyed_dropout_op(x: Tensor, seeds: Tensor, threshold: int, scale: float) -> 
     return out
 
 
-@keyed_dropout_op.register_fake
-def _(x: Tensor, seeds: Tensor, threshold: int, scale: float) -> Tensor:
-    return torch.empty_like(x)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, float], output: Tensor) -> None:
     _, seeds, ctx.threshold, ctx.scale = inputs
     ctx.save_for_backward(seeds)
@@ -90,9 +85,4 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, None]:
     return keyed_dropout_op(dout.contiguous(), seeds, ctx.threshold, ctx.scale), None, None, None
 
 
-keyed_dropout_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.mmtrain.keyed_dropout)
-def _flops(*args: Any, **kwargs: Any) -> int:
-    return 0  # as torch's counter takes elementwise operators
+register(keyed_dropout_op, lambda x, *rest: torch.empty_like(x), setup_context=_setup_context, backward=_backward)

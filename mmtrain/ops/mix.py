@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtrain.errors import UserError
-from mmtrain.ops import backend, gpu
-from mmtrain.ops.checks import check_floats, check_shape
+from mmtrain.ops import backend
+from mmtrain.ops.arguments import NAMES, ORDERS, check_floats, check_orders, check_shape
 from mmtrain.ops.conv import causal_conv1d
 from mmtrain.ops.cpu.mix import selective_mix_fwd
-from mmtrain.ops.orders import NAMES, ORDERS, codes
 from mmtrain.ops.scan import selective_scan
 
 OP = "selective_mix"
@@ -25,7 +24,7 @@ class Direction(NamedTuple):
     """One selective scan: its parameters and the order in which it walks. R is the rank of Δ, N the states.
 
     ``x_proj`` (R + 2N, D) makes the low rank of Δ, B and C; ``dt_proj`` (D, R) and ``dt_bias`` (D,) make
-    Δ = softplus(dt_proj low + dt_bias); ``A`` (D, N), ``D`` (D,); ``order`` one of :data:`mmtrain.ops.orders.NAMES`;
+    Δ = softplus(dt_proj low + dt_bias); ``A`` (D, N), ``D`` (D,); ``order`` one of :data:`mmtrain.ops.arguments.NAMES`;
     ``conv`` (D, K) and ``conv_bias`` (D,): causal taps along that order, with SiLU, before all of it, or None.
     """
 
@@ -68,7 +67,7 @@ def _check(x: Tensor, directions: Sequence[Direction], gated: bool, height: int)
     channels //= 2 if gated else 1
     if height < 1 or length % height:
         raise UserError(f"{OP}: {length} positions make no grid of {height} rows")
-    codes(OP, [direction.order for direction in directions])
+    check_orders(OP, [direction.order for direction in directions])
     for i, d in enumerate(directions):
         named = {name: value for name, value in d._asdict().items() if name != "order"}
         where = f"directions[{i}]."
@@ -165,7 +164,7 @@ def _one_launch(x: Tensor, directions: Sequence[Direction]) -> bool:
     """Whether one Triton kernel walks all directions: of equal sizes, any convolution along the rows."""
     return (
         x.device.type != "meta"
-        and backend.choose(x.device.type, x.dtype == torch.float64) in gpu.BACKENDS
+        and backend.choose(x.device.type, x.dtype == torch.float64) in backend.GPU_BACKENDS
         and backend.has_triton()
         and _equal(directions)
         and all(d.conv is None or ORDERS[d.code].axis == "rows" for d in directions)

@@ -1,16 +1,14 @@
-"""The selective scan in plain PyTorch, one position after the other: the definition the kernels are held to.
+"""Plain PyTorch on any device: the definitions that the kernels are tested against, and a scan that can be exported.
 
-The selective scan as an associative scan in plain PyTorch operators: any device, differentiable, exportable.
+``selective_scan_reference`` runs position by position and ``causal_conv1d_reference`` calls ``F.conv1d``.
 
-Two runs of steps of h_t = a_t h_{t-1} + b_t compose to one of the same form,
+``selective_scan_parallel`` is an associative scan. Steps of h_t = a_t h_{t-1} + b_t compose to one of the same form,
 (a_1, b_1) then (a_2, b_2) = (a_2 a_1, a_2 b_1 + b_2), and that composition is associative (Blelloch 1990; Martin and
-Cundy, arXiv 1709.04057). So every position is joined with the one 1, 2, 4, … before it (Hillis and Steele 1986): log2 L
-rounds of four operators, the fewest of the associative scans, which is what the size of an exported graph depends on.
-Decays are only ever multiplied, never divided by, so that a product that underflows to 0 is the right answer.
-
-The positions are cut into chunks that run one after the other: the states of one chunk at a time are in memory, in the
-backward pass too, where each chunk is computed again. The number of operators is fixed by the shapes alone, with no
-control flow that depends on data.
+Cundy, arXiv 1709.04057). Every position is joined with the one 1, 2, 4, … before it (Hillis and Steele 1986): log2 L
+rounds of four operators, the fewest of the associative scans, which keeps an exported graph small. Decays are only
+multiplied, never divided by, so a product that underflows to 0 is the right answer. The positions are cut into chunks
+that run one after the other, and the backward pass computes each chunk again: only the states of one chunk are in
+memory at a time. The number of operators depends on the shapes alone, and no control flow depends on data.
 """
 
 from __future__ import annotations
@@ -20,52 +18,49 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mmtrain.ops.arguments import ScanInputs
 
-def selective_scan_reference(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+
+def causal_conv1d_reference(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
+    """The definition, by ``F.conv1d`` on the padded input. Shapes as in ``causal_conv1d``, one dtype."""
+    channels, width = weight.shape
+    padded = F.pad(x, (0, width - 1) if reverse else (width - 1, 0))
+    kernel = weight.flip(1) if reverse else weight
+    out = F.conv1d(padded, kernel[:, None], bias, groups=channels)
+    return F.silu(out) if silu else out
+
+
+def _steps(inputs: ScanInputs) -> Tensor:
+    """Δ (Bt, D, L)."""
+    delta = inputs.delta if inputs.delta_bias is None else inputs.delta + inputs.delta_bias[:, None]
+    return F.softplus(delta) if inputs.delta_softplus else delta
+
+
+def selective_scan_reference(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t, y_t = C_t·h_t + D u_t (Mamba's discretisation; paper section 2).
 
     Args:
-        u, delta: (Bt, D, L), one float dtype.
-        A: (D, N).
-        B, C: (Bt, G, N, L); group g serves channels g·D/G to (g+1)·D/G - 1.
-        D, delta_bias: (D,) or None.
-        initial_state: (Bt, D, N) or None for zeros.
-        delta_softplus: Δ = softplus(delta + delta_bias) instead of delta + delta_bias.
-        reverse: run from the last position to the first.
+        inputs: of one float dtype; group g of B and C serves channels g·D/G to (g+1)·D/G - 1. The gate is not applied.
 
     Returns:
         y (Bt, D, L) and the last state (Bt, D, N). Autograd keeps the state of every position: memory Bt·D·L·N.
     """
-    if delta_bias is not None:
-        delta = delta + delta_bias[:, None]
-    if delta_softplus:
-        delta = F.softplus(delta)
-    batch, channels, length = u.shape
-    groups = B.shape[1]
+    u, delta, (batch, channels, length) = inputs.u, _steps(inputs), inputs.u.shape
+    groups = inputs.B.shape[1]
     # Channels by group, so that B and C broadcast over the channels of theirs: (Bt, G, D/G, ...).
-    A = A.reshape(groups, channels // groups, -1)
+    A = inputs.A.reshape(groups, channels // groups, -1)
     delta_t = delta.reshape(batch, groups, -1, length).unbind(-1)
     delta_u_t = (delta * u).reshape(batch, groups, -1, length).unbind(-1)
-    B_t, C_t = B.unbind(-1), C.unbind(-1)
-    h = u.new_zeros(batch, *A.shape) if initial_state is None else initial_state.reshape(batch, *A.shape)
+    B_t, C_t = inputs.B.unbind(-1), inputs.C.unbind(-1)
+    initial = inputs.initial_state
+    h = u.new_zeros(batch, *A.shape) if initial is None else initial.reshape(batch, *A.shape)
     y: list[Tensor] = [h] * length
-    for t in reversed(range(length)) if reverse else range(length):
+    for t in reversed(range(length)) if inputs.reverse else range(length):
         decay = torch.exp(delta_t[t][..., None] * A)
         h = decay * h + delta_u_t[t][..., None] * B_t[t][:, :, None, :]
         y[t] = (h * C_t[t][:, :, None, :]).sum(-1)
     out = torch.stack(y, dim=-1).reshape(u.shape)
-    return out if D is None else out + D[:, None] * u, h.reshape(batch, channels, -1)
+    return out if inputs.D is None else out + inputs.D[:, None] * u, h.reshape(batch, channels, -1)
 
 
 #: Positions a chunk: memory Bt·CHUNK·D·N at a time, and ⌈L/CHUNK⌉ copies of the chunk in an exported graph.
@@ -106,44 +101,18 @@ def _chunk(h: Tensor | None, delta: Tensor, delta_u: Tensor, A: Tensor, B: Tenso
     return torch.matmul(states, C[..., None]).squeeze(-1), states[:, -1:].clone()
 
 
-def selective_scan_parallel(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """The recurrence of :func:`mmtrain.ops.reference.selective_scan_reference`, with its arguments.
-
-    Args:
-        u, delta: (Bt, D, L), one float dtype.
-        A: (D, N).
-        B, C: (Bt, G, N, L); group g serves channels g·D/G to (g+1)·D/G - 1.
-        D, delta_bias: (D,) or None.
-        initial_state: (Bt, D, N) or None for zeros.
-        delta_softplus: Δ = softplus(delta + delta_bias) instead of delta + delta_bias.
-        reverse: run from the last position to the first.
-
-    Returns:
-        y (Bt, D, L) and the last state (Bt, D, N).
-    """
-    if delta_bias is not None:
-        delta = delta + delta_bias[:, None]
-    if delta_softplus:
-        delta = F.softplus(delta)
-    groups, length = B.shape[1], u.shape[2]
-    A = A.unflatten(0, (groups, -1))
+def selective_scan_parallel(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """The recurrence of :func:`selective_scan_reference` in log2 L steps, with the same arguments and results."""
+    u, delta = inputs.u, _steps(inputs)
+    groups, length = inputs.B.shape[1], u.shape[2]
+    A = inputs.A.unflatten(0, (groups, -1))
     # Positions before channels, so that the slices of the recurrence are whole blocks; channels by group.
     per_channel = [t.transpose(1, 2).unflatten(2, (groups, -1)) for t in (delta, delta * u)]
-    sequences = [*per_channel, *(t.permute(0, 3, 1, 2) for t in (B, C))]
-    if reverse:
+    sequences = [*per_channel, *(t.permute(0, 3, 1, 2) for t in (inputs.B, inputs.C))]
+    if inputs.reverse:
         sequences = [t.flip(1) for t in sequences]
-    h = None if initial_state is None else initial_state.reshape(u.shape[0], 1, *A.shape)
+    initial = inputs.initial_state
+    h = None if initial is None else initial.reshape(u.shape[0], 1, *A.shape)
     keep_inputs_only = (
         length > CHUNK
         and torch.is_grad_enabled()
@@ -160,8 +129,8 @@ def selective_scan_parallel(
             y, h = _chunk(*args)
         parts.append(y)
     out = torch.cat(parts, 1)
-    if reverse:
+    if inputs.reverse:
         out = out.flip(1)
     out = out.flatten(2).transpose(1, 2)
     assert h is not None
-    return out if D is None else out + D[:, None] * u, h.reshape(u.shape[0], u.shape[1], -1)
+    return out if inputs.D is None else out + inputs.D[:, None] * u, h.reshape(u.shape[0], u.shape[1], -1)

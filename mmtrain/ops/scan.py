@@ -1,4 +1,4 @@
-"""``selective_scan``: the one call for the S6 recurrence. Checks, backend choice, gating."""
+"""``selective_scan``: the S6 recurrence on any device. Checks, choice of the backend, gate."""
 
 from __future__ import annotations
 
@@ -9,27 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtrain.errors import UserError
-from mmtrain.ops import backend, gpu
-from mmtrain.ops.checks import check_floats, check_shape, layout_like
+from mmtrain.ops import backend, upstream
+from mmtrain.ops.arguments import ScanInputs, check_floats, check_shape, layout_like
 from mmtrain.ops.cpu.scan import selective_scan_fwd
 from mmtrain.ops.reference import selective_scan_parallel, selective_scan_reference
 
 OP = "selective_scan"
+MOST_STATES = 256  # of the Triton kernel
 
 
-def _check(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    initial_state: Tensor | None,
-) -> None:
-    named = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
-    check_floats(OP, "u", named | {"initial_state": initial_state})
+def _check(inputs: ScanInputs) -> None:
+    u, delta, A, B, C, D, z, delta_bias, _, _, initial_state = inputs
+    check_floats(
+        OP, "u", {name: t for name, t in inputs._asdict().items() if name not in ("delta_softplus", "reverse")}
+    )
     if u.dim() != 3 or u.shape[1] == 0 or u.shape[2] == 0:
         raise UserError(f"{OP}: u has shape {tuple(u.shape)}, expected (batch, channels, positions)")
     batch, channels, length = u.shape
@@ -135,27 +128,41 @@ def selective_scan(
     Raises:
         UserError: shapes, dtypes or devices that do not fit, naming the argument; a backend that cannot run.
     """
-    _check(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, initial_state)
+    _check(inputs)
+    if B.dim() == 3 or C.dim() == 3:
+        inputs = inputs._replace(B=B if B.dim() == 4 else B[:, None], C=C if C.dim() == 4 else C[:, None])
     float64 = u.dtype == torch.float64
     compute = torch.float64 if float64 else torch.float32
-    B, C = (t if t.dim() == 4 else t[:, None] for t in (B, C))
     chosen = backend.choose(u.device.type, float64)
-    if chosen in gpu.BACKENDS:
-        out, last = gpu.scan(chosen, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, initial_state)
+    if chosen in backend.GPU_BACKENDS:
+        out, last = _on_gpu(chosen, inputs)
         return (out, last) if return_last_state else out
     # the C++ kernel reads and writes bfloat16 itself; a gate needs the output before it is rounded
-    as_they_are = backend.CPU_DTYPES if chosen == "cpu" and z is None else (compute,)
-    u_in, delta_in = (t if t.dtype in as_they_are else t.to(compute) for t in (u, delta))
-    skip, bias, initial = (None if t is None else t.to(compute) for t in (D, delta_bias, initial_state))
-    scan_inputs = (u_in, delta_in, A.to(compute), B.to(compute), C.to(compute), skip, bias, initial)
+    inputs = inputs.to(compute, kept=backend.CPU_DTYPES if chosen == "cpu" and z is None else ())
     if chosen == "cpu":
-        wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in scan_inputs)
-        out, last, _ = selective_scan_fwd(*scan_inputs, delta_softplus, reverse, wants_grad, return_last_state)
+        tensors = (*inputs[:6], inputs.delta_bias, inputs.initial_state)
+        wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        out, last, _ = selective_scan_fwd(*tensors, delta_softplus, reverse, wants_grad, return_last_state)
     else:
-        plain = selective_scan_parallel if chosen == "parallel" else selective_scan_reference
-        out, last = plain(*scan_inputs, delta_softplus, reverse)
+        out, last = (selective_scan_parallel if chosen == "parallel" else selective_scan_reference)(inputs)
         out = layout_like(out, u)
-    if z is not None:
-        out = out * F.silu(z.to(compute))
+    if inputs.z is not None:
+        out = out * F.silu(inputs.z)
     out = out.to(u.dtype)
     return (out, last) if return_last_state else out
+
+
+def _on_gpu(chosen: str, inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """By mamba-ssm if it is asked for and can, else by Triton, which the first call imports."""
+    if chosen == "mamba_ssm":
+        obstacle = upstream.obstacle(inputs)
+        if obstacle is None:
+            return upstream.selective_scan_upstream(inputs)
+        backend.tell_triton_instead(OP, obstacle)
+    states = inputs.A.shape[1]
+    if states > MOST_STATES:
+        raise UserError(f"{OP}: A has {states} states, the Triton kernel takes up to {MOST_STATES}")
+    from mmtrain.ops.triton.api import selective_scan_triton
+
+    return selective_scan_triton(inputs)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmtrain.ops.arguments import ScanInputs
+
 MOST_STATES = 256  # MAX_DSTATE in mamba's csrc/selective_scan/selective_scan.h
 CONV_WIDTHS = (2, 3, 4)  # what causal-conv1d's kernels are instantiated for
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,21 +56,20 @@ def _function(which: str) -> Callable[..., Any]:
     return function
 
 
-def obstacle(
-    u: Tensor, A: Tensor, B: Tensor, initial_state: Tensor | None = None, delta: Tensor | None = None
-) -> str | None:
-    """Why upstream's scan cannot take these, or None. u (Bt, D, L), A (D, N), B (Bt, G, N, L)."""
+def obstacle(inputs: ScanInputs) -> str | None:
+    """Why upstream's scan cannot take these, or None."""
     ok, reason = available("scan")
     if not ok:
         return reason
-    if u.device.type != "cuda":
-        return f"mamba-ssm takes CUDA tensors, not {u.device.type} ones"
-    return _scan_limits(u, A, B, initial_state, delta)
+    if inputs.u.device.type != "cuda":
+        return f"mamba-ssm takes CUDA tensors, not {inputs.u.device.type} ones"
+    return _scan_limits(inputs)
 
 
-def _scan_limits(u: Tensor, A: Tensor, B: Tensor, initial_state: Tensor | None, delta: Tensor | None) -> str | None:
+def _scan_limits(inputs: ScanInputs) -> str | None:
     """The part of :func:`obstacle` that depends on the arguments alone."""
-    if initial_state is not None:
+    u, delta, A, B, *_ = inputs
+    if inputs.initial_state is not None:
         return "mamba-ssm's scan starts from a zero state"
     if A.shape[-1] > MOST_STATES:
         return f"mamba-ssm takes up to {MOST_STATES} states, not {A.shape[-1]}"
@@ -76,7 +77,7 @@ def _scan_limits(u: Tensor, A: Tensor, B: Tensor, initial_state: Tensor | None, 
         return f"only a float32 A is passed to mamba-ssm, not {A.dtype}"
     if u.dtype not in DTYPES:
         return f"mamba-ssm takes float32, bfloat16 and float16, not {u.dtype}"
-    if B.dtype != u.dtype or (delta is not None and delta.dtype != u.dtype):
+    if B.dtype != u.dtype or delta.dtype != u.dtype:
         return "mamba-ssm wants u, delta, B and C in one dtype"
     if u.shape[1] % B.shape[1]:
         return "the groups of B do not divide the channels"
@@ -104,47 +105,34 @@ def _conv_limits(x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-def _flipped(tensor: Tensor | None, reverse: bool) -> Tensor | None:
-    return tensor.flip(-1) if reverse and tensor is not None else tensor
+def _flipped(tensor: Tensor, reverse: bool) -> Tensor:
+    return tensor.flip(-1) if reverse else tensor
 
 
-def selective_scan_upstream(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """``selective_scan_fn``; arguments and results as of ``selective_scan_triton``, but no initial state.
+def selective_scan_upstream(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """``selective_scan_fn``: out (Bt, D, L) and the last state (Bt, D, N) in float32.
 
     Raises:
         RuntimeError: mamba-ssm is not there.
         ValueError: there is an initial state.
     """
-    if initial_state is not None:
+    if inputs.initial_state is not None:
         raise ValueError("mamba-ssm's scan starts from a zero state")
-    u, delta, B, C, z = (_flipped(t, reverse) for t in (u, delta, B, C, z))  # type: ignore[assignment]
+    reverse, D, bias = inputs.reverse, inputs.D, inputs.delta_bias
+    u, delta, B, C = (_flipped(t, reverse) for t in (inputs.u, inputs.delta, inputs.B, inputs.C))
     out, last = _function("scan")(
         u,
         delta,
-        A.float(),
+        inputs.A.float(),
         B,
         C,
         D=None if D is None else D.float(),
-        z=z,
-        delta_bias=None if delta_bias is None else delta_bias.float(),
-        delta_softplus=delta_softplus,
+        z=None if inputs.z is None else _flipped(inputs.z, reverse),
+        delta_bias=None if bias is None else bias.float(),
+        delta_softplus=inputs.delta_softplus,
         return_last_state=True,
     )
-    out = _flipped(out, reverse)
-    assert out is not None
-    return out, last.float()
+    return _flipped(out, reverse), last.float()
 
 
 def causal_conv1d_upstream(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
@@ -153,8 +141,5 @@ def causal_conv1d_upstream(x: Tensor, weight: Tensor, bias: Tensor | None, silu:
     Raises:
         RuntimeError: causal-conv1d is not there.
     """
-    flipped = _flipped(x, reverse)
-    out = _function("conv")(flipped, weight, bias=bias, activation="silu" if silu else None)
-    result = _flipped(out, reverse)
-    assert result is not None
-    return result
+    out = _function("conv")(_flipped(x, reverse), weight, bias=bias, activation="silu" if silu else None)
+    return _flipped(out, reverse)

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from mmtrain.ops import backend
 from mmtrain.ops.cpu import library
 from mmtrain.ops.cpu.library import WeightedSumArgs
+from mmtrain.ops.registration import register
 
 
 def weighted_sum(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
@@ -35,14 +35,17 @@ def weighted_sum(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
     return total
 
 
+def _addresses(tensors: list[Tensor]) -> ctypes.c_void_p:
+    return ctypes.cast((ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors)), ctypes.c_void_p)
+
+
 def _args(tensors: list[Tensor], weight: Tensor) -> WeightedSumArgs:
-    pointers = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
-    return WeightedSumArgs(
-        count=len(tensors),
-        size=tensors[0].numel(),
-        inputs=ctypes.cast(pointers, ctypes.c_void_p),
-        weight=weight.data_ptr(),
-    )
+    size = tensors[0].numel()
+    return WeightedSumArgs(count=len(tensors), size=size, inputs=_addresses(tensors), weight=weight.data_ptr())
+
+
+def _empty_gradients(dout: Tensor, tensors: list[Tensor], weight: Tensor) -> tuple[list[Tensor], Tensor]:
+    return [torch.empty_like(t) for t in tensors], weight.new_empty(weight.shape)
 
 
 @torch.library.custom_op("mmtrain::weighted_sum_fwd", mutates_args=(), device_types="cpu")
@@ -56,29 +59,15 @@ def weighted_sum_fwd(tensors: list[Tensor], weight: Tensor) -> Tensor:
     return out
 
 
-@weighted_sum_fwd.register_fake
-def _(tensors: list[Tensor], weight: Tensor) -> Tensor:
-    return torch.empty_like(tensors[0])
-
-
 @torch.library.custom_op("mmtrain::weighted_sum_bwd", mutates_args=(), device_types="cpu")
 def weighted_sum_bwd(dout: Tensor, tensors: list[Tensor], weight: Tensor) -> tuple[list[Tensor], Tensor]:
     """(gradients of the tensors, gradient of the weight)."""
-    grads, dweight = (
-        [torch.empty_like(t) for t in tensors],
-        torch.empty_like(weight, memory_format=torch.contiguous_format),
-    )
+    grads, dweight = _empty_gradients(dout, tensors, weight)
     dout, weight = dout.contiguous(), weight.contiguous()
     args = _args(tensors, weight)
-    pointers = (ctypes.c_void_p * len(grads))(*(t.data_ptr() for t in grads))
-    args.dout, args.dinputs, args.dweight = dout.data_ptr(), ctypes.cast(pointers, ctypes.c_void_p), dweight.data_ptr()
+    args.dout, args.dinputs, args.dweight = dout.data_ptr(), _addresses(grads), dweight.data_ptr()
     library.loaded().call("weighted_sum_backward", args)
     return grads, dweight
-
-
-@weighted_sum_bwd.register_fake
-def _(dout: Tensor, tensors: list[Tensor], weight: Tensor) -> tuple[list[Tensor], Tensor]:
-    return [torch.empty_like(t) for t in tensors], weight.new_empty(weight.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[list[Tensor], Tensor], output: Tensor) -> None:
@@ -91,14 +80,10 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[list[Tensor], Tensor]:
     return weighted_sum_bwd(dout, tensors, weight)
 
 
-weighted_sum_fwd.register_autograd(_backward, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.mmtrain.weighted_sum_fwd)
-def _forward_flops(*args: Any, **kwargs: Any) -> int:
-    return 0  # as torch's counter takes elementwise operators
-
-
-@register_flop_formula(torch.ops.mmtrain.weighted_sum_bwd)
-def _backward_flops(*args: Any, **kwargs: Any) -> int:
-    return 0
+register(
+    weighted_sum_fwd,
+    lambda tensors, weight: torch.empty_like(tensors[0]),
+    setup_context=_setup_context,
+    backward=_backward,
+)
+register(weighted_sum_bwd, _empty_gradients)

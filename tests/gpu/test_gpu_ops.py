@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 from triton_cases import Case, assert_close, error, expected, found, inputs
 
 from mmtrain.ops import upstream
-from mmtrain.ops.conv import causal_conv1d_reference
+from mmtrain.ops.arguments import ScanInputs
+from mmtrain.ops.reference import causal_conv1d_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -137,7 +138,7 @@ def test_agrees_with_mamba(dtype: torch.dtype, reverse: bool) -> None:
     leaves = list(t.values())
     results = []
     for scan in (selective_scan_triton, upstream.selective_scan_upstream):
-        out, last = scan(*arguments, True, reverse, None)
+        out, last = scan(ScanInputs(*arguments, True, reverse))
         results.append([out, last, *torch.autograd.grad(out.float().square().mean(), leaves)])
     allowed = 1e-4 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
     for ours, theirs in zip(*results, strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from triton_cases import error
 
-from mmtrain.ops.conv import causal_conv1d_reference
+from mmtrain.ops.reference import causal_conv1d_reference
 from mmtrain.ops.triton import tuning
 from mmtrain.ops.triton.api import causal_conv1d_triton
 from mmtrain.ops.triton.tuning import Launch

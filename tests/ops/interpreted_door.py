@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmtrain.errors import UserError
 from mmtrain.ops import Direction, causal_conv1d, scan_backend, selective_mix, selective_scan
-from mmtrain.ops.orders import NAMES
+from mmtrain.ops.arguments import NAMES
 
 
 def leaf(*shape: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from triton_cases import Case, assert_close, error, expected, found, inputs
 
 from mmtrain.ops import scan_backend, selective_scan
+from mmtrain.ops.arguments import ScanInputs
 from mmtrain.ops.triton import scan_launch, tuning
 from mmtrain.ops.triton.api import directional_scan_triton, selective_scan_triton
 from mmtrain.ops.triton.scan import directional_scan_fwd
@@ -117,9 +118,7 @@ def test_selective_scan_door(reverse: bool) -> None:
     t["A"] = -t["A"].exp()
     t = {name: value.requires_grad_() for name, value in t.items()}
     with tuning.override(SMALL, chunk=4):
-        out, last = selective_scan_triton(
-            *(t[n] for n in ("u", "delta", "A", "B", "C", "D", "z")), None, True, reverse, None
-        )
+        out, last = selective_scan_triton(ScanInputs(**t, delta_softplus=True, reverse=reverse))
         # the state at the end of the first part is the start of the second
         cut = 4
         parts = [slice(None, cut), slice(cut, None)]
@@ -128,7 +127,7 @@ def test_selective_scan_door(reverse: bool) -> None:
         for part in reversed(parts) if reverse else parts:
             cuts = {n: v[..., part] if n in ("u", "delta", "B", "C", "z") else v for n, v in t.items()}
             piece, state = selective_scan_triton(
-                *(cuts[n] for n in ("u", "delta", "A", "B", "C", "D", "z")), None, True, reverse, state
+                ScanInputs(**cuts, delta_softplus=True, reverse=reverse, initial_state=state)
             )
             pieces.append(piece)
         grads = torch.autograd.grad(out.sum(), list(t.values()))

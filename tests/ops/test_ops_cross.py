@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmtrain.errors import UserError
 from mmtrain.ops import Direction, scan_backend, selective_mix, selective_scan
-from mmtrain.ops.orders import NAMES, positions
+from mmtrain.ops.arguments import NAMES, positions
 
 
 def inputs(k: int, channels: int, length: int, state: int, channels_last: bool) -> tuple[Tensor, list[Tensor]]:

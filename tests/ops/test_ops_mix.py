@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mmtrain.errors import UserError
 from mmtrain.ops import Direction, scan_backend, selective_mix
+from mmtrain.ops.arguments import NAMES
 from mmtrain.ops.backend import fusion
-from mmtrain.ops.orders import NAMES
 
 
 @dataclass(frozen=True)

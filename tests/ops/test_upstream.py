@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtrain.ops import causal_conv1d, scan_backend, selective_scan, upstream
+from mmtrain.ops.arguments import ScanInputs
 
 
 def stub_scan(
@@ -93,7 +94,7 @@ def test_scan(reverse: bool, groups: int, full: bool) -> None:
         name: v.requires_grad_() for name, v in tensors(groups).items() if full or name in ("u", "delta", "A", "B", "C")
     }
     arguments = [t.get(name) for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
-    out, last = upstream.selective_scan_upstream(*arguments, True, reverse, None)
+    out, last = upstream.selective_scan_upstream(ScanInputs(*arguments, True, reverse))
     with scan_backend("reference"):
         expected = selective_scan(**t, delta_softplus=True, reverse=reverse)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
@@ -133,17 +134,17 @@ def test_obstacles() -> None:
     t = tensors()
     assert upstream.available() == (True, "")
     assert upstream.available("conv") == (True, "")
-    u, A, B = t["u"], t["A"], t["B"]
-    assert upstream._scan_limits(u, A, B, None, t["delta"]) is None
-    state = torch.zeros(2, 6, 3)
-    assert "zero state" in (upstream._scan_limits(u, A, B, state, None) or "")
-    assert "256 states" in (upstream._scan_limits(u, torch.zeros(6, 257), B, None, None) or "")
-    assert "float32 A" in (upstream._scan_limits(u, A.to(torch.complex64), B, None, None) or "")
-    assert "float64" in (upstream._scan_limits(u.double(), A, B, None, None) or "")
-    assert "one dtype" in (upstream._scan_limits(u, A, B.half(), None, None) or "")
-    assert "CUDA" in (upstream.obstacle(u, A, B) or "")
+    scan = ScanInputs(t["u"], t["delta"], t["A"], t["B"], t["C"])
+    u, with_state = scan.u, scan._replace(initial_state=torch.zeros(2, 6, 3))
+    assert upstream._scan_limits(scan) is None
+    assert "zero state" in (upstream._scan_limits(with_state) or "")
+    assert "256 states" in (upstream._scan_limits(scan._replace(A=torch.zeros(6, 257))) or "")
+    assert "float32 A" in (upstream._scan_limits(scan._replace(A=scan.A.to(torch.complex64))) or "")
+    assert "float64" in (upstream._scan_limits(scan._replace(u=u.double())) or "")
+    assert "one dtype" in (upstream._scan_limits(scan._replace(B=scan.B.half())) or "")
+    assert "CUDA" in (upstream.obstacle(scan) or "")
     with pytest.raises(ValueError, match="zero state"):
-        upstream.selective_scan_upstream(u, t["delta"], A, B, t["C"], None, None, None, True, False, state)
+        upstream.selective_scan_upstream(with_state)
     assert upstream._conv_limits(u, torch.zeros(6, 4)) is None
     assert "taps" in (upstream._conv_limits(u, torch.zeros(6, 5)) or "")
     assert "multiple of 8" in (upstream._conv_limits(torch.zeros(2, 9, 6).transpose(1, 2), torch.zeros(6, 4)) or "")
@@ -158,7 +159,7 @@ def test_absent_packages_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
         ok, reason = upstream.available(which)
         assert not ok
         assert package in reason
-    assert "mamba_ssm" in (upstream.obstacle(t["u"], t["A"], t["B"]) or "")
+    assert "mamba_ssm" in (upstream.obstacle(ScanInputs(t["u"], t["delta"], t["A"], t["B"], t["C"])) or "")
     assert "causal_conv1d" in (upstream.conv_obstacle(t["u"], torch.zeros(6, 4)) or "")
     with pytest.raises(RuntimeError, match="not available"):
         upstream.causal_conv1d_upstream(t["u"], torch.zeros(6, 4), None, True, False)

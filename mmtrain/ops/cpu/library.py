@@ -52,6 +52,11 @@ class MixView(ctypes.Structure):
         return cls(tensor.data_ptr(), tensor.dtype == torch.bfloat16, (ctypes.c_int64 * 4)(*tensor.stride()))
 
 
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's elements are; None if it has none."""
+    return tensor.data_ptr() if tensor is not None and tensor.numel() else None
+
+
 def _integers(*names: str) -> list[tuple[str, type]]:
     return [(name, ctypes.c_int64) for name in names]
 

@@ -11,30 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from mmtrain.ops.arguments import positions
 from mmtrain.ops.cpu import library
-from mmtrain.ops.cpu.library import CHANNEL_PAD, CHUNK, MixArgs, MixView
-from mmtrain.ops.orders import positions
+from mmtrain.ops.cpu.library import CHANNEL_PAD, CHUNK, MixArgs, MixView, address
+from mmtrain.ops.registration import register_pair
+
+_PARAMETERS = ("conv", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A", "D")
+_TENSORS = ", ".join(["Tensor x", *(f"Tensor{'?' if name.startswith('conv') else ''} {name}" for name in _PARAMETERS)])
+_SETTINGS = "SymInt[] orders, SymInt height, float scale, bool gated"
 
 
 def _view(tensor: Tensor) -> MixView:
     """(Bt, Inner, L, D) as the kernels index it: batch, inner batch, channel, position."""
     return MixView.of(tensor.transpose(2, 3))
-
-
-def _states_shape(x: Tensor, A: Tensor, save_states: bool) -> tuple[int, ...]:
-    padded = (A.shape[1] + CHANNEL_PAD - 1) // CHANNEL_PAD * CHANNEL_PAD
-    boundaries = (x.shape[2] - 1) // CHUNK if save_states else 0
-    return x.shape[0] * x.shape[1], A.shape[0], boundaries, A.shape[2], padded
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return tensor.data_ptr() if tensor is not None and tensor.numel() else None
-
-
-def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def _halves(x: Tensor, gated: bool) -> tuple[MixView, MixView]:
@@ -45,13 +35,12 @@ def _halves(x: Tensor, gated: bool) -> tuple[MixView, MixView]:
     return _view(first), _view(second)
 
 
-def _args(x: Tensor, parameters: list[Tensor | None], order: Tensor, scale: float, gated: bool) -> MixArgs:
-    """Of dense parameters; the caller keeps them alive."""
-    views = _halves(x, gated)
-    conv, conv_bias, x_proj, dt_proj, dt_bias, A, D = parameters
-    assert A is not None
-    assert dt_proj is not None
-    return MixArgs(
+def _args(tensors: tuple[Any, ...], orders: list[int], height: int, scale: float, gated: bool) -> MixArgs:
+    x = tensors[0]
+    order = positions(tuple(orders), height, x.shape[2] // height)
+    dense: list[Any] = [None if t is None else t.contiguous() for t in tensors[1:]]
+    conv, _, _, dt_proj, _, A, _ = dense
+    args = MixArgs(
         batch=x.shape[0] * x.shape[1],
         inner=x.shape[1],
         directions=A.shape[0],
@@ -61,141 +50,87 @@ def _args(x: Tensor, parameters: list[Tensor | None], order: Tensor, scale: floa
         rank=dt_proj.shape[2],
         taps=0 if conv is None else conv.shape[2],
         scale=scale,
-        x=views[0],
-        z=views[1],
         order=order.data_ptr(),
-        conv=_address(conv),
-        conv_bias=_address(conv_bias),
-        x_proj=_address(x_proj),
-        dt_proj=_address(dt_proj),
-        dt_bias=_address(dt_bias),
-        A=_address(A),
-        D=_address(D),
     )
+    args.x, args.z = _halves(x, gated)
+    for name, tensor in zip(_PARAMETERS, dense, strict=True):
+        setattr(args, name, address(tensor))
+    args.alive = (order, dense)  # for as long as their addresses are used
+    return args
 
 
-@torch.library.custom_op("mmtrain::selective_mix_fwd", mutates_args=(), device_types="cpu")
-def selective_mix_fwd(
-    x: Tensor,
-    conv: Tensor | None,
-    conv_bias: Tensor | None,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    orders: list[int],
-    height: int,
-    scale: float,
-    gated: bool,
-    save_states: bool,
-) -> tuple[Tensor, Tensor]:
+def _empty_outputs(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    A, (gated, save_states) = rest[5], rest[-2:]
+    padded = (A.shape[1] + CHANNEL_PAD - 1) // CHANNEL_PAD * CHANNEL_PAD
+    boundaries = (x.shape[2] - 1) // CHUNK if save_states else 0
+    states = A.new_empty(x.shape[0] * x.shape[1], A.shape[0], boundaries, A.shape[2], padded)
+    return torch.empty_like(x.chunk(2, -1)[0] if gated else x), states
+
+
+@torch.library.custom_op(
+    "mmtrain::selective_mix_fwd",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"({_TENSORS}, {_SETTINGS}, bool save_states) -> (Tensor, Tensor)",
+)
+def selective_mix_fwd(*arguments: Any) -> tuple[Tensor, Tensor]:
     """(out (Bt, Inner, L, D) in the layout of x, states); see the module's head."""
-    out = torch.empty_like(x.chunk(2, -1)[0] if gated else x)
-    states = A.new_empty(_states_shape(x, A, save_states))
-    if x.numel():
-        order = positions(tuple(orders), height, x.shape[2] // height)
-        parameters = _dense(conv, conv_bias, x_proj, dt_proj, dt_bias, A, D)
-        args = _args(x, parameters, order, scale, gated)
-        args.out, args.states = _view(out), _address(states)
+    out, states = _empty_outputs(*arguments)
+    if out.numel():
+        args = _args(arguments[:8], *arguments[8:12])
+        args.out, args.states = _view(out), address(states)
         library.loaded().call("mix_forward", args)
     return out, states
 
 
-@selective_mix_fwd.register_fake
-def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    A, (gated, save_states) = rest[5], rest[-2:]
-    out = torch.empty_like(x.chunk(2, -1)[0] if gated else x)
-    return out, A.new_empty(_states_shape(x, A, save_states))
-
-
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def _empty_gradients(x: Tensor, *parameters: Tensor | None) -> Gradients:
+def _empty_gradients(dout: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """In the layout of x, the parameters dense; those of what is absent have no elements."""
-    made = [x.new_empty(0, dtype=torch.float32) if p is None else p.new_empty(p.shape) for p in parameters]
-    return torch.empty_like(x), *made  # type: ignore[return-value]
+    made = [x.new_empty(0, dtype=torch.float32) if p is None else p.new_empty(p.shape) for p in rest[:7]]
+    return torch.empty_like(x), *made
 
 
-@torch.library.custom_op("mmtrain::selective_mix_bwd", mutates_args=(), device_types="cpu")
-def selective_mix_bwd(
-    dout: Tensor,
-    x: Tensor,
-    conv: Tensor | None,
-    conv_bias: Tensor | None,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    states: Tensor,
-    orders: list[int],
-    height: int,
-    scale: float,
-    gated: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (x, conv, conv_bias, x_proj, dt_proj, dt_bias, A, D); of what is None, without elements."""
-    grads = _empty_gradients(x, conv, conv_bias, x_proj, dt_proj, dt_bias, A, D)
-    if not x.numel():
+@torch.library.custom_op(
+    "mmtrain::selective_mix_bwd",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor dout, {_TENSORS}, Tensor states, {_SETTINGS}) -> ({', '.join(['Tensor'] * 8)})",
+)
+def selective_mix_bwd(dout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of x and the parameters; of what is None, without elements."""
+    dx, *rest = grads = _empty_gradients(dout, *arguments)
+    tensors, states, settings = arguments[:8], arguments[8], arguments[9:]
+    if not dx.numel():
         for grad in grads:
             grad.zero_()
         return grads
-    wanted = _states_shape(x, A, True)
-    if states.shape != wanted:  # a forward without gradients kept none: run it again
-        _, states = selective_mix_fwd(
-            x, conv, conv_bias, x_proj, dt_proj, dt_bias, A, D, orders, height, scale, gated, True
-        )
-    order = positions(tuple(orders), height, x.shape[2] // height)
-    parameters = _dense(conv, conv_bias, x_proj, dt_proj, dt_bias, A, D)
-    args = _args(x, parameters, order, scale, gated)
-    args.states = _address(states)
-    dx, *rest = grads
-    args.dout, (args.dx, args.dz) = _view(dout), _halves(dx, gated)
-    for name, grad in zip(("conv", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A", "D"), rest, strict=True):
-        setattr(args, f"d{name}", _address(grad))
+    if states.shape[2] != (dx.shape[2] - 1) // CHUNK:  # a forward without gradients kept none: run it again
+        _, states = selective_mix_fwd(*tensors, *settings, True)
+    args = _args(tensors, *settings)
+    args.states = address(states)
+    args.dout, (args.dx, args.dz) = _view(dout), _halves(dx, settings[-1])
+    for name, grad in zip(_PARAMETERS, rest, strict=True):
+        setattr(args, f"d{name}", address(grad))
     library.loaded().call("mix_backward", args)
     return grads
 
 
-@selective_mix_bwd.register_fake
-def _(dout: Tensor, x: Tensor, *rest: Any) -> Gradients:
-    return _empty_gradients(x, *rest[:7])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.orders, ctx.height, ctx.scale, ctx.gated, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, output[1])
-
-
-def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, states = ctx.saved_tensors
-    grads = selective_mix_bwd(dout, *tensors, states, ctx.orders, ctx.height, ctx.scale, ctx.gated)
-    given = (None if t is None else grad for t, grad in zip(tensors, grads, strict=True))
-    return *given, None, None, None, None, None
-
-
-selective_mix_fwd.register_autograd(_backward, setup_context=_setup_context)
-
-
-def mix_flops(
-    x: torch.Size, conv: torch.Size | None, _: Any, x_proj: torch.Size, dt_proj: torch.Size, *rest: Any
-) -> int:
+def mix_flops(x: torch.Size, conv: torch.Size | None, *parameters: Any, **_: Any) -> int:
     """Operations of one forward, of the shapes of its first arguments.
 
     For each position, channel and direction: convolution 2·taps, projections 2 a weight, scan 9·N + 1.
     """
-    directions, channels, state = rest[1]
+    _, x_proj, dt_proj, _, (directions, channels, state) = parameters[:5]
     each = 2 * (conv[2] if conv is not None else 0) + 2 * x_proj[1] + 2 * dt_proj[2] + 9 * state + 1
     return x[0] * x[1] * x[2] * channels * directions * each
 
 
-@register_flop_formula(torch.ops.mmtrain.selective_mix_fwd)
-def _forward_flops(*args: Any, **kwargs: Any) -> int:
-    return mix_flops(*args)
-
-
-@register_flop_formula(torch.ops.mmtrain.selective_mix_bwd)
-def _backward_flops(dout: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * mix_flops(*args)
+register_pair(
+    selective_mix_fwd,
+    selective_mix_bwd,
+    tensors=8,
+    settings=4,
+    states=True,
+    fake=_empty_outputs,
+    fake_backward=_empty_gradients,
+    flops=mix_flops,
+)

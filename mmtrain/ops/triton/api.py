@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from mmtrain.ops.arguments import ScanInputs
 from mmtrain.ops.triton.conv import causal_conv1d_triton_fwd
 from mmtrain.ops.triton.scan import directional_scan_fwd, wants_gradients
 
@@ -17,31 +18,17 @@ def _unsqueezed(tensor: Tensor | None, dim: int) -> Tensor | None:
     return None if tensor is None else tensor.unsqueeze(dim)
 
 
-def selective_scan_triton(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """One scan along the sequence, the arguments those of ``mmtrain.ops.selective_scan``.
+def selective_scan_triton(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """One scan along the sequence.
 
     Args:
-        u, delta, z: (Bt, D, L), float32, bfloat16 or float16, any strides (channels-last is read in place).
-        A: (D, N) float32, N <= 256.
-        B, C: (Bt, G, N, L), G dividing D.
-        D, delta_bias: (D,).
-        initial_state: (Bt, D, N), the state before the first position walked.
+        inputs: u, delta and z float32, bfloat16 or float16 in any strides (channels-last is read in place); at most
+            256 states; B and C (Bt, G, N, L).
 
     Returns:
         out (Bt, D, L), dtype and layout of u, and the state after the last position walked, (Bt, D, N) float32.
     """
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, initial_state = inputs
     tensors = (
         u[:, None],
         delta[:, None],

@@ -26,7 +26,7 @@ from mmtrain.errors import UserError, nearest
 from mmtrain.files import new_path
 from mmtrain.inference import TrainedModel, export
 from mmtrain.inference.folder import ASSETS, CONFIG
-from mmtrain.models.registry import example_inputs
+from mmtrain.models import example_inputs
 from mmtrain.ops import scan_backend
 
 #: One tensor, or the positional arguments of the model's forward; dimension 0 of every tensor is the batch.

@@ -11,7 +11,10 @@ _logger = logging.getLogger("mmtrain")
 
 
 def log_to_console() -> None:
-    """Lines of INFO and above on standard error; on ranks other than 0, warnings only."""
+    """Write lines of INFO and above to standard error; on ranks other than 0 (environment RANK), warnings only.
+
+    The handlers of an earlier call, and of :func:`log_to_file`, are removed.
+    """
     handler = logging.StreamHandler(sys.stderr)
     rank = int(os.environ.get("RANK", 0))
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
@@ -22,14 +25,18 @@ def log_to_console() -> None:
 
 
 class _RunLog(logging.FileHandler):
-    """A log file that keeps quiet on a full disk: what cannot do without the disk says so, and ends the run."""
+    """A log file that says nothing when it cannot be written: whatever needs the disk reports a full one itself."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         return
 
 
 def log_to_file(path: Path) -> None:
-    """Everything, with the time, in ``path`` (appended)."""
+    """Append every line, with time and level, to ``path``; an earlier log file is closed.
+
+    Args:
+        path: a file in a folder that exists.
+    """
     handler = _RunLog(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for old in [h for h in _logger.handlers if isinstance(h, logging.FileHandler)]:

@@ -1,4 +1,11 @@
-"""Register every ViM2 with timm: ``import mmtrain.timm``, then ``timm.create_model("vim2_tiny")``.
+"""Register every ViM2 with timm.
+
+Example::
+
+    import mmtrain.timm
+    import timm
+
+    model = timm.create_model("vim2_tiny", num_classes=10, drop_path_rate=0.1)
 
 timm's own names for arguments are understood (``in_chans``, ``drop_path_rate``). There are no pretrained weights yet.
 """
@@ -11,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from mmtrain.errors import UserError
-from mmtrain.models.registry import create_model, list_models
+from mmtrain.models import create_model, list_models
 from mmtrain.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()  # before timm imports torchvision

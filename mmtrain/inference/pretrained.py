@@ -13,7 +13,7 @@ from mmtrain.config import replace
 from mmtrain.errors import UserError, nearest
 from mmtrain.inference.folder import CONFIG, FILES, fit_weights, read_pretrained
 from mmtrain.inference.trained import load_trained
-from mmtrain.models.registry import build_model
+from mmtrain.models import build_model
 
 logger = logging.getLogger("mmtrain")
 

@@ -18,9 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmtrain.config import MODELS, ModelConfig, RunConfig, config_names, load_config
 from mmtrain.config.models import preset
 from mmtrain.errors import UserError, nearest
-from mmtrain.models import build_model
+from mmtrain.models import build_model, example_inputs
 from mmtrain.models.averaging import MixerStack
-from mmtrain.models.registry import example_inputs
 from mmtrain.ops.backend import scan_backend
 
 #: What the FLOPs leave out, as torch's counter does: about one operation an element each.

@@ -23,9 +23,8 @@ from torch.utils.flop_counter import flop_registry
 
 import mmtrain.ops  # noqa: F401 - defines torch.ops.mmtrain
 from mmtrain.config import ForecasterConfig, ModelConfig, TrainConfig
-from mmtrain.models import build_model
+from mmtrain.models import build_model, example_inputs
 from mmtrain.models.averaging import MixerStack
-from mmtrain.models.registry import example_inputs
 from mmtrain.ops.backend import scan_backend
 from mmtrain.train.build import checkpoint_activations
 from mmtrain.train.optim import autocast_dtype

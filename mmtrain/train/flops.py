@@ -16,8 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmtrain.config import ForecasterConfig, RunConfig
 from mmtrain.config.data import ImageDataConfig
 from mmtrain.errors import UserError
-from mmtrain.models import build_model
-from mmtrain.models.registry import example_inputs
+from mmtrain.models import build_model, example_inputs
 from mmtrain.ops.backend import scan_backend
 
 #: Dense 10¹² FLOP/s of one GPU, by the name that the driver gives: (pattern, peaks by precision). fp16 and bf16

@@ -134,10 +134,14 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def append_json_line(file: Path, line: dict[str, Any]) -> None:
-    """Append ``line`` durably, with one write in append mode, so that lines of several processes do not mix."""
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, (json.dumps(line) + "\n").encode())
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Append ``line`` durably, with one write in append mode, so that lines of several processes do not mix.
+
+    It begins a new line where a kill has cut the last one short.
+    """
+    with open(file, "ab+", buffering=0) as stream:
+        torn = False
+        if stream.seek(0, os.SEEK_END):
+            stream.seek(-1, os.SEEK_END)
+            torn = stream.read(1) != b"\n"
+        stream.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
+        os.fsync(stream.fileno())

@@ -6,7 +6,6 @@ leave out it reports as a :class:`Fault`; a :class:`FaultLog` counts these, writ
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmtrain.errors import UserError
-from mmtrain.files import read_json_lines
+from mmtrain.files import append_json_line, read_json_lines
 
 if TYPE_CHECKING:
     import torch
@@ -129,10 +128,7 @@ class FaultLog:
         self._mine.add((fault.index, fault.where))
         logger.warning("%s: %s; left out (data.faults=skip)", fault.where, fault.reason)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        before = self.file.read_bytes() if self.file.is_file() else b""
-        torn = bool(before) and not before.endswith(b"\n")  # a kill may have cut the last line off
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write("\n" * torn + json.dumps({"split": self.split, **asdict(fault)}) + "\n")
+        append_json_line(self.file, {"split": self.split, **asdict(fault)})
         missing, total = self.missing()
         if missing > self.most * total:
             raise UserError(

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmtrain.data.download.registry import Dataset
-from mmtrain.data.series.table import find_time_column, place, read_frame, regularity
+from mmtrain.data.series.table import find_time_column, numbers_in, parse_times, place, read_frame, regularity
 from mmtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def file_sha256(path: Path) -> str:
 
 def _plain(name: str) -> str:
     """The benchmark's weather.csv has lost its µ and ²: what is not ASCII is not compared."""
-    return "".join(letter for letter in name if letter.isascii())
+    return name.encode("ascii", "ignore").decode()
 
 
 def _short(value: object) -> str:
@@ -125,9 +125,7 @@ def read_content(path: Path) -> Content:
         raise UserError(f"{path}: no time column (date, datetime, timestamp or time)")
     stamps = _seconds(frame, path, time)
     columns = tuple(name for name in frame.columns if name != time)
-    values = np.empty((len(frame), len(columns)), dtype=np.float32)
-    for number, name in enumerate(columns):
-        values[:, number] = _floats(frame, path, name)
+    values = numbers_in(frame, path, columns)
     dates = stamps.astype("datetime64[s]")
     duplicates, irregular, usual = regularity(dates)
     step = 0 if usual is None else int(usual.total_seconds())
@@ -152,25 +150,11 @@ def _read(path: Path) -> pd.DataFrame:
 
 
 def _seconds(frame: pd.DataFrame, path: Path, name: str) -> NDArray[np.int64]:
-    import pandas as pd
-
-    stamps = pd.to_datetime(frame[name], errors="coerce", utc=True)
+    stamps = parse_times(frame[name])
     if stamps.isna().any():
         row = int(np.argmax(stamps.isna().to_numpy()))
         raise UserError(f"{path}: column {name!r}, {place(path, row)}: {frame[name].iloc[row]!r} is no date")
-    return stamps.dt.tz_localize(None).to_numpy().astype("datetime64[s]").astype(np.int64)
-
-
-def _floats(frame: pd.DataFrame, path: Path, name: str) -> NDArray[np.float32]:
-    import pandas as pd
-
-    column = frame[name]
-    if not pd.api.types.is_numeric_dtype(column):
-        bad = pd.to_numeric(column.astype(str), errors="coerce").isna().to_numpy()
-        row = int(np.argmax(bad))
-        raise UserError(f"{path}: column {name!r} is not numeric: {place(path, row)} holds {column.iloc[row]!r}")
-    with np.errstate(over="ignore"):
-        return column.to_numpy(dtype=np.float64, na_value=np.nan).astype(np.float32)
+    return stamps.to_numpy().astype("datetime64[s]").astype(np.int64)
 
 
 def table_to_csv(source: Path, target: Path, dataset: Dataset) -> None:

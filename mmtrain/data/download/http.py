@@ -77,9 +77,10 @@ def download(
     failures, best = 0, _size(target)
     with requests.Session() as session:
         session.headers.update({"User-Agent": f"mmtrain/{__version__}", "Accept-Encoding": "identity"})
+        attempt = _Attempt(session, url, target, limit, patience, told or (lambda done, length: None))
         while True:
             try:
-                _attempt(session, url, target, limit, patience, told or (lambda done, length: None))
+                attempt.run()
                 return
             except _Again as fault:
                 # Measured from the furthest point ever: a server that breaks off at the same byte is not waited for.
@@ -100,68 +101,129 @@ def discard(target: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _attempt(
-    session: requests.Session,
-    url: str,
-    target: Path,
-    limit: int,
-    patience: Patience,
-    told: Callable[[int, int | None], None],
-) -> None:
-    state = _known(url, target)
-    offset = _size(target) if state else 0
-    if state and state.length is not None and offset == state.length:
-        return  # it was complete before the process ended; the caller checks the content
-    headers = {"Range": f"bytes={offset}-", "If-Range": state.etag} if state and offset else {}
-    with contextlib.closing(_open(session, url, headers, patience)) as response:
-        length = _judge(response, url, target, state, offset)
-        if response.status_code == 200:
-            offset = 0
-        total = None if length is None else offset + length
-        if total is not None and total > limit:
-            discard(target)
-            raise UserError(f"{url}: {total} bytes are announced, and no more than {limit} can be right")
-        if offset == 0:
-            etag = response.headers.get("ETag", "")
-            state = _State(url, "" if etag.startswith("W/") else etag, total)
-            target.unlink(missing_ok=True)  # the old bytes must never stand beside the new state
-            write_atomically(_beside(target), json.dumps(asdict(state)) + "\n")
-        with open(target, "ab" if offset else "wb") as stream:
+@dataclass(frozen=True)
+class _Attempt:
+    """One request, which continues what has arrived so far."""
+
+    session: requests.Session
+    url: str
+    target: Path
+    limit: int
+    patience: Patience
+    told: Callable[[int, int | None], None]
+
+    def run(self) -> None:
+        state = _known(self.url, self.target)
+        offset = _size(self.target) if state else 0
+        if state and state.length is not None and offset == state.length:
+            return  # it was complete before the process ended; the caller checks the content
+        headers = {"Range": f"bytes={offset}-", "If-Range": state.etag} if state and offset else {}
+        with contextlib.closing(self.request(headers)) as response:
+            length = self.judge(response, state, offset)
+            if response.status_code == 200:
+                offset = 0
+            total = None if length is None else offset + length
+            if total is not None and total > self.limit:
+                discard(self.target)
+                raise UserError(f"{self.url}: {total} bytes are announced, and no more than {self.limit} can be right")
+            if offset == 0:
+                etag = response.headers.get("ETag", "")
+                state = _State(self.url, "" if etag.startswith("W/") else etag, total)
+                self.target.unlink(missing_ok=True)  # the old bytes must never stand beside the new state
+                write_atomically(_beside(self.target), json.dumps(asdict(state)) + "\n")
+            with open(self.target, "ab" if offset else "wb") as stream:
+                try:
+                    self.receive(response, stream, offset, total)
+                finally:
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                    if _size(self.target) > self.limit:
+                        discard(self.target)
+
+    def request(self, headers: dict[str, str]) -> requests.Response:
+        """The response after redirects, which lead to http(s) only, and from https to https only."""
+        import requests
+
+        here = self.url
+        for _ in range(_REDIRECTS + 1):
+            _check_scheme(self.url, here)
+            self.session.close()  # a connection that was kept may be gone by now: each request has its own
             try:
-                _receive(response, stream, offset, total, limit, patience, told)
-            finally:
-                stream.flush()
-                os.fsync(stream.fileno())
-                if _size(target) > limit:
-                    discard(target)
+                response = self.session.get(
+                    here,
+                    headers=headers,
+                    stream=True,
+                    allow_redirects=False,
+                    timeout=(self.patience.connect, self.patience.stall),
+                )
+            except requests.exceptions.SSLError as error:
+                raise UserError(
+                    f"{here}: the server's certificate was not accepted ({_why(error)}); behind a proxy with a "
+                    "certificate of its own set REQUESTS_CA_BUNDLE"
+                ) from error
+            except (requests.exceptions.InvalidURL, requests.exceptions.InvalidProxyURL) as error:
+                raise UserError(f"{here}: {_why(error)}") from error
+            except requests.RequestException as error:
+                raise _Again(f"cannot be reached ({_why(error)})") from error
+            if not response.is_redirect:
+                return response
+            response.close()
+            here = urljoin(here, response.headers["Location"])
+        raise UserError(f"{self.url}: redirected more than {_REDIRECTS} times, the last time to {here}")
 
-
-def _open(session: requests.Session, url: str, headers: dict[str, str], patience: Patience) -> requests.Response:
-    """The response after redirects, which lead to http(s) only, and from https to https only."""
-    import requests
-
-    here = url
-    for _ in range(_REDIRECTS + 1):
-        _check_scheme(url, here)
-        session.close()  # a connection that was kept may be gone by now: each request has its own
-        try:
-            response = session.get(
-                here, headers=headers, stream=True, allow_redirects=False, timeout=(patience.connect, patience.stall)
-            )
-        except requests.exceptions.SSLError as error:
+    def judge(self, response: requests.Response, state: _State | None, offset: int) -> int | None:
+        """Bytes that the body will have (None: not said), if this is the answer that was wanted."""
+        code, headers = response.status_code, response.headers
+        if code in _AGAIN:
+            asked = headers.get("Retry-After", "")
+            raise _Again(f"the server answered {code} {response.reason}", float(asked) if asked.isdigit() else 0.0)
+        if code == 416 and offset:
+            discard(self.target)
+            raise _Again("the server's file has changed")
+        if code not in (200, 206) or (code == 206 and not offset):
+            raise UserError(f"{self.url}: the server answered {code} {response.reason}")
+        if headers.get("Content-Encoding", "identity") not in ("", "identity"):
             raise UserError(
-                f"{here}: the server's certificate was not accepted ({_why(error)}); behind a proxy with a certificate "
-                "of its own set REQUESTS_CA_BUNDLE"
-            ) from error
-        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidProxyURL) as error:
-            raise UserError(f"{here}: {_why(error)}") from error
-        except requests.RequestException as error:
-            raise _Again(f"cannot be reached ({_why(error)})") from error
-        if not response.is_redirect:
-            return response
-        response.close()
-        here = urljoin(here, response.headers["Location"])
-    raise UserError(f"{url}: redirected more than {_REDIRECTS} times, the last time to {here}")
+                f"{self.url}: sent as {headers['Content-Encoding']} although asked for as it is (by a proxy?)"
+            )
+        length = int(headers["Content-Length"]) if headers.get("Content-Length", "").isdigit() else None
+        if code == 200 or state is None:
+            return length
+        place = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
+        total = None if place is None or place[2] == "*" else int(place[2])
+        if (
+            place is None
+            or int(place[1]) != offset
+            or headers.get("ETag", state.etag) != state.etag
+            or (None not in (total, state.length) and total != state.length)
+        ):
+            discard(self.target)
+            raise _Again("the server's file has changed, or it sent another part than the one asked for")
+        return total - offset if total is not None else length
+
+    def receive(self, response: requests.Response, stream: BinaryIO, offset: int, total: int | None) -> None:
+        from urllib3.exceptions import HTTPError
+
+        done, mark, since = offset, offset, time.monotonic()
+        while True:
+            try:
+                piece = response.raw.read1(_CHUNK)  # what is there: read() would wait for a full chunk
+            except (HTTPError, OSError) as error:
+                raise _Again(f"broke off after {done} bytes ({_why(error)})") from error
+            if not piece:
+                break
+            stream.write(piece)
+            done += len(piece)
+            self.told(done, total)
+            if done > self.limit:
+                raise UserError(f"{response.url}: sends more than the {self.limit} bytes that can be right")
+            now = time.monotonic()
+            if now - since > 2 * self.patience.stall:
+                if done - mark < self.patience.slowest * (now - since):
+                    raise _Again(f"stalled after {done} bytes")
+                mark, since = done, now
+        if total is not None and done != total:
+            raise _Again(f"ended after {done} of {total} bytes")
 
 
 def _check_scheme(url: str, here: str) -> None:
@@ -170,68 +232,6 @@ def _check_scheme(url: str, here: str) -> None:
         raise UserError(f"{url}: leads to {here}, and only http and https are followed")
     if urlsplit(url).scheme == "https" and scheme != "https":
         raise UserError(f"{url}: leads to {here}, which is not encrypted: not followed")
-
-
-def _judge(response: requests.Response, url: str, target: Path, state: _State | None, offset: int) -> int | None:
-    """Bytes that the body will have (None: not said), if this is the answer that was wanted."""
-    code, headers = response.status_code, response.headers
-    if code in _AGAIN:
-        asked = headers.get("Retry-After", "")
-        raise _Again(f"the server answered {code} {response.reason}", float(asked) if asked.isdigit() else 0.0)
-    if code == 416 and offset:
-        discard(target)
-        raise _Again("the server's file has changed")
-    if code not in (200, 206) or (code == 206 and not offset):
-        raise UserError(f"{url}: the server answered {code} {response.reason}")
-    if headers.get("Content-Encoding", "identity") not in ("", "identity"):
-        raise UserError(f"{url}: sent as {headers['Content-Encoding']} although asked for as it is (by a proxy?)")
-    length = int(headers["Content-Length"]) if headers.get("Content-Length", "").isdigit() else None
-    if code == 200 or state is None:
-        return length
-    place = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
-    total = None if place is None or place[2] == "*" else int(place[2])
-    if (
-        place is None
-        or int(place[1]) != offset
-        or headers.get("ETag", state.etag) != state.etag
-        or (None not in (total, state.length) and total != state.length)
-    ):
-        discard(target)
-        raise _Again("the server's file has changed, or it sent another part than the one asked for")
-    return total - offset if total is not None else length
-
-
-def _receive(
-    response: requests.Response,
-    stream: BinaryIO,
-    offset: int,
-    total: int | None,
-    limit: int,
-    patience: Patience,
-    told: Callable[[int, int | None], None],
-) -> None:
-    from urllib3.exceptions import HTTPError
-
-    done, mark, since = offset, offset, time.monotonic()
-    while True:
-        try:
-            piece = response.raw.read1(_CHUNK)  # what is there: read() would wait for a full chunk
-        except (HTTPError, OSError) as error:
-            raise _Again(f"broke off after {done} bytes ({_why(error)})") from error
-        if not piece:
-            break
-        stream.write(piece)
-        done += len(piece)
-        told(done, total)
-        if done > limit:
-            raise UserError(f"{response.url}: sends more than the {limit} bytes that can be right")
-        now = time.monotonic()
-        if now - since > 2 * patience.stall:
-            if done - mark < patience.slowest * (now - since):
-                raise _Again(f"stalled after {done} bytes")
-            mark, since = done, now
-    if total is not None and done != total:
-        raise _Again(f"ended after {done} of {total} bytes")
 
 
 def _known(url: str, target: Path) -> _State | None:

@@ -11,6 +11,7 @@ Mirrors are the copies that the authors of the benchmark's library (thuml/Time-S
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mmtrain.errors import UserError, nearest
 
@@ -30,14 +31,10 @@ class Source:
     """One address. ``form``: ``csv`` (with header and stamps) or ``table.gz`` (numbers alone, under gzip)."""
 
     url: str
-    form: str = "csv"
+    form: Literal["csv", "table.gz"] = "csv"
     sha256: str | None = None
     size: int | None = None  # bytes
     limit: int = 64 * MIB  # bytes of the download: what is larger is not this file
-
-    def __post_init__(self) -> None:
-        if self.form not in ("csv", "table.gz"):
-            raise ValueError(f"form {self.form!r}")
 
 
 @dataclass(frozen=True)

@@ -144,8 +144,9 @@ class ImageShards:
         self._ends = np.cumsum(self.block_sizes)
         self.cache, self._files = cache, ShardFiles(shards, cache)
         first = self.paths[0]
-        root = first.rsplit("/", 2)[0] if isinstance(first, str) else first.parent.parent
-        self.classes = read_classes(f"{root}/meta.json" if isinstance(root, str) else root / "meta.json")
+        self.classes = read_classes(
+            first.rsplit("/", 2)[0] + "/meta.json" if isinstance(first, str) else first.parent.parent / "meta.json"
+        )
         self.num_classes = None if self.classes is None else len(self.classes)
         if self.num_classes is not None and int(self.labels.max(initial=-1)) >= self.num_classes:
             bad = int(np.argmax(self.labels >= self.num_classes))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,6 +53,8 @@ def new_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 class Transform(ABC):
     """B images (decoded or not) and their B keys (None: no randomness wanted) → float32 (B, C, S, S), normalised."""
 
+    normalise: Callable[[Tensor], Tensor]
+
     def __call__(self, images: Sequence[Photo | Image], keys: Keys | None) -> torch.Tensor:
         return self.finish(self.pixels(images, keys))
 
@@ -63,9 +65,9 @@ class Transform(ABC):
         Raises Undecodable.
         """
 
-    @abstractmethod
     def finish(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalise what ``pixels`` made, on whatever device it is; into other memory."""
+        return self.normalise(pixels)
 
 
 def check_options(
@@ -161,9 +163,6 @@ class _Resize(Transform):
             batch[place] = np.asarray(fitting).reshape(batch[place].shape)
         return made
 
-    def finish(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.normalise(pixels)
-
     def resize(self, image: Image) -> Image:
         if self._resize is None:
             ensure_torchvision()
@@ -218,13 +217,11 @@ class _Light(Transform):
 
     def __init__(self, resize: _Resize, mean: Sequence[float], std: Sequence[float]) -> None:
         self.resize, self.affine = resize, Affine(mean, std)
+        self.normalise = self.affine.normalise
 
     def pixels(self, images: Sequence[Photo | Image], keys: Keys | None, empty: Empty = new_tensor) -> torch.Tensor:
         pixels = self.resize.pixels(images, None).permute(0, 3, 1, 2).contiguous().float().div_(255)
         return self.affine.move(pixels, keys)
-
-    def finish(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.affine.normalise(pixels)
 
 
 class _Crop(Transform):
@@ -259,9 +256,6 @@ class _Crop(Transform):
         if self.distort is not None:
             self.distort(batch, keys)
         return made
-
-    def finish(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.normalise(pixels)
 
 
 class Distort:

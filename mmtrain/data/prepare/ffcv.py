@@ -17,9 +17,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mmtrain.data.core.order import mix64
 from mmtrain.data.ffcv.format import read_beton, require_ffcv
-from mmtrain.data.images.photo import decode, orientation
+from mmtrain.data.images.photo import decode, orientation, uniform
 from mmtrain.data.images.shards import find_shards, read_classes
 from mmtrain.data.images.tar_index import ShardIndex, index_shards
 from mmtrain.data.prepare.output import FORMAT, Prepared, check_root, existing, prepared_folder, write_meta
@@ -117,7 +116,7 @@ def prepare_beton(
         "settings": settings,
         "format": FORMAT,
     }
-    with prepared_folder(out, force=force, resume=False) as part:
+    with prepared_folder(out, force=force) as part:
         with progress(f"writing {out.name}", sum(counts.values())) as advance:
             for split, shards in splits.items():
                 for count in _write(part / f"{split}.beton", shards, encoding, workers):
@@ -278,8 +277,7 @@ class _Encoder:
     def _mode(self, number: int) -> str:
         if self.encoding.write_mode != "proportion":
             return self.encoding.write_mode
-        chance = float(mix64(_TAG, number)[0] >> np.uint64(11)) * 2.0**-53
-        return "jpg" if chance < self.encoding.compress_probability else "raw"
+        return "jpg" if uniform(_TAG, number)[0] < self.encoding.compress_probability else "raw"
 
     def _can_stay(self, content: bytes, size: tuple[int, int]) -> bool:
         """Whether FFCV reads the file itself as PIL does: an upright JPEG in grey or YCbCr, not to be shrunk."""

@@ -23,7 +23,7 @@ from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.errors import UserError
 
 CLASSES, TRAIN, VAL = 1000, 1_281_167, 50_000
-_VAL_OF_CLASS = 50
+_VAL_OF_CLASS = VAL // CLASSES
 _LEAST_OF_CLASS = 732  # training images of the smallest classes
 _LAYOUTS = (
     "wanted is ROOT/train/WNID/*.JPEG with ROOT/val/WNID/*.JPEG or ROOT/val/*.JPEG, or Kaggle's "
@@ -31,7 +31,6 @@ _LAYOUTS = (
 )
 _WANTED = "wanted is a WNID or a class index in each line, in the order of the file names, or a name and one of them"
 WNID = re.compile(r"n\d{8}")
-_NOT_META = "not the meta.mat of the ImageNet devkit"
 logger = logging.getLogger("mmtrain")
 
 
@@ -193,22 +192,20 @@ def _flat(layout: _Layout, files: list[str], classes: Sequence[str]) -> list[Ite
         )
     if not layout.val_labels.is_file():
         raise UserError(f"--val-labels {layout.val_labels}: no such file")
-    ids = None
-    if layout.devkit is not None and layout.ids:
-        ids = read_devkit(layout.devkit)[0]
+    ids = read_devkit(layout.devkit)[0] if layout.devkit is not None and layout.ids else None
     labels = read_val_labels(layout.val_labels, files, classes, ids)
     return [Item(labels[file], os.path.join(layout.val, file)) for file in files]
 
 
 def _names(layout: _Layout, classes: Sequence[str]) -> list[str]:
     """The names of ``classes``, or none."""
-    names: dict[str, str] = {}
     if layout.names is not None:
         names = read_names(layout.names)
     elif layout.devkit is not None:
         names = read_devkit(layout.devkit)[1]
-    missing = [name for name in classes if name not in names]
-    if names and missing:
+    else:
+        return []
+    if names and (missing := [name for name in classes if name not in names]):
         raise UserError(f"{layout.names or layout.devkit}: no names for the classes {', '.join(missing[:5])}")
     return [names[name] for name in classes] if names else []
 
@@ -298,7 +295,7 @@ def read_devkit(path: Path) -> tuple[dict[int, str], dict[str, str]]:
         ids = {int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in leaves}
         names = {str(entry["WNID"]): str(entry["words"]) for entry in leaves}
     except Exception as error:  # scipy raises almost anything for damaged files
-        raise UserError(f"{path}: {_NOT_META} ({type(error).__name__}: {error})") from error
+        raise UserError(f"{path}: not the meta.mat of the ImageNet devkit ({type(error).__name__}: {error})") from error
     _check_wnids(path, list(ids.values()))
     return ids, names
 

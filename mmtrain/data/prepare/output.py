@@ -71,14 +71,12 @@ def write_meta(folder: Path, meta: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def prepared_folder(
-    out: Path, *, force: bool, recipe: str = "whole", keep: bool = False, resume: bool = True
-) -> Iterator[Path]:
+def prepared_folder(out: Path, *, force: bool, recipe: str | None = None, keep: bool = False) -> Iterator[Path]:
     """A sibling of ``out`` to write into, renamed to ``out`` at the end.
 
     ``force`` replaces what is there, at the very end. ``recipe`` names the sibling: a process that is killed or
     interrupted leaves it behind, and the next one with the same recipe gets it back with all that is in it; those of
-    other recipes are removed. ``keep``: it stays after an error too. ``resume=False``: it always starts empty. One
+    other recipes are removed. Without a recipe it always starts empty. ``keep``: it stays after an error too. One
     process at a time writes ``out``.
     """
     out = out.absolute()
@@ -92,7 +90,7 @@ def prepared_folder(
         with exclusive(out.with_name(f".{out.name}.lock"), wait=False):
             if _occupied(out) and not force:
                 raise UserError(f"{out}: another process has written it meanwhile; start again to check what it wrote")
-            yield from _filled(out, recipe, keep, resume)
+            yield from _filled(out, recipe, keep)
     except BlockingIOError as error:
         raise UserError(f"{out}: another process is writing it; wait for it, or give another --out") from error
 
@@ -101,11 +99,11 @@ def _occupied(out: Path) -> bool:
     return out.exists() and (not out.is_dir() or any(out.iterdir()))
 
 
-def _filled(out: Path, recipe: str, keep: bool, resume: bool) -> Iterator[Path]:
-    part = out.with_name(f".{out.name}.partial-{recipe}")
+def _filled(out: Path, recipe: str | None, keep: bool) -> Iterator[Path]:
+    part = out.with_name(f".{out.name}.partial-{recipe or 'whole'}")
     try:
         for left in out.parent.glob(f".{out.name}.partial-*"):
-            if left != part or not resume:
+            if left != part or recipe is None:
                 logger.warning("%s: left by a preparation with other settings or images, removed", left)
                 shutil.rmtree(left, ignore_errors=True)
         part.mkdir(exist_ok=True)

@@ -19,7 +19,7 @@ from mmtrain.data.prepare.panel_long import open_long
 from mmtrain.data.prepare.panel_writer import Layout, Series, write_panel
 from mmtrain.data.prepare.tables import Columns, batches, is_number, numbers_of, schema_of, table_files
 from mmtrain.data.series.split import SplitRule
-from mmtrain.data.series.table import TIME_NAMES, read_table
+from mmtrain.data.series.table import TIME_NAMES, listed, read_table
 from mmtrain.data.series.timeline import Step, Timeline, step_of
 from mmtrain.errors import UserError, nearest
 
@@ -130,8 +130,9 @@ def _find_columns(file: Path, chosen: Columns, *, one_file: bool) -> tuple[bool,
     ):
         for name in wanted:
             if name not in names:
-                shown = ", ".join(names[:20]) + (f", ... ({len(names)})" if len(names) > 20 else "")
-                raise UserError(f"{file}: {flag} {name}: there is no such column{nearest(name, names)}; it has {shown}")
+                raise UserError(
+                    f"{file}: {flag} {name}: there is no such column{nearest(name, names)}; it has {listed(names)}"
+                )
     lowered = {name.strip().lower(): name for name in reversed(names)}
     ids = chosen.id or next((lowered[name] for name in ID_NAMES if name in lowered), None)
     time = chosen.time

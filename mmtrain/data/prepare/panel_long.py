@@ -16,13 +16,11 @@ from numpy.typing import NDArray
 from mmtrain.data.prepare.panel_writer import Layout, Series
 from mmtrain.data.prepare.tables import Columns, batches, is_number, numbers_of, schema_of
 from mmtrain.data.series.table import parse_times
-from mmtrain.data.series.timeline import Step, Steps, Timeline
+from mmtrain.data.series.timeline import Int64s, Step, Steps, Timeline
 from mmtrain.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-Int64s = NDArray[np.int64]
 
 #: A grid of more times than this for each row is taken for a step that was guessed wrongly.
 _MOST_GAPS = 4
@@ -44,7 +42,7 @@ def open_long(
         raise UserError(f"{where}: there are no rows")
     timeline = None if columns.time is None else _timeline(where, scan, step)
     layout = Layout(columns.targets, columns.known, columns.static, timeline=timeline)
-    return layout, _series(_Sorter(files, columns, part, scan, timeline, duplicates), where)
+    return layout, _Sorter(files, columns, part, scan, timeline, duplicates).series(where)
 
 
 class _Scan:
@@ -54,14 +52,13 @@ class _Scan:
         self.numbers: dict[str, int] = {}
         self.steps = Steps()
         self._found = np.empty((4, 0), np.int64)  # rows, first time, last time, time of the latest row
-        keys = [name for name in (columns.id, columns.time) if name is not None]
-        wanted = keys or columns.targets[:1]
+        wanted = columns.keys or columns.targets[:1]
         for file in files:
             there = schema_of(file).names
             needed = (*wanted, *columns.targets, *columns.known, *columns.static)
             if lacking := [name for name in needed if name not in there]:
                 raise UserError(f"{file}: columns {', '.join(lacking)} are missing, which the first file has")
-            for batch in batches(file, wanted, keys):
+            for batch in batches(file, wanted, columns.keys):
                 self._add(_series_numbers(batch, file, columns, self.numbers), _row_stamps(batch, file, columns))
         self.rows, self.low, self.high = self._found[:3, : len(self.numbers)]
 
@@ -146,32 +143,6 @@ def _places(timeline: Timeline, microseconds: Int64s) -> Int64s:
     return timeline.places(microseconds.astype("datetime64[us]"))[0]
 
 
-def _series(sorter: _Sorter, where: Path) -> Iterator[Series]:
-    """Sort the rows, say what was found on the way, and read the series one after the other."""
-    rows, length, targets = sorter.scan.rows, sorter.length, len(sorter.columns.targets)
-    table = _Table(sorter.part, int(length.sum()), targets + len(sorter.columns.known))
-    try:
-        repeated = sorter.sort(table)
-        if repeated:
-            logger.warning("%s: %d rows come a second time in their series: the last one counts", where, repeated)
-        gaps = int(length.sum() - rows.sum()) + repeated
-        if sorter.timeline is not None and gaps:
-            logger.warning(
-                "%s: %d steps of %s are not there between others, in %d series: they become holes",
-                where,
-                gaps,
-                sorter.timeline.step,
-                int((length > rows).sum()),
-            )
-        static = [list(codes) for codes in sorter.static.codes]
-        for number, name in enumerate(sorter.ids):
-            found = table.read(int(sorter.offset[number]), int(length[number]))
-            about = tuple(values[code] for values, code in zip(static, sorter.static.of_series[:, number], strict=True))
-            yield Series(name, found[:, :targets], found[:, targets:], int(sorter.first[number]), about)
-    finally:
-        table.remove()
-
-
 class _Sorter:
     """The second pass. By number of series: the first place on the timeline, the length, and the first row on disk."""
 
@@ -193,15 +164,40 @@ class _Sorter:
         self.static = _Static(columns.static, len(self.ids))
         self._next = np.zeros_like(scan.rows)
 
-    def sort(self, table: _Table) -> int:
+    def series(self, where: Path) -> Iterator[Series]:
+        """Sort the rows, say what was found on the way, and read the series one after the other."""
+        rows, length, targets = self.scan.rows, self.length, len(self.columns.targets)
+        table = _Table(self.part, int(length.sum()), targets + len(self.columns.known))
+        try:
+            repeated = self._sort(table)
+            if repeated:
+                logger.warning("%s: %d rows come a second time in their series: the last one counts", where, repeated)
+            gaps = int(length.sum() - rows.sum()) + repeated
+            if self.timeline is not None and gaps:
+                logger.warning(
+                    "%s: %d steps of %s are not there between others, in %d series: they become holes",
+                    where,
+                    gaps,
+                    self.timeline.step,
+                    int((length > rows).sum()),
+                )
+            static = [list(codes) for codes in self.static.codes]
+            for number, name in enumerate(self.ids):
+                found = table.read(int(self.offset[number]), int(length[number]))
+                codes = self.static.of_series[:, number]
+                about = tuple(values[code] for values, code in zip(static, codes, strict=True))
+                yield Series(name, found[:, :targets], found[:, targets:], int(self.first[number]), about)
+        finally:
+            table.remove()
+
+    def _sort(self, table: _Table) -> int:
         """Write every row to its place in ``table``; return how many came a second time."""
         columns, repeated = self.columns, 0
         data = [*columns.targets, *columns.known]
-        keys = [name for name in (columns.id, columns.time) if name is not None]
         for file in self.files:
             schema = schema_of(file)
-            text = {*keys, *(name for name in columns.static if not is_number(schema.field(name).type))}
-            for batch in batches(file, [*keys, *columns.static, *data], text):
+            text = {*columns.keys, *(name for name in columns.static if not is_number(schema.field(name).type))}
+            for batch in batches(file, [*columns.keys, *columns.static, *data], text):
                 numbers = _series_numbers(batch, file, columns, self.scan.numbers)
                 stamps = _row_stamps(batch, file, columns)
                 where = self.offset[numbers] + self._place(numbers, stamps, file)

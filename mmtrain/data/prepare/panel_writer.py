@@ -17,9 +17,9 @@ from mmtrain.data.series.panel_inputs import fit_scalers
 from mmtrain.data.series.split import SplitRule
 from mmtrain.data.series.table import FILLS, carry, fill_column
 from mmtrain.data.series.timeline import Timeline
+from mmtrain.data.series.windows import Floats
 from mmtrain.errors import UserError, nearest
 
-Floats = NDArray[np.float32]
 MISSING = ("keep", *FILLS)
 
 
@@ -250,7 +250,7 @@ def write_panel(
     settings = {**settings, "split": split.to_json()}
     if (done := existing(out, source, settings, force=force, kind=KIND, format=FORMAT)) is not None:
         return done
-    with prepared_folder(out, force=force, resume=False) as part:
+    with prepared_folder(out, force=force) as part:
         layout, series = open_source(part)
         writer = PanelWriter(part, layout, missing=missing, shard_bytes=shard_bytes)
         for one in series:

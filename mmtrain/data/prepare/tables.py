@@ -30,6 +30,11 @@ class Columns:
     known: list[str] = field(default_factory=list)
     static: list[str] = field(default_factory=list)
 
+    @property
+    def keys(self) -> list[str]:
+        """The id and the time, as far as there are any."""
+        return [name for name in (self.id, self.time) if name is not None]
+
 
 def table_files(root: Path) -> list[Path]:
     """The CSV and parquet files that ``root`` is, or has directly in it, sorted by name."""
@@ -99,7 +104,7 @@ def batches(
             yield from reader
 
 
-def numbers_of(batch: pa.RecordBatch, names: Sequence[str], file: Path | None = None) -> NDArray[np.float32]:
+def numbers_of(batch: pa.RecordBatch, names: Sequence[str], file: Path) -> NDArray[np.float32]:
     """(rows, len(names)) float32, NaN where there is nothing."""
     import pyarrow as pa
 
@@ -110,7 +115,7 @@ def numbers_of(batch: pa.RecordBatch, names: Sequence[str], file: Path | None = 
             try:
                 column = column.cast(pa.float64())
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-                raise UserError(f"{file or 'the table'}: column {name!r} is not numeric ({error})") from None
+                raise UserError(f"{file}: column {name!r} is not numeric ({error})") from None
         with np.errstate(over="ignore"):  # too large for float32: infinite, which counts as a hole
             made[:, place] = column.to_numpy(zero_copy_only=False)
     return made

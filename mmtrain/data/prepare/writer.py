@@ -25,7 +25,7 @@ from mmtrain.data.prepare.encode import BadSample, ClassEncoder, Encoder, Item
 from mmtrain.data.prepare.output import FORMAT, Prepared, prepared_folder, write_meta
 from mmtrain.data.prepare.pool import progress, run_jobs
 from mmtrain.errors import UserError
-from mmtrain.files import read_json_lines, write_atomically
+from mmtrain.files import append_json_line, read_json_lines, write_atomically
 
 logger = logging.getLogger("mmtrain")
 
@@ -37,7 +37,7 @@ class _Job(NamedTuple):
     items: list[Item]
     encoder: Encoder
     skip_bad: bool
-    known: Finished | None  # what an earlier process wrote down of it
+    known: Finished | None  # written down by an earlier process
 
 
 def write_dataset(
@@ -217,14 +217,7 @@ class Ledger:
         return known
 
     def add(self, entry: Finished) -> None:
-        with open(self.path, "ab+") as stream:
-            if stream.tell():
-                stream.seek(-1, os.SEEK_END)
-                if stream.read() != b"\n":
-                    stream.write(b"\n")  # after a line that was cut short
-            stream.write(json.dumps(asdict(entry)).encode() + b"\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_json_line(self.path, asdict(entry))
 
 
 def recipe_digest(source: str, settings: Mapping[str, Any], splits: Mapping[str, Sequence[Item]]) -> str:

@@ -18,12 +18,11 @@ from mmtrain.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from mmtrain.config import SeriesDataConfig
-    from mmtrain.data.series.timeline import Stamps, Timeline
+    from mmtrain.data.series.timeline import Int64s, Stamps, Timeline
 
 # The benchmark's months of 30 days: 12 / 4 / 4 (Zhou et al. 2021, Informer).
 NAMED = {"etth": (8640, 2880, 2880), "ettm": (34560, 11520, 11520)}
 RATIOS = (0.7, 0.1, 0.2)
-Int64s = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

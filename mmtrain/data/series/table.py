@@ -116,9 +116,10 @@ def read_table(
     time_name = find_time_column(frame, file, time_column)
     stamps = None if time_name is None else _stamps(frame[time_name], file, time_name)
     names = _columns(frame, file, time_name, columns, known)
-    values, beside = _matrix(frame, file, names), None
+    cure = "; correct it, or name the columns to use: data.columns=[...]"
+    values, beside = numbers_in(frame, file, names, cure), None
     if known:
-        beside = _matrix(frame, file, list(known))
+        beside = numbers_in(frame, file, known, cure)
         seen: NDArray[np.bool_] = np.asarray(np.isfinite(values).any(axis=1))
         values = values[: len(seen) - int(np.argmax(seen[::-1])) if seen.any() else 0].copy()
     filled = _fill(values, names, file, missing)
@@ -127,8 +128,11 @@ def read_table(
     return SeriesTable(values, names, stamps, file, filled, beside, int((~np.isfinite(values)).sum()))
 
 
-def _matrix(frame: pd.DataFrame, file: Path, names: Sequence[str]) -> NDArray[np.float32]:
-    """(T, len(names)); what is too large for float32 is infinite, which counts as a hole."""
+def numbers_in(frame: pd.DataFrame, file: Path, names: Sequence[str], cure: str = "") -> NDArray[np.float32]:
+    """(T, len(names)); what is too large for float32 is infinite, which counts as a hole.
+
+    Raises UserError, which ends in ``cure``, for a column that is not numeric.
+    """
     import pandas as pd
 
     values = np.empty((len(frame), len(names)), dtype=np.float32)
@@ -140,8 +144,7 @@ def _matrix(frame: pd.DataFrame, file: Path, names: Sequence[str]) -> NDArray[np
             bad = (parsed.isna() & text.notna()).to_numpy()
             row = int(np.argmax(bad)) if bad.any() else 0
             raise UserError(
-                f"{file}: column {name!r} is not numeric: {place(file, row)} holds {text.iloc[row]!r}; correct it, or "
-                "name the columns to use: data.columns=[...]"
+                f"{file}: column {name!r} is not numeric: {place(file, row)} holds {text.iloc[row]!r}{cure}"
             )
         with np.errstate(over="ignore"):
             values[:, number] = column.to_numpy(dtype=np.float64, na_value=np.nan)
@@ -154,7 +157,7 @@ def find_time_column(frame: pd.DataFrame, file: Path, wanted: str | None) -> str
     if wanted not in (None, "date"):
         raise UserError(
             f"{file}: no time column {wanted!r}{nearest(wanted, frame.columns)}; its columns are "
-            f"{_list(frame.columns)}: set data.time_column"
+            f"{listed(frame.columns)}: set data.time_column"
         )
     return next((name for name in frame.columns if name.strip().lower() in TIME_NAMES), None)
 
@@ -166,7 +169,7 @@ def _columns(
     for name in known:
         if name not in every or name in (wanted or ()):
             what = "is also in data.columns" if name in every else f"is not there{nearest(name, every)}"
-            raise UserError(f"{file}: data.known: {name!r} {what}; the columns are {_list(every)}")
+            raise UserError(f"{file}: data.known: {name!r} {what}; the columns are {listed(every)}")
     found = [name for name in every if name not in known]
     if wanted is None:
         if not found:
@@ -175,13 +178,14 @@ def _columns(
     for name in wanted:
         if name not in found:
             what = "is the time column" if name == time_name else f"is not there{nearest(name, found)}"
-            raise UserError(f"{file}: data.columns: {name!r} {what}; the columns are {_list(found)}")
+            raise UserError(f"{file}: data.columns: {name!r} {what}; the columns are {listed(found)}")
     if not wanted or len(set(wanted)) != len(wanted):
         raise UserError(f"{file}: data.columns={list(wanted)}: name at least one column, and none twice")
     return list(wanted)
 
 
-def _list(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """The first 20 names, and how many there are where these are not all."""
     shown = [str(name) for name in names]
     return ", ".join(shown[:20]) + (f", ... ({len(shown)})" if len(shown) > 20 else "")
 

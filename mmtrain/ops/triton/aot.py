@@ -27,6 +27,7 @@ from mmtrain.ops.triton import tuning
 from mmtrain.ops.triton.conv_kernels import conv_backward, conv_forward, gate_backward, merge_directions
 from mmtrain.ops.triton.scan_backward_kernels import scan_backward
 from mmtrain.ops.triton.scan_kernels import scan_forward, split_carry, split_local
+from mmtrain.ops.triton.scan_launch import MERGE_BLOCK, scan_constants
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = ("fp32", "bf16", "fp16")
@@ -68,11 +69,6 @@ class Usage:
     spill: int
 
 
-def _scan_constants(state: int, launch: tuning.Launch) -> dict[str, Any]:
-    block_n = triton.next_power_of_2(state)
-    return {"STATE": state, "BLOCK_N": block_n, "BLOCK_D": launch.block_d, "UNROLL": launch.unroll, "SOFTPLUS": True}
-
-
 def cases(arch: str, dtypes: tuple[str, ...] = DTYPES, states: tuple[int, ...] = STATES) -> Iterator[Case]:
     """All kernels with the table's configurations for an architecture, with every optional argument present."""
     for dtype in dtypes:
@@ -80,27 +76,27 @@ def cases(arch: str, dtypes: tuple[str, ...] = DTYPES, states: tuple[int, ...] =
             name = tuning.state_class(state)
             for kernel in ("scan_forward", "scan_forward_few"):
                 launch = tuning.lookup(kernel, name, arch)
-                flags = dict.fromkeys(("HAS_SKIP", "HAS_BIAS", "HAS_INITIAL", "SAVE", "SAVE_LAST"), True)
-                constants = _scan_constants(state, launch) | flags | {"CHUNK": tuning.CHUNK}
+                names = ("SOFTPLUS", "HAS_SKIP", "HAS_BIAS", "HAS_INITIAL", "SAVE", "SAVE_LAST")
+                constants = scan_constants(state, launch) | dict.fromkeys(names, True) | {"CHUNK": tuning.CHUNK}
                 yield Case(kernel, scan_forward, dtype, f"N={state}", constants, launch.options())
             launch = tuning.lookup("scan_forward", name, arch)
             for backward in (False, True):
-                constants = _scan_constants(state, launch) | {"HAS_BIAS": True, "BACKWARD": backward}
+                flags = {"SOFTPLUS": True, "HAS_BIAS": True, "BACKWARD": backward}
+                constants = scan_constants(state, launch) | flags
                 variant = f"N={state} {'backward' if backward else 'forward'}"
                 yield Case("split_local", split_local, dtype, variant, constants, launch.options())
             launch = tuning.lookup("scan_backward", name, arch)
             for extra in (False, True):
-                flags = dict.fromkeys(("HAS_SKIP", "HAS_BIAS"), True) | dict.fromkeys(
-                    ("HAS_INITIAL", "HAS_INCOMING"), extra
-                )
-                constants = _scan_constants(state, launch) | flags
+                flags = dict.fromkeys(("SOFTPLUS", "HAS_SKIP", "HAS_BIAS"), True)
+                flags |= dict.fromkeys(("HAS_INITIAL", "HAS_INCOMING"), extra)
+                constants = scan_constants(state, launch) | flags
                 constants |= {"CHUNK": tuning.CHUNK, "TILE_T": 8, "FOLD": launch.fold}
                 variant = f"N={state}{' with states' if extra else ''}"
                 yield Case("scan_backward", scan_backward, dtype, variant, constants, launch.options())
         for directions in (1, 4):
-            constants = {"DIRECTIONS": directions, "HAS_GATE": True, "SAVE": True, "BLOCK": 1024}
+            constants = {"DIRECTIONS": directions, "HAS_GATE": True, "SAVE": True, "BLOCK": MERGE_BLOCK}
             yield Case("merge_directions", merge_directions, dtype, f"K={directions}", constants, {"num_warps": 4})
-        yield Case("gate_backward", gate_backward, dtype, "", {"BLOCK": 1024}, {"num_warps": 4})
+        yield Case("gate_backward", gate_backward, dtype, "", {"BLOCK": MERGE_BLOCK}, {"num_warps": 4})
         for width in (4, 8):
             taps: dict[str, Any] = {"WIDTH": width, "HAS_BIAS": True, "SILU": True, "REVERSE": True}
             launch = tuning.lookup("conv_forward", "any", arch)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from mmtrain.ops.registration import conv_flops
 from mmtrain.ops.triton import tuning
 from mmtrain.ops.triton.conv_kernels import conv_backward, conv_forward
 from mmtrain.ops.triton.tuning import minor, on_its_device, returned
@@ -127,11 +128,6 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 
 causal_conv1d_triton_fwd.register_autograd(_backward, setup_context=_setup_context)
-
-
-def conv_flops(x_shape: torch.Size, weight_shape: torch.Size) -> int:
-    """Floating-point operations of one forward convolution: 2·Bt·D·L·W."""
-    return 2 * x_shape.numel() * weight_shape[1]
 
 
 @register_flop_formula(torch.ops.mmtrain.causal_conv1d_triton_fwd)

@@ -1,14 +1,12 @@
-"""The kernels of the depthwise causal convolution, y_t = act(bias + Σ_k w_k x_{t-W+1+k}), zeros before the start.
+"""The kernels that memory traffic bounds: the causal convolution, and the sum over a scan's directions with its gate.
 
-Bound by memory traffic. The forward loads a tile of positions × channels once for every tap, all but one time from the
-L1 cache. The backward walks along the positions with the last W inputs and the last W gradients in registers, so every
-number is read once and the pre-activation is recomputed once, whatever W.
+The depthwise causal convolution is y_t = act(bias + Σ_k w_k x_{t-W+1+k}), with zeros before the start. The forward
+loads a tile of positions × channels once for every tap, all but one time from the L1 cache. The backward walks along
+the positions with the last W inputs and the last W gradients in registers, so every number is read once and the
+pre-activation is recomputed once, whatever W. ``reverse`` (anti-causal) mirrors the positions: step t of the walk is at
+position L-1-t.
 
-``reverse`` (anti-causal) mirrors the positions: step t of the walk is at position L-1-t.
-
-Adding up what the directions give, and the gate: out = (Σ_k part_k) · silu(z), and the gate's backward.
-
-Elementwise over memory, channels adjacent; what they cost is their traffic.
+The sum is out = (Σ_k part_k) · silu(z). It and its backward are elementwise over memory, channels adjacent.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mmtrain.ops.triton import tuning
-from mmtrain.ops.triton.scan_launch import Problem, Sums, batch_slices, dense, merge, run_backward, run_forward, ungate
+from mmtrain.ops.registration import scan_flops
+from mmtrain.ops.triton.scan_launch import Problem, Tensors, batch_slices, merge, run_backward, run_forward, ungate
 from mmtrain.ops.triton.tuning import minor, returned
 
 
@@ -48,35 +48,19 @@ def directional_scan_fwd(
     states = u.new_empty(_states_shape(problem, batch, save), dtype=torch.float32)
     total = u.new_empty(batch if save and z is not None else 0, length, dim)
     if u.numel():
-        u_in, delta, B, C, A = minor(u), minor(delta), minor(B), minor(C), A.contiguous()
+        ready = Tensors.of(u, delta, A, B, C, D, delta_bias, initial_state)
         z = None if z is None else minor(z)
-        skip, bias = dense(D), dense(delta_bias)
-        initial = None if initial_state is None else initial_state.float().contiguous()
         direct = directions == 1 and z is None
         # One direction: its result is the sum, in the dtype of u. Several: float32, so that the sum rounds once.
         part_dtype = u.dtype if directions == 1 else torch.float32
         for b in batch_slices(batch, 0 if direct else directions * length * dim * part_dtype.itemsize):
-            count = b.stop - b.start
             if direct:
                 parts = out[b][:, None]
             elif directions == 1 and save:
                 parts = total[b][:, None]
             else:
-                parts = u.new_empty(count, directions, length, dim, dtype=part_dtype)
-            run_forward(
-                problem,
-                u_in[b],
-                delta[b],
-                A,
-                B[b],
-                C[b],
-                skip,
-                bias,
-                None if initial is None else initial[b],
-                parts,
-                states[b] if save else None,
-                None if last is None else last[b],
-            )
+                parts = u.new_empty(b.stop - b.start, directions, length, dim, dtype=part_dtype)
+            run_forward(problem, ready.part(b), parts, states[b] if save else None, None if last is None else last[b])
             if not direct:
                 keep = total[b] if save and z is not None and directions > 1 else None
                 merge(parts, None if z is None else z[b], keep, out[b])
@@ -166,33 +150,22 @@ def directional_scan_bwd(
         ungate(dy, total, minor(z), dtotal, dz)
         dy, dz = dtotal.transpose(-1, -2), dz.transpose(-1, -2)
     dy = dy[:, None]
-    u, delta_in, B_in, C_in, A_in = minor(u), minor(delta), minor(B), minor(C), A.contiguous()
-    skip, bias = dense(D), dense(delta_bias)
+    ready = Tensors.of(u, delta, A, B, C, D, delta_bias, initial_state)
     dlast = None if dlast is None else dlast.float().contiguous()
-    initial, dinitial = None, None
-    if initial_state is not None:
-        initial = initial_state.float().contiguous()
-        dinitial = torch.empty_like(initial)
+    dinitial = None if ready.initial is None else torch.empty_like(ready.initial)
     shared = u.shape[1] < directions
     du = u.new_empty(batch, u.shape[1], length, dim)
     ddelta = delta.new_empty(batch, directions, length, dim)
     dB, dC = (t.new_empty(*t.shape[:3], length, problem.state) for t in (B, C))
-    sums: list[Sums] = []
+    sums: list[Tensor | None] = []  # gradients of A, D and the bias, added up over the slices of the batch
     # Partial sums of dB and dC for every 32 or more channels, and du of every direction where u is shared.
     bytes_per_entry = directions * length * 4 * (problem.state * dim // 16 + dim * shared)
     for b in batch_slices(batch, bytes_per_entry):
         parts = u.new_empty(b.stop - b.start, directions, length, dim, dtype=torch.float32) if shared else du[b]
-        dBC, slice_sums = run_backward(
+        dBC, *found = run_backward(
             problem,
             dy[b],
-            u[b],
-            delta_in[b],
-            A_in,
-            B_in[b],
-            C_in[b],
-            skip,
-            bias,
-            None if initial is None else initial[b],
+            ready.part(b),
             states[b],
             None if dlast is None else dlast[b],
             parts,
@@ -203,27 +176,12 @@ def directional_scan_bwd(
             merge(parts, None, None, du[b][:, 0])
         dB[b].copy_(dBC[..., 0, :])
         dC[b].copy_(dBC[..., 1, :])
-        sums.append(slice_sums)
-    return (
-        du.transpose(-1, -2),
-        ddelta.transpose(-1, -2),
-        _added([s.dA for s in sums]).to(A.dtype),
-        dB.transpose(-1, -2),
-        dC.transpose(-1, -2),
-        u.new_empty(0) if D is None else _added([s.dskip for s in sums if s.dskip is not None]).to(D.dtype),
-        u.new_empty(0)
-        if delta_bias is None
-        else _added([s.dbias for s in sums if s.dbias is not None]).to(delta_bias.dtype),
-        dz,
-        u.new_empty(0) if dinitial is None or initial_state is None else dinitial.to(initial_state.dtype),
+        sums = [None if x is None or y is None else x + y for x, y in zip(sums, found, strict=True)] if sums else found
+    dA, dD, dbias, dstart = (
+        u.new_empty(0) if t is None or grad is None else grad.to(t.dtype)
+        for t, grad in zip((A, D, delta_bias, initial_state), (*sums, dinitial), strict=True)
     )
-
-
-def _added(tensors: list[Tensor]) -> Tensor:
-    total = tensors[0]
-    for tensor in tensors[1:]:
-        total = total + tensor
-    return total
+    return du.mT, ddelta.mT, dA, dB.mT, dC.mT, dD, dbias, dz, dstart
 
 
 def _empty_gradients(
@@ -249,26 +207,8 @@ def _empty_gradients(
 
 
 @directional_scan_bwd.register_fake
-def _(
-    dout: Tensor,
-    dlast: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    z: Tensor | None,
-    initial_state: Tensor | None,
-    states: Tensor,
-    total: Tensor,
-    delta_softplus: bool,
-    height: int,
-    width: int,
-    orders: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_gradients(u, delta, A, B, C, D, delta_bias, z, initial_state)
+def _(dout: Tensor, dlast: Tensor | None, *inputs: Any) -> Gradients:
+    return _empty_gradients(*inputs[:9])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -300,11 +240,6 @@ def _backward(ctx: Any, dout: Tensor | None, dlast: Tensor | None, *_: Tensor | 
 directional_scan_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
-def scan_flops(delta_shape: torch.Size, A_shape: torch.Size) -> int:
-    """Of one forward scan of all directions: Bt·K·L·D·(9N + 1), the count customary for Mamba."""
-    return delta_shape.numel() * (9 * A_shape[-1] + 1)
-
-
 @register_flop_formula(torch.ops.mmtrain.directional_scan_fwd)
 def _forward_flops(u: torch.Size, delta: torch.Size, A: torch.Size, *args: Any, **kwargs: Any) -> int:
     return scan_flops(delta, A)
@@ -320,8 +255,3 @@ def _backward_flops(
 def wants_gradients(*tensors: Tensor | None) -> bool:
     """Whether a forward on these should keep what the backward needs."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def supported(state: int) -> bool:
-    """Whether the kernels take N states."""
-    return state <= tuning.STATES[-1]

@@ -1,6 +1,4 @@
-"""What the kernels share on the device: softplus and its derivative, and the way a direction walks over a grid.
-
-The forward kernel of the directional scan.
+"""The forward kernels of the directional scan, and the device functions that its kernels share.
 
 One program is one (batch entry, direction, block of channels) and walks its positions one after the other, the state
 [N, BLOCK_D] in registers. With BLOCK_D = 32·warps the compiler gives every thread one channel and all its N states:
@@ -14,12 +12,11 @@ about 215 instructions in all (counted in the bf16 code for sm_90) = 54 clocks o
 bytes a channel, that is about 17 clocks of an SM's share of 3.35 TB/s. So instruction issue bounds it, at two thirds of
 what the ex2 unit could do, and instructions are what is worth saving: exp is exp2 with log2(e) folded into A, positions
 are advanced by additions, B and C are loaded as vectors. Few warps suffice, as each has N chains; where even they are
-not there, `scan_split` cuts the sequence. (This is arithmetic on the compiled code, not a measurement.)
+not there, the sequence is cut. (This is arithmetic on the compiled code, not a measurement.)
 
-Cutting long sequences, where batch, directions and channels alone do not fill the GPU.
-
-The recurrence is linear in the state: what a split makes of the state it starts from is the state it ends in from zero
-plus that state times exp(A ΣΔ). So `split_local` runs every split from zero, keeping only the end and ΣΔ; `split_carry`
+Long sequences are cut where batch, directions and channels alone do not fill the GPU. The recurrence is linear in the
+state: what a split makes of the state it starts from is the state it ends in from zero plus that state times
+exp(A ΣΔ). So `split_local` runs every split from zero, keeping only the end and ΣΔ; `split_carry`
 goes once over the splits of a sequence and leaves the true state at the start of each; then the main kernel runs every
 split from there. The price is one more exponential per state and position. Backwards it is the same with
 s_t = exp(Δ_t A) (s_{t+1} + dy_t C_t), from the last position to the first.

@@ -8,6 +8,7 @@ a warp reads 32 channels of one position, and 32 separate cache lines would cost
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,9 +18,9 @@ from mmtrain.ops.triton import tuning
 from mmtrain.ops.triton.conv_kernels import gate_backward, merge_directions
 from mmtrain.ops.triton.scan_backward_kernels import scan_backward
 from mmtrain.ops.triton.scan_kernels import scan_forward, split_carry, split_local
-from mmtrain.ops.triton.tuning import Launch, on_its_device
+from mmtrain.ops.triton.tuning import Launch, minor, on_its_device
 
-BUFFER_BYTES = 512 * 2**20  # per-direction results are kept for so many batch entries at a time
+BUFFER_BYTES = 512 * 2**20  # of per-direction results: they are kept for as many batch entries at a time as fit
 MERGE_BLOCK = 1024
 
 
@@ -79,12 +80,17 @@ def plan_split(problem: Problem, programs: int, warps: int, device: torch.device
     return Split(-(-problem.length // length), length)
 
 
+def launch_of(kernel: str, problem: Problem, device: torch.device) -> Launch:
+    """The table's configuration of a scan kernel, with no more channels than there are."""
+    entry = tuning.lookup(kernel, tuning.state_class(problem.state), tuning.architecture(device))
+    return tuning.narrower(entry, problem.channels)
+
+
 def plan_forward(problem: Problem, batch: int, device: torch.device) -> tuple[Launch, Split]:
     """Fewer channels a program, that is more lanes for one channel, where the usual block leaves the GPU idle."""
-    arch, name = tuning.architecture(device), tuning.state_class(problem.state)
-    launch = tuning.narrower(tuning.lookup("scan_forward", name, arch), problem.channels)
+    launch = launch_of("scan_forward", problem, device)
     if problem.programs(launch, batch) * launch.warps < 8 * tuning.multiprocessors(device):
-        launch = tuning.narrower(tuning.lookup("scan_forward_few", name, arch), problem.channels)
+        launch = launch_of("scan_forward_few", problem, device)
     return launch, plan_split(problem, problem.programs(launch, batch), launch.warps, device)
 
 
@@ -95,69 +101,99 @@ def batch_slices(batch: int, bytes_per_entry: int) -> list[slice]:
     return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
 
 
-def _strides(tensor: Tensor) -> tuple[int, int, int]:
-    """Batch entry, direction (0 if all share it), position of (Bt, K or 1, D, L)."""
-    return tensor.stride(0), 0 if tensor.shape[1] == 1 else tensor.stride(1), tensor.stride(3)
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Of (Bt, K or 1, ..., L) with the last dimension but one adjacent: all others; 0 for directions that share."""
+    batch, direction, *groups, _, position = tensor.stride()
+    return batch, 0 if tensor.shape[1] == 1 else direction, *groups, position
 
 
-def _row_strides(tensor: Tensor) -> tuple[int, int, int, int]:
-    """Batch entry, direction, group, position of (Bt, K, G, N, L)."""
-    return tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(4)
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """``other`` stands in for an absent tensor, which the kernel does not read."""
+    return other if tensor is None else tensor
 
 
-def dense(tensor: Tensor | None) -> Tensor | None:
+def scan_constants(state: int, launch: Launch) -> dict[str, int]:
+    """The compile-time constants of a scan kernel that follow from N and the configuration."""
+    block_n = triton.next_power_of_2(state)
+    return {"STATE": state, "BLOCK_N": block_n, "BLOCK_D": launch.block_d, "UNROLL": launch.unroll}
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
+
+
+class Tensors(NamedTuple):
+    """The tensors of a scan as the kernels take them: channels (of B and C: states) adjacent, the others dense.
+
+    u (Bt, 1 or K, D, L), delta (Bt, K, D, L), A (K, D, N), B and C (Bt, K, G, N, L), skip and bias (K, D), initial
+    (Bt, K, D, N).
+    """
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    skip: Tensor | None
+    bias: Tensor | None
+    initial: Tensor | None
+
+    @classmethod
+    def of(cls, *tensors: Tensor | None) -> Tensors:
+        """From tensors in any layout, copied where need be."""
+        u, delta, A, B, C, D, delta_bias, initial = tensors
+        assert u is not None and delta is not None and A is not None and B is not None and C is not None  # noqa: PT018
+        start = None if initial is None else initial.float().contiguous()
+        return cls(minor(u), minor(delta), A.contiguous(), minor(B), minor(C), _dense(D), _dense(delta_bias), start)
+
+    def part(self, b: slice) -> Tensors:
+        """A slice of the batch."""
+        initial = None if self.initial is None else self.initial[b]
+        return self._replace(u=self.u[b], delta=self.delta[b], B=self.B[b], C=self.C[b], initial=initial)
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The first arguments of the main kernels."""
+        skip, bias = _or(self.skip, self.A), _or(self.bias, self.A)
+        return self.u, self.delta, self.A, self.B, self.C, skip, bias
+
+    def decay_strides(self) -> tuple[int, int, int]:
+        """Direction, state, channel of A."""
+        return self.A.stride(0), self.A.stride(2), self.A.stride(1)
+
+    def given(self) -> dict[str, bool]:
+        """Which optional parameters there are, as the main kernels take it."""
+        return {"HAS_SKIP": self.skip is not None, "HAS_BIAS": self.bias is not None}
 
 
 def split_starts(
     problem: Problem,
     split: Split,
     launch: Launch,
+    t: Tensors,
     value: Tensor,
-    delta: Tensor,
-    A: Tensor,
     rows: Tensor,
-    bias: Tensor | None,
     initial: Tensor | None,
     backward: bool,
 ) -> Tensor:
-    """The state at the start (backwards: at the end) of every split, (Bt, K, splits, D, N) float32."""
-    batch, dim, state = delta.shape[0], problem.dim, problem.state
+    """The state at the start (backwards: at the end) of every split, (Bt, K, splits, D, N) float32.
+
+    ``value`` and ``rows`` are what is taken in: u and B, or backwards dy and C.
+    """
+    delta, batch, dim, state = t.delta, t.delta.shape[0], problem.dim, problem.state
     ends = delta.new_empty(batch, problem.directions, split.count, dim, state, dtype=torch.float32)
-    steps = delta.new_empty(batch, problem.directions, split.count, dim, dtype=torch.float32)
+    steps = delta.new_empty(ends.shape[:-1], dtype=torch.float32)
+    tensors = (value, delta, t.A, rows, _or(t.bias, t.A), ends, steps)
+    strides = (*_strides(value), *_strides(delta), *t.decay_strides(), *_strides(rows))
     split_local[(problem.programs(launch, batch) * split.count,)](
-        value,
-        delta,
-        A,
-        rows,
-        A if bias is None else bias,
-        ends,
-        steps,
-        *_strides(value),
-        *_strides(delta),
-        *(A.stride(0), A.stride(2), A.stride(1)),
-        *_row_strides(rows),
-        *problem.sizes(),
-        split.count,
-        split.length,
-        STATE=state,
+        *(*tensors, *strides, *problem.sizes(), split.count, split.length),
         SOFTPLUS=problem.softplus,
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=t.bias is not None,
         BACKWARD=backward,
-        UNROLL=launch.unroll,
-        BLOCK_D=launch.block_d,
-        BLOCK_N=triton.next_power_of_2(state),
+        **scan_constants(state, launch),
         **launch.options(),
     )
     split_carry[(-(-state * dim // 128) * batch * problem.directions,)](
-        ends,
-        steps,
-        A,
-        ends if initial is None else initial,
-        *(A.stride(0), A.stride(2), A.stride(1)),
-        problem.directions,
-        dim,
-        split.count,
+        *(ends, steps, t.A, _or(initial, ends), *t.decay_strides(), problem.directions, dim, split.count),
         STATE=state,
         HAS_INITIAL=initial is not None,
         BACKWARD=backward,
@@ -168,102 +204,55 @@ def split_starts(
 
 
 @on_its_device
-def run_forward(
-    problem: Problem,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    skip: Tensor | None,
-    bias: Tensor | None,
-    initial: Tensor | None,
-    y: Tensor,
-    states: Tensor | None,
-    last: Tensor | None,
-) -> None:
-    """Fill y (Bt, K, L, D) dense, and the states where wanted. The rest: as the kernels take it."""
-    batch = delta.shape[0]
-    launch, split = plan_forward(problem, batch, delta.device)
-    starts = initial
+def run_forward(problem: Problem, t: Tensors, y: Tensor, states: Tensor | None, last: Tensor | None) -> None:
+    """Fill y (Bt, K, L, D) dense, and the states where wanted."""
+    batch, starts = t.delta.shape[0], t.initial
+    launch, split = plan_forward(problem, batch, t.delta.device)
     if split.count > 1:
-        starts = split_starts(problem, split, launch, u, delta, A, B, bias, initial, backward=False)
+        starts = split_starts(problem, split, launch, t, t.u, t.B, starts, backward=False)
+    tensors = (*t.inputs(), _or(starts, t.A), y, _or(states, t.A), _or(last, t.A))
+    strides = (*_strides(t.u), *_strides(t.delta), *t.decay_strides(), *_strides(t.B), *_strides(t.C))
     scan_forward[(problem.programs(launch, batch) * split.count,)](
-        u,
-        delta,
-        A,
-        B,
-        C,
-        A if skip is None else skip,
-        A if bias is None else bias,
-        A if starts is None else starts,
-        y,
-        A if states is None else states,
-        A if last is None else last,
-        *_strides(u),
-        *_strides(delta),
-        *(A.stride(0), A.stride(2), A.stride(1)),
-        *_row_strides(B),
-        *_row_strides(C),
-        *problem.sizes(),
-        split.count,
-        split.length,
-        1,
-        STATE=problem.state,
+        *(*tensors, *strides, *problem.sizes(), split.count, split.length, 1),
         SOFTPLUS=problem.softplus,
-        HAS_SKIP=skip is not None,
-        HAS_BIAS=bias is not None,
         HAS_INITIAL=starts is not None,
         SAVE=states is not None,
         SAVE_LAST=last is not None,
         CHUNK=tuning.chunk(),
-        UNROLL=launch.unroll,
-        BLOCK_D=launch.block_d,
-        BLOCK_N=triton.next_power_of_2(problem.state),
+        **t.given(),
+        **scan_constants(problem.state, launch),
         **launch.options(),
     )
-
-
-@dataclass
-class Sums:
-    """Gradients of the parameters (K, ...), float32, added up over slices of the batch."""
-
-    dA: Tensor
-    dskip: Tensor | None
-    dbias: Tensor | None
 
 
 @on_its_device
 def run_backward(
     problem: Problem,
     dy: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    skip: Tensor | None,
-    bias: Tensor | None,
-    initial: Tensor | None,
+    t: Tensors,
     states: Tensor,
     dlast: Tensor | None,
     du: Tensor,
     ddelta: Tensor,
     dinitial: Tensor | None,
-) -> tuple[Tensor, Sums]:
-    """Fill du, ddelta (Bt, K, L, D) dense and dinitial; return dB and dC, (Bt, K, G, L, 2, N), and the sums.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Fill du, ddelta (Bt, K, L, D) dense and dinitial.
 
-    dy: (Bt, 1, D, L), channels adjacent. dlast, initial: (Bt, K, D, N) dense.
+    Args:
+        dy: (Bt, 1, D, L), channels adjacent.
+        dlast: (Bt, K, D, N) dense.
+
+    Returns:
+        dB and dC (Bt, K, G, L, 2, N), and float32 gradients of A, the skip and the bias, summed over this batch.
     """
-    batch, device, state, dim, directions = delta.shape[0], delta.device, problem.state, problem.dim, problem.directions
-    arch = tuning.architecture(device)
-    launch = tuning.narrower(tuning.lookup("scan_backward", tuning.state_class(state), arch), problem.channels)
+    batch, device, state, dim, directions = len(t.delta), t.delta.device, problem.state, problem.dim, problem.directions
+    launch = launch_of("scan_backward", problem, device)
     items = problem.programs(launch, batch)
     split = plan_split(problem, items, launch.warps, device)
     incoming = dlast
     if split.count > 1:
-        local = tuning.narrower(tuning.lookup("scan_forward", tuning.state_class(state), arch), problem.channels)
-        incoming = split_starts(problem, split, local, dy, delta, A, C, bias, dlast, backward=True)
+        local = launch_of("scan_forward", problem, device)
+        incoming = split_starts(problem, split, local, t, dy, t.C, dlast, backward=True)
     # Several batch entries to a program: its scratch then stays in the L2 cache, and dA has fewer partial sums.
     batches = tuning.forced("batches") or max(
         1, min(batch, items * split.count // (4 * tuning.multiprocessors(device)))
@@ -271,64 +260,34 @@ def run_backward(
     parts = -(-batch // batches) * split.count
     blocks = -(-problem.channels // launch.block_d)
     programs = items // batch * parts
-    block_n = triton.next_power_of_2(state)
     chunk = tuning.chunk()
 
     def buffer(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)
 
-    scratch = buffer(programs, 2 * chunk + chunk // launch.unroll * block_n, launch.block_d)
+    constants = scan_constants(state, launch)
+    scratch = buffer(programs, 2 * chunk + chunk // launch.unroll * constants["BLOCK_N"], launch.block_d)
     dA = buffer(parts, directions, dim, state)
     dBC = buffer(blocks, batch, directions, problem.groups, problem.length, 2, state)
-    dskip = None if skip is None else buffer(parts, directions, dim)
-    dbias = None if bias is None else buffer(parts, directions, dim)
+    dskip = None if t.skip is None else buffer(parts, directions, dim)
+    dbias = None if t.bias is None else buffer(parts, directions, dim)
+    read = (dy, *t.inputs(), _or(t.initial, t.A), states, _or(incoming, t.A), scratch)
+    written = (du, ddelta, dA, dBC, _or(dskip, dA), _or(dbias, dA), _or(dinitial, dA))
+    strides = (dy.stride(0), dy.stride(3), *_strides(t.u), *_strides(t.delta), *_strides(t.B), *_strides(t.C))
     scan_backward[(programs,)](
-        dy,
-        u,
-        delta,
-        A,
-        B,
-        C,
-        A if skip is None else skip,
-        A if bias is None else bias,
-        A if initial is None else initial,
-        states,
-        A if incoming is None else incoming,
-        scratch,
-        du,
-        ddelta,
-        dA,
-        dBC,
-        dA if dskip is None else dskip,
-        dA if dbias is None else dbias,
-        dA if dinitial is None else dinitial,
-        dy.stride(0),
-        dy.stride(3),
-        *_strides(u),
-        *_strides(delta),
-        *_row_strides(B),
-        *_row_strides(C),
-        batch,
-        batches,
-        *problem.sizes(),
-        split.count,
-        split.length,
-        STATE=state,
+        *(*read, *written, *strides, batch, batches, *problem.sizes(), split.count, split.length),
         SOFTPLUS=problem.softplus,
-        HAS_SKIP=skip is not None,
-        HAS_BIAS=bias is not None,
-        HAS_INITIAL=initial is not None,
+        HAS_INITIAL=t.initial is not None,
         HAS_INCOMING=incoming is not None,
         CHUNK=chunk,
-        UNROLL=launch.unroll,
         FOLD=launch.fold,
         TILE_T=min(8, chunk),
-        BLOCK_D=launch.block_d,
-        BLOCK_N=block_n,
+        **t.given(),
+        **constants,
         **launch.options(),
     )
-    sums = Sums(dA.sum(0), None if dskip is None else dskip.sum(0), None if dbias is None else dbias.sum(0))
-    return dBC[0] if blocks == 1 else dBC.sum(0), sums
+    dskip, dbias = (None if part is None else part.sum(0) for part in (dskip, dbias))
+    return dBC[0] if blocks == 1 else dBC.sum(0), dA.sum(0), dskip, dbias
 
 
 @on_its_device
@@ -336,13 +295,9 @@ def merge(parts: Tensor, z: Tensor | None, total: Tensor | None, out: Tensor) ->
     """out (Bt, L, D) = (Σ_k parts (Bt, K, L, D)) · silu(z (Bt, D, L)); the sum itself to ``total`` if given."""
     batch, directions, length, dim = parts.shape
     merge_directions[(-(-length * dim // MERGE_BLOCK) * batch,)](
-        parts,
-        parts if z is None else z,
-        out if total is None else total,
-        out,
+        *(parts, _or(z, parts), _or(total, out), out),
         *((0, 0) if z is None else (z.stride(0), z.stride(2))),
-        length,
-        dim,
+        *(length, dim),
         DIRECTIONS=directions,
         HAS_GATE=z is not None,
         SAVE=total is not None,
@@ -356,14 +311,9 @@ def ungate(dout: Tensor, total: Tensor, z: Tensor, dtotal: Tensor, dz: Tensor) -
     """Fill dtotal and dz (Bt, L, D) dense from dout and z (Bt, D, L), channels adjacent, and total (Bt, L, D)."""
     batch, length, dim = total.shape
     gate_backward[(-(-length * dim // MERGE_BLOCK) * batch,)](
-        dout,
-        total,
-        z,
-        dtotal,
-        dz,
+        *(dout, total, z, dtotal, dz),
         *(dout.stride(0), dout.stride(2), z.stride(0), z.stride(2)),
-        length,
-        dim,
+        *(length, dim),
         BLOCK=MERGE_BLOCK,
         num_warps=4,
     )

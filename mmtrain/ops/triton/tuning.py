@@ -1,9 +1,8 @@
-"""Memory layouts (the kernels read and write channels-last), and the GPU to launch on.
+"""How a kernel is launched: the memory layout of its tensors, the GPU, and the launch configuration.
 
-Launch configurations: how many channels, warps and positions at a time, by kernel, state size and architecture.
-
-They are looked up in ``launch_table.json``, never searched for while training runs: a search in the middle of a
-training step takes seconds, differs from rank to rank, and may pick another order of summation in another run.
+The kernels read and write channels-last memory. Launch configurations (how many channels, warps and positions at a
+time, by kernel, state size and architecture) are looked up in ``launch_table.json``, never searched for while training
+runs: a search takes seconds, differs from rank to rank, and may pick another order of summation in another run.
 ``benchmarks/scan_gpu.py --tune`` measures candidates and rewrites the entries of the architecture at hand.
 """
 

@@ -20,8 +20,8 @@ from mmtrain.config.data import (
 )
 from mmtrain.data.core.source import Source
 from mmtrain.data.ffcv.source import BetonImages, open_beton
-from mmtrain.data.images.cache import default_cache
-from mmtrain.data.images.shards import ImageShards, is_address
+from mmtrain.data.images.cache import default_cache, is_address
+from mmtrain.data.images.shards import ImageShards
 from mmtrain.data.images.synthetic import SyntheticImages
 from mmtrain.data.series.panel_source import load_panel
 from mmtrain.data.series.split import SplitRule

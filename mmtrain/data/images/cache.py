@@ -32,6 +32,11 @@ class Unreachable(UserError):
     """What an address holds cannot be had."""
 
 
+def is_address(path: object) -> bool:
+    """Whether ``path`` is read through fsspec (``https://...``, ``s3://...``) and not from a file system here."""
+    return isinstance(path, str) and "://" in path
+
+
 class ShardCache:
     """A folder of fetched files.
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from mmtrain.data.core.source import Batch, Empty, Fault
-from mmtrain.data.images.cache import ShardCache, Unreachable, file_system, said
+from mmtrain.data.images.cache import ShardCache, Unreachable, file_system, is_address, said
 from mmtrain.data.images.photo import Photo, Undecodable
 from mmtrain.data.images.tar_index import Damaged, ShardIndex, index_shards
 from mmtrain.data.images.transforms import build_transform, new_tensor
@@ -24,11 +24,6 @@ from mmtrain.errors import UserError, nearest
 #: Samples after a faulty one that are tried in its place.
 _STAND_INS = 64
 Shard = Path | str  # a str is an address
-
-
-def is_address(path: object) -> bool:
-    """Whether ``path`` is read through fsspec (``https://...``, ``s3://...``) and not from a file system here."""
-    return isinstance(path, str) and "://" in path
 
 
 def find_shards(path: str | Path | Sequence[str | Path], *, missing: bool = False) -> list[Shard]:

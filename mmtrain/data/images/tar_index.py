@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from mmtrain.data.images.cache import ShardCache, Unreachable
+from mmtrain.data.images.cache import ShardCache, Unreachable, is_address
 from mmtrain.errors import UserError
 from mmtrain.files import complete_or_absent
 
@@ -125,8 +125,7 @@ class _Maker:
     """Reads or makes one index. ``changed``: the shard was another one before; ``unwritten``: why it is not stored."""
 
     def __init__(self, shard: Path | str, rebuild: bool, digest: bool, skip: bool, cache: ShardCache | None) -> None:
-        remote = isinstance(shard, str) and "://" in shard
-        self.shard: Path | str = shard if remote else Path(shard)
+        self.shard: Path | str = shard if is_address(shard) else Path(shard)
         self.rebuild, self.digest, self.skip, self.cache = rebuild, digest, skip, cache
         self.changed, self.unwritten = False, ""
 

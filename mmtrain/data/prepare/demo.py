@@ -7,14 +7,13 @@ traffic on Interstate 94 with the weather, 17,520 hours from 2016-10-01 (UCI "Me
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mmtrain.data.prepare.encode import Item
+from mmtrain.data.prepare.encode import Item, package_file
 from mmtrain.data.prepare.images import stratify
 from mmtrain.data.prepare.output import Prepared, existing
 from mmtrain.data.prepare.writer import write_dataset
@@ -56,7 +55,7 @@ def prepare_digits(out: str | Path, image_size: int = 32, *, force: bool = False
 
 
 COLUMNS = ("clouds_all", "rain_1h", "snow_1h", "temp", "traffic_volume")
-_MEMBER = Path("datasets") / "data" / "traffic_hourly.zip"
+_MEMBER = "datasets/data/traffic_hourly.zip"
 
 
 @dataclass(frozen=True)
@@ -104,10 +103,8 @@ def prepare_traffic(out: str | Path) -> TrafficReport:
 
 
 def _locate() -> Path:
-    spec = importlib.util.find_spec("autots")  # does not import it, which would take seconds
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(folder) / _MEMBER).is_file():
-            return Path(folder) / _MEMBER
+    if (file := package_file("autots", _MEMBER)) is not None:  # to import it would take seconds
+        return file
     raise UserError(
         "the traffic data comes with the package AutoTS, which is not installed here: pip install 'mmtrain[demo]' (its "
         "data file alone will do: pip install --no-deps AutoTS==1.0.4)"

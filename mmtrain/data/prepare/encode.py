@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,13 @@ def read_lines(path: Path) -> list[str]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def package_file(package: str, member: str) -> Path | None:
+    """A file of an installed package, which is not imported; None if it is not there."""
+    spec = importlib.util.find_spec(package)
+    folders = (spec.submodule_search_locations or []) if spec else []
+    return next((file for folder in folders if (file := Path(folder) / member).is_file()), None)
 
 
 def encode_image(item: Item, image_size: int | None, quality: int) -> tuple[str, bytes, tuple[int, int]]:

@@ -6,7 +6,6 @@ ids (1 to 1000) are another order, which only its ``meta.mat`` tells.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import re
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmtrain.data.prepare.encode import QUALITY, ClassEncoder, Item, check_encoding, read_lines
+from mmtrain.data.prepare.encode import QUALITY, ClassEncoder, Item, check_encoding, package_file, read_lines
 from mmtrain.data.prepare.images import SUFFIXES, check_classes, class_folders
 from mmtrain.data.prepare.output import Prepared, check_root, existing
 from mmtrain.data.prepare.writer import write_dataset
@@ -249,12 +248,8 @@ def _list(title: str, names: Sequence[str]) -> list[str]:
 
 def official_wnids() -> list[str]:
     """The 1000 WNIDs of ILSVRC 2012, sorted (from timm's files; its code is not imported). Empty if they are gone."""
-    spec = importlib.util.find_spec("timm")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        file = Path(folder) / "data" / "_info" / "imagenet_synsets.txt"
-        if file.is_file():
-            return sorted(WNID.findall(file.read_text(encoding="utf-8")))
-    return []
+    file = package_file("timm", "data/_info/imagenet_synsets.txt")
+    return [] if file is None else sorted(WNID.findall(file.read_text(encoding="utf-8")))
 
 
 def read_names(path: Path) -> dict[str, str]:

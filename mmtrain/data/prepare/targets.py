@@ -230,16 +230,14 @@ def prepare_coco(
     settings = {"shard_size": shard_size}
     if (done := existing(out, source, settings, force=force)) is not None:
         return done
-    categories: list[tuple[int, str]] | None = None
+    contents = {split: _read_annotations(file) for split, (_, file) in given.items()}
+    categories = _categories(contents["train"], given["train"][1])
+    classes = {number: place for place, (number, _) in enumerate(categories)}
     splits = {}
     for split, (folder, file) in given.items():
-        content = _read_annotations(file)
-        found = _categories(content, file)
-        if categories is not None and found != categories:
+        if _categories(contents[split], file) != categories:
             raise UserError(f"{file}: other categories than {given['train'][1]}")
-        categories = found
-        splits[split] = _coco_items(content, folder, file, {number: place for place, (number, _) in enumerate(found)})
-    assert categories is not None
+        splits[split] = _coco_items(contents[split], folder, file, classes)
     return write_dataset(
         out,
         splits,

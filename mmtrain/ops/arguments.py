@@ -29,6 +29,8 @@ class ScanInputs(NamedTuple):
 
     def to(self, dtype: torch.dtype, kept: Sequence[torch.dtype] = ()) -> ScanInputs:
         """All tensors in one dtype, u and delta also in those of ``kept``."""
+        if all(not isinstance(t, Tensor) or t.dtype == dtype for t in self):
+            return self
         u, delta = (t if t.dtype in kept else t.to(dtype) for t in self[:2])
         return ScanInputs(u, delta, *(t.to(dtype) if isinstance(t, Tensor) else t for t in self[2:]))  # type: ignore[arg-type]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -232,7 +233,7 @@ def test_traffic_fills_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_traffic_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'mmtrain\[demo\]'"):
         demo.prepare_traffic(tmp_path)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtrain.ops import keyed_dropout
-from mmtrain.ops.dropout import keep_mask, mix32
+from mmtrain.ops.elementwise import keep_mask, mix32
 
 P = ParamSpec("P")
 R = TypeVar("R")

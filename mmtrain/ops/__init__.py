@@ -8,10 +8,9 @@ PyTorch in ``reference``. Modules with parameters do not belong here (see :mod:`
 from mmtrain.ops.backend import backend_report, scan_backend
 from mmtrain.ops.conv import causal_conv1d
 from mmtrain.ops.dense import linear
-from mmtrain.ops.dropout import keyed_dropout
+from mmtrain.ops.elementwise import keyed_dropout, weighted_sum
 from mmtrain.ops.mix import Direction, selective_mix
 from mmtrain.ops.scan import selective_scan
-from mmtrain.ops.weighted import weighted_sum
 
 __all__ = [
     "Direction",

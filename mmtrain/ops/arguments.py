@@ -67,6 +67,11 @@ def positions(orders: tuple[int, ...], height: int, width: int) -> Tensor:
     )
 
 
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a forward on these should keep what the backward needs."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def check_floats(op: str, first: str, tensors: dict[str, Tensor | None]) -> None:
     """All tensors real floats on the device of ``tensors[first]``, and either all or none of them float64.
 

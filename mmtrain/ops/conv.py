@@ -8,7 +8,7 @@ from torch import Tensor
 from mmtrain.errors import UserError
 from mmtrain.ops import backend, upstream
 from mmtrain.ops.arguments import check_floats, check_shape, layout_like
-from mmtrain.ops.cpu.conv import causal_conv1d_fwd
+from mmtrain.ops.cpu.operators import causal_conv1d_fwd
 from mmtrain.ops.reference import causal_conv1d_reference
 
 OP = "causal_conv1d"

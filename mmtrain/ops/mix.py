@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mmtrain.errors import UserError
 from mmtrain.ops import backend
-from mmtrain.ops.arguments import NAMES, ORDERS, check_floats, check_orders, check_shape
+from mmtrain.ops.arguments import NAMES, ORDERS, check_floats, check_orders, check_shape, wants_gradients
 from mmtrain.ops.conv import causal_conv1d
-from mmtrain.ops.cpu.mix import selective_mix_fwd
+from mmtrain.ops.cpu.operators import selective_mix_fwd
 from mmtrain.ops.scan import selective_scan
 
 OP = "selective_mix"
@@ -143,10 +143,9 @@ def _fused(x: Tensor, directions: Sequence[Direction], gated: bool, height: int)
     x4 = x if x.dim() == 4 else x[:, None]
     x4 = x4 if x.dtype in backend.CPU_DTYPES else x4.float()
     parameters = [stacked(name) for name in ("conv", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A", "D")]
-    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x4, *parameters))
-    orders = [d.code for d in directions]
+    settings = ([d.code for d in directions], height, 1 / len(directions), gated)
     with torch.autocast("cpu", enabled=False):
-        out, _ = selective_mix_fwd(x4, *parameters, orders, height, 1 / len(directions), gated, wants_grad)
+        out, _ = selective_mix_fwd(x4, *parameters, *settings, wants_gradients(x4, *parameters))
     return (out if x.dim() == 4 else out[:, 0]).to(x.dtype)
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mmtrain.ops.arguments import ScanInputs
+from mmtrain.ops.arguments import ScanInputs, wants_gradients
 
 
 def causal_conv1d_reference(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
@@ -113,12 +113,7 @@ def selective_scan_parallel(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
         sequences = [t.flip(1) for t in sequences]
     initial = inputs.initial_state
     h = None if initial is None else initial.reshape(u.shape[0], 1, *A.shape)
-    keep_inputs_only = (
-        length > CHUNK
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_exporting()
-        and any(t.requires_grad for t in (A, *sequences, *(() if h is None else (h,))))
-    )
+    keep_inputs_only = length > CHUNK and not torch.compiler.is_exporting() and wants_gradients(A, *sequences, h)
     parts = []
     # split, not slices: the gradient of each slice would be a whole sequence of zeros
     for delta_c, delta_u_c, B_c, C_c in zip(*(t.split(CHUNK, 1) for t in sequences), strict=True):

@@ -56,6 +56,7 @@ def register_pair(
     settings: int,
     outputs: int = 1,
     states: bool = False,
+    materialize: bool = True,
     fake: Callable[..., Any],
     fake_backward: Callable[..., Any],
     flops: Callable[..., int],
@@ -68,18 +69,25 @@ def register_pair(
         tensors: how many tensors ``forward`` takes first; an absent one (None) gets no gradient.
         settings: how many arguments after them ``backward`` takes too.
         outputs: how many outputs have a gradient.
-        states: whether ``forward`` returns after them a tensor for ``backward``.
+        states: whether ``forward`` returns after them tensors for ``backward``.
+        materialize: whether the gradient of an output that nothing used is zeros; else it is None, unless it is the
+            first one's.
         fake, fake_backward, flops: as for :func:`register`; ``flops`` of the forward operator.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         kept = output[outputs:] if states else ()
         ctx.mark_non_differentiable(*kept)
+        if not materialize:
+            ctx.set_materialize_grads(False)
+            ctx.shape = output[0].shape
         ctx.save_for_backward(*inputs[:tensors], *kept)
         ctx.settings, ctx.others = inputs[tensors : tensors + settings], len(inputs) - tensors
 
-    def gradients(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
+        if douts[0] is None:
+            douts = (saved[0].new_zeros(ctx.shape), *douts[1:])
         grads = backward(*douts[:outputs], *saved, *ctx.settings)
         given = (None if t is None else grad for t, grad in zip(saved[:tensors], grads, strict=True))
         return (*given, *[None] * ctx.others)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mmtrain.errors import UserError
 from mmtrain.ops import backend, upstream
-from mmtrain.ops.arguments import ScanInputs, check_floats, check_shape, layout_like
-from mmtrain.ops.cpu.scan import selective_scan_fwd
+from mmtrain.ops.arguments import ScanInputs, check_floats, check_shape, layout_like, wants_gradients
+from mmtrain.ops.cpu.operators import selective_scan_fwd
 from mmtrain.ops.reference import selective_scan_parallel, selective_scan_reference
 
 OP = "selective_scan"
@@ -20,9 +20,8 @@ MOST_STATES = 256  # of the Triton kernel
 
 def _check(inputs: ScanInputs) -> None:
     u, delta, A, B, C, D, z, delta_bias, _, _, initial_state = inputs
-    check_floats(
-        OP, "u", {name: t for name, t in inputs._asdict().items() if name not in ("delta_softplus", "reverse")}
-    )
+    named = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
+    check_floats(OP, "u", named | {"initial_state": initial_state})
     if u.dim() != 3 or u.shape[1] == 0 or u.shape[2] == 0:
         raise UserError(f"{OP}: u has shape {tuple(u.shape)}, expected (batch, channels, positions)")
     batch, channels, length = u.shape
@@ -142,8 +141,8 @@ def selective_scan(
     inputs = inputs.to(compute, kept=backend.CPU_DTYPES if chosen == "cpu" and z is None else ())
     if chosen == "cpu":
         tensors = (*inputs[:6], inputs.delta_bias, inputs.initial_state)
-        wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        out, last, _ = selective_scan_fwd(*tensors, delta_softplus, reverse, wants_grad, return_last_state)
+        save = wants_gradients(*tensors)
+        out, last, _ = selective_scan_fwd(*tensors, delta_softplus, reverse, save, return_last_state)
     else:
         out, last = (selective_scan_parallel if chosen == "parallel" else selective_scan_reference)(inputs)
         out = layout_like(out, u)

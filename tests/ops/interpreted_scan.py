@@ -13,7 +13,7 @@ from mmtrain.ops import scan_backend, selective_scan
 from mmtrain.ops.arguments import ScanInputs
 from mmtrain.ops.triton import scan_launch, tuning
 from mmtrain.ops.triton.api import directional_scan_triton, selective_scan_triton
-from mmtrain.ops.triton.scan import directional_scan_fwd
+from mmtrain.ops.triton.operators import directional_scan_fwd
 from mmtrain.ops.triton.tuning import Launch
 
 # Blocks smaller than the cases, so that their edges are met; the tables' own blocks are met in the last tests.

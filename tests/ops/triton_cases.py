@@ -149,7 +149,7 @@ def expected(case: Case, tensors: Inputs) -> dict[str, Tensor]:
 
 def found(case: Case, tensors: Inputs) -> dict[str, Tensor]:
     """The same by the Triton operator."""
-    from mmtrain.ops.triton.scan import directional_scan_fwd
+    from mmtrain.ops.triton.operators import directional_scan_fwd
 
     arguments = [tensors.get(name) for name in NAMES]
     grid = (case.height, case.width, list(case.orders))

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mmtrain.ops.arguments import ScanInputs
-from mmtrain.ops.triton.conv import causal_conv1d_triton_fwd
-from mmtrain.ops.triton.scan import directional_scan_fwd, wants_gradients
+from mmtrain.ops.arguments import ScanInputs, wants_gradients
+from mmtrain.ops.triton.operators import causal_conv1d_triton_fwd, directional_scan_fwd
 
 
 def _unsqueezed(tensor: Tensor | None, dim: int) -> Tensor | None:

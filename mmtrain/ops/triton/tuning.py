@@ -42,15 +42,10 @@ def minor(tensor: Tensor) -> Tensor:
     return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
-def positions_adjacent(tensor: Tensor) -> bool:
-    """Whether (..., D, L) is laid out along positions; then the result is, too."""
-    return tensor.stride(-1) == 1 and tensor.stride(-2) != 1
-
-
 def returned(dense: Tensor, like: Tensor) -> Tensor:
     """(..., L, D) dense as (..., D, L) in the layout of ``like``."""
     out = dense.transpose(-1, -2)
-    return out.contiguous() if positions_adjacent(like) else out
+    return out.contiguous() if like.stride(-1) == 1 and like.stride(-2) != 1 else out
 
 
 TABLE = Path(__file__).with_name("launch_table.json")

@@ -26,6 +26,27 @@ from mmtrain.ops.cpu import library
 from mmtrain.ops.cpu.library import CHANNEL_PAD, CHUNK, ConvArgs, MixArgs, MixView, ScanArgs, View3, View4, address
 from mmtrain.ops.registration import conv_flops, register_pair, scan_flops
 
+
+def _dense(*tensors: Tensor | None) -> list[Any]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _gradients(tensors: tuple[Any, ...], in_layout: tuple[int, ...] = (0,)) -> tuple[Tensor, ...]:
+    """Empty: those of ``in_layout`` in the layout of their tensors, the others dense; of None, without elements."""
+    lead = tensors[0]
+    return tuple(
+        lead.new_empty(0) if t is None else torch.empty_like(t) if i in in_layout else t.new_empty(t.shape)
+        for i, t in enumerate(tensors)
+    )
+
+
+def _zeroed(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of an empty batch."""
+    for gradient in gradients:
+        gradient.zero_()
+    return gradients
+
+
 # ----------------------------------------------------------------------------------------------------------- the scan
 
 _SCAN = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, Tensor? initial_state"
@@ -39,17 +60,9 @@ def _scan_new_states(u: Tensor, A: Tensor, B: Tensor, save_states: bool) -> Tens
     return A.new_empty(u.shape[0], boundaries, B.shape[2], groups * padded)
 
 
-def _zeroed(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Of an empty batch."""
-    for gradient in gradients:
-        gradient.zero_()
-    return gradients
-
-
 def _scan_args(tensors: tuple[Any, ...], delta_softplus: bool, reverse: bool) -> ScanArgs:
     u, delta, A, B, C, *optional = tensors
-    dense: list[Any] = [None if t is None else t.contiguous() for t in (A, *optional)]
-    A, D, bias, initial = dense
+    A, D, bias, initial = dense = _dense(A, *optional)
     args = ScanArgs(
         batch=u.shape[0],
         dim=u.shape[1],
@@ -93,12 +106,8 @@ def selective_scan_fwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return outputs
 
 
-def _scan_empty_gradients(dout: Tensor, dlast: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """In the layout of what they are gradients of; those of absent parameters have no elements."""
-    u, delta, A, B, C, *optional = arguments[:8]
-    dD, dbias, dinitial = (u.new_empty(0) if p is None else p.new_empty(p.shape) for p in optional)
-    like = torch.empty_like
-    return like(u), like(delta), A.new_empty(A.shape), like(B), like(C), dD, dbias, dinitial
+def _scan_gradients(dout: Tensor, dlast: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return _gradients(arguments[:8], in_layout=(0, 1, 3, 4))
 
 
 @torch.library.custom_op(
@@ -112,7 +121,7 @@ def selective_scan_bwd(dout: Tensor, dlast: Tensor, *arguments: Any) -> tuple[Te
 
     ``dlast`` has no elements if there is no gradient of the last state.
     """
-    grads = _scan_empty_gradients(dout, dlast, *arguments)
+    grads = _scan_gradients(dout, dlast, *arguments)
     u, _, A, B, *_ = arguments
     states, *flags = arguments[8:]
     if not u.numel():
@@ -141,7 +150,7 @@ register_pair(
     outputs=2,
     states=True,
     fake=_scan_empty_outputs,
-    fake_backward=_scan_empty_gradients,
+    fake_backward=_scan_gradients,
     flops=lambda u, delta, A, *rest, **_: scan_flops(u, A),
 )
 
@@ -150,7 +159,7 @@ register_pair(
 
 
 def _conv_args(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> ConvArgs:
-    dense = [None if t is None else t.contiguous() for t in (weight, bias)]
+    dense = _dense(weight, bias)
     args = ConvArgs(
         batch=x.shape[0],
         dim=x.shape[1],
@@ -177,26 +186,19 @@ def causal_conv1d_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
     return out
 
 
-def _conv_empty_gradients(
-    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *flags: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return torch.empty_like(x), weight.new_empty(weight.shape), dbias
-
-
 @torch.library.custom_op("mmtrain::causal_conv1d_bwd", mutates_args=(), device_types="cpu")
 def causal_conv1d_bwd(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias); dbias has no elements without a bias."""
-    dx, dweight, dbias = grads = _conv_empty_gradients(dout, x, weight, bias)
+    dx, dweight, dbias = grads = _gradients((x, weight, bias))
     if not x.numel():
-        dweight.zero_(), dbias.zero_()
-        return grads
+        _zeroed(grads)
+        return dx, dweight, dbias
     args = _conv_args(x, weight, bias, silu, reverse)
     args.dout, args.dx, args.dweight, args.dbias = View3.of(dout), View3.of(dx), address(dweight), address(dbias)
     library.loaded().call("conv_backward", args)
-    return grads
+    return dx, dweight, dbias
 
 
 register_pair(
@@ -205,7 +207,7 @@ register_pair(
     tensors=3,
     settings=2,
     fake=lambda x, *rest: torch.empty_like(x),
-    fake_backward=_conv_empty_gradients,
+    fake_backward=lambda dout, *arguments: _gradients(arguments[:3]),
     flops=lambda x, weight, *rest, **_: conv_flops(x, weight),
 )
 
@@ -233,8 +235,7 @@ def _halves(x: Tensor, gated: bool) -> tuple[MixView, MixView]:
 def _mix_args(tensors: tuple[Any, ...], orders: list[int], height: int, scale: float, gated: bool) -> MixArgs:
     x = tensors[0]
     order = positions(tuple(orders), height, x.shape[2] // height)
-    dense: list[Any] = [None if t is None else t.contiguous() for t in tensors[1:]]
-    conv, _, _, dt_proj, _, A, _ = dense
+    conv, _, _, dt_proj, _, A, _ = dense = _dense(*tensors[1:])
     args = MixArgs(
         batch=x.shape[0] * x.shape[1],
         inner=x.shape[1],
@@ -278,12 +279,6 @@ def selective_mix_fwd(*arguments: Any) -> tuple[Tensor, Tensor]:
     return out, states
 
 
-def _mix_empty_gradients(dout: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """In the layout of x, the parameters dense; those of what is absent have no elements."""
-    made = [x.new_empty(0, dtype=torch.float32) if p is None else p.new_empty(p.shape) for p in rest[:7]]
-    return torch.empty_like(x), *made
-
-
 @torch.library.custom_op(
     "mmtrain::selective_mix_bwd",
     mutates_args=(),
@@ -292,7 +287,7 @@ def _mix_empty_gradients(dout: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, .
 )
 def selective_mix_bwd(dout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of x and the parameters; of what is None, without elements."""
-    dx, *rest = grads = _mix_empty_gradients(dout, *arguments)
+    dx, *rest = grads = _gradients(arguments[:8])
     tensors, states, settings = arguments[:8], arguments[8], arguments[9:]
     if not dx.numel():
         return _zeroed(grads)
@@ -324,6 +319,6 @@ register_pair(
     settings=4,
     states=True,
     fake=_mix_empty_outputs,
-    fake_backward=_mix_empty_gradients,
+    fake_backward=lambda dout, *arguments: _gradients(arguments[:8]),
     flops=mix_flops,
 )

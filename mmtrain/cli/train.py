@@ -10,7 +10,7 @@ import typer
 
 from mmtrain.cli.common import Config, Overrides, RunDir
 from mmtrain.cluster.task import SlurmTask, run_training
-from mmtrain.config import RunConfig, load_config, to_yaml
+from mmtrain.config import RunConfig, load_config, replace, to_yaml
 from mmtrain.config.load import config_folders
 from mmtrain.runs.folder import run_path
 
@@ -63,8 +63,6 @@ def debug_run(config: RunConfig) -> tuple[RunConfig, Path]:
 
 def shrink(config: RunConfig) -> RunConfig:
     """A small and short copy of ``config`` that takes the same code paths."""
-    from mmtrain.config import replace
-
     parts = config.train.accumulation * 2
     train = replace(config.train, max_steps=2, batch_size=max(parts, 4), log_every=1)
     return replace(

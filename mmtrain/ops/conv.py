@@ -1,4 +1,4 @@
-"""``causal_conv1d``: depthwise causal convolution along the sequence, through the same door as the scan."""
+"""``causal_conv1d``: depthwise causal convolution along the sequence, by the same choice of backend as the scan."""
 
 from __future__ import annotations
 

@@ -16,7 +16,9 @@ from mmtrain.config import TASKS, ClassificationConfig, ImageDataConfig, ImageMo
 from mmtrain.data.core.order import mix64
 from mmtrain.data.open import open_images
 from mmtrain.errors import UserError
+from mmtrain.plotting.runs import draw_confusion
 from mmtrain.tasks import Batch, StepKey, Task
+from mmtrain.torchvision_compat import ensure_torchvision
 
 #: A confusion matrix is drawn of at most so many classes and samples: one rank makes it while the others wait.
 _DRAWN_CLASSES, _DRAWN_SAMPLES = 50, 1000
@@ -46,8 +48,6 @@ class Classification(Task):
     def _mixup(self) -> Any:
         if self.options.mixup == 0 and self.options.cutmix == 0:
             return None
-        from mmtrain.torchvision_compat import ensure_torchvision
-
         ensure_torchvision()
         from timm.data import Mixup
 
@@ -107,8 +107,6 @@ class Classification(Task):
     @torch.no_grad()
     def illustrate(self, model: nn.Module, folder: Path) -> list[Path]:
         """The confusion matrix of (at most some thousand) samples of the test split, where the classes are few."""
-        from mmtrain.plotting.runs import draw_confusion
-
         if self.test is None or self.num_classes > _DRAWN_CLASSES:
             return []
         # spread over the split, since samples of a class may stand together

@@ -14,6 +14,7 @@ from mmtrain.config import TASKS, ForecasterConfig, ForecastingConfig, RunConfig
 from mmtrain.data.open import check_inputs, open_data
 from mmtrain.errors import UserError
 from mmtrain.models.tsm2 import Forecasts
+from mmtrain.plotting.runs import draw_forecast
 from mmtrain.tasks import Batch, StepKey, Task
 
 
@@ -101,8 +102,6 @@ class Forecasting(Task):
     @torch.no_grad()
     def illustrate(self, model: nn.Module, folder: Path) -> list[Path]:
         """The last window of the test split: history, forecast and truth, in the units of the data."""
-        from mmtrain.plotting.runs import draw_forecast
-
         source = self.series.test
         index = len(source) - 1
         batch = source.fetch(np.array([index]), None)

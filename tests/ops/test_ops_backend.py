@@ -1,4 +1,4 @@
-"""The door: which backend runs, that it is told, and that bad arguments are named."""
+"""The choice of a backend: which backend runs, that it is told, and that bad arguments are named."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from rich.progress import Progress as RichProgress
 from mmtrain.config import RunConfig
 from mmtrain.files import read_json_lines
 from mmtrain.parallel.ranks import Ranks
+from mmtrain.plotting.runs import draw_curves
 from mmtrain.runs.folder import RunFolder
 from mmtrain.tasks import Batch
 from mmtrain.train.meter import Meter
@@ -216,8 +217,6 @@ class Tracker:
 
     def _draw(self) -> None:
         if self.config.tracking.plots:
-            from mmtrain.plotting.runs import draw_curves
-
             draw_curves(self.run.curves_file, read_json_lines(self.run.metrics_file), self.plotted)
             self._curves_at = time.monotonic()
 

@@ -1,4 +1,4 @@
-"""The Triton backend behind the door: what the interpreter shows on a CPU (`interpreted_door.py`), and refusals."""
+"""The Triton backend behind the public calls: what the interpreter shows on a CPU (`interpreted_api.py`), and refusals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed here (it is for Li
 
 @pytest.mark.slow
 def test_every_call_under_the_interpreter() -> None:
-    run_interpreted("interpreted_door.py")
+    run_interpreted("interpreted_api.py")
 
 
 @pytest.mark.parametrize("backend", ["triton", "mamba_ssm"])

@@ -1,5 +1,5 @@
-"""The door to the Triton kernels under the interpreter: every public call against the reference; run by
-``test_triton_door.py``."""
+"""The public calls of the Triton kernels under the interpreter: every public call against the reference; run by
+``test_triton_api.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton backend behind the public calls: what the interpreter shows on a CPU (`interpreted_api.py`), and refusals."""
+"""The Triton backend: what the interpreter shows of it on a CPU (`interpreted_api.py`), and refusals."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ class Plan:
             found.append(f"no strategy fits into {FILL:.0%} of the {gib}: {'; '.join(self.advice)}")
         elif mine is not None and not mine.fits:
             found.append(
-                f"parallel.strategy={self.configured} needs about {mine.memory.total / 2**30:.1f} GiB a rank, more than"
+                f"parallel.strategy={self.configured} needs about {mine.memory.total / _GIB:.1f} GiB a rank, more than"
                 f" {FILL:.0%} of the {gib}: use parallel.strategy={self.choice}"
             )
         elif mine is None:

@@ -134,18 +134,18 @@ WIDENED_ON_CUDA: frozenset[Callable[..., Any]] = frozenset(
 
 
 class MetaAutocast(TorchFunctionMode):
-    """Casts the floating-point arguments of ``narrowed`` functions to ``dtype``, those of ``widened`` to float32.
+    """Casts floating-point arguments: to ``dtype`` for functions in NARROWED, to float32 for those in WIDENED_ON_CUDA.
 
     A weight is cast once a use, as autocast's cache does within one forward pass, so that the narrow copies which a
     backward pass keeps are counted.
     """
 
-    def __init__(self, dtype: torch.dtype, widened: frozenset[Callable[..., Any]] = WIDENED_ON_CUDA) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype, self.widened = dtype, widened
+        self.dtype = dtype
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        target = self.dtype if func in NARROWED else torch.float32 if func in self.widened else None
+        target = self.dtype if func in NARROWED else torch.float32 if func in WIDENED_ON_CUDA else None
         if target is None:
             return func(*args, **(kwargs or {}))
 

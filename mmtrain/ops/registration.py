@@ -77,7 +77,8 @@ def register_pair(
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         kept = output[outputs:] if states else ()
-        ctx.mark_non_differentiable(*kept)
+        if states:
+            ctx.mark_non_differentiable(*kept)
         if not materialize:
             ctx.set_materialize_grads(False)
             ctx.shape = output[0].shape
@@ -89,7 +90,7 @@ def register_pair(
         if douts[0] is None:
             douts = (saved[0].new_zeros(ctx.shape), *douts[1:])
         grads = backward(*douts[:outputs], *saved, *ctx.settings)
-        given = (None if t is None else grad for t, grad in zip(saved[:tensors], grads, strict=True))
+        given = [None if t is None else grad for t, grad in zip(saved[:tensors], grads, strict=True)]
         return (*given, *[None] * ctx.others)
 
     register(forward, fake, flops, setup_context, gradients)

@@ -34,6 +34,7 @@ from mmtrain.config.models import preset
 from mmtrain.models import build_model, create_model
 from mmtrain.ops import Direction, scan_backend, selective_scan
 from mmtrain.parallel.ranks import keep_freed_memory
+from mmtrain.torchvision_compat import ensure_torchvision
 
 TIMM = ("swin_tiny_patch4_window7_224", "convnext_tiny", "vit_small_patch16_224")
 
@@ -126,7 +127,8 @@ def compare(rows: Sequence[Row], rounds: int) -> dict[str, float]:
 
 
 def vision(batch: int, rounds: int, smoke: bool) -> dict[str, float]:
-    import timm  # after mmtrain, which makes torchvision importable without its compiled operators
+    ensure_torchvision()
+    import timm
 
     name, side = ("vim2_nano", 32) if smoke else ("vim2_tiny", 224)
     ours, x = create_model(name).train(), torch.randn(batch, 3, side, side)

@@ -13,9 +13,11 @@ from scan_gpu_parts.measure import seconds
 
 def networks(smoke: bool) -> dict[str, Callable[[], nn.Module]]:
     """Makers by name."""
-    import timm
-
     from mmtrain.models import create_model
+    from mmtrain.torchvision_compat import ensure_torchvision
+
+    ensure_torchvision()
+    import timm
 
     if smoke:
         return {"vim2_nano": lambda: create_model("vim2_nano", num_classes=10)}

@@ -35,7 +35,11 @@ def _gradients(tensors: tuple[Any, ...], in_layout: tuple[int, ...] = (0,)) -> t
     """Empty: those of ``in_layout`` in the layout of their tensors, the others dense; of None, without elements."""
     lead = tensors[0]
     return tuple(
-        lead.new_empty(0) if t is None else torch.empty_like(t) if i in in_layout else t.new_empty(t.shape)
+        lead.new_empty(0, dtype=torch.float32)
+        if t is None
+        else torch.empty_like(t)
+        if i in in_layout
+        else t.new_empty(t.shape)
         for i, t in enumerate(tensors)
     )
 

@@ -6,7 +6,6 @@ Files of JSON lines are appended to by processes that may be killed at any time,
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,8 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mmtrain.errors import UserError
-
-logger = logging.getLogger("mmtrain")
+from mmtrain.log import logger
 
 
 @contextmanager

@@ -7,7 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-_logger = logging.getLogger("mmtrain")
+#: The logger of every module.
+logger = logging.getLogger("mmtrain")
 
 
 def log_to_console() -> None:
@@ -19,9 +20,9 @@ def log_to_console() -> None:
     rank = int(os.environ.get("RANK", 0))
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    _logger.handlers[:] = [handler]
-    _logger.setLevel(logging.DEBUG)
-    _logger.propagate = False
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
 
 
 class _RunLog(logging.FileHandler):
@@ -39,7 +40,7 @@ def log_to_file(path: Path) -> None:
     """
     handler = _RunLog(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for old in [h for h in _logger.handlers if isinstance(h, logging.FileHandler)]:
-        _logger.removeHandler(old)
+    for old in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
+        logger.removeHandler(old)
         old.close()
-    _logger.addHandler(handler)
+    logger.addHandler(handler)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +18,10 @@ from mmtrain.errors import UserError
 from mmtrain.inference.trained import TrainedModel, load_trained
 from mmtrain.inspect.learned import averaging_matrices, image_selection, window_selection
 from mmtrain.inspect.stages import NOT_COUNTED, StageRow, Subject, resolve, stage_table, total
+from mmtrain.log import logger
 from mmtrain.plan import plan_run, render
 from mmtrain.plotting.averaging import draw_averaging
 from mmtrain.plotting.selection import draw_image_selection, draw_window_selection
-
-logger = logging.getLogger("mmtrain")
 
 
 def model_command(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from pathlib import Path
 
@@ -12,9 +11,8 @@ from mmtrain.cli.common import Config, Overrides, RunDir
 from mmtrain.cluster.task import SlurmTask, run_training
 from mmtrain.config import RunConfig, load_config, replace, to_yaml
 from mmtrain.config.load import config_folders
+from mmtrain.log import logger
 from mmtrain.runs.folder import run_path
-
-logger = logging.getLogger("mmtrain")
 
 
 def train_command(

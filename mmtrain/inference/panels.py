@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,13 +16,13 @@ from mmtrain.data.series.panel_inputs import PanelInputs, PanelScalers, StaticCo
 from mmtrain.data.series.split import Scaler
 from mmtrain.errors import UserError
 from mmtrain.inference.trained import TrainedModel
+from mmtrain.log import logger
 from mmtrain.plotting.runs import draw_forecast
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _BATCH = 256
-logger = logging.getLogger("mmtrain")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ from mmtrain.config import replace
 from mmtrain.errors import UserError, nearest
 from mmtrain.inference.folder import CONFIG, FILES, fit_weights, read_pretrained
 from mmtrain.inference.trained import load_trained
+from mmtrain.log import logger
 from mmtrain.models import build_model
-
-logger = logging.getLogger("mmtrain")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -6,7 +6,6 @@ leave out it reports as a :class:`Fault`; a :class:`FaultLog` counts these, writ
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from mmtrain.errors import UserError
 from mmtrain.files import append_json_line, read_json_lines
+from mmtrain.log import logger
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from mmtrain.data.core.order import Order
 
-logger = logging.getLogger("mmtrain")
 Batch = dict[str, "Tensor"]
 
 

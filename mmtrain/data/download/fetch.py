@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import shutil
@@ -16,8 +15,7 @@ from mmtrain.data.download.http import Patience, discard, download
 from mmtrain.data.download.registry import Dataset, Source
 from mmtrain.errors import UserError
 from mmtrain.files import exclusive, sync, write_atomically
-
-logger = logging.getLogger("mmtrain")
+from mmtrain.log import logger
 
 
 @dataclass(frozen=True)

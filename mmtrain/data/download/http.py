@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import re
 import time
@@ -20,6 +19,7 @@ from urllib.parse import urljoin, urlsplit
 
 from mmtrain.errors import UserError
 from mmtrain.files import write_atomically
+from mmtrain.log import logger
 from mmtrain.version import __version__
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 _REDIRECTS = 5
 _AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 _CHUNK = 1 << 16
-logger = logging.getLogger("mmtrain")
 
 
 @dataclass(frozen=True)

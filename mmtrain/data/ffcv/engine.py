@@ -17,7 +17,6 @@ geometry: shorter side to S / crop_pct, then the centre S × S.
 from __future__ import annotations
 
 import atexit
-import logging
 import math
 import queue
 import threading
@@ -37,6 +36,7 @@ from mmtrain.data.ffcv.augment import Recipe
 from mmtrain.data.ffcv.format import JPG, Beton
 from mmtrain.data.images.photo import FLIP_DRAW, RATIO, SCALE, TRIES, Keys
 from mmtrain.errors import UserError
+from mmtrain.log import logger
 
 #: Samples and their keys (None in evaluation).
 Request = tuple[NDArray[np.int64], Keys | None]
@@ -54,7 +54,6 @@ _LOG_LOW, _LOG_HIGH = math.log(RATIO[0]), math.log(RATIO[1])
 _one_kernel = threading.Lock()
 #: Once in a process, since compiling takes seconds.
 _decoders: dict[tuple[Any, ...], Callable[..., None]] = {}
-logger = logging.getLogger("mmtrain")
 
 
 class Engine:

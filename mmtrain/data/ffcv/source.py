@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -19,6 +18,7 @@ from mmtrain.data.core.source import Batch
 from mmtrain.data.ffcv.augment import Augment, build_augment
 from mmtrain.data.ffcv.format import Beton, read_beton, require_ffcv
 from mmtrain.errors import UserError
+from mmtrain.log import logger
 
 if TYPE_CHECKING:
     from mmtrain.data.ffcv.engine import Engine, Request
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 _CONTAINER = Path("/sys/fs/cgroup")
 #: What is scheduled together without os_cache, in windows of the shuffle, at least.
 _SEGMENT = 4
-logger = logging.getLogger("mmtrain")
 _told: set[tuple[Path, bool]] = set()
 
 

@@ -6,7 +6,6 @@ Any address that fsspec knows will do: ``https://``, ``s3://`` (with s3fs), ``gs
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import re
 import threading
@@ -19,8 +18,7 @@ from typing import Any
 
 from mmtrain.errors import UserError
 from mmtrain.files import exclusive
-
-logger = logging.getLogger("mmtrain")
+from mmtrain.log import logger
 
 _ATTEMPTS = 4
 _PIECE = 1 << 20

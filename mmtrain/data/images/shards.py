@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from mmtrain.data.images.photo import Photo, Undecodable
 from mmtrain.data.images.tar_index import Damaged, ShardIndex, index_shards
 from mmtrain.data.images.transforms import build_transform, new_tensor
 from mmtrain.errors import UserError, nearest
+from mmtrain.log import logger
 
 #: Samples after a faulty one that are tried in its place.
 _STAND_INS = 64
@@ -240,7 +240,7 @@ class ImageShards:
             shard = index_shards([self.paths[block]], skip=self.skip, cache=self.cache)[0]
             key = f"sample {str(shard.keys[within])!r}"
         except (UserError, IndexError):  # the shard was damaged since: the number must do
-            logging.getLogger("mmtrain").debug("no keys for %s", self.paths[block])
+            logger.debug("no keys for %s", self.paths[block])
             key = f"sample number {within}"
         return f"{self.paths[block]}, {key}"
 

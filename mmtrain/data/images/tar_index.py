@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 import tarfile
@@ -32,6 +31,7 @@ from numpy.typing import NDArray
 from mmtrain.data.images.cache import ShardCache, Unreachable, is_address
 from mmtrain.errors import UserError
 from mmtrain.files import complete_or_absent
+from mmtrain.log import logger
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _FORMAT = 1
@@ -40,7 +40,6 @@ _CURE_SHARD = "copy or prepare the shard again (mmtrain data prepare images --fo
 #: numpy parses the header of an array as Python source, which Python 3.11 may not do in two threads at once: now and
 #: then it ends in "SystemError: AST constructor recursion depth mismatch" (python/cpython#106905).
 _parsing = threading.Lock()
-logger = logging.getLogger("mmtrain")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ ids (1 to 1000) are another order, which only its ``meta.mat`` tells.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections import Counter
@@ -20,6 +19,7 @@ from mmtrain.data.prepare.images import SUFFIXES, check_classes, class_folders
 from mmtrain.data.prepare.output import Prepared, check_root, existing
 from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.errors import UserError
+from mmtrain.log import logger
 
 CLASSES, TRAIN, VAL = 1000, 1_281_167, 50_000
 _VAL_OF_CLASS = VAL // CLASSES
@@ -30,7 +30,6 @@ _LAYOUTS = (
 )
 _WANTED = "wanted is a WNID or a class index in each line, in the order of the file names, or a name and one of them"
 WNID = re.compile(r"n\d{8}")
-logger = logging.getLogger("mmtrain")
 
 
 @dataclass

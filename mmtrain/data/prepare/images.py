@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +11,10 @@ from mmtrain.data.prepare.encode import ClassEncoder, Item, check_encoding
 from mmtrain.data.prepare.output import Prepared, check_root, existing
 from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.errors import UserError
+from mmtrain.log import logger
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 _SPLIT_FOLDERS = {"val": ("val", "valid", "validation"), "test": ("test",)}
-logger = logging.getLogger("mmtrain")
 
 
 def prepare_images(

@@ -7,7 +7,6 @@ non-commercial and academic use.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from mmtrain.data.series.split import SplitRule
 from mmtrain.data.series.table import carry, read_frame
 from mmtrain.data.series.timeline import UNITS, Step, Timeline
 from mmtrain.errors import UserError
+from mmtrain.log import logger
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +32,6 @@ STATES = ("CA", "TX", "WI")
 EVENTS = ("Cultural", "National", "Religious", "Sporting")
 #: Rows read at once: products × days × 2 arrays of 4 bytes.
 _BATCH = 512
-logger = logging.getLogger("mmtrain")
 
 
 def prepare_m5(root: str | Path, out: str | Path, *, days: int = 28, force: bool = False) -> Prepared:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import uuid
@@ -15,9 +14,9 @@ from typing import Any
 
 from mmtrain.errors import UserError
 from mmtrain.files import exclusive, write_atomically
+from mmtrain.log import logger
 
 FORMAT = 1  # of datasets of shards and of betons
-logger = logging.getLogger("mmtrain")
 
 
 @dataclass(frozen=True)

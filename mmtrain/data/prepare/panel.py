@@ -5,7 +5,6 @@ The series come in one of three layouts, which are told apart by their columns: 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +21,10 @@ from mmtrain.data.series.split import SplitRule
 from mmtrain.data.series.table import TIME_NAMES, listed, read_table
 from mmtrain.data.series.timeline import Step, Timeline, step_of
 from mmtrain.errors import UserError, nearest
+from mmtrain.log import logger
 
 ID_NAMES = ("id", "unique_id", "series_id", "item_id")
 _WIDE_ROWS = 512
-logger = logging.getLogger("mmtrain")
 
 
 def prepare_panel(

@@ -5,7 +5,6 @@ A first pass counts the series, their rows and their times; a second one puts ev
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from mmtrain.data.prepare.tables import Columns, batches, is_number, numbers_of,
 from mmtrain.data.series.table import parse_times
 from mmtrain.data.series.timeline import Int64s, Step, Steps, Timeline
 from mmtrain.errors import UserError
+from mmtrain.log import logger
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 #: A grid of more times than this for each row is taken for a step that was guessed wrongly.
 _MOST_GAPS = 4
 _NEVER = np.iinfo(np.int64).max
-logger = logging.getLogger("mmtrain")
 
 
 def open_long(

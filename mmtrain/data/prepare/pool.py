@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import signal
@@ -17,6 +16,7 @@ from multiprocessing import connection
 from typing import Protocol, TypeVar
 
 from mmtrain.errors import UserError
+from mmtrain.log import logger
 
 Job = TypeVar("Job")
 Done = TypeVar("Done")
@@ -118,7 +118,7 @@ class _Meter:
         self.count(count, fresh)
         if (self.total and before * 10 // self.total != self.done * 10 // self.total) or now - self.said > _PAUSE:
             self.said = now
-            logging.getLogger("mmtrain").info("%s", self)
+            logger.info("%s", self)
 
     def __str__(self) -> str:
         text = f"{self.title}: {self.done} of {self.total}"

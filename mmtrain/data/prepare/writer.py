@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +25,7 @@ from mmtrain.data.prepare.output import FORMAT, Prepared, prepared_folder, write
 from mmtrain.data.prepare.pool import progress, run_jobs
 from mmtrain.errors import UserError
 from mmtrain.files import append_json_line, read_json_lines, write_atomically
-
-logger = logging.getLogger("mmtrain")
+from mmtrain.log import logger
 
 
 class _Job(NamedTuple):

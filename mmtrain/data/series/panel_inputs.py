@@ -7,7 +7,6 @@ become numbers: categories one-hot (many of them as one code), numbers standardi
 from __future__ import annotations
 
 import base64
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,13 +19,13 @@ from mmtrain.data.series.split import Scaler
 from mmtrain.data.series.timeline import calendar_features, calendar_names
 from mmtrain.data.series.windows import Floats, Int64s, known_batch, runs
 from mmtrain.errors import UserError, nearest
+from mmtrain.log import logger
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 #: A category of more values than this becomes one number, its code, instead of a column for each value.
 MOST_ONE_HOT = 64
-logger = logging.getLogger("mmtrain")
 
 
 @dataclass(frozen=True)

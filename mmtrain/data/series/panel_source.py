@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,11 +20,10 @@ from mmtrain.data.series.panel_inputs import (
 from mmtrain.data.series.split import Scaler, SplitRule
 from mmtrain.data.series.windows import Floats, ForecastingData, Int64s, Spans, WindowOrigin, Windows, known_steps
 from mmtrain.errors import UserError
+from mmtrain.log import logger
 
 if TYPE_CHECKING:
     from mmtrain.config import PanelDataConfig
-
-logger = logging.getLogger("mmtrain")
 
 
 class PanelWindows(Windows):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
 import warnings
 import zipfile
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmtrain.errors import UserError, nearest
+from mmtrain.log import logger
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +24,6 @@ SUFFIXES = (".csv", ".parquet", ".zip")
 TIME_NAMES = ("date", "datetime", "timestamp", "time")
 FILLS = ("ffill", "interpolate", "zero")
 MISSING = ("error", *FILLS, "mask")
-logger = logging.getLogger("mmtrain")
 
 
 @dataclass(frozen=True)

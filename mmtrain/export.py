@@ -104,7 +104,7 @@ def require_packages() -> None:
         )
 
 
-def export_onnx(model: nn.Module, example: Example, path: str | Path, *, dynamic_batch: bool = True) -> Exported:
+def export_onnx(model: nn.Module, example: Example, path: str | Path) -> Exported:
     """Trace ``model`` in evaluation mode on ``example`` and write it to ``path`` (.onnx), weights included.
 
     The inputs are named as the arguments of forward and the output ``output``. Only the batch is free: image sizes, the
@@ -114,7 +114,6 @@ def export_onnx(model: nn.Module, example: Example, path: str | Path, *, dynamic
 
     Args:
         example: an input (B, ...), or the positional arguments of forward (None for one left out).
-        dynamic_batch: take any batch; otherwise only that of the example.
 
     Raises:
         UserError: packages are lacking; ``path`` exists, does not end in .onnx or cannot be written; an example without
@@ -126,16 +125,16 @@ def export_onnx(model: nn.Module, example: Example, path: str | Path, *, dynamic
     size = sum(p.numel() * p.element_size() for p in model.state_dict().values())
     if size >= _LIMIT:
         raise UserError(f"{path}: the weights take {size / 2**30:.1f} GiB, one ONNX file 2: use --format torch")
-    inputs = as_inputs(example, dynamic_batch)
+    inputs = as_inputs(example)
     arguments = inspect.signature(model.forward).parameters
     names = [name for name, x in zip(arguments, inputs, strict=False) if x is not None]
     with new_path(path) as partial:
-        with tracing(model), _quiet():
+        with evaluating(model), scan_backend("parallel"), _quiet():
             program = torch.onnx.export(
                 model,
                 inputs,
                 dynamo=True,
-                dynamic_shapes=dynamic_shapes(inputs, dynamic_batch),
+                dynamic_shapes=dynamic_shapes(inputs),
                 input_names=names,
                 output_names=["output"],
                 optimize=False,
@@ -149,7 +148,7 @@ def export_onnx(model: nn.Module, example: Example, path: str | Path, *, dynamic
             given = [x.numpy() for x in batch if x is not None]
             return torch.from_numpy(session.run(None, dict(zip(names, given, strict=True)))[0])
 
-        error = check(model, run, inputs, dynamic_batch)
+        error = check(model, run, inputs)
         written, nodes = partial.stat().st_size, program.model.graph.num_nodes()
     return Exported(path, written, nodes, error)
 
@@ -178,7 +177,7 @@ def _quiet() -> Iterator[None]:
             log.setLevel(level)
 
 
-def export_torch(model: nn.Module, example: Example, path: str | Path, *, dynamic_batch: bool = True) -> Exported:
+def export_torch(model: nn.Module, example: Example, path: str | Path) -> Exported:
     """Trace ``model`` in evaluation mode on ``example`` and write it to ``path`` (.pt2), for inference.
 
     Only the batch is free: image sizes, the look-back and the number of variates are those of the example. The file is
@@ -187,19 +186,16 @@ def export_torch(model: nn.Module, example: Example, path: str | Path, *, dynami
 
     Args:
         example: an input (B, ...), or the positional arguments of forward (None for one left out).
-        dynamic_batch: take any batch; otherwise only that of the example.
 
     Raises:
         UserError: ``path`` exists, does not end in .pt2 or cannot be written; an example without a common batch.
         RuntimeError: the file computes something else than the model (nothing is written), or tracing failed.
     """
     path = _checked(path, ".pt2")
-    inputs = as_inputs(example, dynamic_batch)
+    inputs = as_inputs(example)
     with new_path(path) as partial:
-        with tracing(model):
-            program = torch.export.export(
-                model, inputs, dynamic_shapes=dynamic_shapes(inputs, dynamic_batch), strict=False
-            )
+        with evaluating(model), scan_backend("parallel"):  # in standard operators
+            program = torch.export.export(model, inputs, dynamic_shapes=dynamic_shapes(inputs), strict=False)
         graph = program.graph_module.graph
         # an unused unbind of an empty tensor cannot be read back
         graph.eliminate_dead_code()
@@ -212,7 +208,7 @@ def export_torch(model: nn.Module, example: Example, path: str | Path, *, dynami
         program.example_inputs = None
         torch.export.save(program, partial)
         loaded = torch.export.load(partial).module()
-        error = check(model, lambda batch: loaded(*batch), inputs, dynamic_batch)
+        error = check(model, lambda batch: loaded(*batch), inputs)
         size = partial.stat().st_size
     return Exported(path, size, len(graph.nodes), error)
 
@@ -224,7 +220,7 @@ def _checked(path: str | Path, suffix: str) -> Path:
     return path
 
 
-def as_inputs(example: Example, dynamic_batch: bool) -> Inputs:
+def as_inputs(example: Example) -> Inputs:
     """The example as positional arguments; a batch of one is doubled, since a traced 1 would become a constant.
 
     Raises:
@@ -237,51 +233,44 @@ def as_inputs(example: Example, dynamic_batch: bool) -> Inputs:
             f"example: its tensors have the shapes {[tuple(x.shape) for x in inputs if x is not None]}: "
             "dimension 0 of each must be the same batch of at least one sample"
         )
-    if dynamic_batch and sizes == {1}:
+    if sizes == {1}:
         return tuple(None if x is None else torch.cat([x, x]) for x in inputs)
     return inputs
 
 
-def dynamic_shapes(inputs: Inputs, dynamic_batch: bool) -> tuple[dict[int, object] | None, ...]:
+def dynamic_shapes(inputs: Inputs) -> tuple[dict[int, object] | None, ...]:
     """The batch of every input as one named dimension, in the form that torch.export takes; the rest is fixed."""
     batch = torch.export.Dim("batch", min=1)
-    return tuple(({0: batch} if dynamic_batch else {}) if x is not None else None for x in inputs)
+    return tuple(None if x is None else {0: batch} for x in inputs)
 
 
 @contextmanager
-def tracing(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, and the scan in standard operators; the model's mode is put back."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients; the model's mode is put back."""
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), scan_backend("parallel"):
+        with torch.no_grad():
             yield
     finally:
         model.train(training)
 
 
-@torch.no_grad()
-def check(model: nn.Module, run: Callable[[Inputs], Tensor], inputs: Inputs, dynamic_batch: bool) -> float:
+def check(model: nn.Module, run: Callable[[Inputs], Tensor], inputs: Inputs) -> float:
     """The largest difference between ``run`` and the model, on the example and with a batch of 1 and of one more.
 
     Raises:
         RuntimeError: when it is more than :data:`TOLERANCE`.
     """
-    batches = [inputs]
-    if dynamic_batch:
-        batches.append(tuple(None if x is None else x[:1] for x in inputs))
-        batches.append(tuple(None if x is None else torch.cat([x.flip(0), x[:1]]) for x in inputs))
+    one = tuple(None if x is None else x[:1] for x in inputs)
+    more = tuple(None if x is None else torch.cat([x.flip(0), x[:1]]) for x in inputs)
     worst = 0.0
-    training = model.training
-    model.eval()
-    try:
-        for batch in batches:
+    with evaluating(model):
+        for batch in (inputs, one, more):
             expected, found = model(*batch), run(batch)
             # not finite is a fault too, so the comparison must be false for NaN
             error = (found - expected).abs().max().item()
             if not error <= TOLERANCE * max(1.0, expected.abs().max().item()):
                 raise RuntimeError(f"the exported model differs from the model by {error:.3g}: it was not written")
             worst = max(worst, error)
-    finally:
-        model.train(training)
     return worst

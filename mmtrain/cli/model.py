@@ -63,7 +63,8 @@ def _show_stages(subject: Subject, input_size: str | None, variates: int | None,
     else:
         if variates is not None:
             raise UserError(f"--variates is for series: '{model.name}' takes images (give --input-size)")
-        size = _size(input_size) if input_size is not None else _own_size(subject)
+        own = getattr(subject.run.data, "image_size", 224) if subject.run is not None else 224
+        size = _size(input_size) if input_size is not None else (own, own)
         rows = stage_table(model, batch=batch, image_size=size)
         shown = f"{batch} × {size[0]}×{size[1]} pixels"
     table = Table("stage", box=None, title=f"{model.name}, input {shown}", title_justify="left")
@@ -106,11 +107,6 @@ def _size(text: str) -> tuple[int, int]:
     return height, int(found[2] or height)
 
 
-def _own_size(subject: Subject) -> tuple[int, int]:
-    size = getattr(subject.run.data, "image_size", 224) if subject.run is not None else 224
-    return size, size
-
-
 def _variates(subject: Subject) -> int:
     if subject.folder is not None:
         assets = subject.folder / "assets.json"
@@ -142,7 +138,8 @@ def _selection(
     trained: TrainedModel, subject: Subject, series: Path | None, image: Path | None
 ) -> Callable[[Path], None] | None:
     """How to draw the selection, or None, with a warning, where there is nothing to draw it from."""
-    forecasts = image is None if series is not None or image is not None else _is_forecaster(trained)
+    forecaster = trained.config.task.kind == "forecasting"
+    forecasts = image is None if series is not None or image is not None else forecaster
     flag = "--series FILE" if forecasts else "--image FILE"
     try:
         if forecasts:
@@ -160,10 +157,6 @@ def _selection(
         return None
     logger.warning("no selection.png: this model has no selective token, time or variate mixers")
     return None
-
-
-def _is_forecaster(trained: TrainedModel) -> bool:
-    return trained.config.task.kind == "forecasting"
 
 
 def plan_command(

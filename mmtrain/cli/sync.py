@@ -26,19 +26,11 @@ def sync_command(
     dry_run: Annotated[bool, typer.Option(help="List what would be uploaded, and stop.")] = False,
 ) -> None:
     """Upload the offline W&B records of runs: the parts of a run that was restarted become one run."""
-    sync_runs(runs, dry_run=dry_run)
-
-
-def sync_runs(runs: list[Path], *, dry_run: bool = False) -> None:
-    """Upload the records of ``runs`` that are not on the server yet.
-
-    Raises:
-        UserError: for folders without records, without a key, and with all parts that could not be uploaded.
-    """
     parts: list[Path] = []
     for path in runs:
         run = RunFolder.existing(path)
-        found = offline_parts(run.path)
+        # a folder for each process that wrote a record, oldest first
+        found = sorted(part for part in (run.path / "wandb").glob("offline-run-*") if any(part.glob("*.wandb")))
         if not found:
             print(f"{path}: no offline W&B records (tracking.wandb=offline makes them)")
         growing = [part for part in found if run.result() is None and _growing(part)]
@@ -57,11 +49,6 @@ def sync_runs(runs: list[Path], *, dry_run: bool = False) -> None:
         print(f"uploading {len(parts)} offline record{'s' if len(parts) > 1 else ''}")
         _upload(parts)
         print("uploaded")
-
-
-def offline_parts(run: Path) -> list[Path]:
-    """The records of the run folder ``run``, a folder for each process that wrote one, oldest first."""
-    return sorted(part for part in (run / "wandb").glob("offline-run-*") if any(part.glob("*.wandb")))
 
 
 def synced(part: Path) -> bool:

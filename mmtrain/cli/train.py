@@ -10,7 +10,7 @@ import typer
 from mmtrain.cli.common import Config, Overrides, RunDir
 from mmtrain.cluster.task import SlurmTask, run_training
 from mmtrain.config import RunConfig, load_config, replace, to_yaml
-from mmtrain.config.load import config_folders
+from mmtrain.config.load import config_folders, config_names
 from mmtrain.log import logger
 from mmtrain.runs.folder import run_path
 
@@ -37,18 +37,17 @@ def train_command(
 
 def configs_command() -> None:
     """List the configurations that --config takes by name: those of ./configs, and those that come with mmtrain."""
-    listed: set[Path] = set()
+    listed: set[str] = set()
     for folder in config_folders():
-        names = {path.relative_to(folder) for path in folder.rglob("*.yaml")} - listed
-        names = {name for name in names if name.parts[0] != "base"}
+        names = [name for name in config_names([folder]) if name not in listed]
         if names:
             print(f"{folder}:")
-        width = max((len(str(name)) for name in names), default=0)
-        for name in sorted(names):
-            first, *_ = (folder / name).read_text(encoding="utf-8").splitlines() or [""]
+        width = max(map(len, names), default=0) + 2
+        for name in names:
+            first, *_ = (folder / f"{name}.yaml").read_text(encoding="utf-8").splitlines() or [""]
             description = first.lstrip("# ") if first.startswith("#") else ""
-            print(f"  {name.with_suffix('')!s:<{width}}{description}".rstrip())
-        listed |= names
+            print(f"  {name:<{width}}{description}".rstrip())
+        listed.update(names)
 
 
 def debug_run(config: RunConfig) -> tuple[RunConfig, Path]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import pandas as pd
 import torch
 import typer
 
@@ -16,9 +15,9 @@ from mmtrain.config import load_config
 from mmtrain.errors import UserError
 from mmtrain.export import export_trained
 from mmtrain.inference import TrainedModel, classify, forecast, forecast_panel, load_trained
-from mmtrain.inference.panels import draw_some
+from mmtrain.inference.panels import PanelForecast
+from mmtrain.inference.predict import Forecast
 from mmtrain.parallel.ranks import Ranks
-from mmtrain.plotting.runs import draw_forecast
 from mmtrain.tasks import build_task
 from mmtrain.train.evaluate import evaluate
 
@@ -45,9 +44,6 @@ def predict_command(
     else:
         if len(files) != 1:
             raise UserError(f"a forecast takes one file, not {len(files)}")
-        if files[0].is_dir():
-            _forecast_panel(trained, files[0], out or Path(), back, missing)
-            return
         _forecast(trained, files[0], out or Path(), back, missing)
 
 
@@ -58,40 +54,27 @@ def _classify(trained: TrainedModel, files: list[Path]) -> None:
             print(f"  {probability:7.2%}  {name}")
 
 
-def _forecast_panel(trained: TrainedModel, folder: Path, out: Path, back: int, missing: str) -> None:
-    made = forecast_panel(trained, folder, back, missing)
+def _forecast(trained: TrainedModel, path: Path, out: Path, back: int, missing: str) -> None:
+    made: Forecast | PanelForecast
+    if path.is_dir():
+        made = forecast_panel(trained, path, back, missing)
+        left_out = f" ({made.left_out} too short for the look-back)" if made.left_out else ""
+        name, what = path.resolve().name, f"{len(made.ids)} series{left_out}"
+    else:
+        made = forecast(trained, path, back, missing)
+        name, what = path.stem, f"{len(made.columns)} variates"
+    stem = out / f"{name}_forecast"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        stem = out / f"{folder.resolve().name}_forecast"
         made.table().to_csv(f"{stem}.csv", index=False)
-        draw_some(Path(f"{stem}.png"), made)
+        made.draw(Path(f"{stem}.png"))
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-    left_out = f" ({made.left_out} too short for the look-back)" if made.left_out else ""
-    print(f"{made.values.shape[1]} steps of {len(made.ids)} series{left_out}: {stem}.csv, {stem}.png")
-    if np.isfinite(made.truth).any():
-        errors = np.nanmean(np.abs(made.values - made.truth), axis=(0, 1))
-        for name, mean in zip(made.columns, errors, strict=True):
-            print(f"  mean absolute error  {mean:10.4g}  {name}")
-
-
-def _forecast(trained: TrainedModel, file: Path, out: Path, back: int, missing: str) -> None:
-    made = forecast(trained, file, back, missing)
-    table = pd.DataFrame(made.values, columns=made.columns)
-    if made.stamps is not None:
-        table.insert(0, "date", made.stamps[-len(made.values) :])
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        stem = out / f"{file.stem}_forecast"
-        table.to_csv(f"{stem}.csv", index=False)
-        draw_forecast(Path(f"{stem}.png"), made.columns, made.past, made.values, truth=made.truth, stamps=made.stamps)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-    print(f"{len(made.values)} steps of {len(made.columns)} variates: {stem}.csv, {stem}.png")
-    if made.truth is not None:
-        errors = np.nanmean(np.abs(made.values - made.truth), axis=0)
-        for name, mean in zip(made.columns, errors, strict=True):
-            print(f"  mean absolute error  {mean:10.4g}  {name}")
+    print(f"{made.values.shape[-2]} steps of {what}: {stem}.csv, {stem}.png")
+    if made.truth is not None and np.isfinite(made.truth).any():
+        errors = np.nanmean(np.abs(made.values - made.truth).reshape(-1, len(made.columns)), axis=0)
+        for column, mean in zip(made.columns, errors, strict=True):
+            print(f"  mean absolute error  {mean:10.4g}  {column}")
 
 
 def eval_command(

@@ -13,7 +13,7 @@ from mmtrain.config.data import (
     ShardsDataConfig,
     SyntheticDataConfig,
 )
-from mmtrain.config.load import config_names, from_yaml, load_config, to_yaml
+from mmtrain.config.load import config_names, load_config, to_yaml
 from mmtrain.config.models import (
     MODELS,
     ForecasterConfig,
@@ -68,7 +68,6 @@ __all__ = [
     "TrainConfig",
     "ViM2Config",
     "config_names",
-    "from_yaml",
     "load_config",
     "replace",
     "to_yaml",

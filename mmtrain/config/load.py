@@ -42,9 +42,10 @@ def config_folders() -> list[Path]:
     return [folder for folder in candidates if folder.is_dir()]
 
 
-def config_names() -> list[str]:
-    """The names that ``--config`` takes."""
-    found = {path.relative_to(folder) for folder in config_folders() for path in folder.rglob("*.yaml")}
+def config_names(folders: Iterable[Path] | None = None) -> list[str]:
+    """The names that ``--config`` takes, of ``folders`` alone or of all :func:`config_folders`."""
+    places = config_folders() if folders is None else folders
+    found = {path.relative_to(folder) for folder in places for path in folder.rglob("*.yaml")}
     return sorted(str(path.with_suffix("")) for path in found if path.parts[0] != "base")
 
 
@@ -71,11 +72,6 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise UserError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}") from None
     except ConfigError as error:
         raise UserError(f"{sources.get(error.key, path)}: {error}") from None
-
-
-def from_yaml(path: Path) -> RunConfig:
-    """Read the resolved configuration of a run folder."""
-    return load_config(path)
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -12,14 +12,6 @@ from mmtrain.errors import UserError, nearest
 
 Count = Annotated[int, Field(ge=1)]
 
-#: The block variants by name, with the paper's figure that draws each. ViM2 is built of the last, TSM2 of the second.
-BLOCKS = {
-    "bidirectional": "Fig. 1: token mixer in both directions, channel mixer in both directions",
-    "unidirectional": "Fig. 6: token mixer in one direction, channel mixer in both directions",
-    "multi_scan": "Fig. 7: four scans in both mixers, a convolution for each scan of the tokens",
-    "shared_conv": "Fig. 8: four scans of the tokens after one shared convolution",
-}
-
 
 class ModelConfig(Section):
     """The keys that every architecture has."""

@@ -143,20 +143,17 @@ def check_inputs(data: ForecastingData, model: ForecasterConfig, path: str) -> N
         UserError: with the keys to set.
     """
     static, known = data.static, data.known
+    widths = [name if width == 1 else f"{name} × {width}" for name, width in static.items()]
     wrong: list[str] = []
     for key, has, wanted, what in (
         ("future_features", model.auxiliary.future, len(known), _named("known in advance", known)),
-        ("static_features", model.auxiliary.static, sum(static.values()), _named("static", _widths(static))),
+        ("static_features", model.auxiliary.static, sum(static.values()), _named("static", widths)),
     ):
         if has != wanted:
             wrong.append(f"model.{key} is {has}, but the data gives {wanted} ({what}): set model.{key}={wanted}")
     if wrong:
         hint = "" if static or known else " (or name columns with data.known, data.static or data.calendar=true)"
         raise UserError(f"{path}: {'; '.join(wrong)}{hint}")
-
-
-def _widths(static: dict[str, int]) -> list[str]:
-    return [name if width == 1 else f"{name} × {width}" for name, width in static.items()]
 
 
 def _named(what: str, names: Sequence[str]) -> str:

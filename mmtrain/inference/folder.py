@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmtrain.config import ModelConfig, RunConfig, from_yaml, replace, to_yaml
+from mmtrain.config import ModelConfig, RunConfig, load_config, replace, to_yaml
 from mmtrain.errors import UserError
 from mmtrain.files import new_path
 
@@ -61,7 +61,7 @@ def read_pretrained(folder: Path, source: str | Path) -> tuple[RunConfig, dict[s
         weights = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise UserError(f"{folder / WEIGHTS} cannot be read ({error}): export or download it again") from None
-    return from_yaml(folder / CONFIG), weights
+    return load_config(folder / CONFIG), weights
 
 
 def fit_weights(

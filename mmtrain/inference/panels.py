@@ -49,6 +49,11 @@ class PanelForecast:
         head = {"id": np.repeat(self.ids, steps), "step" if self.stamps is None else "date": time}
         return pd.DataFrame({**head, **{name: self.values[:, :, i].ravel() for i, name in enumerate(self.columns)}})
 
+    def draw(self, path: Path, most: int = 8) -> None:
+        """The first target of the first series: history, forecast and what is known of the truth."""
+        past, values, truth = (array[:most, :, 0].T for array in (self.past, self.values, self.truth))
+        draw_forecast(path, self.ids[:most], past, values, truth=truth if np.isfinite(truth).any() else None)
+
 
 @torch.no_grad()
 def forecast_panel(trained: TrainedModel, folder: Path, back: int = 0, missing: str = "error") -> PanelForecast:
@@ -177,10 +182,3 @@ def _truth(panel: Panel, chosen: NDArray[np.int64], ends: NDArray[np.int64], hor
 def _stamps(panel: Panel, chosen: NDArray[np.int64], ends: NDArray[np.int64], horizon: int) -> NDArray[np.datetime64]:
     rows = [panel.stamps(number, int(ends[number]), int(ends[number]) + horizon) for number in chosen.tolist()]
     return np.stack([row for row in rows if row is not None])
-
-
-def draw_some(path: Path, made: PanelForecast, most: int = 8) -> None:
-    """The first target of the first series: history, forecast and what is known of the truth."""
-    some = slice(0, most)
-    past, values, truth = (array[some, :, 0].T for array in (made.past, made.values, made.truth))
-    draw_forecast(path, made.ids[some], past, values, truth=truth if np.isfinite(truth).any() else None)

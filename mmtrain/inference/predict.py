@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,10 @@ from mmtrain.data.series.timeline import Timeline, step_of
 from mmtrain.data.series.windows import known_batch
 from mmtrain.errors import UserError
 from mmtrain.inference.trained import TrainedModel
+from mmtrain.plotting.runs import draw_forecast
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @torch.no_grad()
@@ -60,6 +64,19 @@ class Forecast:
     values: NDArray[np.float32]
     truth: NDArray[np.float32] | None
     stamps: NDArray[np.datetime64] | None
+
+    def table(self) -> pd.DataFrame:
+        """One row for each step: its date, where there are times, and a column for each variate."""
+        import pandas as pd  # starts slowly, and most uses of a model need none
+
+        table = pd.DataFrame(self.values, columns=self.columns)
+        if self.stamps is not None:
+            table.insert(0, "date", self.stamps[-len(self.values) :])
+        return table
+
+    def draw(self, path: Path) -> None:
+        """History, forecast and what is known of the truth."""
+        draw_forecast(path, self.columns, self.past, self.values, truth=self.truth, stamps=self.stamps)
 
 
 @torch.no_grad()
@@ -108,7 +125,9 @@ def forecast(trained: TrainedModel, path: Path, back: int = 0, missing: str = "e
     truth = values[end : end + horizon] if back else None
     if truth is not None and len(truth) < horizon:
         truth = np.concatenate([truth, np.full((horizon - len(truth), len(known)), np.nan, np.float32)])
-    return Forecast(list(known), past, scaler.inverse(made), truth, _stamps(table.stamps, end, lookback, horizon))
+    stamps = _continued(table.stamps, end + horizon)
+    stamps = None if stamps is None else stamps[end - lookback : end + horizon]
+    return Forecast(list(known), past, scaler.inverse(made), truth, stamps)
 
 
 def _check_columns(path: Path, there: list[str], known: list[str]) -> None:
@@ -121,17 +140,6 @@ def _check_columns(path: Path, there: list[str], known: list[str]) -> None:
             f"{path}: its {len(there)} variates are not the {len(known)} that the model was trained on"
             f" ({', '.join(known[:8])}): {'; '.join(parts)}. Give a file with just those columns, or train on this one"
         )
-
-
-def _stamps(
-    stamps: NDArray[np.datetime64] | None, end: int, lookback: int, horizon: int
-) -> NDArray[np.datetime64] | None:
-    """Times of the look-back and the horizon; beyond the table they continue with its median step."""
-    if stamps is None or len(stamps) < 2:
-        return None
-    step = np.median(np.diff(stamps).astype(np.int64)).astype(np.int64)
-    ahead = stamps[end - 1] + (np.arange(1, horizon + 1) * step).astype(np.diff(stamps).dtype)
-    return np.concatenate([stamps[end - lookback : end], ahead])
 
 
 def _known_until(table: SeriesTable, saved: dict[str, Any], stop: int, steps: int, variates: int) -> Tensor:

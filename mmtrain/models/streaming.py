@@ -72,13 +72,6 @@ def start(
     )
 
 
-def _selection(s6: S6, u: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Δ (..., E), B and C (..., N) of u (..., E), in ``dtype``."""
-    low_rank, b, c = s6.x_proj(u).split([s6.rank, s6.state, s6.state], dim=-1)
-    step = F.linear(low_rank, s6.dt_proj.weight).to(dtype) + s6.dt_proj.bias.to(dtype)
-    return F.softplus(step), b.to(dtype), c.to(dtype)
-
-
 def step(mixer: SequenceMixer, x: Tensor, state: SequenceState) -> tuple[Tensor, SequenceState]:
     """One position: y of x, and the state after it. Equals the full forward at that position.
 
@@ -105,10 +98,11 @@ def step(mixer: SequenceMixer, x: Tensor, state: SequenceState) -> tuple[Tensor,
         window = seen[..., 1:]
         summed = (seen * conv.weight.squeeze(1).to(dtype)).sum(-1)
         u = F.silu(summed if conv.bias is None else summed + conv.bias.to(dtype)).to(u.dtype)
-    delta, b, c = _selection(s6, u, dtype)
+    low_rank, b, c = s6.x_proj(u).split([s6.rank, s6.state, s6.state], dim=-1)
+    delta = F.softplus(F.linear(low_rank, s6.dt_proj.weight).to(dtype) + s6.dt_proj.bias.to(dtype))
     decay = torch.exp(delta[..., None] * -torch.exp(s6.A_log.to(dtype)))
-    h = decay * state.ssm + (delta * u.to(dtype))[..., None] * b[:, None, :]
-    y = (h * c[:, None, :]).sum(-1) + s6.D.to(dtype) * u.to(dtype)
+    h = decay * state.ssm + (delta * u.to(dtype))[..., None] * b[:, None, :].to(dtype)
+    y = (h * c[:, None, :].to(dtype)).sum(-1) + s6.D.to(dtype) * u.to(dtype)
     return mixer.out_proj(y.to(u.dtype) * F.silu(gate)), SequenceState(window, h)
 
 

@@ -21,8 +21,8 @@ from mmtrain.models.initialise import initialise, reset_module
 from mmtrain.models.mixers import FeatureMLP, ImageChannelMixer, ImageTokenMixer, Linear
 from mmtrain.models.stochastic import DropPath, name_streams
 
-# The scans of each block variant: of the tokens, whether these share a convolution, and of the channels.
-_BLOCKS: dict[str, tuple[str, bool, int]] = {
+#: The scans of each block variant (Fig. 1, 6, 7, 8): of the tokens, whether these share a convolution, of the channels.
+BLOCKS: dict[str, tuple[str, bool, int]] = {
     "bidirectional": ("bidirectional", False, 2),
     "unidirectional": ("forward", False, 2),
     "multi_scan": ("cross", False, 4),
@@ -77,7 +77,7 @@ class ViM2(nn.Module):
 
     def _stage(self, dim: int, tokens: int, channel_expand: int, rates: Iterator[float]) -> MixerStack:
         c = self.config
-        scans, shared_conv, channel_scans = _BLOCKS[c.block]
+        scans, shared_conv, channel_scans = BLOCKS[c.block]
         mixers: list[nn.Module] = []
         for _ in range(tokens // 2):
             for _ in range(2):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmtrain.config import RunConfig, from_yaml, to_yaml
+from mmtrain.config import RunConfig, load_config, to_yaml
 from mmtrain.config.load import differences
 from mmtrain.config.schema import FREE_ON_RESUME
 from mmtrain.errors import UserError
@@ -50,7 +50,7 @@ class RunFolder:
         return cls(check_run_folder(path))
 
     def config(self) -> RunConfig:
-        return from_yaml(self.config_file)
+        return load_config(self.config_file)
 
     def check(self, config: RunConfig) -> None:
         """Refuse a folder that holds a run of another configuration.

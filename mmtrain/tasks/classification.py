@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from mmtrain.config import TASKS, ClassificationConfig, ImageDataConfig, ImageModelConfig, RunConfig
 from mmtrain.data.core.order import mix64
+from mmtrain.data.images.transforms import generators_kept
 from mmtrain.data.open import open_images
 from mmtrain.errors import UserError
 from mmtrain.plotting.runs import draw_confusion
@@ -79,8 +78,11 @@ class Classification(Task):
         The partner of position p of the global batch is p + B/2: it is on the same rank and in the same micro-batch
         when those are even. timm pairs i with -1-i, so the second half is turned round for it.
         """
-        order = _mix_order(len(images), images.device)
-        with _numpy_seeded(key):
+        half = len(images) // 2
+        index = torch.arange(len(images), device=images.device)
+        order = torch.cat([index[:half], index[half:].flip(0)])
+        with generators_kept():
+            np.random.seed(mix64(key.seed, key.step).item() % 2**32)  # timm draws from numpy's global generator
             mixed, targets = self.mixup(images[order], labels[order])
         back = torch.argsort(order)
         return mixed[back], targets[back]
@@ -132,20 +134,3 @@ class Classification(Task):
             "std": data.std,
             "crop_pct": getattr(data, "crop_pct", 1.0),
         }
-
-
-def _mix_order(count: int, device: torch.device) -> Tensor:
-    half = count // 2
-    index = torch.arange(count, device=device)
-    return torch.cat([index[:half], index[half:].flip(0)])
-
-
-@contextmanager
-def _numpy_seeded(key: StepKey) -> Iterator[None]:
-    """timm draws from numpy's global generator: give it a state of this step, and the caller's back afterwards."""
-    before = np.random.get_state()
-    np.random.seed(mix64(key.seed, key.step).item() % 2**32)
-    try:
-        yield
-    finally:
-        np.random.set_state(before)

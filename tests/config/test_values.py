@@ -17,8 +17,8 @@ from mmtrain.config import (
     load_config,
     replace,
 )
-from mmtrain.config.models import BLOCKS
 from mmtrain.errors import UserError
+from mmtrain.models.vim2 import BLOCKS
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from mmtrain.config import MODELS, config_names, load_config
-from mmtrain.config.models import BLOCKS
 from mmtrain.data.core.order import mix64
 from mmtrain.errors import UserError
 from mmtrain.models import build_model, create_model
 from mmtrain.models.mixers import ImageChannelMixer, ImageTokenMixer
 from mmtrain.models.s6 import S6
 from mmtrain.models.stochastic import sample_keys
+from mmtrain.models.vim2 import BLOCKS
 from tests.conftest import ROOT
 
 TINY = {"dims": [8, 16], "token_mixers": [2, 2], "channel_expand": [2, 1], "window": 4, "num_classes": 3}

@@ -9,8 +9,8 @@ numpy's generators do not promise the same stream in every version, so the order
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,9 +64,6 @@ class Order:
     gives 0, 1, 2, ... in every epoch. Samples are numbered block by block in the order of ``block_sizes``.
     """
 
-    KEPT_EPOCHS = 2
-    KEPT_WINDOWS = 4
-
     def __init__(self, block_sizes: Sequence[int], seed: int, window: int = 8, shuffle: bool = True) -> None:
         self.sizes: Int64s = np.asarray(block_sizes, dtype=np.int64).reshape(-1)
         if (self.sizes < 0).any() or int(self.sizes.sum()) < 1:
@@ -76,8 +73,8 @@ class Order:
         self.seed, self.window, self.shuffle = int(seed), int(window), bool(shuffle)
         self.starts: Int64s = np.cumsum(self.sizes) - self.sizes
         self._length = int(self.sizes.sum())
-        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int], Int64s] = OrderedDict()
+        self._epoch = lru_cache(2)(self._shuffled_blocks)
+        self._window = lru_cache(4)(self._shuffled_samples)
 
     def __len__(self) -> int:
         return self._length
@@ -135,37 +132,23 @@ class Order:
         found: list[int] = blocks[: int(used * len(blocks)) + 1].tolist()
         return found
 
-    def _epoch(self, epoch: int) -> _Epoch:
-        if (known := self._epochs.get(epoch)) is not None:
-            return known
+    def _shuffled_blocks(self, epoch: int) -> _Epoch:
         blocks = np.argsort(
             mix64(self.seed, epoch, _BLOCK_TAG, np.arange(len(self.sizes), dtype=np.int64)), kind="stable"
         )
         first = np.arange(0, len(blocks), self.window)
-        made = _Epoch(blocks.astype(np.int64), np.cumsum(np.add.reduceat(self.sizes[blocks], first)))
-        _remember(self._epochs, epoch, made, self.KEPT_EPOCHS)
-        return made
+        return _Epoch(blocks.astype(np.int64), np.cumsum(np.add.reduceat(self.sizes[blocks], first)))
 
-    def _window(self, epoch: int, number: int) -> Int64s:
+    def _shuffled_samples(self, epoch: int, number: int) -> Int64s:
         """Sample indices of one window in their shuffled order."""
-        if (known := self._windows.get((epoch, number))) is not None:
-            return known
         blocks = self._epoch(epoch).blocks[number * self.window : (number + 1) * self.window]
         samples = np.concatenate(
             [np.arange(self.starts[b], self.starts[b] + self.sizes[b], dtype=np.int64) for b in blocks]
         )
-        made = samples[np.argsort(mix64(self.seed, epoch, _SAMPLE_TAG, samples), kind="stable")]
-        _remember(self._windows, (epoch, number), made, self.KEPT_WINDOWS)
-        return made
+        return samples[np.argsort(mix64(self.seed, epoch, _SAMPLE_TAG, samples), kind="stable")]
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_epochs": OrderedDict(), "_windows": OrderedDict()}  # caches are cheap to refill
-
-
-def _remember(cache: OrderedDict, key: object, value: object, limit: int) -> None:
-    cache[key] = value
-    while len(cache) > limit:
-        cache.popitem(last=False)
+    def __reduce__(self) -> tuple[type[Order], tuple[object, ...]]:
+        return Order, (self.sizes, self.seed, self.window, self.shuffle)  # caches are cheap to refill
 
 
 def local_positions(

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -258,6 +259,17 @@ class _Crop(Transform):
         return made
 
 
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Give the global generators of ``random`` and numpy, which timm draws from, their states back at the end."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
 class Distort:
     """RandAugment or AutoAugment (timm's, "" for none), then random erasing, of bytes (B, S, S, C), in place."""
 
@@ -277,15 +289,11 @@ class Distort:
         if self.policy is not None:
             from PIL import Image
 
-            states = random.getstate(), np.random.get_state()
-            try:
+            with generators_kept():
                 for row, key in zip(batch, keys.tolist(), strict=True):
                     random.seed(key)
                     np.random.seed(key & 0xFFFFFFFF)  # timm's RandAugment uses numpy's global generator
                     row[...] = np.asarray(self.policy(Image.fromarray(row)))
-            finally:
-                random.setstate(states[0])
-                np.random.set_state(states[1])
         erase(batch, keys, self.re_prob, self.mean, self.std)
 
 

@@ -7,13 +7,12 @@ traffic on Interstate 94 with the weather, 17,520 hours from 2016-10-01 (UCI "Me
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mmtrain.data.prepare.encode import Item, package_file
+from mmtrain.data.prepare.encode import Item, package_file, to_bytes
 from mmtrain.data.prepare.images import stratify
 from mmtrain.data.prepare.output import Prepared, existing
 from mmtrain.data.prepare.writer import write_dataset
@@ -46,9 +45,8 @@ def prepare_digits(out: str | Path, image_size: int = 32, *, force: bool = False
     items = []
     for scan, label in zip(digits.images, digits.target, strict=True):  # scan: (8, 8) float, 0..16
         image = Image.fromarray(np.round(scan * (255 / 16)).astype(np.uint8))
-        buffer = io.BytesIO()
-        image.resize((image_size, image_size), Image.Resampling.LANCZOS).save(buffer, format="PNG")
-        items.append(Item(int(label), content=buffer.getvalue()))
+        large = image.resize((image_size, image_size), Image.Resampling.LANCZOS)
+        items.append(Item(int(label), content=to_bytes(large, None)))
     splits = stratify(Path(), items, val_fraction=0.1, test_fraction=0.2)
     classes = [str(name) for name in digits.target_names]
     return write_dataset(out, splits, classes, SOURCE, settings, shard_size=SHARD_SIZE, force=force)

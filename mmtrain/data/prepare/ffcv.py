@@ -266,18 +266,15 @@ class _Encoder:
     def store(self, content: bytes, number: int, row: NDArray[Any], malloc: Any) -> None:
         """Fill ``row`` (1,) for sample ``number`` and put its bytes where ``malloc`` says."""
         image = decode(content)
-        mode = self._mode(number)
+        mode = self.encoding.write_mode
+        if mode == "proportion":
+            mode = "jpg" if uniform(_TAG, number)[0] < self.encoding.compress_probability else "raw"
         if mode == "jpg" and self._can_stay(content, image.size):
             row["mode"], row["width"], row["height"] = 0, *image.size
             row["data_ptr"], slot = malloc(len(content))
             slot[:] = np.frombuffer(content, dtype=np.uint8)
         else:
             self.modes[mode].encode(row, np.asarray(image), malloc)
-
-    def _mode(self, number: int) -> str:
-        if self.encoding.write_mode != "proportion":
-            return self.encoding.write_mode
-        return "jpg" if uniform(_TAG, number)[0] < self.encoding.compress_probability else "raw"
 
     def _can_stay(self, content: bytes, size: tuple[int, int]) -> bool:
         """Whether FFCV reads the file itself as PIL does: an upright JPEG in grey or YCbCr, not to be shrunk."""

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmtrain.config.models import BLOCKS
 from mmtrain.models import create_model
 from mmtrain.models.averaging import MixerStack, WeightedAverage
 from mmtrain.models.mixers import ImageChannelMixer, ImageTokenMixer
+from mmtrain.models.vim2 import BLOCKS
 from proof import by_hand
 from proof.measures import scaled_error
 

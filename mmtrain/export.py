@@ -90,8 +90,6 @@ class Exported:
     """A written file. ``error``: the largest difference from the model in eager mode, over the batches compared."""
 
     path: Path
-    bytes: int
-    nodes: int
     error: float
 
 
@@ -149,8 +147,7 @@ def export_onnx(model: nn.Module, example: Example, path: str | Path) -> Exporte
             return torch.from_numpy(session.run(None, dict(zip(names, given, strict=True)))[0])
 
         error = check(model, run, inputs)
-        written, nodes = partial.stat().st_size, program.model.graph.num_nodes()
-    return Exported(path, written, nodes, error)
+    return Exported(path, error)
 
 
 def _session(path: Path) -> Any:
@@ -209,8 +206,7 @@ def export_torch(model: nn.Module, example: Example, path: str | Path) -> Export
         torch.export.save(program, partial)
         loaded = torch.export.load(partial).module()
         error = check(model, lambda batch: loaded(*batch), inputs)
-        size = partial.stat().st_size
-    return Exported(path, size, len(graph.nodes), error)
+    return Exported(path, error)
 
 
 def _checked(path: str | Path, suffix: str) -> Path:

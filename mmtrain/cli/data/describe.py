@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +16,7 @@ from mmtrain.cli.data.series import Dates, Last, Ratios, SplitName, split_rule
 from mmtrain.data.prepare.panel import ID_NAMES, prepare_panel
 from mmtrain.data.prepare.tables import SUFFIXES, schema_of
 from mmtrain.data.series.describe import PanelReport, describe_panel, describe_table, draw_panel, draw_table
-from mmtrain.data.series.panel import is_panel, open_panel
+from mmtrain.data.series.panel import Panel, is_panel, open_panel
 from mmtrain.data.series.split import SplitRule
 from mmtrain.errors import UserError
 
@@ -53,7 +55,6 @@ def _has_ids(path: Path) -> bool:
 
 
 def _describe_table(file: str, root: Path | None, plot: Path | None, rule: SplitRule | None) -> None:
-
     report = describe_table(file, root)
     console = Console()
     console.print(f"{report.path}: {report.rows} rows, {len(report.columns)} columns", highlight=False)
@@ -83,22 +84,25 @@ def _describe_panel(path: Path, id: str | None, plot: Path | None, rule: SplitRu
             prepare_panel(path, folder, split=given, id_column=id, duplicates="last")
         panel = open_panel(folder)
         report = describe_panel(panel, path)
-        _print_panel(report)
+        _print_panel(panel, report)
         if plot is not None:
             _draw(plot, lambda: draw_panel(plot, panel, report, rule))
 
 
-def _print_panel(report: PanelReport) -> None:
+def _print_panel(panel: Panel, report: PanelReport) -> None:
     console = Console()
 
     def say(text: str) -> None:
         console.print(text, highlight=False)
 
-    say(f"{report.path}: a panel of {report.series} series, {report.rows} rows, columns {', '.join(report.columns)}")
-    say(f"rows of a series: {report.shortest} to {report.longest}, median {report.median:g}")
-    say(f"{report.first} to {report.last}, step {report.step}" if report.step else "no times")
-    say(f"{report.holes} values missing, in {report.holed} series; {report.constant} series never change")
-    for what, found in (("known in advance", report.known), ("static", report.static)):
+    rows, holes = panel.lengths, report.holes
+    say(f"{report.path}: a panel of {len(panel)} series, {rows.sum()} rows, columns {', '.join(panel.columns)}")
+    say(f"rows of a series: {rows.min()} to {rows.max()}, median {np.median(rows):g}")
+    say(report.times or "no times")
+    say(f"{holes.sum()} values missing, in {(holes > 0).sum()} series; {report.constant.sum()} series never change")
+    kinds = {name: f"{len(values)} values" for name, values in panel.categories.items()}
+    static = [f"{name} ({kinds.get(name, 'number')})" for name in panel.statics]
+    for what, found in (("known in advance", [*panel.known_columns, *panel.shared_columns]), ("static", static)):
         if found:
             say(f"{what}: {', '.join(found)}")
     table = Table("series", "", "rows", "holes", "min", "mean", "max")
@@ -108,7 +112,7 @@ def _print_panel(report: PanelReport) -> None:
     console.print(table)
 
 
-def _draw(plot: Path, draw) -> None:  # type: ignore[no-untyped-def]  # any function without arguments
+def _draw(plot: Path, draw: Callable[[], None]) -> None:
     try:
         plot.parent.mkdir(parents=True, exist_ok=True)
         draw()

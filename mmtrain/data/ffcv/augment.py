@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from mmtrain.data.images.photo import Keys
-from mmtrain.data.images.transforms import Affine, Distort, Normalise, check_options
+from mmtrain.data.images.transforms import Affine, Distort, Normalise, check_options, timm_policy
 
 #: A decoded batch (``Recipe.shape``) and its keys → float32 (B, 3, S, S), normalised.
 Finish = Callable[[torch.Tensor, Keys | None], torch.Tensor]
@@ -80,7 +80,7 @@ def build_augment(
         return Augment(Recipe(image_size, False, crop_pct, table=parts), Affine(mean, std))
     if augment == "crop":
         return Augment(Recipe(image_size, True, hflip=hflip, table=table))
-    distort = Distort(image_size, "bicubic", auto_augment, re_prob, mean, std)
+    distort = Distort(timm_policy(auto_augment, image_size, mean, "bicubic"), re_prob, mean, std)
     return Augment(Recipe(image_size, True, hflip=hflip), _Distorted(distort, normalise), compiled=False)
 
 

@@ -19,6 +19,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,10 +111,10 @@ def build_transform(
         raise UserError(f"data.augment=imagenet works on colour images: data.channels=3, not {channels}")
     normalise = Normalise(mean, std)
     if train and augment == "imagenet":
-        distort = Distort(image_size, interpolation, auto_augment, re_prob, mean, std)
-        return _Crop(image_size, channels, interpolation, hflip, normalise, distort)
+        distort = Distort(timm_policy(auto_augment, image_size, mean, interpolation), re_prob, mean, std)
+        return _Crop(normalise, image_size, channels, interpolation, hflip, distort)
     if train and augment == "crop":
-        return _Crop(image_size, channels, interpolation, hflip, normalise)
+        return _Crop(normalise, image_size, channels, interpolation, hflip)
     resize = _Resize(image_size, crop_pct, interpolation, channels, normalise)
     return _Light(resize, mean, std) if train and augment == "light" else resize
 
@@ -225,20 +226,16 @@ class _Light(Transform):
         return self.affine.move(pixels, keys)
 
 
+@dataclass
 class _Crop(Transform):
     """Random resized crop and flip, then ``distort`` where that is wanted."""
 
-    def __init__(
-        self,
-        size: int,
-        channels: int,
-        interpolation: str,
-        hflip: float,
-        normalise: Normalise,
-        distort: Distort | None = None,
-    ) -> None:
-        self.size, self.channels, self.interpolation, self.hflip = size, channels, interpolation, hflip
-        self.normalise, self.distort = normalise, distort
+    normalise: Normalise
+    size: int
+    channels: int
+    interpolation: str
+    hflip: float
+    distort: Distort | None = None
 
     def pixels(self, images: Sequence[Photo | Image], keys: Keys | None, empty: Empty = new_tensor) -> torch.Tensor:
         if keys is None:
@@ -270,20 +267,14 @@ def generators_kept() -> Iterator[None]:
         np.random.set_state(states[1])
 
 
+@dataclass(frozen=True)
 class Distort:
-    """RandAugment or AutoAugment (timm's, "" for none), then random erasing, of bytes (B, S, S, C), in place."""
+    """``policy`` (of :func:`timm_policy`), then random erasing, of bytes (B, S, S, C), in place."""
 
-    def __init__(
-        self,
-        size: int,
-        interpolation: str,
-        auto_augment: str,
-        re_prob: float,
-        mean: Sequence[float],
-        std: Sequence[float],
-    ) -> None:
-        self.policy = _policy(auto_augment, size, mean, interpolation) if auto_augment else None
-        self.re_prob, self.mean, self.std = re_prob, tuple(mean), tuple(std)
+    policy: Any
+    re_prob: float
+    mean: Sequence[float]
+    std: Sequence[float]
 
     def __call__(self, batch: NDArray[np.uint8], keys: Keys) -> None:
         if self.policy is not None:
@@ -297,8 +288,10 @@ class Distort:
         erase(batch, keys, self.re_prob, self.mean, self.std)
 
 
-def _policy(name: str, size: int, mean: Sequence[float], interpolation: str) -> Any:
-    """timm's RandAugment or AutoAugment, with the settings that its own factory gives it."""
+def timm_policy(name: str, size: int, mean: Sequence[float], interpolation: str) -> Any:
+    """timm's RandAugment or AutoAugment, with the settings that its own factory gives it; None for no name."""
+    if not name:
+        return None
     ensure_torchvision()
     from timm.data import auto_augment
     from timm.data.transforms import str_to_pil_interp

@@ -94,19 +94,12 @@ def prepare_beton(
             "prepare images makes them"
         )
     counts = {split: sum(map(len, shards)) for split, shards in splits.items()}
-    settings = {
-        "write_mode": write_mode,
-        "max_resolution": max_resolution,
-        "jpeg_quality": jpeg_quality,
-        "compress_probability": compress_probability,
-        "page_size": page_size,
-        "samples": counts,
-    }
+    encoding = Encoding(write_mode, max_resolution, jpeg_quality, compress_probability, page_size << 20)
+    settings = {**encoding._asdict(), "page_size": page_size, "samples": counts}
     source = str(root.absolute())
     if (done := existing(out, source, settings, force=force)) is not None:
         return done
     require_ffcv()
-    encoding = Encoding(write_mode, max_resolution, jpeg_quality, compress_probability, page_size << 20)
     classes = read_classes(root / "meta.json")
     meta = {
         **({} if classes is None else {"classes": classes}),

@@ -116,7 +116,7 @@ def prepare_imagenet(
         force=force,
         keep=True,
         skip_bad=skip_bad,
-        further={"names": names} if names else {},
+        summarise=lambda _: {"names": names} if names else {},
     )
 
 

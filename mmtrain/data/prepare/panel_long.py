@@ -41,14 +41,14 @@ def open_long(
         raise UserError(f"{where}: there are no rows")
     timeline = None if columns.time is None else _timeline(where, scan, step)
     layout = Layout(columns.targets, columns.known, columns.static, timeline=timeline)
-    return layout, _Sorter(files, columns, part, scan, timeline, duplicates).series(where)
+    return layout, _Sorter(scan, part, timeline, duplicates).series(where)
 
 
 class _Scan:
     """The first pass. By number of series: rows, and first and last time (µs)."""
 
     def __init__(self, files: list[Path], columns: Columns) -> None:
-        self.numbers: dict[str, int] = {}
+        self.files, self.columns, self.numbers = files, columns, dict[str, int]()
         self.steps = Steps()
         self._found = np.empty((4, 0), np.int64)  # rows, first time, last time, time of the latest row
         wanted = columns.keys or columns.targets[:1]
@@ -145,28 +145,19 @@ def _places(timeline: Timeline, microseconds: Int64s) -> Int64s:
 class _Sorter:
     """The second pass. By number of series: the first place on the timeline, the length, and the first row on disk."""
 
-    def __init__(
-        self,
-        files: list[Path],
-        columns: Columns,
-        part: Path,
-        scan: _Scan,
-        timeline: Timeline | None,
-        duplicates: str,
-    ) -> None:
-        self.files, self.columns, self.part, self.scan = files, columns, part, scan
-        self.timeline, self.duplicates = timeline, duplicates
+    def __init__(self, scan: _Scan, part: Path, timeline: Timeline | None, duplicates: str) -> None:
+        self.scan, self.part, self.timeline, self.duplicates = scan, part, timeline, duplicates
         self.ids = list(scan.numbers)
         self.first = _places(timeline, scan.low) if timeline else np.zeros_like(scan.rows)
         self.length = _places(timeline, scan.high) - self.first + 1 if timeline else scan.rows
         self.offset = np.cumsum(self.length) - self.length
-        self.static = _Static(columns.static, len(self.ids))
+        self.static = _Static(scan.columns.static, len(self.ids))
         self._next = np.zeros_like(scan.rows)
 
     def series(self, where: Path) -> Iterator[Series]:
         """Sort the rows, say what was found on the way, and read the series one after the other."""
-        rows, length, targets = self.scan.rows, self.length, len(self.columns.targets)
-        table = _Table(self.part, int(length.sum()), targets + len(self.columns.known))
+        rows, length, targets = self.scan.rows, self.length, len(self.scan.columns.targets)
+        table = _Table(self.part, int(length.sum()), targets + len(self.scan.columns.known))
         try:
             repeated = self._sort(table)
             if repeated:
@@ -191,9 +182,9 @@ class _Sorter:
 
     def _sort(self, table: _Table) -> int:
         """Write every row to its place in ``table``; return how many came a second time."""
-        columns, repeated = self.columns, 0
+        columns, repeated = self.scan.columns, 0
         data = [*columns.targets, *columns.known]
-        for file in self.files:
+        for file in self.scan.files:
             schema = schema_of(file)
             text = {*columns.keys, *(name for name in columns.static if not is_number(schema.field(name).type))}
             for batch in batches(file, [*columns.keys, *columns.static, *data], text):

@@ -134,7 +134,7 @@ def prepare_segmentation(
     def summarise(pixels: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
         seen = {int(number) for counts in pixels.values() for number in counts} - set(voids)
         known = names if names is not None else [str(number) for number in range(max(seen, default=-1) + 1)]
-        return {"classes": known, "pixels": pixels}
+        return {"kind": "segmentation", "ignore": list(voids), "classes": known, "pixels": pixels}
 
     return write_dataset(
         out,
@@ -148,7 +148,6 @@ def prepare_segmentation(
         force=force,
         keep=True,
         skip_bad=skip_bad,
-        further={"kind": "segmentation", "ignore": list(voids)},
         summarise=summarise,
     )
 
@@ -250,8 +249,7 @@ def prepare_coco(
         force=force,
         keep=True,
         skip_bad=skip_bad,
-        further={"kind": "detection", "category_ids": [number for number, _ in categories]},
-        summarise=lambda boxes: {"boxes": boxes},
+        summarise=lambda boxes: {"kind": "detection", "category_ids": [n for n, _ in categories], "boxes": boxes},
     )
 
 

@@ -51,15 +51,14 @@ def write_dataset(
     force: bool = False,
     keep: bool = False,
     skip_bad: bool = False,
-    further: Mapping[str, Any] | None = None,
     summarise: Callable[[Mapping[str, Mapping[str, int]]], Mapping[str, Any]] | None = None,
 ) -> Prepared:
     """Write all splits beside ``out``, then rename. Items are shuffled, so that shards mix the classes.
 
     ``encoder``: makes the members of a sample (None: the image and its class). ``workers``: processes (None: one per
     core, at most 8). ``keep``: finished shards stay after an error, as they do after an interruption. ``skip_bad``:
-    leave out items that cannot be used, and list them in OUT/skipped.txt. ``further``: more of meta.json, to which
-    ``summarise`` adds what it makes of the encoder's counts for each split.
+    leave out items that cannot be used, and list them in OUT/skipped.txt. ``summarise``: more of meta.json, from the
+    encoder's counts for each split.
     """
     if shard_size < 1:
         raise UserError(f"--shard-size {shard_size}: samples in a shard, 1 or more")
@@ -95,7 +94,6 @@ def write_dataset(
             "source": source,
             "settings": dict(settings),
             "format": FORMAT,
-            **(further or {}),
         }
         if summarise is not None:
             meta |= summarise({split: _summed(entries) for split, entries in of_split.items()})

@@ -100,54 +100,27 @@ class SeriesReport:
 
 @dataclass(frozen=True)
 class PanelReport:
-    """``holed``: series with holes; ``constant``: series whose values are all the same."""
+    """``holes`` (S,): missing values of each series; ``constant`` (S,): whether all its values are the same.
+
+    ``times``: the first and the last, and the step; None without times.
+    """
 
     path: Path
-    series: int
-    rows: int
-    columns: list[str]
-    shortest: int
-    median: float
-    longest: int
-    first: str
-    last: str
-    step: str
-    holes: int
-    holed: int
-    constant: int
-    known: list[str]
-    static: list[str]
+    times: str | None
+    holes: NDArray[np.int64]
+    constant: NDArray[np.bool_]
     examples: list[SeriesReport]
 
 
 def describe_panel(panel: Panel, path: Path | None = None) -> PanelReport:
     """Reads the whole panel once, a piece at a time. ``path``: what to call it, if not by its folder."""
     holes, constant = _holes(panel)
-    line = panel.timeline
-    first = last = step = ""
-    if line is not None:
+    times = None
+    if (line := panel.timeline) is not None:
         places = int(panel.first.min()), int((panel.first + panel.lengths).max()) - 1
-        first, last = (str(line.stamps(place, 1)[0].astype("datetime64[s]")) for place in places)
-        step = str(line.step)
-    kinds = {name: f"{len(values)} values" for name, values in panel.categories.items()}
-    return PanelReport(
-        path=path or panel.folder,
-        series=len(panel),
-        rows=int(panel.lengths.sum()),
-        columns=panel.columns,
-        shortest=int(panel.lengths.min()),
-        median=float(np.median(panel.lengths)),
-        longest=int(panel.lengths.max()),
-        first=first,
-        last=last,
-        step=step,
-        holes=int(holes.sum()),
-        holed=int((holes > 0).sum()),
-        constant=int(constant.sum()),
-        known=[*panel.known_columns, *panel.shared_columns],
-        static=[f"{name} ({kinds.get(name, 'number')})" for name in panel.statics],
-        examples=_examples(panel, holes),
-    )
+        first, last = (line.stamps(place, 1)[0].astype("datetime64[s]") for place in places)
+        times = f"{first} to {last}, step {line.step}"
+    return PanelReport(path or panel.folder, times, holes, constant, _examples(panel, holes))
 
 
 def draw_panel(path: Path, panel: Panel, report: PanelReport, rule: SplitRule | None = None) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -21,3 +22,12 @@ def nearest(word: str, candidates: Iterable[str], *, label: str = "did you mean"
     """Return ``"; did you mean 'x'?"`` for the closest candidate, or an empty string if none is close."""
     found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
     return f"; {label} '{found[0]}'?" if found else ""
+
+
+@contextmanager
+def os_errors(what: str, cure: str = "", *, kind: type[UserError] = UserError) -> Iterator[None]:
+    """Raise a UserError in place of an OSError: ``what`` went wrong, the system's reason in brackets, and the cure."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what} ({error.strerror or error})" + (f"; {cure}" if cure else "")) from error

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from mmtrain.cli.common import Checkpoint, Config, Overrides
 from mmtrain.config import ForecasterConfig, load_config
-from mmtrain.errors import UserError
+from mmtrain.errors import UserError, os_errors
 from mmtrain.inference.trained import TrainedModel, load_trained
 from mmtrain.inspect.learned import averaging_matrices, image_selection, window_selection
 from mmtrain.inspect.stages import NOT_COUNTED, StageRow, Subject, resolve, stage_table, total
@@ -118,7 +118,7 @@ def _variates(subject: Subject) -> int:
 
 def _draw(subject: Subject, folder: Path, out: Path, series: Path | None, image: Path | None, checkpoint: str) -> None:
     trained = load_trained(folder, checkpoint)
-    try:
+    with os_errors(f"{out}: the pictures cannot be written", "choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
         matrices = averaging_matrices(trained.model)
         if matrices:
@@ -130,8 +130,6 @@ def _draw(subject: Subject, folder: Path, out: Path, series: Path | None, image:
         if drawing is not None:
             drawing(out / "selection.png")
             print(f"{out / 'selection.png'}: what was selected, the mean steps Δ")
-    except OSError as error:
-        raise UserError(f"{out}: the pictures cannot be written ({error.strerror}): choose another --out") from None
 
 
 def _selection(

@@ -12,7 +12,7 @@ import typer
 
 from mmtrain.cli.common import Checkpoint, Overrides, Run
 from mmtrain.config import load_config
-from mmtrain.errors import UserError
+from mmtrain.errors import UserError, os_errors
 from mmtrain.export import export_trained
 from mmtrain.inference import TrainedModel, classify, forecast, forecast_panel, load_trained
 from mmtrain.inference.panels import PanelForecast
@@ -64,12 +64,10 @@ def _forecast(trained: TrainedModel, path: Path, out: Path, back: int, missing: 
         made = forecast(trained, path, back, missing)
         name, what = path.stem, f"{len(made.columns)} variates"
     stem = out / f"{name}_forecast"
-    try:
+    with os_errors(f"--out {out}: cannot be written"):
         out.mkdir(parents=True, exist_ok=True)
         made.table().to_csv(f"{stem}.csv", index=False)
         made.draw(Path(f"{stem}.png"))
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
     print(f"{made.values.shape[-2]} steps of {what}: {stem}.csv, {stem}.png")
     if made.truth is not None and np.isfinite(made.truth).any():
         errors = np.nanmean(np.abs(made.values - made.truth).reshape(-1, len(made.columns)), axis=0)

@@ -132,13 +132,11 @@ class ViM2(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """A fresh head for ``num_classes`` classes; 0 leaves the pooled features."""
-        old = self.head
         self.config.num_classes = num_classes
         self.head = Linear(self.num_features, num_classes) if num_classes else nn.Identity()  # type: ignore[assignment]
         if isinstance(self.head, nn.Linear):
             self.reset_module(self.head)
             self.head.to(next(self.norm.parameters()).device)
-        del old
 
     def set_grad_checkpointing(self, enable: bool = True, every: int = 1) -> None:
         """Recompute every ``every``-th mixer's activations in the backward pass: less memory for more time."""

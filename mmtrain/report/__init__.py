@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mmtrain.errors import UserError
+from mmtrain.errors import os_errors
 from mmtrain.files import write_atomically
 from mmtrain.report.charts import draw_chart
 from mmtrain.report.collect import collect
@@ -35,9 +35,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     environment.filters["svg"] = draw_chart
     template = environment.get_template("report.html.jinja")
     page = template.render(report=collect(runs), made=time.strftime("%Y-%m-%d %H:%M:%S %Z"))
-    try:
+    with os_errors(f"{out} cannot be written", "choose another file with --out"):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, page)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}): choose another file with --out") from None
     return out

@@ -18,7 +18,7 @@ from mmtrain.data.prepare.tables import SUFFIXES, schema_of
 from mmtrain.data.series.describe import PanelReport, describe_panel, describe_table, draw_panel, draw_table
 from mmtrain.data.series.panel import Panel, is_panel, open_panel
 from mmtrain.data.series.split import SplitRule
-from mmtrain.errors import UserError
+from mmtrain.errors import UserError, os_errors
 
 
 def describe_command(
@@ -113,9 +113,7 @@ def _print_panel(panel: Panel, report: PanelReport) -> None:
 
 
 def _draw(plot: Path, draw: Callable[[], None]) -> None:
-    try:
+    with os_errors(f"--plot {plot}: cannot be written"):
         plot.parent.mkdir(parents=True, exist_ok=True)
         draw()
-    except OSError as error:
-        raise UserError(f"--plot {plot}: cannot be written ({error.strerror or error})") from None
     typer.echo(f"drawn: {plot}")

@@ -23,7 +23,7 @@ from mmtrain.data.prepare.imagenet import prepare_imagenet
 from mmtrain.data.prepare.images import prepare_images
 from mmtrain.data.prepare.output import Prepared
 from mmtrain.data.prepare.targets import VOID, prepare_coco, prepare_segmentation
-from mmtrain.errors import UserError
+from mmtrain.errors import UserError, os_errors
 
 Size = Annotated[int | None, typer.Option(help="Shrink images whose shorter side is longer than this (pixels).")]
 Quality = Annotated[int, typer.Option(help="Of the JPEGs that are made anew, 1 to 100.")]
@@ -156,10 +156,8 @@ def index_command(
     if twice := [target.name for target, count in Counter(targets).items() if count > 1]:
         raise UserError(f"--out {out}: two of the shards would be {twice[0]}: give a folder for each split, one by one")
     if out is not None:
-        try:
+        with os_errors(f"--out {out}: cannot be written", "give another folder"):
             out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from error
     found = index_shards(paths, rebuild=True, digest=True, cache=default_cache())
     samples = sum(len(index) for index in found)
     classes = len(np.unique(np.concatenate([index.labels for index in found])))

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from mmtrain.data.download.registry import Dataset
 from mmtrain.data.series.table import find_time_column, numbers_in, parse_times, place, read_frame, regularity
-from mmtrain.errors import UserError
+from mmtrain.errors import UserError, os_errors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,11 +87,8 @@ def check_table(path: Path, dataset: Dataset) -> Checked:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, 64 hex digits."""
-    try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    with os_errors(f"{path}: cannot be read"), open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _short(value: object) -> str:

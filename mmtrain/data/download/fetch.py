@@ -13,7 +13,7 @@ from pathlib import Path
 from mmtrain.data.download.check import Checked, check_table, file_sha256, table_to_csv
 from mmtrain.data.download.http import Patience, discard, download
 from mmtrain.data.download.registry import Dataset, Source
-from mmtrain.errors import UserError
+from mmtrain.errors import UserError, os_errors
 from mmtrain.files import exclusive, sync, write_atomically
 from mmtrain.log import logger
 
@@ -49,10 +49,8 @@ def get_dataset(
     STEM.csv.sha256 keeps the SHA-256 of the first time; a file with another one is refused. Several processes may ask
     for the same table at once: one fetches it. Raises UserError, and then nothing has changed under the final name.
     """
-    try:
+    with os_errors(f"{root}: cannot be written", "give another --data-root"):
         root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{root}: cannot be written ({error.strerror}); give another --data-root") from error
     with exclusive(root / f".{dataset.stem}.lock", wait=True):
         if not force and from_file is None and (there := _there(dataset, root)) is not None:
             return _keep(check_table(there, dataset), "")

@@ -80,7 +80,7 @@ def build_augment(
         return Augment(Recipe(image_size, False, crop_pct, table=parts), Affine(mean, std))
     if augment == "crop":
         return Augment(Recipe(image_size, True, hflip=hflip, table=table))
-    distort = Distort(timm_policy(auto_augment, image_size, mean, "bicubic"), re_prob, mean, std)
+    distort = Distort(timm_policy(auto_augment, image_size, mean), re_prob, mean, std)
     return Augment(Recipe(image_size, True, hflip=hflip), _Distorted(distort, normalise), compiled=False)
 
 

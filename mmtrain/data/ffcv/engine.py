@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from mmtrain.data.ffcv.augment import Recipe
 from mmtrain.data.ffcv.format import JPG, Beton
 from mmtrain.data.images.photo import FLIP_DRAW, RATIO, SCALE, TRIES, Keys
-from mmtrain.errors import UserError
+from mmtrain.errors import UserError, os_errors
 from mmtrain.log import logger
 
 #: Samples and their keys (None in evaluation).
@@ -84,12 +84,10 @@ class Engine:
     @contextmanager
     def opened(self, requests: Sequence[Request]) -> Iterator[Callable[[int], Any]]:
         """``state(number)``: the memory that request ``number`` is decoded from; with ``os_cache`` that of any."""
-        try:
+        with os_errors(f"{self.beton.path}: cannot be read any more"):
             if self.beton.path.stat().st_size != self.beton.file_size:
                 raise UserError(f"{self.beton.path}: the file has changed after the run started; start again")
             mapped = np.memmap(self.beton.path, np.uint8, mode="r") if self.os_cache else None
-        except OSError as error:
-            raise UserError(f"{self.beton.path}: cannot be read any more ({error.strerror})") from error
         if mapped is not None:
             plain = np.asarray(mapped)
             yield lambda number: plain

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmtrain.errors import UserError, nearest
+from mmtrain.errors import UserError, nearest, os_errors
 
 INSTALL = (
     "install it with: apt-get install -y libopencv-dev libturbojpeg0-dev pkg-config && pip install 'mmtrain[ffcv]' "
@@ -83,7 +83,7 @@ def read_beton(path: str | Path) -> Beton:
     Raises UserError for one that is damaged or of other fields, or that does not belong to the meta.json beside it.
     """
     file = find_beton(path)
-    try:
+    with os_errors(f"{file}: cannot be read"):
         size = file.stat().st_size
         with open(file, "rb") as stream:
             header = _read(stream, file, _HEADER, 1)[0]
@@ -107,8 +107,6 @@ def read_beton(path: str | Path) -> Beton:
                 raise UserError(f"{file}: the file is truncated or was never finished ({size} bytes); {_CURE}")
             stream.seek(table)
             places = _read(stream, file, _PLACE, (size - table) // _PLACE.itemsize)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from error
     image, label = (rows[f"f{names.index(name)}"] for name in _KINDS)
     places = np.sort(places, order="at")
     at = np.minimum(np.searchsorted(places["at"], image["at"]), max(0, len(places) - 1))

@@ -16,7 +16,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from mmtrain.errors import UserError
+from mmtrain.errors import UserError, os_errors
 from mmtrain.files import exclusive
 from mmtrain.log import logger
 
@@ -63,10 +63,8 @@ class ShardCache:
         target = self.place(address)
         if not fresh and self._good(target, size):
             return target
-        try:
+        with os_errors(f"data.cache={self.folder}: cannot be written"):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"data.cache={self.folder}: cannot be written ({error.strerror})") from error
         with exclusive(target.with_name(target.name + ".lock"), wait=True, tell=False):
             if fresh or not self._good(target, size):  # another process may have fetched it meanwhile
                 self._download(address, target, size, digest)

@@ -164,14 +164,14 @@ class Photo:
         return pixels
 
 
-def resized(pixels: Pixels, size: int, mode: str = "bicubic") -> Pixels:
-    """(size, size, C): ``pixels`` (h, w, C) by antialiased "bicubic" or "bilinear" interpolation, as Pillow's."""
+def resized(pixels: Pixels, size: int) -> Pixels:
+    """(size, size, C): ``pixels`` (h, w, C) by antialiased bicubic interpolation, as Pillow's."""
     import torch
 
     if pixels.shape[:2] == (size, size):
         return pixels
     given = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
-    made = torch.nn.functional.interpolate(given, (size, size), mode=mode, antialias=True)
+    made = torch.nn.functional.interpolate(given, (size, size), mode="bicubic", antialias=True)
     return made[0].permute(1, 2, 0).numpy()
 
 

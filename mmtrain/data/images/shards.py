@@ -18,7 +18,7 @@ from mmtrain.data.images.cache import ShardCache, Unreachable, file_system, is_a
 from mmtrain.data.images.photo import Photo, Undecodable
 from mmtrain.data.images.tar_index import Damaged, ShardIndex, index_shards
 from mmtrain.data.images.transforms import build_transform, new_tensor
-from mmtrain.errors import UserError, nearest
+from mmtrain.errors import UserError, nearest, os_errors
 from mmtrain.log import logger
 
 #: Samples after a faulty one that are tried in its place.
@@ -290,7 +290,7 @@ class ShardFiles:
                 os.close(self.open.popitem(last=False)[1])
         self.open[block] = handle  # most recently used last
         path = self.shards[block][0]
-        try:
+        try:  # os_errors takes its time, and this is done for every sample
             content = os.pread(handle, size, offset)
         except OSError as error:
             raise Damaged(f"{path}: cannot read the shard ({error.strerror})") from error
@@ -324,10 +324,8 @@ class ShardFiles:
             assert self.cache is not None
             with self.cache.open(path, size=size, digest=digest) as stream:
                 return os.dup(stream.fileno())
-        try:
+        with os_errors(f"{path}: cannot read the shard", kind=Damaged):
             handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise Damaged(f"{path}: cannot read the shard ({error.strerror})") from error
         stat = os.fstat(handle)
         if stat.st_size < size:
             os.close(handle)

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmtrain.data.images.cache import ShardCache, Unreachable, is_address
-from mmtrain.errors import UserError
+from mmtrain.errors import UserError, os_errors
 from mmtrain.files import complete_or_absent
 from mmtrain.log import logger
 
@@ -140,19 +140,15 @@ class _Maker:
             )
 
     def _near(self, shard: Path) -> ShardIndex:
-        try:
+        with os_errors(f"{shard}: cannot read the shard", kind=Damaged):
             stat = shard.stat()
-        except OSError as error:
-            raise Damaged(f"{shard}: cannot read the shard ({error.strerror})") from error
         if not self.rebuild and index_path(shard).exists():
             found = _read(index_path(shard), shard)
             if found is not None and not found.changed_since(stat) and (found.digest or not self.digest):
                 return found
             self.changed = found is None or found.changed_since(stat)
-        try:
+        with os_errors(f"{shard}: cannot read the shard", kind=Damaged):
             stream = shard.open("rb")
-        except OSError as error:
-            raise Damaged(f"{shard}: cannot read the shard ({error.strerror})") from error
         with stream:
             index = replace(_walk(shard, stream, self.skip), bytes=stat.st_size, changed=stat.st_mtime_ns)
             if self.digest:

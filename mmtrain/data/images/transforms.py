@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 AUGMENTS = ("none", "light", "crop", "imagenet")
-INTERPOLATIONS = ("bicubic", "bilinear")
 
 ROTATION = 10.0  # degrees, both ways
 SHIFT = 0.08  # of the side, both ways
@@ -93,7 +92,6 @@ def build_transform(
     std: Sequence[float],
     channels: int = 3,
     crop_pct: float = 0.875,
-    interpolation: str = "bicubic",
     hflip: float = 0.5,
     auto_augment: str = "rand-m9-mstd0.5-inc1",
     re_prob: float = 0.25,
@@ -105,17 +103,15 @@ def build_transform(
     latter.
     """
     check_options(image_size, augment, mean, std, crop_pct, channels)
-    if interpolation not in INTERPOLATIONS:
-        raise UserError(f"interpolation {interpolation!r}: one of {', '.join(INTERPOLATIONS)}")
     if train and augment == "imagenet" and channels != 3:
         raise UserError(f"data.augment=imagenet works on colour images: data.channels=3, not {channels}")
     normalise = Normalise(mean, std)
     if train and augment == "imagenet":
-        distort = Distort(timm_policy(auto_augment, image_size, mean, interpolation), re_prob, mean, std)
-        return _Crop(normalise, image_size, channels, interpolation, hflip, distort)
+        distort = Distort(timm_policy(auto_augment, image_size, mean), re_prob, mean, std)
+        return _Crop(normalise, image_size, channels, hflip, distort)
     if train and augment == "crop":
-        return _Crop(normalise, image_size, channels, interpolation, hflip)
-    resize = _Resize(image_size, crop_pct, interpolation, channels, normalise)
+        return _Crop(normalise, image_size, channels, hflip)
+    resize = _Resize(image_size, crop_pct, channels, normalise)
     return _Light(resize, mean, std) if train and augment == "light" else resize
 
 
@@ -148,9 +144,8 @@ class Normalise:
 class _Resize(Transform):
     """Shorter side to S / crop_pct, then the centre S × S."""
 
-    def __init__(self, size: int, crop_pct: float, interpolation: str, channels: int, normalise: Normalise) -> None:
-        self.size, self.channels, self.normalise = size, channels, normalise
-        self.options: dict[str, Any] = {"crop_pct": crop_pct, "interpolation": interpolation}
+    def __init__(self, size: int, crop_pct: float, channels: int, normalise: Normalise) -> None:
+        self.size, self.crop_pct, self.channels, self.normalise = size, crop_pct, channels, normalise
         self._resize: Any = None
 
     def pixels(self, images: Sequence[Photo | Image], keys: Keys | None, empty: Empty = new_tensor) -> torch.Tensor:
@@ -170,8 +165,8 @@ class _Resize(Transform):
             ensure_torchvision()
             from timm.data import create_transform
 
-            steps = create_transform(self.size, is_training=False, normalize=False, **self.options).transforms
-            self._resize = steps[:-1]  # without the step to a tensor
+            whole: Any = create_transform(self.size, normalize=False, crop_pct=self.crop_pct, interpolation="bicubic")
+            self._resize = whole.transforms[:-1]  # without the step to a tensor
         for step in self._resize:
             image = step(image)
         return image
@@ -233,7 +228,6 @@ class _Crop(Transform):
     normalise: Normalise
     size: int
     channels: int
-    interpolation: str
     hflip: float
     distort: Distort | None = None
 
@@ -249,7 +243,7 @@ class _Crop(Transform):
                 part = photo.part(box, self.size)
             except ValueError as error:
                 raise Undecodable(place, error) from error
-            cropped = resized(part, self.size, self.interpolation)
+            cropped = resized(part, self.size)
             batch[place] = cropped[:, ::-1] if mirror else cropped
         if self.distort is not None:
             self.distort(batch, keys)
@@ -288,7 +282,7 @@ class Distort:
         erase(batch, keys, self.re_prob, self.mean, self.std)
 
 
-def timm_policy(name: str, size: int, mean: Sequence[float], interpolation: str) -> Any:
+def timm_policy(name: str, size: int, mean: Sequence[float]) -> Any:
     """timm's RandAugment or AutoAugment, with the settings that its own factory gives it; None for no name."""
     if not name:
         return None
@@ -301,7 +295,7 @@ def timm_policy(name: str, size: int, mean: Sequence[float], interpolation: str)
     options = {
         "translate_const": int(size * 0.45),
         "img_mean": tuple(min(255, round(255 * value)) for value in mean),
-        "interpolation": str_to_pil_interp(interpolation),
+        "interpolation": str_to_pil_interp("bicubic"),
     }
     if name.startswith("augmix"):
         raise UserError(f"auto_augment {name!r}: AugMix is not supported; use rand-... or a policy of AutoAugment")

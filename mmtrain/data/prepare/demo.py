@@ -17,7 +17,7 @@ from mmtrain.data.prepare.images import stratify
 from mmtrain.data.prepare.output import Prepared, existing
 from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.data.series.table import read_frame, regularity
-from mmtrain.errors import UserError
+from mmtrain.errors import UserError, os_errors
 from mmtrain.files import write_atomically
 
 SOURCE = "scikit-learn load_digits (UCI Optical Recognition of Handwritten Digits, CC BY 4.0)"
@@ -90,13 +90,11 @@ def prepare_traffic(out: str | Path) -> TrafficReport:
     runs = (empty != empty.shift()).cumsum()[empty].value_counts()
     longest = int(runs.max()) if len(runs) else 0
     file, text = Path(out).expanduser() / "traffic.csv", table.to_csv(index=False, lineterminator="\n")
-    try:
+    with os_errors(f"{file}: cannot be written", "give another --out"):
         fresh = not file.is_file() or file.read_text(encoding="utf-8") != text
         if fresh:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, text)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror}); give another --out") from error
     return TrafficReport(file, len(table), int(np.count_nonzero(empty)), longest, outliers, fresh)
 
 

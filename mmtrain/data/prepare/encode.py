@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 from mmtrain.data.images.photo import decode
-from mmtrain.errors import UserError
+from mmtrain.errors import UserError, os_errors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -79,10 +79,8 @@ def check_encoding(image_size: int | None, quality: int = QUALITY) -> None:
 
 
 def read_file(path: str) -> bytes:
-    try:
+    with os_errors(f"{path}: cannot read the file"):
         return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the file ({error.strerror})") from error
 
 
 def read_lines(path: Path) -> list[str]:

@@ -23,7 +23,7 @@ from mmtrain.data.images.shards import find_shards, read_classes
 from mmtrain.data.images.tar_index import ShardIndex, index_shards
 from mmtrain.data.prepare.output import FORMAT, Prepared, check_root, existing, prepared_folder, write_meta
 from mmtrain.data.prepare.pool import progress, run_jobs
-from mmtrain.errors import UserError
+from mmtrain.errors import UserError, os_errors
 
 SPLITS = ("train", "val", "test")
 WRITE_MODES = ("jpg", "raw", "proportion")
@@ -205,10 +205,8 @@ def encode_block(job: Job) -> Block:
 
 
 def _open(path: Path | str) -> BinaryIO:
-    try:
+    with os_errors(f"{path}: cannot read the shard"):
         return open(path, "rb")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the shard ({error.strerror})") from error
 
 
 class _Pages:

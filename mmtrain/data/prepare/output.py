@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmtrain.errors import UserError
+from mmtrain.errors import UserError, os_errors
 from mmtrain.files import exclusive, write_atomically
 from mmtrain.log import logger
 
@@ -81,10 +81,8 @@ def prepared_folder(out: Path, *, force: bool, recipe: str | None = None, keep: 
     out = out.absolute()
     if _occupied(out) and not force:
         raise UserError(f"{out}: exists and is not a finished dataset; give another --out, or --force to replace it")
-    try:
+    with os_errors(f"{out}: cannot be written", "give another --out"):
         out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
     try:
         with exclusive(out.with_name(f".{out.name}.lock"), wait=False):
             if _occupied(out) and not force:
@@ -100,14 +98,12 @@ def _occupied(out: Path) -> bool:
 
 def _filled(out: Path, recipe: str | None, keep: bool) -> Iterator[Path]:
     part = out.with_name(f".{out.name}.partial-{recipe or 'whole'}")
-    try:
+    with os_errors(f"{out}: cannot be written", "give another --out"):
         for left in out.parent.glob(f".{out.name}.partial-*"):
             if left != part or recipe is None:
                 logger.warning("%s: left by a preparation with other settings or images, removed", left)
                 shutil.rmtree(left, ignore_errors=True)
         part.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
     try:
         yield part
         old = None

@@ -23,7 +23,7 @@ from mmtrain.data.images.tar_index import index_shard
 from mmtrain.data.prepare.encode import BadSample, ClassEncoder, Encoder, Item
 from mmtrain.data.prepare.output import FORMAT, Prepared, prepared_folder, write_meta
 from mmtrain.data.prepare.pool import progress, run_jobs
-from mmtrain.errors import UserError
+from mmtrain.errors import UserError, os_errors
 from mmtrain.files import append_json_line, read_json_lines, write_atomically
 from mmtrain.log import logger
 
@@ -233,9 +233,7 @@ def sources_digest(items: Sequence[Item]) -> str:
     for item in items:
         for path in (item.path, item.target):
             if path:
-                try:
+                with os_errors(f"{path}: cannot read the file"):
                     stat = os.stat(path)
-                except OSError as error:
-                    raise UserError(f"{path}: cannot read the file ({error.strerror})") from error
                 found.update(f"{path!r} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return found.hexdigest()

@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mmtrain.errors import UserError
+from mmtrain.errors import UserError, os_errors
 from mmtrain.log import logger
 
 
@@ -46,13 +46,11 @@ def new_path(path: Path) -> Iterator[Path]:
         UserError: when ``path`` exists, or cannot be written.
     """
     _refuse_existing(path)
-    try:
+    with os_errors(f"{path} cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with complete_or_absent(path) as partial:
             yield partial
             _refuse_existing(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def _refuse_existing(path: Path) -> None:

@@ -23,7 +23,7 @@ from mmtrain.cli.train import debug_run
 from mmtrain.cluster import job
 from mmtrain.cluster.local import print_dry_run, run_local
 from mmtrain.cluster.task import run_training
-from mmtrain.config import RunConfig, load_config
+from mmtrain.config import ClusterConfig, RunConfig, load_config
 from mmtrain.config.load import refuse_bare_time
 from mmtrain.errors import UserError
 from mmtrain.runs.folder import run_path
@@ -32,12 +32,6 @@ from mmtrain.runs.slurm import has_slurm
 
 #: What all runs of a user ask of the site's cluster: the keys of the section ``cluster``, in YAML.
 SITE_FILE = Path("~/.config/mmtrain/cluster.yaml")
-
-#: The options of the command that are keys of the section ``cluster``.
-_CLUSTER_OPTIONS = (
-    *("nodes", "min_nodes", "max_nodes", "gpus_per_node", "tasks_per_node", "gpu", "cpus_per_task", "mem"),
-    *("partition", "account", "qos", "time", "constraint", "exclude", "reservation"),
-)
 
 
 def submit_command(
@@ -74,7 +68,7 @@ def submit_command(
     """Train a configuration. Starting a run in a folder that has checkpoints resumes it."""
     options = locals()
     given = list(overrides or []) + ([f"name={name}"] if name is not None else [])
-    site = job_settings({key: options[key] for key in _CLUSTER_OPTIONS})
+    site = job_settings({key: options[key] for key in ClusterConfig.model_fields if key in options})
     resolved, source, given, run_dir = resolve_run(config, resume, given, site, run_dir)
     where = choose_launcher(cluster, local, debug, nodes)
     if where == "debug":

@@ -6,7 +6,6 @@ the section, the number of classes and the seed, for series the section and the 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -19,6 +18,7 @@ from mmtrain.config.data import (
     SyntheticDataConfig,
 )
 from mmtrain.data.core.source import Source
+from mmtrain.data.download.fetch import data_root
 from mmtrain.data.ffcv.source import BetonImages, open_beton
 from mmtrain.data.images.cache import default_cache, is_address
 from mmtrain.data.images.shards import ImageShards
@@ -119,7 +119,7 @@ def _open_table(data: SeriesDataConfig, model: ForecasterConfig) -> ForecastingD
         columns=data.columns,
         time_column=data.time_column,
         missing=data.missing,
-        data_root=_series_root(data),
+        data_root=data_root(data.root),
         stride=data.stride,
         known=data.known,
         calendar=data.calendar,
@@ -129,11 +129,7 @@ def _open_table(data: SeriesDataConfig, model: ForecasterConfig) -> ForecastingD
 
 @DATA.implements(PanelDataConfig)
 def _open_panel(data: PanelDataConfig, model: ForecasterConfig) -> ForecastingData:
-    return load_panel(data, model.lookback, model.horizon, model.auxiliary.steps, _series_root(data))
-
-
-def _series_root(data: SeriesDataConfig) -> str:
-    return data.root or os.environ.get("MMTRAIN_DATA") or "data"
+    return load_panel(data, model.lookback, model.horizon, model.auxiliary.steps, data_root(data.root))
 
 
 def check_inputs(data: ForecastingData, model: ForecasterConfig, path: str) -> None:

@@ -87,13 +87,16 @@ def forecast_panel(trained: TrainedModel, folder: Path, back: int = 0, missing: 
         for some in np.array_split(chosen, -(-len(chosen) // _BATCH))
     ]
     past, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    stamps = None
+    if (line := panel.timeline) is not None:
+        stamps = np.stack([line.stamps(place, model.horizon) for place in (panel.first + ends)[chosen].tolist()])
     return PanelForecast(
         panel.ids[chosen].tolist(),
         panel.columns,
         past,
         values,
         _truth(panel, chosen, ends, model.horizon),
-        None if panel.timeline is None else _stamps(panel, chosen, ends, model.horizon),
+        stamps,
         len(panel) - len(chosen),
     )
 
@@ -177,8 +180,3 @@ def _truth(panel: Panel, chosen: NDArray[np.int64], ends: NDArray[np.int64], hor
         there = panel.series(number)[int(ends[number]) : int(ends[number]) + horizon]
         truth[place, : len(there)] = there
     return truth
-
-
-def _stamps(panel: Panel, chosen: NDArray[np.int64], ends: NDArray[np.int64], horizon: int) -> NDArray[np.datetime64]:
-    rows = [panel.stamps(number, int(ends[number]), int(ends[number]) + horizon) for number in chosen.tolist()]
-    return np.stack([row for row in rows if row is not None])

@@ -69,7 +69,9 @@ class MixerStack(nn.Module):
             if self.averages:
                 stream = self.averages[i](outputs)
             if self.checkpoint_every and self.training and i % self.checkpoint_every == 0:
-                y = self._recomputed(stream, i)
+                # the masks of dropout must come out the same in the backward pass, where the keys are out of context
+                branch = with_current_keys(self._branch)
+                y = checkpoint(branch, stream, i, use_reentrant=False, context_fn=self.checkpoint_contexts)
             else:
                 y = self._branch(stream, i)
             y = y.to(x.dtype)  # once, here: every later average would keep a copy of its own
@@ -78,11 +80,6 @@ class MixerStack(nn.Module):
             else:
                 stream = stream + y
         return self.averages[-1](outputs) if self.averages else stream
-
-    def _recomputed(self, stream: Tensor, i: int) -> Tensor:
-        # the masks of dropout must come out the same in the backward pass, where the keys are out of context
-        branch = with_current_keys(self._branch)
-        return checkpoint(branch, stream, i, use_reentrant=False, context_fn=self.checkpoint_contexts)
 
     def _branch(self, stream: Tensor, i: int) -> Tensor:
         return self.drops[i](self.mixers[i](self.norms[i](stream)))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from mmtrain.config import RunConfig, load_config, to_yaml
 from mmtrain.config.load import differences
 from mmtrain.config.schema import FREE_ON_RESUME
-from mmtrain.errors import UserError
+from mmtrain.errors import UserError, os_errors
 from mmtrain.files import write_atomically
 from mmtrain.runs.code import ROOT, code_diff, code_version
 from mmtrain.runs.reader import check_run_folder
@@ -95,14 +95,8 @@ class RunFolder:
             probe.touch()
             probe.unlink()
 
-    @contextmanager
-    def _preparing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: the run folder cannot be written ({error.strerror}): choose another with --run-dir"
-            ) from None
+    def _preparing(self) -> AbstractContextManager[None]:
+        return os_errors(f"{self.path}: the run folder cannot be written", "choose another with --run-dir")
 
     @contextmanager
     def writing(self) -> Iterator[None]:

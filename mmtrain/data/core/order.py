@@ -60,17 +60,17 @@ class _Epoch(NamedTuple):
 class Order:
     """The order of ``sum(block_sizes)`` samples, epoch after epoch.
 
-    ``window`` is the number of consecutive shuffled blocks within which samples are shuffled fully; ``shuffle=False``
-    gives 0, 1, 2, ... in every epoch. Samples are numbered block by block in the order of ``block_sizes``.
+    ``window`` is the number of consecutive shuffled blocks within which samples are shuffled fully. Samples are
+    numbered block by block in the order of ``block_sizes``.
     """
 
-    def __init__(self, block_sizes: Sequence[int], seed: int, window: int = 8, shuffle: bool = True) -> None:
+    def __init__(self, block_sizes: Sequence[int], seed: int, window: int = 8) -> None:
         self.sizes: Int64s = np.asarray(block_sizes, dtype=np.int64).reshape(-1)
         if (self.sizes < 0).any() or int(self.sizes.sum()) < 1:
             raise UserError("there is nothing to train on: the data source holds no samples")
         if window < 1:
             raise UserError(f"data.shuffle_window={window}: the shuffle window is a number of shards, 1 or more")
-        self.seed, self.window, self.shuffle = int(seed), int(window), bool(shuffle)
+        self.seed, self.window = int(seed), int(window)
         self.starts: Int64s = np.cumsum(self.sizes) - self.sizes
         self._length = int(self.sizes.sum())
         self._epoch = lru_cache(2)(self._shuffled_blocks)
@@ -88,8 +88,6 @@ class Order:
         if positions.size and int(positions.min()) < 0:
             raise ValueError(f"stream positions are 0 or more, got {int(positions.min())}")
         epochs, places = np.divmod(positions, self._length)
-        if not self.shuffle:
-            return epochs, places
         indices = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             in_epoch = epochs == epoch
@@ -118,9 +116,6 @@ class Order:
         asked for, one after the other.
         """
         epoch, place = divmod(position, self._length)
-        if not self.shuffle:
-            block = int(np.searchsorted(self.starts, place, side="right")) - 1
-            return [block + 1] if block + 1 < len(self.sizes) else []
         ends = self._epoch(epoch).ends
         number = int(np.searchsorted(ends, place, side="right"))
         begin = int(ends[number - 1]) if number else 0
@@ -148,7 +143,7 @@ class Order:
         return samples[np.argsort(mix64(self.seed, epoch, _SAMPLE_TAG, samples), kind="stable")]
 
     def __reduce__(self) -> tuple[type[Order], tuple[object, ...]]:
-        return Order, (self.sizes, self.seed, self.window, self.shuffle)  # caches are cheap to refill
+        return Order, (self.sizes, self.seed, self.window)  # caches are cheap to refill
 
 
 def local_positions(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,7 +76,7 @@ class PanelData(ForecastingData):
 
 
 def load_panel(
-    data: PanelDataConfig, lookback: int, horizon: int, steps: int = 0, root: str | None = None
+    data: PanelDataConfig, lookback: int, horizon: int, steps: int = 0, root: Path | None = None
 ) -> PanelData:
     """Open the panel ``data.path`` and number its windows. ``steps``: T_Z, 0 for look-back + horizon.
 

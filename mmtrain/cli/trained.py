@@ -40,18 +40,14 @@ def predict_command(
         if not path.exists():
             raise UserError(f"{path}: there is no such file")
     if trained.config.task.kind == "classification":
-        _classify(trained, files)
+        for path, ranking in zip(files, classify(trained, files), strict=True):
+            print(path)
+            for name, probability in ranking:
+                print(f"  {probability:7.2%}  {name}")
     else:
         if len(files) != 1:
             raise UserError(f"a forecast takes one file, not {len(files)}")
         _forecast(trained, files[0], out or Path(), back, missing)
-
-
-def _classify(trained: TrainedModel, files: list[Path]) -> None:
-    for path, ranking in zip(files, classify(trained, files), strict=True):
-        print(path)
-        for name, probability in ranking:
-            print(f"  {probability:7.2%}  {name}")
 
 
 def _forecast(trained: TrainedModel, path: Path, out: Path, back: int, missing: str) -> None:

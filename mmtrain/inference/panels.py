@@ -87,6 +87,10 @@ def forecast_panel(trained: TrainedModel, folder: Path, back: int = 0, missing: 
         for some in np.array_split(chosen, -(-len(chosen) // _BATCH))
     ]
     past, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    truth = np.full_like(values, np.nan)
+    for place, number in enumerate(chosen.tolist()):
+        there = panel.series(number)[int(ends[number]) : int(ends[number]) + model.horizon]
+        truth[place, : len(there)] = there
     stamps = None
     if (line := panel.timeline) is not None:
         stamps = np.stack([line.stamps(place, model.horizon) for place in (panel.first + ends)[chosen].tolist()])
@@ -95,7 +99,7 @@ def forecast_panel(trained: TrainedModel, folder: Path, back: int = 0, missing: 
         panel.columns,
         past,
         values,
-        _truth(panel, chosen, ends, model.horizon),
+        truth,
         stamps,
         len(panel) - len(chosen),
     )
@@ -172,11 +176,3 @@ def _forecast(
         given["mask"] = torch.from_numpy(seen)
     given |= inputs.batch(series, end + config.horizon, len(panel.columns))
     return past, model(**given).float().numpy() * std + mean
-
-
-def _truth(panel: Panel, chosen: NDArray[np.int64], ends: NDArray[np.int64], horizon: int) -> NDArray[np.float32]:
-    truth = np.full((len(chosen), horizon, len(panel.columns)), np.nan, np.float32)
-    for place, number in enumerate(chosen.tolist()):
-        there = panel.series(number)[int(ends[number]) : int(ends[number]) + horizon]
-        truth[place, : len(there)] = there
-    return truth

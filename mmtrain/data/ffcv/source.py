@@ -63,7 +63,8 @@ def open_beton(
             source.beton.path,
             augment,
         )
-        source.compile()  # once, before processes are forked from this one
+        # compiles what it calls, in some seconds: once, before processes are forked from this one
+        source.fetch(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.uint64))
     return source
 
 
@@ -90,10 +91,6 @@ class BetonImages:
         with engine.opened([]) as state:
             engine.run(state(0), (np.ascontiguousarray(indices, dtype=np.int64), keys), images)
         return self._batch(images, indices, keys)
-
-    def compile(self) -> None:
-        """Compile what ``fetch`` calls: some seconds."""
-        self.fetch(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.uint64))
 
     def _batch(self, images: NDArray[Any], indices: NDArray[np.int64], keys: NDArray[np.uint64] | None) -> Batch:
         made, finish = torch.from_numpy(images), self.augment.finish

@@ -32,7 +32,9 @@ class SyntheticImages:
         self.shape = (channels, image_size, image_size)
         self.block_sizes = [length]
         self.patterns = self._patterns()
-        self.noise = _gaussian(seed, math.prod(self.shape) + _TAPE)
+        # Box-Muller on hashed uniforms: the same numbers with every version of numpy and torch
+        u, v = (uniform(seed, np.arange(math.prod(self.shape) + _TAPE), draw) for draw in (11, 12))
+        self.noise = (np.sqrt(-2 * np.log1p(-u)) * np.cos(2 * np.pi * v)).astype(np.float32)
 
     def __len__(self) -> int:
         return self.length
@@ -55,9 +57,3 @@ class SyntheticImages:
         y, x = np.meshgrid(np.arange(size) / size, np.arange(size) / size, indexing="ij")
         along = x * np.cos(2 * np.pi * angle) + y * np.sin(2 * np.pi * angle)
         return (math.sqrt(2) * np.sin(2 * np.pi * ((1 + 3 * waves) * along + phase))).astype(np.float32)
-
-
-def _gaussian(seed: int, count: int) -> NDArray[np.float32]:
-    """Box-Muller on hashed uniforms: the same numbers with every version of numpy and torch."""
-    u, v = (uniform(seed, np.arange(count), draw) for draw in (11, 12))
-    return (np.sqrt(-2 * np.log1p(-u)) * np.cos(2 * np.pi * v)).astype(np.float32)

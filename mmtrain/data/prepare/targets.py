@@ -185,15 +185,13 @@ def _pairs(images: Path, masks: Path) -> list[Item]:
     return [Item(path=str(path), target=str(by_stem[masks][stem])) for stem, path in sorted(by_stem[images].items())]
 
 
-@dataclass(frozen=True)
 class BoxEncoder:
     """An image and the annotations of that image (``.json``, see ``mmtrain.data.images.targets.read_detection``)."""
 
-    quality: int = QUALITY
     labelled: ClassVar[bool] = False
 
     def __call__(self, item: Item) -> Encoded:
-        suffix, content, size = encode_image(item, None, self.quality)
+        suffix, content, size = encode_image(item, None, QUALITY)
         target = json.loads(item.note)
         if (target["width"], target["height"]) != size:
             said = f"{target['width']} × {target['height']}"

@@ -26,7 +26,7 @@ _OPTIONAL = {
     "scikit-learn": ("the demo's digits", "pip install 'mmtrain[demo]'"),
     "AutoTS": ("the demo's series", "pip install 'mmtrain[demo]'"),
     "deepspeed": ("parallel.strategy=zero1, zero2, zero3", "pip install 'mmtrain[deepspeed]'"),
-    "ffcv": ("FFCV loading", "not used yet"),
+    "ffcv": ("data.kind=ffcv", "pip install 'mmtrain[ffcv]' (it needs OpenCV and libturbojpeg)"),
 }
 
 

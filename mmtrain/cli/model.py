@@ -71,7 +71,15 @@ def _show_stages(subject: Subject, input_size: str | None, variates: int | None,
     for column in ("output", "token mixers", "channel mixers", "parameters", "MFLOPs", "scan"):
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(*_cells(row))
+        table.add_row(
+            row.name,
+            "×".join(map(str, row.output)),
+            str(row.token_mixers or "-"),
+            str(row.channel_mixers or "-"),
+            f"{row.parameters:,}",
+            f"{row.flops / 1e6:,.2f}",
+            _share(row),
+        )
     console = Console()
     (console if console.is_terminal else Console(width=120)).print(table)
     whole = total(rows)
@@ -81,18 +89,6 @@ def _show_stages(subject: Subject, input_size: str | None, variates: int | None,
     )
     print("A multiply-add is 2 FLOPs; a scan is 9·B·L·D·N + B·L·D; linear maps and convolutions are all counted.")
     print(f"Not counted: {NOT_COUNTED}.")
-
-
-def _cells(row: StageRow) -> tuple[str, ...]:
-    return (
-        row.name,
-        "×".join(map(str, row.output)),
-        str(row.token_mixers or "-"),
-        str(row.channel_mixers or "-"),
-        f"{row.parameters:,}",
-        f"{row.flops / 1e6:,.2f}",
-        _share(row),
-    )
 
 
 def _share(row: StageRow) -> str:

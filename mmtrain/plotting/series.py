@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmtrain.plotting import HISTORY, line_axes, new_figure
+from mmtrain.plotting import HISTORY, line_axes, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ def draw_series(path: Path, title: str, lines: Sequence[Line]) -> None:
     figure.suptitle(title, fontsize=10, parse_math=False)
     for axis, line in zip(line_axes(figure, len(lines)), lines, strict=True):
         _draw(axis, line)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def _draw(axis: Axes, line: Line) -> None:

@@ -170,8 +170,8 @@ def _lines(plan: Plan) -> list[str]:
     lines += [
         f"model: {plan.parameters / 1e6:.2f} M parameters; a step of {plan.samples} samples takes {_flops(plan.flops)}"
         f" ({plan.scan_flops / max(plan.flops, 1):.0%} in scans), forward and backward",
-        f"batch: {plan.samples} = {plan.world} ranks × {batch.micros} {_times(batch.micros)} × {batch.samples} samples;"
-        f" precision {plan.precision}, checkpointing {plan.checkpointing}",
+        f"batch: {plan.samples} = {plan.world} ranks × {batch.micros} micro-batch{'' if batch.micros == 1 else 'es'} ×"
+        f" {batch.samples} samples; precision {plan.precision}, checkpointing {plan.checkpointing}",
         _choice(plan),
     ]
     basis = plan.basis
@@ -198,10 +198,6 @@ def _lines(plan: Plan) -> list[str]:
         f"- memory leaves out the CUDA context, workspaces and fragmentation: a plan fits up to {FILL:.0%} of the GPU."
     )
     return lines
-
-
-def _times(micros: int) -> str:
-    return "micro-batch" if micros == 1 else "micro-batches"
 
 
 def _choice(plan: Plan) -> str:

@@ -1,4 +1,4 @@
-"""GPUs as their makers describe them, and the time of a step on them, estimated by a roofline.
+"""The memory and the links of GPUs, and the time of a step on them, estimated by a roofline.
 
 Nothing here was measured; :data:`ASSUMPTIONS` says what the estimate rests on.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from mmtrain.errors import UserError, nearest
 from mmtrain.plan.step import Cost, Costs, StepCosts
 from mmtrain.plan.strategies import Transfer
+from mmtrain.train.flops import peak_by_name
 
 #: What a tuned kernel reaches of a data sheet's rate.
 MATRIX, VECTOR, MEMORY, NETWORK = 0.6, 0.5, 0.8, 0.8
@@ -33,18 +34,14 @@ ASSUMPTIONS = (
 class Gpu:
     """Peak rates of one GPU.
 
-    ``bf16``, ``fp16``, ``tf32``: dense matrix products, without sparsity, in TFLOP/s; where there is no unit for a
-    format, its rate is that of ``fp32``. ``fp32``: the vector units, TFLOP/s. ``memory``: GiB. ``bandwidth``: of that
-    memory, GB/s. ``intra``: to the other GPUs of a node, ``inter``: to other nodes; GB/s for one GPU and one direction.
-    ``source``: where the figures of the chip are from. The links of a node are a choice of who builds it: ``links``
-    says which we assume.
+    ``driver_name``: its name in the table of :mod:`mmtrain.train.flops`, which has its FLOP/s. ``memory``: GiB.
+    ``bandwidth``: of that memory, GB/s. ``intra``: to the other GPUs of a node, ``inter``: to other nodes; GB/s for one
+    GPU and one direction. ``source``: where the figures of the chip are from. The links of a node are a choice of who
+    builds it: ``links`` says which we assume.
     """
 
     name: str
-    bf16: float
-    fp16: float
-    tf32: float
-    fp32: float
+    driver_name: str
     memory: float
     bandwidth: float
     intra: float
@@ -56,59 +53,34 @@ class Gpu:
     def memory_bytes(self) -> int:
         return int(self.memory * 2**30)
 
+    def rate(self, precision: str) -> float:
+        """Peak FLOP/s in bf16, fp16, tf32 or fp32; that of fp32 where the GPU has no unit for the format."""
+        peak = peak_by_name(self.driver_name, precision) or peak_by_name(self.driver_name, "fp32")
+        assert peak is not None, self.driver_name
+        return peak
+
     def matrix_rate(self, dtype: str, tf32: bool) -> float:
         """FLOP/s of matrix products of operands of ``dtype`` (bfloat16, float16 or float32)."""
-        rates = {"bfloat16": self.bf16, "float16": self.fp16}
-        return 1e12 * rates.get(dtype, self.tf32 if tf32 else self.fp32)
+        return self.rate({"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "tf32" if tf32 else "fp32"))
 
 
 _HGX = "NVLink; a 400 Gb/s adapter a GPU"
+_A100 = "NVLink; a 200 Gb/s adapter a GPU"
+_PCIE = "PCIe 4.0 x16; a 200 Gb/s adapter for two GPUs"
+_H100_SHEET, _A100_SHEET = (f"NVIDIA {chip} Tensor Core GPU data sheet" for chip in ("H100", "A100"))
+_V100_SHEET = "NVIDIA V100 data sheet (SXM2, 32 GB); it has no bf16 and no TF32 units"
+_ADA_PAPER = "NVIDIA Ada GPU architecture white paper (products with fp32 accumulation)"
+_XGMI = "Infinity Fabric, 7 links; a 400 Gb/s adapter a GPU"
 _TABLE = (
-    Gpu(
-        *("h100", 989.4, 989.4, 494.7, 66.9, 80, 3350, 450, 50),
-        source="NVIDIA H100 Tensor Core GPU data sheet (SXM5)",
-        links=_HGX,
-    ),
-    Gpu(
-        *("h200", 989.4, 989.4, 494.7, 66.9, 141, 4800, 450, 50),
-        source="NVIDIA H200 Tensor Core GPU data sheet (SXM)",
-        links=_HGX,
-    ),
-    Gpu(
-        *("b200", 2250, 2250, 1125, 75, 180, 7700, 900, 50),
-        source="NVIDIA HGX platform, B200 (an eighth of the board)",
-        links=_HGX,
-    ),
-    Gpu(
-        *("a100-80gb", 312, 312, 156, 19.5, 80, 2039, 300, 25),
-        source="NVIDIA A100 Tensor Core GPU data sheet (SXM4, 80 GB)",
-        links="NVLink; a 200 Gb/s adapter a GPU",
-    ),
-    Gpu(
-        *("a100-40gb", 312, 312, 156, 19.5, 40, 1555, 300, 25),
-        source="NVIDIA A100 Tensor Core GPU data sheet (SXM4, 40 GB)",
-        links="NVLink; a 200 Gb/s adapter a GPU",
-    ),
-    Gpu(
-        *("l40s", 362, 362, 183, 91.6, 48, 864, 32, 12.5),
-        source="NVIDIA L40S data sheet",
-        links="PCIe 4.0 x16; a 200 Gb/s adapter for two GPUs",
-    ),
-    Gpu(
-        *("v100", 15.7, 125, 15.7, 15.7, 32, 900, 150, 12.5),
-        source="NVIDIA V100 data sheet (SXM2, 32 GB); it has no bf16 and no TF32 units",
-        links="NVLink; a 100 Gb/s adapter a GPU",
-    ),
-    Gpu(
-        *("rtx4090", 165.2, 165.2, 82.6, 82.6, 24, 1008, 32, 3.1),
-        source="NVIDIA Ada GPU architecture white paper (products with fp32 accumulation)",
-        links="PCIe 4.0 x16; 25 Gb/s a GPU",
-    ),
-    Gpu(
-        *("mi300x", 1307.4, 1307.4, 653.7, 163.4, 192, 5300, 448, 50),
-        source="AMD Instinct MI300X data sheet",
-        links="Infinity Fabric, 7 links; a 400 Gb/s adapter a GPU",
-    ),
+    Gpu("h100", "H100 80GB HBM3", 80, 3350, 450, 50, f"{_H100_SHEET} (SXM5)", _HGX),
+    Gpu("h200", "H200", 141, 4800, 450, 50, "NVIDIA H200 Tensor Core GPU data sheet (SXM)", _HGX),
+    Gpu("b200", "B200", 180, 7700, 900, 50, "NVIDIA HGX platform, B200 (an eighth of the board)", _HGX),
+    Gpu("a100-80gb", "A100-SXM4-80GB", 80, 2039, 300, 25, f"{_A100_SHEET} (SXM4, 80 GB)", _A100),
+    Gpu("a100-40gb", "A100-SXM4-40GB", 40, 1555, 300, 25, f"{_A100_SHEET} (SXM4, 40 GB)", _A100),
+    Gpu("l40s", "L40S", 48, 864, 32, 12.5, "NVIDIA L40S data sheet", _PCIE),
+    Gpu("v100", "V100-SXM2-32GB", 32, 900, 150, 12.5, _V100_SHEET, "NVLink; a 100 Gb/s adapter a GPU"),
+    Gpu("rtx4090", "GeForce RTX 4090", 24, 1008, 32, 3.1, _ADA_PAPER, "PCIe 4.0 x16; 25 Gb/s a GPU"),
+    Gpu("mi300x", "Instinct MI300X", 192, 5300, 448, 50, "AMD Instinct MI300X data sheet", _XGMI),
 )
 
 #: By name, as ``--gpu`` takes them.
@@ -178,7 +150,7 @@ def _pass_time(costs: Costs, gpu: Gpu, tf32: bool) -> float:
 
 
 def _operation_time(cost: Cost, gpu: Gpu, tf32: bool) -> float:
-    rate = MATRIX * gpu.matrix_rate(cost.matrix, tf32) if cost.matrix else VECTOR * 1e12 * gpu.fp32
+    rate = MATRIX * gpu.matrix_rate(cost.matrix, tf32) if cost.matrix else VECTOR * gpu.rate("fp32")
     return max(cost.flops / rate, cost.moved / (MEMORY * gpu.bandwidth * 1e9), LAUNCH)
 
 

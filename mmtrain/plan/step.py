@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 import mmtrain.ops  # noqa: F401 - defines torch.ops.mmtrain
 from mmtrain.config import ForecasterConfig, ModelConfig, TrainConfig
@@ -27,11 +27,14 @@ from mmtrain.models import build_model, example_inputs
 from mmtrain.models.averaging import MixerStack
 from mmtrain.ops.backend import scan_backend
 from mmtrain.train.build import checkpoint_activations
+from mmtrain.train.flops import FLOP_RULES
 from mmtrain.train.optim import autocast_dtype
 
 _aten = torch.ops.aten
 #: Run on the matrix units. Convolutions do not count as such: nearly all of these models' are depthwise.
 _MATRIX = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm}
+#: The FLOPs of an operation.
+_RULES = {**flop_registry, **{packet: shape_wrapper(rule) for packet, rule in FLOP_RULES.items()}}
 _FREE = {_aten._unsafe_view, _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.detach}
 
 
@@ -228,7 +231,8 @@ class StepTrace(TorchDispatchMode):
             self.watch(tensor)
         if not func.is_view and packet not in _FREE:
             inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            flops = _flops(packet, args, kwargs, out)
+            rule = _RULES.get(packet)
+            flops = int(rule(*args, **kwargs, out_val=out)) if rule is not None else 0
             if "selective_scan" in str(packet):
                 self.costs.scan_flops += flops
             matrix = str(inputs[0].dtype).removeprefix("torch.") if packet in _MATRIX else ""
@@ -251,19 +255,6 @@ def _channels_last(packet: Any, args: Any, out: Any) -> Any:
 def _is_channels_last(x: Tensor) -> bool:
     """Whether channels run fastest in x (B, C, H, W), which may be a slice of something wider."""
     return x.ndim == 4 and x.stride(1) == 1 and x.shape[1] > 1
-
-
-def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """By the rules of torch's FLOP counter, except for the gradients of a convolution.
-
-    Its rule counts the weight gradient of a depthwise convolution as that of a dense one; each of the two gradients
-    takes as many operations as the convolution itself.
-    """
-    if packet is _aten.convolution_backward:
-        grad, _, weight, *_, mask = args
-        return 2 * grad.numel() * weight[0].numel() * sum(mask[:2])
-    rule = flop_registry.get(packet)
-    return int(rule(*args, **kwargs, out_val=out)) if rule is not None else 0
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -134,7 +134,7 @@ def fsdp_transfers(
 
 
 def zero_transfers(
-    stage: int, elements: int, padded: int, world: int, micros: int, across: bool, reshard: bool = True
+    stage: int, elements: int, padded: int, world: int, micros: int, across: bool, reshard: bool
 ) -> list[Transfer]:
     """DeepSpeed's stages, in float32. ``padded``: elements of all shards together."""
     buckets = -(-elements // BUCKET)
@@ -205,7 +205,7 @@ def zero12_memory(load: Workload, stage: int, padded: int, world: int, offload: 
     return Memory(whole, gradients, optimizer, whole if load.ema else 0, load.kept, load.working + transient)
 
 
-def zero3_memory(load: Workload, local: int, offload: bool, reshard: bool = True) -> Memory:
+def zero3_memory(load: Workload, local: int, offload: bool, reshard: bool) -> Memory:
     """DeepSpeed 0.19's ``stage3.py``, in float32: the optimizer updates the parts themselves, without a copy.
 
     ``local``: elements of this rank, every parameter's rounded up. A bucket of ``BUCKET`` elements stays allocated;

@@ -68,6 +68,20 @@ def peak_by_name(name: str, precision: str) -> float | None:
     return None
 
 
+def _convolution_backward(grad: torch.Size, x: torch.Size, weight: torch.Size, *rest: Any, **kwargs: Any) -> int:
+    """The gradient of the input and that of the weight, if wanted, cost as much as the forward pass each.
+
+    torch's own rule counts the weight's gradient without regard to groups. For a depthwise convolution that is too much
+    by the number of channels: it would put vim2_base at 184 GFLOP a sample of 224 × 224 pixels, which takes 95.
+    """
+    transposed, *_, wanted = rest[4:]
+    return 2 * x[0] * math.prod(weight) * math.prod((x if transposed else grad)[2:]) * sum(wanted[:2])
+
+
+#: Our rules for FlopCounterMode, by operator, where torch's own miscount. They take shapes in place of tensors.
+FLOP_RULES = {torch.ops.aten.convolution_backward: _convolution_backward}
+
+
 _counted: dict[tuple[str, int, int], float] = {}
 
 
@@ -105,8 +119,7 @@ def _count(config: RunConfig, side: int, variates: int) -> float:
         spread.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
         # the kernel's own rule for the FLOPs, whatever backend the environment asks for
-        rules = {torch.ops.aten.convolution_backward: _convolution_backward}
-        counter = FlopCounterMode(display=False, custom_mapping=rules)
+        counter = FlopCounterMode(display=False, custom_mapping=FLOP_RULES)
         # nothing to detect, and no values to look at, when a debug run looks for anomalies
         calm = torch.autograd.set_detect_anomaly(False)
         with counter, calm, scan_backend("auto"), torch.enable_grad():
@@ -115,29 +128,6 @@ def _count(config: RunConfig, side: int, variates: int) -> float:
     except ValueError as error:
         raise UserError(f"model '{config.model.name}': {error}") from None
     return counter.get_total_flops() / batch
-
-
-def _convolution_backward(
-    grad: torch.Size,
-    x: torch.Size,
-    weight: torch.Size,
-    bias: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    transposed: bool,
-    output_padding: Any,
-    groups: int,
-    wanted: list[bool],
-    **kwargs: Any,
-) -> int:
-    """The gradient of the input and that of the weight, if ``wanted``, cost as much as the forward pass each.
-
-    torch's own rule counts the weight's gradient without regard to groups. For a depthwise convolution that is too much
-    by the number of channels: it would put vim2_base at 184 GFLOP a sample of 224 × 224 pixels, which takes 95.
-    """
-    forward = 2 * x[0] * math.prod(weight) * math.prod((x if transposed else grad)[2:])
-    return forward * sum(wanted[:2])
 
 
 @dataclass(frozen=True)

@@ -269,7 +269,7 @@ class Trainer:
             return False
         value, higher = results[self.task.metric], self.task.higher_is_better
         better = self.state.note_evaluation(value, higher_is_better=higher)
-        self.tracker.after_evaluation(self.state, "val", results, best=better)
+        self.tracker.after_evaluation(self.state, results, best=better)
         return True
 
     def _measure(self, split: str) -> dict[str, float] | None:

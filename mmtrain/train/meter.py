@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import cast
 
@@ -114,34 +114,10 @@ def _elements(parameters: list[Tensor], sizes: list[int]) -> list[list[float]]:
 class Straggler:
     """The slowest rank, its busy seconds a step, the median of all ranks, and the ratio of the two."""
 
-    rank: int
-    seconds: float
-    median: float
-    ratio: float
-
-    def line(self) -> dict[str, float]:
-        """For a line of metrics."""
-        return {
-            "slowest_rank": self.rank,
-            "slowest_seconds": self.seconds,
-            "median_seconds": self.median,
-            "slowest_ratio": self.ratio,
-        }
-
-
-def stragglers(ranks: Ranks, busy_seconds: float) -> Straggler | None:
-    """The slowest rank, the same answer on every rank; None if there is but one. A collective: all ranks call it.
-
-    Args:
-        busy_seconds: a step of this rank without its waiting for the others (``Timings.busy``): with it, all ranks
-            would take as long as the slowest.
-    """
-    if ranks.world == 1:
-        return None
-    mine = torch.tensor([busy_seconds], dtype=torch.float64, device=ranks.device)
-    every = mine.new_empty(ranks.world)
-    dist.all_gather_single(every, mine)
-    return slowest(every.tolist())
+    slowest_rank: int
+    slowest_seconds: float
+    median_seconds: float
+    slowest_ratio: float
 
 
 def slowest(seconds: list[float]) -> Straggler:
@@ -151,23 +127,31 @@ def slowest(seconds: list[float]) -> Straggler:
 
 
 class StragglerWatch:
-    """:func:`stragglers`, with a warning now and then on rank 0 when one is 1.3 times as slow as the median."""
+    """The slowest rank, with a warning now and then on rank 0 when it is 1.3 times as slow as the median."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self._warned_at = -_WARN_EVERY
 
     def check(self, busy_seconds: float) -> Straggler | None:
-        """A collective, as :func:`stragglers`; the warning itself waits for nobody."""
-        found = stragglers(self.ranks, busy_seconds)
-        if found and self.ranks.main and found.ratio > _SLOW and time.monotonic() - self._warned_at >= _WARN_EVERY:
+        """The same answer on every rank; None for a single rank. A collective: all ranks call it.
+
+        Args:
+            busy_seconds: a step of this rank without its waiting for the others (``Timings.busy``): with it, all ranks
+                would take as long as the slowest.
+        """
+        if self.ranks.world == 1:
+            return None
+        mine = torch.tensor([busy_seconds], dtype=torch.float64, device=self.ranks.device)
+        every = mine.new_empty(self.ranks.world)
+        dist.all_gather_single(every, mine)
+        found = slowest(every.tolist())
+        late = time.monotonic() - self._warned_at >= _WARN_EVERY
+        if self.ranks.main and found.slowest_ratio > _SLOW and late:
             self._warned_at = time.monotonic()
             logger.warning(
                 "rank %d holds the others up: it is busy for %.3f s a step, the median is %.3f s (× %.2f)",
-                found.rank,
-                found.seconds,
-                found.median,
-                found.ratio,
+                *astuple(found),
             )
         return found
 
@@ -188,7 +172,7 @@ class Meter:
         """
         timings = self.timer.window()
         speed = timings.speed(self.config.train.batch_size, self.ranks.world)
-        slowest = self._stragglers.check(timings.busy(gathers=self.strategy.collective_forward))
+        slow = self._stragglers.check(timings.busy(gathers=self.strategy.collective_forward))
         used: dict[str, float] = {}
         with self.timer.paused():
             norms = averaging_norms(self.strategy.model) if self.strategy.readable else {}
@@ -201,6 +185,6 @@ class Meter:
             **timings.line(),
             **used,
             "memory_peak_gib": memory_peak(self.ranks.device),
-            **(slowest.line() if slowest is not None else {}),
+            **(asdict(slow) if slow is not None else {}),
             **{f"averaging_{family}": value for family, value in norms.items()},
         }

@@ -57,7 +57,7 @@ def test_gpus_are_plausible_and_name_their_source() -> None:
     assert set(GPUS) == wanted
     for gpu in GPUS.values():
         assert gpu.source and gpu.links  # noqa: PT018
-        assert gpu.fp32 <= gpu.tf32 <= gpu.fp16 and gpu.inter < gpu.intra < gpu.bandwidth  # noqa: PT018
+        assert gpu.rate("fp32") <= gpu.rate("tf32") <= gpu.rate("fp16") and gpu.inter < gpu.intra < gpu.bandwidth  # noqa: PT018
     assert GPUS["h100"].matrix_rate("bfloat16", True) > GPUS["h100"].matrix_rate("float32", True)
     assert GPUS["h100"].matrix_rate("float32", True) > GPUS["h100"].matrix_rate("float32", False)
 

@@ -67,8 +67,7 @@ def _pointers(*names: str) -> list[tuple[str, type]]:
 
 class ScanArgs(ctypes.Structure):
     _fields_ = [
-        *_integers("batch", "dim", "length", "state", "groups", "softplus", "reverse", "threads", "accumulate"),
-        *_pointers("order"),
+        *_integers("batch", "dim", "length", "state", "groups", "softplus", "reverse", "threads"),
         *[(name, View3) for name in ("u", "delta")],
         *_pointers("A"),
         *[(name, View4) for name in ("B", "C")],

@@ -180,12 +180,12 @@ class Tracker:
             self._lines.drop_after(after.step)
             self._write({"kind": "rollback", "step": after.step, "from_step": before.step, "loss": loss})
 
-    def after_evaluation(self, state: TrainState, split: str, results: dict[str, float], best: bool = False) -> None:
+    def after_evaluation(self, state: TrainState, results: dict[str, float], best: bool) -> None:
         if self.progress:
             epoch = state.step / self._schedule.steps_per_epoch
-            self._write({"kind": "eval", "split": split, "step": state.step, "epoch": epoch, **results})
+            self._write({"kind": "eval", "split": "val", "step": state.step, "epoch": epoch, **results})
             shown = "  ".join(f"{name} {results[name]:.4g}" for name in self.plotted)
-            self.progress.say(f"{split} at step {state.step}: {shown}{'  (best)' if best else ''}")
+            self.progress.say(f"val at step {state.step}: {shown}{'  (best)' if best else ''}")
             if time.monotonic() - self._curves_at > _CURVES_EVERY:
                 self._draw()
 

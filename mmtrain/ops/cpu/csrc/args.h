@@ -23,8 +23,6 @@ struct MixView {  // a tensor indexed (outer batch, inner batch, channel, positi
 struct ScanArgs {
     int64_t batch, dim, length, state, groups;
     int64_t softplus, reverse, threads;
-    int64_t accumulate;    // add to out and du instead of setting them
-    const int64_t *order;  // (length): where position t of u, delta, out and their gradients is in memory; null: at t
     View3 u, delta;
     const float *A;  // (dim, state), contiguous
     View4 B, C;

@@ -58,7 +58,13 @@ struct MixBackward {
     // Store a tile of one direction's part of dx or dz: the first one sets, the next ones add.
     void add(vf *tile, const MixView &whole, float *parts, const MixWeights &weights, int64_t b, int64_t k, int64_t block,
              int64_t t0, int rows) const {
-        put_tile(tile, weights.lane(s, plan, target(whole, parts, k), b, k, block), t0, rows, !parts && k > 0);
+        const Lane to = weights.lane(s, plan, target(whole, parts, k), b, k, block);
+        if (!parts && k > 0) {
+            vf before[T];
+            load_tile(before, to, t0, rows);
+            for (int t = 0; t < rows; ++t) tile[t] += before[t];
+        }
+        store_tile(tile, to, t0, rows);
     }
 
     // The scan of one block over one chunk: du and ddt of it, and its part of the sums over channels in dprojected.

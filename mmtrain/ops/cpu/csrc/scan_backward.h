@@ -182,7 +182,7 @@ static void backward_chunk(const ScanArgs &s, const Plan &plan, const Packed &pa
     *sums.dD += sum_D;
     *sums.dbias += sum_bias;
     if (chunk == 0 && s.dinitial) write_states(s, plan, carry, at, s.dinitial);
-    put_tile(w.gB, lane(s.du, s, plan, at), t0, rows, s.accumulate);
+    store_tile(w.gB, lane(s.du, s, plan, at), t0, rows);
     store_tile(w.gA, lane(s.ddelta, s, plan, at), t0, rows);
 }
 

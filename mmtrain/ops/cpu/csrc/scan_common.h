@@ -61,19 +61,7 @@ static inline Range part_of(int64_t count, int64_t part, int64_t parts) {
 }
 
 MMT_INLINE Lane lane(const View3 &v, const ScanArgs &s, const Plan &plan, const Block &at) {
-    Lane lane(v, at.batch, plan.first_channel(at.group, at.index), plan.lanes(at.index), s.length, s.reverse);
-    lane.order = s.order;
-    return lane;
-}
-
-// Store a tile, or add it to what is there.
-static void put_tile(vf *tile, const Lane &to, int64_t start, int rows, bool add) {
-    if (add) {
-        vf before[T];
-        load_tile(before, to, start, rows);
-        for (int t = 0; t < rows; ++t) tile[t] += before[t];
-    }
-    store_tile(tile, to, start, rows);
+    return Lane(v, at.batch, plan.first_channel(at.group, at.index), plan.lanes(at.index), s.length, s.reverse);
 }
 
 // states is (batch, chunks - 1, state, padded): the state at the start of every chunk but the first.

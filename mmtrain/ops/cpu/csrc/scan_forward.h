@@ -60,7 +60,7 @@ static void forward_chunk(const ScanArgs &s, const Plan &plan, const Packed &pac
         }
 #undef MMT_FORWARD
     }
-    if (s.out.data) put_tile(w.y, lane(s.out, s, plan, at), t0, rows, s.accumulate);
+    if (s.out.data) store_tile(w.y, lane(s.out, s, plan, at), t0, rows);
     if (s.last && chunk == plan.chunks - 1) write_states(s, plan, h, at, s.last);
 }
 

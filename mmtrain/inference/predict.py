@@ -18,7 +18,7 @@ from mmtrain.data.images.transforms import build_transform
 from mmtrain.data.series.split import Scaler
 from mmtrain.data.series.table import SeriesTable, read_table
 from mmtrain.data.series.table_source import build_matrix
-from mmtrain.data.series.timeline import Timeline, step_of
+from mmtrain.data.series.timeline import continued
 from mmtrain.data.series.windows import known_batch
 from mmtrain.errors import UserError
 from mmtrain.inference.trained import TrainedModel
@@ -125,9 +125,9 @@ def forecast(trained: TrainedModel, path: Path, back: int = 0, missing: str = "e
     truth = values[end : end + horizon] if back else None
     if truth is not None and len(truth) < horizon:
         truth = np.concatenate([truth, np.full((horizon - len(truth), len(known)), np.nan, np.float32)])
-    stamps = _continued(table.stamps, end + horizon)
-    stamps = None if stamps is None else stamps[end - lookback : end + horizon]
-    return Forecast(list(known), past, scaler.inverse(made), truth, stamps)
+    stamps = None if table.stamps is None else continued(table.stamps, end + horizon)
+    shown = None if stamps is None else stamps[end - lookback : end + horizon]
+    return Forecast(list(known), past, scaler.inverse(made), truth, shown)
 
 
 def _check_columns(path: Path, there: list[str], known: list[str]) -> None:
@@ -159,16 +159,7 @@ def _known_until(table: SeriesTable, saved: dict[str, Any], stop: int, steps: in
             "last row: add rows at the end with them and leave the other columns empty, or use --back"
         )
     known = np.empty((max(rows, stop), 0), np.float32) if table.known is None else table.known
-    whole = replace(table, stamps=_continued(table.stamps, len(known)))
+    whole = replace(table, stamps=None if table.stamps is None else continued(table.stamps, len(known)))
     matrix = build_matrix(whole, list(saved["calendar"]), known, scaler)
     return known_batch(matrix[None, stop - steps : stop], variates)
 
-
-def _continued(stamps: NDArray[np.datetime64] | None, rows: int) -> NDArray[np.datetime64] | None:
-    """The times of a table, continued with its usual step to ``rows`` of them; None if there is none."""
-    if stamps is None or rows <= len(stamps):
-        return stamps
-    usual = step_of(stamps)
-    if usual is None:
-        return None
-    return np.concatenate([stamps, Timeline(stamps[-1], usual).stamps(1, rows - len(stamps))])

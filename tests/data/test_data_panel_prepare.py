@@ -224,6 +224,25 @@ def test_files_that_are_no_panel(tmp_path: Path) -> None:
     assert not (tmp_path / "p").exists()
 
 
+@pytest.mark.parametrize("layout", ["long", "shuffled", "wide"])
+@pytest.mark.parametrize("freq", ["MS", "ME", "BME", "QE", "B", "W-FRI"])
+def test_the_days_of_months_and_business_days_are_kept(tmp_path: Path, freq: str, layout: str) -> None:
+    frame = long_frame([40, 30], freq=freq)[["id", "date", "y"]]
+    if layout == "wide":
+        frame = frame.pivot(index="id", columns="date", values="y")
+        frame.columns = [f"{date:%Y-%m-%d}" for date in frame.columns]
+        frame = frame.reset_index()
+    elif layout == "shuffled":
+        frame = frame.sample(frac=1, random_state=0)
+    panel = open_panel(prepare_panel(write(frame, tmp_path / "t.csv"), tmp_path / "p", split=LAST).out)
+    expected = pd.date_range("2024-01-01", periods=45, freq=freq).to_numpy()
+    assert (panel.holes, panel.lengths.tolist()) == (0, [40, 30])
+    for series in (0, 1):
+        found = panel.stamps(series, 0, 42)  # two steps behind the end of the first
+        assert found is not None
+        assert (found == expected[series : series + 42]).all()
+
+
 def test_a_wide_panel_without_dates(tmp_path: Path) -> None:
     frame = pd.DataFrame({"id": ["a", "b"], "shop": ["x", "y"], **{f"d_{n}": [n, -n] for n in range(1, 21)}})
     frame.loc[1, ["d_1", "d_2", "d_20"]] = np.nan

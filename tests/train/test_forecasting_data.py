@@ -244,6 +244,23 @@ def test_a_table_is_forecast_as_in_evaluation(table_run: Path, tmp_path: Path) -
     assert not np.allclose(forecast(trained, tmp_path / "more.csv", missing="mask").values, found.values)
 
 
+def test_the_stamps_of_the_table_are_used_where_there_are_some(table_run: Path, tmp_path: Path) -> None:
+    trained = load_trained(table_run, "last")
+    table = pd.read_csv(table_run.parent / "t.csv")
+    days = pd.date_range("2024-01-01", periods=202, freq="B").delete([195, 201])  # a holiday among the last
+    table.assign(date=days).to_csv(tmp_path / "t.csv", index=False)
+    for back, expected in ((4, days[-4:]), (6, days[-6:-2])):
+        made = forecast(trained, tmp_path / "t.csv", back=back, missing="mask")
+        assert made.stamps is not None
+        assert made.stamps[-4:].tolist() == expected.to_numpy().astype(made.stamps.dtype).tolist()
+    odd = pd.to_datetime(["2024-10-10", "2024-10-13", "2024-10-20", "2024-11-01"])
+    ahead = pd.DataFrame({"date": odd, "price": 1.0})
+    pd.concat([table.assign(date=days), ahead]).to_csv(tmp_path / "more.csv", index=False)
+    made = forecast(trained, tmp_path / "more.csv", missing="mask")
+    assert made.stamps is not None
+    assert made.stamps[-4:].tolist() == odd.to_numpy().astype(made.stamps.dtype).tolist()
+
+
 def test_calendar_features_go_on_behind_the_table(tmp_path: Path) -> None:
     rows = pd.date_range("2024-01-01", periods=120, freq="h")
     file = tmp_path / "t.csv"

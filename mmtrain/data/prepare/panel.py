@@ -19,7 +19,7 @@ from mmtrain.data.prepare.panel_writer import Layout, Series, write_panel
 from mmtrain.data.prepare.tables import Columns, batches, is_number, numbers_of, schema_of, table_files
 from mmtrain.data.series.split import SplitRule
 from mmtrain.data.series.table import TIME_NAMES, listed, read_table
-from mmtrain.data.series.timeline import Step, Timeline, step_of
+from mmtrain.data.series.timeline import Step, Timeline, timeline_of
 from mmtrain.errors import UserError, nearest
 from mmtrain.log import logger
 
@@ -188,7 +188,7 @@ def _wide_timeline(file: Path, steps: list[str], start: str | None, step: Step |
     """The times of the columns ``steps``: ``start`` and ``step``, or else their names where these are dates."""
     if start is not None and step is not None:
         try:
-            return Timeline(np.datetime64(start.strip().replace(" ", "T"), "us"), step)
+            return timeline_of(np.array([np.datetime64(start.strip().replace(" ", "T"), "us")]), step)
         except ValueError:
             raise UserError(f"--start {start}: not a time, such as 2011-01-29 or 2011-01-29T06:00") from None
     stamps = _dates(steps)
@@ -197,8 +197,7 @@ def _wide_timeline(file: Path, steps: list[str], start: str | None, step: Step |
     if stamps is None:
         logger.info("%s: its columns are not named by dates: no times, unless --start and --step say them", file)
         return None
-    if (usual := step or step_of(stamps)) is not None:
-        timeline = Timeline(stamps[0], usual)
+    if (timeline := timeline_of(stamps, step)) is not None:
         places, on = timeline.places(stamps)
         if on.all() and (places == np.arange(len(places))).all():
             return timeline

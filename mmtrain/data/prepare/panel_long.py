@@ -123,16 +123,15 @@ def _row_stamps(batch: pa.RecordBatch, file: Path, columns: Columns) -> Int64s |
 
 
 def _timeline(where: Path, scan: _Scan, step: Step | None) -> Timeline:
-    usual = step or scan.steps.usual()
-    if usual is None:
+    timeline = scan.steps.timeline(np.datetime64(int(scan.low.min()), "us"), step)
+    if timeline is None:
         raise UserError(f"{where}: no series has two times, so there is no step: give --step, or --time none")
     if scan.steps.backward:
         logger.info("%s: %d rows come before earlier ones of their series; they are sorted", where, scan.steps.backward)
-    timeline = Timeline(np.datetime64(int(scan.low.min()), "us"), usual)
     grid = int((_places(timeline, scan.high) - _places(timeline, scan.low) + 1).sum())
     if grid > _MOST_GAPS * int(scan.rows.sum()):
         raise UserError(
-            f"{where}: at a step of {usual} its {int(scan.rows.sum())} rows would be {grid}, most of them holes: give "
+            f"{where}: at a step of {timeline.step} its {int(scan.rows.sum())} rows would be {grid}, most of them holes: give "
             "the right --step, or --time none to take the rows as they come"
         )
     return timeline

@@ -191,7 +191,7 @@ class PanelWriter:
             "shared": list(layout.shared_columns),
             "static": list(layout.static),
             "categories": self._write_static(),
-            "timeline": line and {"origin": str(line.origin), "count": line.step.count, "months": line.step.months},
+            "timeline": line and line.to_json(),
             "shards": len(self._numbers["shards"]),
             "holes": self.counts.holes,
             "split": split.to_json(),

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmtrain.data.series.timeline import Stamps, Step, Timeline
+from mmtrain.data.series.timeline import Stamps, Timeline
 from mmtrain.data.series.windows import Floats, Int64s, runs
 from mmtrain.errors import UserError
 
@@ -161,8 +161,7 @@ def open_panel(folder: str | Path) -> Panel:
         shards = int(meta["shards"])
         timeline = None
         if (saved := meta["timeline"]) is not None:
-            step = Step(int(saved["count"]), bool(saved["months"]))
-            timeline = Timeline(np.datetime64(saved["origin"], "us"), step)
+            timeline = Timeline.from_json(saved)
         categories = {str(k): [str(c) for c in v] for k, v in meta["categories"].items()}
         holes = int(meta["holes"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:

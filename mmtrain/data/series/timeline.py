@@ -1,19 +1,24 @@
-"""The time axis: steps of fixed length or of whole months, the grid on which series lie, and calendar features.
+"""The time axis: steps, the grid on which series lie, the times that follow a series, and calendar features.
 
-Calendar features follow from the date alone, so they are known for any future. They are numbers in [-0.5, 0.5], as in
-Informer.
+A step has a fixed length, or it is a number of months or of business days. Calendar features follow from the date
+alone, so they are known for any future. They are numbers in [-0.5, 0.5], as in Informer.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmtrain.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Stamps = NDArray[np.datetime64]
 Int64s = NDArray[np.int64]
@@ -21,60 +26,163 @@ Int64s = NDArray[np.int64]
 _SECOND = 1_000_000
 UNITS = {"s": _SECOND, "min": 60 * _SECOND, "h": 3600 * _SECOND, "D": 86400 * _SECOND, "W": 7 * 86400 * _SECOND}
 _MONTHS = {"M": 1, "Q": 3, "Y": 12}
+_BUSINESS = "B"
+#: pandas' names for a day of the month: the first and the last day, the first and the last business day.
+_ANCHORS = ("MS", "ME", "BMS", "BME")
+#: How many of the last times of a table say how it continues.
+_LAST = 1000
 
 
 @dataclass(frozen=True)
 class Step:
-    """``count`` microseconds, or ``count`` months: a month has no fixed length."""
+    """``count`` microseconds, months or business days (Monday to Friday). The last two have no fixed length."""
 
     count: int
     months: bool = False
+    business: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Step:
-        """From "15min", "h", "1D", "W", "M" (month), "Q" or "Y".
+        """From "15min", "h", "1D", "B" (business day), "W", "M" (month), "Q" or "Y".
 
         Raises:
             UserError: for what is none of these.
         """
         found = re.fullmatch(r"(\d*)\s*([A-Za-z]+)", text.strip())
         number, unit = (int(found[1] or 1), found[2]) if found else (0, "")
-        if number < 1 or unit not in {**UNITS, **_MONTHS}:
-            known = ", ".join((*UNITS, *_MONTHS))
+        if number < 1 or unit not in {**UNITS, **_MONTHS, _BUSINESS: 1}:
+            known = ", ".join((*UNITS, _BUSINESS, *_MONTHS))
             raise UserError(f"step {text!r}: a number and one of {known}, such as 15min or 1D")
+        if unit == _BUSINESS:
+            return cls(number, business=True)
         return cls(number * _MONTHS[unit], months=True) if unit in _MONTHS else cls(number * UNITS[unit])
 
     def __str__(self) -> str:
-        if self.months:
-            return f"{self.count}M"
+        if self.months or self.business:
+            return f"{self.count}{'M' if self.months else _BUSINESS}"
         for unit, size in reversed(UNITS.items()):
             if self.count % size == 0:
                 return f"{self.count // size}{unit}"
         return f"{self.count / _SECOND:g}s"
 
+    @property
+    def whole_days(self) -> bool:
+        """Whether the step is counted in days of the calendar, which may have 23 or 25 hours in a time zone."""
+        return self.months or self.business or self.count % UNITS["D"] == 0
+
 
 @dataclass(frozen=True)
 class Timeline:
-    """Place p of the grid is the time ``origin`` + p·``step``; with steps of months only the month counts."""
+    """Place p of the grid is the time ``origin`` + p·``step``.
+
+    ``anchor`` is for steps of months: the day of the month, as pandas names it (MS, ME, BMS, BME) or a number (of a
+    shorter month the last day), at the hour of ``origin``. None is the first day at midnight, as panels of version
+    0.1.0 have it.
+    """
 
     origin: np.datetime64
     step: Step
+    anchor: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        step = {"count": self.step.count, "months": self.step.months, "business": self.step.business}
+        return {"origin": str(self.origin), **step, "anchor": self.anchor}
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Timeline:
+        """Raises KeyError, TypeError or ValueError for what :meth:`to_json` has not made."""
+        step = Step(int(saved["count"]), bool(saved["months"]), bool(saved.get("business")))
+        anchor = saved.get("anchor")
+        if step.count < 1 or (anchor not in (None, *_ANCHORS) and not 1 <= int(anchor) <= 31):
+            raise ValueError(f"a step of {step.count}, an anchor of {anchor!r}")
+        return cls(np.datetime64(saved["origin"], "us"), step, anchor)
 
     def places(self, stamps: Stamps) -> tuple[Int64s, NDArray[np.bool_]]:
-        """Place of each stamp (int64), and which of them lie on the grid (the others' places are meaningless)."""
+        """Place of each stamp (int64), and which of them lie on the grid (the others' places are meaningless).
+
+        With steps of months only the month counts.
+        """
         if self.step.months:
-            months = (stamps.astype("datetime64[M]") - self.origin.astype("datetime64[M]")).astype(np.int64)
-            return months // self.step.count, months % self.step.count == 0
-        passed = (stamps.astype("datetime64[us]") - self.origin.astype("datetime64[us]")).astype(np.int64)
+            passed = (stamps.astype("datetime64[M]") - self.origin.astype("datetime64[M]")).astype(np.int64)
+        elif self.step.business:
+            days = stamps.astype("datetime64[D]")
+            passed = np.busday_count(self.origin.astype("datetime64[D]"), days).astype(np.int64)
+            on = np.is_busday(days) & (_clock(stamps) == _clock(self.origin))
+            return passed // self.step.count, on & (passed % self.step.count == 0)
+        else:
+            passed = (stamps.astype("datetime64[us]") - self.origin.astype("datetime64[us]")).astype(np.int64)
         return passed // self.step.count, passed % self.step.count == 0
 
     def stamps(self, first: int, count: int) -> Stamps:
-        """Times of ``count`` places from ``first`` on, datetime64[us]; with steps of months the month's first day."""
-        places = np.arange(first, first + count, dtype=np.int64)
+        """Times of ``count`` places from ``first`` on, datetime64[us]."""
+        passed = np.arange(first, first + count, dtype=np.int64) * self.step.count
         if self.step.months:
-            months = self.origin.astype("datetime64[M]") + (places * self.step.count).astype("timedelta64[M]")
-            return months.astype("datetime64[us]")
-        return self.origin.astype("datetime64[us]") + (places * self.step.count).astype("timedelta64[us]")
+            months = self.origin.astype("datetime64[M]") + passed.astype("timedelta64[M]")
+            days = _in_months(months, self.anchor or "MS").astype("datetime64[us]")
+            return days if self.anchor is None else days + _clock(self.origin)
+        if self.step.business:
+            found = np.busday_offset(self.origin.astype("datetime64[D]"), passed, roll="forward")
+            return found.astype("datetime64[us]") + _clock(self.origin)
+        return self.origin.astype("datetime64[us]") + passed.astype("timedelta64[us]")
+
+
+def _clock(stamps: Stamps | np.datetime64) -> NDArray[np.timedelta64]:
+    """The time since midnight."""
+    return np.asarray(stamps.astype("datetime64[us]") - stamps.astype("datetime64[D]"))
+
+
+def _in_months(months: Stamps, anchor: str) -> Stamps:
+    """The day (datetime64[D]) that ``anchor`` names in each of ``months`` (datetime64[M])."""
+    first, following = months.astype("datetime64[D]"), (months + 1).astype("datetime64[D]")
+    if anchor == "MS":
+        return first
+    if anchor == "ME":
+        return following - 1
+    if anchor == "BMS":
+        return np.busday_offset(first, 0, roll="forward")
+    if anchor == "BME":
+        return np.busday_offset(following, -1, roll="forward")
+    return np.minimum(first + (int(anchor) - 1), following - 1)
+
+
+class _Days:
+    """The days and hours that times have in common: the day of the month, working days, the time of day."""
+
+    def __init__(self) -> None:
+        self._anchors = set(_ANCHORS)
+        self._exact: set[int] = set()  # days before the last one of their month
+        self._latest = 0
+        self._clocks: set[int] = set()
+        self._weekend = False
+        self._low = self._high = 0
+
+    def see(self, times: Stamps) -> None:
+        days, months = times.astype("datetime64[D]"), times.astype("datetime64[M]")
+        numbers = days.astype(np.int64)
+        self._low = min(self._low, int(numbers.min())) if self._clocks else int(numbers.min())
+        self._high = max(self._high, int(numbers.max())) if self._clocks else int(numbers.max())
+        if len(self._clocks) < 2:
+            self._clocks |= set(np.unique((times - days).astype(np.int64))[:2].tolist())
+        self._weekend = self._weekend or not bool(np.is_busday(days).all())
+        self._anchors = {name for name in self._anchors if bool((_in_months(months, name) == days).all())}
+        if len(self._exact) < 2:
+            of_month = (days - months.astype("datetime64[D]")).astype(np.int64) + 1
+            early = days != _in_months(months, "ME")
+            self._exact |= set(np.unique(of_month[early])[:2].tolist())
+            self._latest = max(self._latest, int(of_month.max()))
+
+    def anchor(self) -> str | None:
+        """The day of the month that all times have; None without one, or where the time of day differs."""
+        if len(self._clocks) != 1:
+            return None
+        named = next((name for name in _ANCHORS if name in self._anchors), None)
+        if named is None and len(self._exact) == 1 and self._exact == {self._latest}:
+            return str(self._latest)
+        return named
+
+    def business(self) -> bool:
+        """Whether no time of more than a week is on a Saturday or a Sunday, and all have one time of day."""
+        return len(self._clocks) == 1 and not self._weekend and self._high - self._low >= 7
 
 
 class Steps:
@@ -90,6 +198,7 @@ class Steps:
         self._from: int | None = None  # any one of the times
         self._divisor = self._months = 0
         self._same_day = True
+        self._days = _Days()
 
     def add(self, microseconds: Int64s) -> None:
         """Steps (int64 µs) between stamps of one series; 0 is a repeated stamp, below 0 one out of order."""
@@ -111,38 +220,128 @@ class Steps:
         self._divisor = int(np.gcd.reduce(np.append(stamps - self._from, self._divisor)))
         self._months = int(np.gcd.reduce(np.append((months - start).astype(np.int64), self._months)))
         self._same_day &= bool((times - months == origin - start).all())
+        self._days.see(times)
 
     def usual(self) -> Step | None:
-        """The step; months where the steps are as long as months are. None without any."""
+        """The step: months or business days where the times say so. None without any."""
+        anchor = self._days.anchor()
         if self.backward:
-            if self._same_day and self._months:
+            if self._months and (self._same_day or anchor is not None):
                 return Step(self._months, months=True)
-            return Step(self._divisor) if self._divisor else None
+            return self._daily(self._divisor) if self._divisor else None
         forward = {step: count for step, count in self.counts.items() if step > 0}
         if not forward:
             return None
         usual = max(forward, key=lambda step: (forward[step], -step))
+        slack = 3 if anchor in ("BMS", "BME") else 0  # a month of business days may be longer or shorter
         for months in (1, 3, 6, 12):
-            alike = sum(count for step, count in forward.items() if _spans(step, months))
-            lengths = {step for step in forward if _spans(step, months)}
-            if _spans(usual, months) and len(lengths) > 1 and 2 * alike > sum(forward.values()):
+            alike = sum(count for step, count in forward.items() if _spans(step, months, slack))
+            lengths = {step for step in forward if _spans(step, months, slack)}
+            if _spans(usual, months, slack) and len(lengths) > 1 and 2 * alike > sum(forward.values()):
                 return Step(months, months=True)
-        return Step(usual)
+        return self._daily(usual)
+
+    def _daily(self, microseconds: int) -> Step:
+        if microseconds == UNITS["D"] and self._days.business():
+            return Step(1, business=True)
+        return Step(microseconds)
+
+    def timeline(self, origin: np.datetime64, step: Step | None = None) -> Timeline | None:
+        """The grid of the times from ``origin`` on, at ``step`` or else the usual one; None where there is none."""
+        step = step or self.usual()
+        if step is None:
+            return None
+        return Timeline(origin, step, self._days.anchor() if step.months else None)
 
 
-def _spans(step: int, months: int) -> bool:
-    """Whether ``months`` months can be ``step`` µs long."""
+def _spans(step: int, months: int, slack: int) -> bool:
+    """Whether ``months`` months can be ``step`` µs long, ``slack`` days more or less."""
     days = {1: (28, 31), 3: (90, 92), 6: (181, 184), 12: (365, 366)}[months]
-    return days[0] * UNITS["D"] <= step <= days[1] * UNITS["D"]
+    return (days[0] - slack) * UNITS["D"] <= step <= (days[1] + slack) * UNITS["D"]
 
 
 def step_of(stamps: Stamps) -> Step | None:
     """The usual step of one series; None for fewer than two stamps, or none that rise."""
+    return _steps(stamps).usual()
+
+
+def timeline_of(stamps: Stamps, step: Step | None = None) -> Timeline | None:
+    """The grid of one series, from its first stamp on, at ``step`` or else its usual one; None where there is none."""
+    return _steps(stamps).timeline(stamps[0], step) if len(stamps) else None
+
+
+def _steps(stamps: Stamps) -> Steps:
     found = Steps()
-    if len(stamps) > 1:
-        us: Int64s = stamps.astype("datetime64[us]").astype(np.int64)
+    us: Int64s = stamps.astype("datetime64[us]").astype(np.int64)
+    if len(us) > 1:
         found.add(us[1:] - us[:-1])
-    return found.usual()
+    found.see(us)
+    return found
+
+
+def continued(stamps: Stamps, rows: int, zone: str | None = None) -> Stamps | None:
+    """``stamps`` with what follows them, ``rows`` times in all; None where they have no step.
+
+    The next times are at the frequency that pandas infers from the last stamps: month starts and ends, quarters, years,
+    weeks, business days, hours and so on. Where these are uneven, months and business days are still recognised, or the
+    commonest step is repeated.
+
+    Args:
+        zone: the time zone in which days and longer steps are counted; ``stamps`` are in UTC then.
+    """
+    if rows <= len(stamps):
+        return stamps
+    more = _following(stamps[-_LAST:], rows - len(stamps), zone)
+    return None if more is None else np.concatenate([stamps, more.astype(stamps.dtype)])
+
+
+def _following(stamps: Stamps, count: int, zone: str | None) -> Stamps | None:
+    import pandas as pd
+
+    if len(stamps) < 2:
+        return None
+    universal = pd.DatetimeIndex(stamps)
+    found = _next(universal, count)
+    if zone is None or found is None or not found[1]:
+        return None if found is None else found[0].to_numpy()
+    found = _next(universal.tz_localize("UTC").tz_convert(zone).tz_localize(None), count)
+    if found is None:
+        return None
+    # of an hour that comes twice the first one; an hour that is left out in spring moves behind the gap
+    local = found[0].tz_localize(zone, ambiguous=np.ones(count, dtype=bool), nonexistent="shift_forward")
+    return local.tz_convert("UTC").tz_localize(None).to_numpy()
+
+
+def _next(index: pd.DatetimeIndex, count: int) -> tuple[pd.DatetimeIndex, bool] | None:
+    """The next ``count`` times, and whether the step is counted in days or longer."""
+    import pandas as pd
+
+    offset = _inferred(index)
+    if offset is not None:
+        short = isinstance(offset, pd.offsets.Tick) and pd.Timedelta(offset) < pd.Timedelta(days=1)
+        return pd.date_range(index[-1], periods=count + 1, freq=offset)[1:], not short
+    stamps = index.to_numpy().astype("datetime64[us]")
+    line = timeline_of(stamps)
+    if line is None:
+        return None
+    day = str(int((stamps[-1].astype("datetime64[D]") - stamps[-1].astype("datetime64[M]")).astype(np.int64)) + 1)
+    following = Timeline(stamps[-1], line.step, line.anchor or day).stamps(1, count)
+    return pd.DatetimeIndex(following), line.step.whole_days
+
+
+def _inferred(index: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
+    """The frequency that pandas infers; None where the times are too few, uneven, repeated or not in order."""
+    import pandas as pd
+    from pandas.tseries.frequencies import to_offset
+
+    if len(index) < 3:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its result, which later versions of pandas give as an offset
+        found = to_offset(pd.infer_freq(index))
+    if found is None or found.n < 1:
+        return None
+    return found
 
 
 #: Each feature with the span (µs) after which it comes round; a step of whole spans never changes it.
@@ -154,7 +353,8 @@ def calendar_names(step: Step) -> list[str]:
     """The features that vary over steps of ``step``: hour, weekday, day, yearday and month for hourly data."""
     if step.months:
         return ["month"] if step.count % 12 else []
-    return [name for name in FEATURES if name not in _PERIODS or step.count % _PERIODS[name]]
+    length = step.count * UNITS["D"] if step.business else step.count
+    return [name for name in FEATURES if name not in _PERIODS or length % _PERIODS[name]]
 
 
 def calendar_features(stamps: Stamps, names: list[str]) -> NDArray[np.float32]:

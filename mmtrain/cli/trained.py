@@ -21,6 +21,9 @@ from mmtrain.parallel.ranks import Ranks
 from mmtrain.tasks import build_task
 from mmtrain.train.evaluate import evaluate
 
+#: Of the numbers in a forecast: as many digits as float64 always keeps.
+_DIGITS = "%.15g"
+
 
 def predict_command(
     model: Annotated[str, typer.Argument(help="A run folder, or a folder written by `mmtrain export`.")],
@@ -62,7 +65,7 @@ def _forecast(trained: TrainedModel, path: Path, out: Path, back: int, missing: 
     stem = out / f"{name}_forecast"
     with os_errors(f"--out {out}: cannot be written"):
         out.mkdir(parents=True, exist_ok=True)
-        made.table().to_csv(f"{stem}.csv", index=False)
+        made.table().to_csv(f"{stem}.csv", index=False, float_format=_DIGITS)
         made.draw(Path(f"{stem}.png"))
     print(f"{made.values.shape[-2]} steps of {what}: {stem}.csv, {stem}.png")
     if made.truth is not None and np.isfinite(made.truth).any():

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from mmtrain.config import TSM2Config
 from mmtrain.data.series.panel import Panel, find_panel, open_panel
 from mmtrain.data.series.panel_inputs import PanelInputs, PanelScalers, StaticColumn, fit_scalers, unpack
-from mmtrain.data.series.split import Scaler
+from mmtrain.data.series.split import Scaler, check_scaler
 from mmtrain.errors import UserError
+from mmtrain.inference.folder import ASSETS
 from mmtrain.inference.trained import TrainedModel
 from mmtrain.log import logger
 from mmtrain.plotting.runs import draw_forecast
@@ -34,9 +35,9 @@ class PanelForecast:
 
     ids: list[str]
     columns: list[str]
-    past: NDArray[np.float32]
-    values: NDArray[np.float32]
-    truth: NDArray[np.float32]
+    past: NDArray[np.floating]
+    values: NDArray[np.float64]
+    truth: NDArray[np.float64]
     stamps: NDArray[np.datetime64] | None
     left_out: int
 
@@ -73,13 +74,14 @@ def forecast_panel(trained: TrainedModel, folder: Path, back: int = 0, missing: 
         raise UserError(f"{folder}: its columns are {panel.columns}, the model was trained on {assets['columns']}")
     if back < 0:
         raise UserError(f"--back {back}: rows before the end, 0 or more")
+    trained.check_step(folder, panel.timeline and panel.timeline.step)
     ends = panel.lengths - back
     chosen = np.flatnonzero(ends >= model.lookback)
     if not len(chosen):
         raise UserError(
             f"{folder}: no series has a look-back of {model.lookback} rows ending {back} rows before its end (--back)"
         )
-    inputs = _inputs(panel, assets, ends, model)
+    inputs = _inputs(panel, assets, ends, model, trained.folder / ASSETS)
     _check_reach(panel, inputs, chosen, ends + model.horizon)
     masked = missing == "mask" or trained.config.data.missing == "mask"  # type: ignore[attr-defined]
     parts = [
@@ -105,25 +107,28 @@ def forecast_panel(trained: TrainedModel, folder: Path, back: int = 0, missing: 
     )
 
 
-def _inputs(panel: Panel, assets: dict[str, Any], ends: NDArray[np.int64], model: TSM2Config) -> PanelInputs:
+def _inputs(
+    panel: Panel, assets: dict[str, Any], ends: NDArray[np.int64], model: TSM2Config, where: Path
+) -> PanelInputs:
     saved = assets["known"]
     inputs = PanelInputs(
         panel,
-        _scalers(panel, assets, ends),
+        _scalers(panel, assets, ends, where),
         steps=model.auxiliary.steps,
         known=saved["columns"],
         calendar=saved["calendar"],
         static=[StaticColumn.from_json(column) for column in assets["static"]],
     )
-    trained_on = Scaler.from_dict(saved["scaler"])
+    trained_on = Scaler.from_dict(saved["scaler"], where)
     inputs.mean, inputs.std = trained_on.mean, trained_on.std
     if inputs.calendar_names and panel.timeline is None:
         raise UserError(f"{panel.folder}: the model takes calendar features, and this panel was prepared without times")
     return inputs
 
 
-def _scalers(panel: Panel, assets: dict[str, Any], ends: NDArray[np.int64]) -> PanelScalers:
+def _scalers(panel: Panel, assets: dict[str, Any], ends: NDArray[np.int64], where: Path) -> PanelScalers:
     mean, std = unpack(assets["mean"]), unpack(assets["std"])
+    check_scaler(mean, std, f"{where}: the scalers are damaged", "restore the file, or train or export again")
     place = {name: number for number, name in enumerate(assets["ids"])}
     found = np.array([place.get(name, -1) for name in panel.ids.tolist()], dtype=np.int64)
     fresh = found < 0
@@ -139,7 +144,7 @@ def _scalers(panel: Panel, assets: dict[str, Any], ends: NDArray[np.int64]) -> P
             np.where(fresh[:, None], own.mean, mean[found]), np.where(fresh[:, None], own.std, std[found]), own.known
         )
     width = len(panel.known_columns) + len(panel.shared_columns)
-    return PanelScalers(mean[found], std[found], Scaler(np.zeros(width, np.float32), np.ones(width, np.float32)))
+    return PanelScalers(mean[found], std[found], Scaler(np.zeros(width), np.ones(width)))
 
 
 def _check_reach(panel: Panel, inputs: PanelInputs, chosen: NDArray[np.int64], stop: NDArray[np.int64]) -> None:
@@ -163,7 +168,7 @@ def _forecast(
     end: NDArray[np.int64],
     config: TSM2Config,
     masked: bool,
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+) -> tuple[NDArray[np.floating], NDArray[np.float64]]:
     """Past (B, L, C) and forecast (B, H, C) of some series, in units of the data."""
     past = panel.gather(panel.values, series, end - config.lookback, config.lookback)
     mean, std = inputs.scalers.mean[series][:, None], inputs.scalers.std[series][:, None]

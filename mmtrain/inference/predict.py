@@ -18,9 +18,10 @@ from mmtrain.data.images.transforms import build_transform
 from mmtrain.data.series.split import Scaler
 from mmtrain.data.series.table import SeriesTable, read_table
 from mmtrain.data.series.table_source import build_matrix
-from mmtrain.data.series.timeline import continued
+from mmtrain.data.series.timeline import continued, step_of
 from mmtrain.data.series.windows import known_batch
 from mmtrain.errors import UserError
+from mmtrain.inference.folder import ASSETS
 from mmtrain.inference.trained import TrainedModel
 from mmtrain.plotting.runs import draw_forecast
 
@@ -60,9 +61,9 @@ class Forecast:
     """past (lookback, M), values (horizon, M), truth the same or None where not known, all in units of the data."""
 
     columns: list[str]
-    past: NDArray[np.float32]
-    values: NDArray[np.float32]
-    truth: NDArray[np.float32] | None
+    past: NDArray[np.float64]
+    values: NDArray[np.float64]
+    truth: NDArray[np.float64] | None
     stamps: NDArray[np.datetime64] | None
 
     def table(self) -> pd.DataFrame:
@@ -103,6 +104,7 @@ def forecast(trained: TrainedModel, path: Path, back: int = 0, missing: str = "e
     except UserError as error:  # what is a key in training is a flag here
         raise UserError(str(error).replace("data.missing=", "--missing ")) from None
     _check_columns(path, list(table.columns), known)
+    trained.check_step(path, None if table.stamps is None else step_of(table.stamps))
     values = table.values[:, [list(table.columns).index(name) for name in known]]
     lookback, horizon = trained.assets["lookback"], trained.assets["horizon"]
     end = len(values) - back
@@ -111,7 +113,7 @@ def forecast(trained: TrainedModel, path: Path, back: int = 0, missing: str = "e
             f"{path} has {len(values)} rows: a look-back of {lookback} ending {back} rows before the end does not fit"
             " (see --back)"
         )
-    scaler = Scaler.from_dict(trained.assets["scaler"])
+    scaler = Scaler.from_dict(trained.assets["scaler"], trained.folder / ASSETS)
     past = values[end - lookback : end]
     scaled = scaler.transform(past)
     seen = np.isfinite(scaled)
@@ -120,11 +122,12 @@ def forecast(trained: TrainedModel, path: Path, back: int = 0, missing: str = "e
         inputs["mask"] = torch.from_numpy(seen)[None]
     if beside["columns"] or beside.get("calendar"):
         steps = cast(ForecasterConfig, trained.config.model).auxiliary.steps
-        inputs["known"] = _known_until(table, beside, end + horizon, steps, len(known))
+        saved = Scaler.from_dict(beside["scaler"], trained.folder / ASSETS)
+        inputs["known"] = _known_until(table, beside, saved, end + horizon, steps, len(known))
     made = trained.model(**inputs)[0].float().numpy()
     truth = values[end : end + horizon] if back else None
     if truth is not None and len(truth) < horizon:
-        truth = np.concatenate([truth, np.full((horizon - len(truth), len(known)), np.nan, np.float32)])
+        truth = np.concatenate([truth, np.full((horizon - len(truth), len(known)), np.nan)])
     stamps = None if table.stamps is None else continued(table.stamps, end + horizon)
     shown = None if stamps is None else stamps[end - lookback : end + horizon]
     return Forecast(list(known), past, scaler.inverse(made), truth, shown)
@@ -142,24 +145,25 @@ def _check_columns(path: Path, there: list[str], known: list[str]) -> None:
         )
 
 
-def _known_until(table: SeriesTable, saved: dict[str, Any], stop: int, steps: int, variates: int) -> Tensor:
+def _known_until(
+    table: SeriesTable, saved: dict[str, Any], scaler: Scaler, stop: int, steps: int, variates: int
+) -> Tensor:
     """(1, steps, M, C_Z): the inputs known in advance of the rows before ``stop``, which may lie behind the table.
 
     Args:
-        saved: the calendar features, columns and scaler that the model was trained with, as in its assets.
+        saved: the calendar features and columns that the model was trained with, as in its assets.
+        scaler: that of the columns.
 
     Raises:
         UserError: for known columns that do not reach so far, or a table without times where they are needed.
     """
-    scaler = Scaler.from_dict(saved["scaler"])
     rows = len(table.values) if table.known is None else len(table.known)
     if saved["columns"] and stop > rows:
         raise UserError(
             f"{table.path}: the model needs {', '.join(saved['columns'])} for the {stop - rows} step(s) behind the "
             "last row: add rows at the end with them and leave the other columns empty, or use --back"
         )
-    known = np.empty((max(rows, stop), 0), np.float32) if table.known is None else table.known
+    known = np.empty((max(rows, stop), 0)) if table.known is None else table.known
     whole = replace(table, stamps=None if table.stamps is None else continued(table.stamps, len(known)))
     matrix = build_matrix(whole, list(saved["calendar"]), known, scaler)
     return known_batch(matrix[None, stop - steps : stop], variates)
-

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from mmtrain.config import RunConfig
+from mmtrain.data.series.timeline import Step
 from mmtrain.errors import UserError
 from mmtrain.inference.folder import ASSETS, WEIGHTS, fit_weights, read_pretrained, save_pretrained
+from mmtrain.log import logger
 from mmtrain.models import build_model
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.runs.folder import RunFolder
@@ -29,6 +31,19 @@ class TrainedModel:
     assets: dict[str, Any]
     folder: Path
     step: int | None
+
+    def check_step(self, source: Path, step: Step | None) -> None:
+        """Say so where the times of ``source`` have another step than those that the model was trained on."""
+        trained_on = self.assets.get("step")  # runs of version 0.1.0 have none
+        if step is not None and trained_on is not None and str(step) != trained_on:
+            logger.warning(
+                "%s: its step is %s, but the model was trained on a step of %s: the forecast is of %d steps of %s",
+                source,
+                step,
+                trained_on,
+                self.assets.get("horizon", 0),
+                step,
+            )
 
 
 def load_trained(folder: str | Path, checkpoint: str = "best") -> TrainedModel:

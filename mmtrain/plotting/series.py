@@ -28,7 +28,7 @@ class Line:
     """
 
     title: str
-    values: NDArray[np.float32]
+    values: NDArray[np.floating]
     stamps: NDArray[np.datetime64] | None
     borders: tuple[int, int, int]
 
@@ -58,7 +58,7 @@ def _draw(axis: Axes, line: Line) -> None:
     axis.margins(x=0)
 
 
-def _thin(time: NDArray[Any], values: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float32]]:
+def _thin(time: NDArray[Any], values: NDArray[np.floating]) -> tuple[NDArray[Any], NDArray[np.floating]]:
     """At most about :data:`_POINTS` points, spikes and holes kept."""
     size = -(-len(values) // (_POINTS // 2))
     if size < 2:
@@ -68,5 +68,5 @@ def _thin(time: NDArray[Any], values: NDArray[np.float32]) -> tuple[NDArray[Any]
     empty = np.isnan(pieces).all(axis=1, keepdims=True)
     safe = np.where(empty, 0, pieces)
     ends = np.stack([np.nanmin(safe, axis=1), np.nanmax(safe, axis=1)], axis=1)
-    ends = np.where(empty, np.nan, ends).astype(np.float32)
+    ends = np.where(empty, np.nan, ends)
     return np.repeat(time[: count * size : size], 2), ends.ravel()

@@ -243,6 +243,52 @@ def test_the_days_of_months_and_business_days_are_kept(tmp_path: Path, freq: str
         assert (found == expected[series : series + 42]).all()
 
 
+@pytest.mark.parametrize("layout", ["long", "wide", "files"])
+def test_what_a_counter_counts_is_not_lost_in_rounding(tmp_path: Path, layout: str) -> None:
+    frame = long_frame([90, 60])[["id", "date", "y"]]
+    meter = frame["id"] == "s0"
+    frame.loc[meter, "y"] = 12345678.9 + 0.05 * frame.loc[meter, "y"]
+    source = tmp_path / "t.csv"
+    if layout == "wide":
+        wide = frame.pivot(index="id", columns="date", values="y")
+        wide.columns = [f"{date:%Y-%m-%d}" for date in wide.columns]
+        write(wide.reset_index(), source)
+    elif layout == "files":
+        source = tmp_path / "files"
+        for name, part in frame.groupby("id"):
+            write(part.drop(columns="id"), source / f"{name}.csv")
+    else:
+        write(frame, source)
+    out = prepare_panel(source, tmp_path / "p", split=LAST).out
+    panel = open_panel(out)
+    assert panel.series(0)[:, 0].tolist() == frame.loc[meter, "y"].tolist()
+    data = opened(out, 6, 3)
+    windows = data.train.fetch(np.arange(len(data.train)), None)["past"]
+    assert str(windows.dtype) == "torch.float32"
+    first = windows[data.train.locate(np.arange(len(data.train)))[0] == 0]
+    assert len(np.unique(first.numpy().round(4))) > 70  # all rows of the training windows are different values
+    assets = json.loads(json.dumps(data.assets()))
+    assert (unpack(assets["mean"]) == data.inputs.scalers.mean).all()
+    for name, kept in (("scaler-std", 0.0), ("scaler-std", np.nan), ("scaler-mean", np.inf)):
+        sound = np.load(out / f"{name}.npy")
+        np.save(out / f"{name}.npy", np.full_like(sound, kept))
+        with pytest.raises(
+            UserError, match=r"scaler-mean\.npy and scaler-std\.npy are damaged.*prepare the panel again"
+        ):
+            opened(out, 6, 3)
+        np.save(out / f"{name}.npy", sound)
+
+
+def test_a_panel_is_stored_as_float32_where_that_is_enough(tmp_path: Path) -> None:
+    """Prices in cents, constants and integers: rounding is far below what varies."""
+    frame = long_frame([90, 60, 50])[["id", "date", "y"]]
+    frame["price"] = 8.26 + 0.01 * (np.arange(len(frame)) % 20)
+    frame["constant"] = 0.1
+    frame["many"] = 1e7 + np.arange(len(frame))
+    out = prepare_panel(write(frame, tmp_path / "t.csv"), tmp_path / "p", split=LAST).out
+    assert [array.dtype for array in open_panel(out).values] == [np.float32]
+
+
 def test_a_wide_panel_without_dates(tmp_path: Path) -> None:
     frame = pd.DataFrame({"id": ["a", "b"], "shop": ["x", "y"], **{f"d_{n}": [n, -n] for n in range(1, 21)}})
     frame.loc[1, ["d_1", "d_2", "d_20"]] = np.nan

@@ -46,11 +46,11 @@ def test_csv_parquet_and_zip_read_the_same(tmp_path: Path) -> None:
     table.to_parquet(tmp_path / "t.parquet")
     with zipfile.ZipFile(tmp_path / "t.zip", "w") as archive:
         archive.write(first, "inside.csv")
-    expected = table[["a", "b"]].to_numpy(dtype=np.float32)
+    expected = table[["a", "b"]].to_numpy()
     for suffix in ("csv", "parquet", "zip"):
         read = read_table(tmp_path / f"t.{suffix}")
         assert read.columns == ["a", "b"]
-        assert read.values.dtype == np.float32
+        assert read.values.dtype == np.float64
         assert np.array_equal(read.values, expected)
         assert read.stamps is not None
         assert read.stamps[1] - read.stamps[0] == np.timedelta64(1, "h")
@@ -201,6 +201,40 @@ def test_scaling_comes_from_the_training_rows_alone(tmp_path: Path) -> None:
     again = Scaler.from_dict(json.loads(json.dumps(data.scaler.to_dict())))
     assert np.array_equal(again.mean, data.scaler.mean)
     assert np.array_equal(again.std, data.scaler.std)
+
+
+@pytest.mark.parametrize(("offset", "step"), [(12345678.9, 0.05), (1e9, 0.01), (-3e6, 1e-4), (0.0, 1e-30)])
+def test_what_a_counter_counts_is_not_lost_in_rounding(tmp_path: Path, offset: float, step: float) -> None:
+    meter = offset + step * np.arange(700)
+    data = load_series(csv(tmp_path, frame(700, meter=meter)), 8, 4, split=(0.7, 0.1, 0.2), columns=["meter"])
+    assert len(np.unique(data.train.values)) == 700
+    assert data.scaler.inverse(data.train.values)[:, 0] == pytest.approx(meter, rel=1e-15, abs=1e-4 * step * 700)
+    saved = Scaler.from_dict(json.loads(json.dumps(data.assets()["scaler"])))
+    assert (saved.mean == data.scaler.mean).all()
+    assert (saved.std == data.scaler.std).all()
+
+
+def test_rounding_noise_is_no_variation(tmp_path: Path) -> None:
+    sums = np.array([0.1 + 0.2 if row % 2 else 0.3 for row in range(100)]) * 1e7
+    data = load_series(csv(tmp_path, frame(100, c=sums)), 8, 4, split=(0.7, 0.1, 0.2), columns=["c"])
+    assert data.scaler.std.tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"mean": [0, 1], "std": [1, 0]}, "number 1 has the deviation 0.0"),
+        ({"mean": [0, 1], "std": [1, -2]}, "number 1 has the deviation -2.0"),
+        ({"mean": [0, 1], "std": [float("nan"), 1]}, "number 0 has the deviation nan"),
+        ({"mean": [float("inf"), 1], "std": [1, 1]}, "number 0 has the mean inf"),
+        ({"mean": [0, 1], "std": [1]}, r"means of shape \(2,\) and deviations of shape \(1,\)"),
+        ({"mean": [0, 1]}, "KeyError"),
+        ({"mean": [0, 1], "std": ["a", 1]}, "ValueError"),
+    ],
+)
+def test_a_damaged_scaler_is_refused(saved: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=rf"run/assets\.json: the scaler is damaged.*{message}"):
+        Scaler.from_dict(saved, "run/assets.json")
 
 
 def test_splits_meet_without_a_gap(tmp_path: Path) -> None:

@@ -244,6 +244,21 @@ def test_a_table_is_forecast_as_in_evaluation(table_run: Path, tmp_path: Path) -
     assert not np.allclose(forecast(trained, tmp_path / "more.csv", missing="mask").values, found.values)
 
 
+def test_another_step_is_told_once(table_run: Path, panel_run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trained = load_trained(table_run, "last")
+    table = pd.read_csv(table_run.parent / "t.csv")
+    caplog.clear()
+    forecast(trained, table_run.parent / "t.csv", back=4, missing="mask")
+    assert not caplog.messages
+    other = table_run.parent / "days.csv"
+    table.assign(date=pd.date_range("2024-01-01", periods=200, freq="D")).to_csv(other, index=False)
+    forecast(trained, other, back=4, missing="mask")
+    assert caplog.messages == [
+        f"{other}: its step is 1D, but the model was trained on a step of 1h: the forecast is of 4 steps of 1D"
+    ]
+    assert load_trained(panel_run, "last").assets["step"] == "1D"
+
+
 def test_the_stamps_of_the_table_are_used_where_there_are_some(table_run: Path, tmp_path: Path) -> None:
     trained = load_trained(table_run, "last")
     table = pd.read_csv(table_run.parent / "t.csv")

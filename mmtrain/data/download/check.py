@@ -118,7 +118,7 @@ def read_content(path: Path) -> Content:
         raise UserError(f"{path}: no time column (date, datetime, timestamp or time)")
     stamps = _seconds(frame, path, time)
     columns = tuple(name for name in frame.columns if name != time)
-    values = numbers_in(frame, path, columns)
+    values = numbers_in(frame, path, columns).astype(np.float32)
     dates = stamps.astype("datetime64[s]")
     duplicates, irregular, usual = regularity(dates)
     step = 0 if usual is None else int(usual.total_seconds())

@@ -30,7 +30,7 @@ FILES = ("sales.parquet", "prices_cents_wide.parquet", "calendar.csv")
 STATIC = ("item_id", "dept_id", "cat_id", "store_id", "state_id")
 STATES = ("CA", "TX", "WI")
 EVENTS = ("Cultural", "National", "Religious", "Sporting")
-#: Rows read at once: products × days × 2 arrays of 4 bytes.
+#: Rows read at once: products × days × 2 arrays of 8 bytes.
 _BATCH = 512
 
 
@@ -112,8 +112,8 @@ def _series(root: Path, calendar: pd.DataFrame) -> Iterator[Series]:
     both = batches(sales, ["id", *STATIC, *days], rows=_BATCH), batches(prices, weeks, rows=_BATCH)
     carried = 0
     for sold, priced in zip(*both, strict=True):
-        price = numbers_of(priced, weeks, prices)[:, of_day] / np.float32(100)
-        values = np.full((sold.num_rows, len(calendar)), np.nan, np.float32)
+        price = numbers_of(priced, weeks, prices)[:, of_day] / 100
+        values = np.full((sold.num_rows, len(calendar)), np.nan)
         values[:, : len(days)] = numbers_of(sold, days, sales)
         text = {name: sold.column(name).to_pylist() for name in ("id", *STATIC)}
         for row in range(sold.num_rows):

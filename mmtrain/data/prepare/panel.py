@@ -170,7 +170,7 @@ def _open_wide(
 
     def series() -> Iterator[Series]:
         names = [str(columns.id), *columns.static, *steps]
-        nothing = np.empty((len(steps), 0), np.float32)
+        nothing = np.empty((len(steps), 0))
         for file in files:
             numeric = {f.name for f in schema_of(file) if f.name in columns.static and is_number(f.type)}
             text = {str(columns.id), *columns.static} - numeric
@@ -222,7 +222,7 @@ def _with_calendar(layout: Layout, calendar: str | Path) -> Layout:
         raise UserError(f"--calendar {calendar}: {table.stamps[np.argmin(on)]} is not on the grid of the data's times")
     kept = places >= 0
     count = int(places.max()) + 1 if kept.any() else 0
-    shared = np.full((1, count, len(table.columns)), np.nan, dtype=np.float32)
+    shared = np.full((1, count, len(table.columns)), np.nan)
     shared[0, places[kept]] = table.values[kept]
     holes = np.flatnonzero(~np.isfinite(shared).all(axis=(0, 2)))
     if len(holes) or not count:

@@ -131,8 +131,8 @@ def _timeline(where: Path, scan: _Scan, step: Step | None) -> Timeline:
     grid = int((_places(timeline, scan.high) - _places(timeline, scan.low) + 1).sum())
     if grid > _MOST_GAPS * int(scan.rows.sum()):
         raise UserError(
-            f"{where}: at a step of {timeline.step} its {int(scan.rows.sum())} rows would be {grid}, most of them holes: give "
-            "the right --step, or --time none to take the rows as they come"
+            f"{where}: at a step of {timeline.step} its {int(scan.rows.sum())} rows would be {grid}, most of them "
+            "holes: give the right --step, or --time none to take the rows as they come"
         )
     return timeline
 
@@ -254,12 +254,12 @@ class _Static:
 
 
 class _Table:
-    """Rows (n, width) float32 on disk, NaN until they are written; mapped only for as long as it takes."""
+    """Rows (n, width) float64 on disk, NaN until they are written; mapped only for as long as it takes."""
 
     def __init__(self, folder: Path, rows: int, width: int) -> None:
         self.data, self.mark, self.shape = folder / "rows.tmp", folder / "taken.tmp", (rows, width)
         with open(self.data, "wb") as stream:
-            empty = np.full(((1 << 18) // max(width, 1) + 1, width), np.nan, np.float32)
+            empty = np.full(((1 << 18) // max(width, 1) + 1, width), np.nan)
             for begin in range(0, rows, len(empty)):
                 empty[: rows - begin].tofile(stream)
         with open(self.mark, "wb") as stream:
@@ -275,17 +275,17 @@ class _Table:
         mark[where] = True
         return again | later
 
-    def write(self, where: Int64s, rows: NDArray[np.float32]) -> None:
+    def write(self, where: Int64s, rows: NDArray[np.float64]) -> None:
         """Write ``rows`` to the places ``where``; of several rows for one place the last stays."""
         if not len(where):
             return
-        table = np.memmap(self.data, dtype=np.float32, mode="r+", shape=self.shape)
+        table = np.memmap(self.data, dtype=np.float64, mode="r+", shape=self.shape)
         last = len(where) - 1 - np.unique(where[::-1], return_index=True)[1]
         table[where[last]] = rows[last]
 
-    def read(self, begin: int, count: int) -> NDArray[np.float32]:
+    def read(self, begin: int, count: int) -> NDArray[np.float64]:
         width = self.shape[1]
-        found = np.fromfile(self.data, dtype=np.float32, count=count * width, offset=4 * begin * width)
+        found = np.fromfile(self.data, dtype=np.float64, count=count * width, offset=8 * begin * width)
         return found.reshape(count, width)
 
     def remove(self) -> None:

@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 from mmtrain.data.prepare.output import Prepared, existing, prepared_folder, write_meta
 from mmtrain.data.series.panel import FORMAT, KIND, open_panel
 from mmtrain.data.series.panel_inputs import fit_scalers
-from mmtrain.data.series.split import SplitRule
+from mmtrain.data.series.split import NOISE, SplitRule
 from mmtrain.data.series.table import FILLS, carry, fill_column
 from mmtrain.data.series.timeline import Timeline
-from mmtrain.data.series.windows import Floats
+from mmtrain.data.series.windows import Numbers
 from mmtrain.errors import UserError, nearest
 
 MISSING = ("keep", *FILLS)
+#: What rounding to float32 may change, as a part of the range of a column.
+_TOLERATED = 1e-5
 
 
 class Series(NamedTuple):
@@ -30,8 +32,8 @@ class Series(NamedTuple):
     """
 
     id: str
-    values: Floats
-    known: Floats
+    values: Numbers
+    known: Numbers
     first: int = 0
     static: tuple[Any, ...] = ()
     group: int = 0
@@ -60,7 +62,7 @@ class Layout:
     known: Sequence[str] = ()
     static: Sequence[str] = ()
     shared_columns: Sequence[str] = ()
-    shared: Floats = field(default_factory=lambda: np.empty((1, 0, 0), np.float32))
+    shared: Numbers = field(default_factory=lambda: np.empty((1, 0, 0)))
     timeline: Timeline | None = None
 
 
@@ -82,7 +84,7 @@ class PanelWriter:
         self._ids: list[str] = []
         self._numbers: dict[str, list[int]] = {name: [] for name in ("lengths", "rows", "first", "groups", "shards")}
         self._static: list[list[Any]] = [[] for _ in layout.static]
-        self._shard: list[tuple[Floats, Floats]] = []
+        self._shard: list[tuple[Numbers, Numbers]] = []
         self._held = 0
 
     def add(self, series: Series) -> None:
@@ -114,10 +116,10 @@ class PanelWriter:
         self.counts.ahead += stop - end
         if self._held and self._held + len(values) > self.shard_rows:
             self._flush()
-        self._shard.append((values, known))
+        self._shard.append((_stored(values), _stored(known)))
         self._held += len(values)
 
-    def _fill(self, name: str, values: Floats, known: Floats) -> None:
+    def _fill(self, name: str, values: Numbers, known: Numbers) -> None:
         bad = ~np.isfinite(values)
         values[bad] = np.nan
         if self.missing == "keep":
@@ -175,7 +177,7 @@ class PanelWriter:
         for name, numbers in self._numbers.items():
             _save(self.folder / f"{name}.npy", np.array(numbers, dtype=np.int64))
         layout, line = self.layout, self.layout.timeline
-        shared = layout.shared.astype(np.float32)
+        shared = _stored(layout.shared)
         needed = max(f + n for f, n in zip(self._numbers["first"], self._numbers["rows"], strict=True))
         if shared.shape[2] and shared.shape[1] < needed:
             raise UserError(
@@ -219,9 +221,23 @@ class PanelWriter:
                 found, codes = np.unique([str(value) for value in kept], return_inverse=True)
                 categories[name], array = found.tolist(), codes.astype(np.int32)
             else:
-                array = np.array([np.nan if value is None else value for value in kept], dtype=np.float32)
+                array = np.array([np.nan if value is None else value for value in kept], dtype=np.float64)
             _save(self.folder / f"static-{number:03d}.npy", array)
         return categories
+
+
+def _stored(values: Numbers) -> Numbers:
+    """(..., C): in float32, unless that would lose what changes in a column, such as a counter with a large offset."""
+    small = values.astype(np.float32)
+    if np.array_equal(small, values, equal_nan=True):
+        return small
+    columns = values.reshape(-1, values.shape[-1])
+    rounded = ((small.reshape(columns.shape) != columns) & ~np.isnan(columns)).any(axis=0)
+    low, high = np.fmin.reduce(columns, axis=0), np.fmax.reduce(columns, axis=0)
+    size, rounding = np.fmax(np.abs(low), np.abs(high)), float(np.finfo(np.float32).eps) / 2
+    varies = high - low > NOISE[np.dtype(np.float64)] * size
+    lossy = rounded & varies & (rounding * size > _TOLERATED * (high - low))
+    return values if lossy.any() else small
 
 
 def _save(file: Path, array: NDArray[Any]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from mmtrain.data.series.table import mark_too_large
 from mmtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -104,11 +105,11 @@ def batches(
             yield from reader
 
 
-def numbers_of(batch: pa.RecordBatch, names: Sequence[str], file: Path) -> NDArray[np.float32]:
-    """(rows, len(names)) float32, NaN where there is nothing."""
+def numbers_of(batch: pa.RecordBatch, names: Sequence[str], file: Path) -> NDArray[np.float64]:
+    """(rows, len(names)), NaN where there is nothing; what is too large for float32 is infinite."""
     import pyarrow as pa
 
-    made = np.empty((batch.num_rows, len(names)), dtype=np.float32)
+    made = np.empty((batch.num_rows, len(names)))
     for place, name in enumerate(names):
         column = batch.column(name)
         if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
@@ -116,8 +117,8 @@ def numbers_of(batch: pa.RecordBatch, names: Sequence[str], file: Path) -> NDArr
                 column = column.cast(pa.float64())
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
                 raise UserError(f"{file}: column {name!r} is not numeric ({error})") from None
-        with np.errstate(over="ignore"):  # too large for float32: infinite, which counts as a hole
-            made[:, place] = column.to_numpy(zero_copy_only=False)
+        made[:, place] = column.to_numpy(zero_copy_only=False)
+    mark_too_large(made)
     return made
 
 

@@ -2,7 +2,8 @@
 
 The folder holds meta.json, shards values-00000.npy, ... (rows, C) float32, the rows of whole series one after the
 other (NaN where a value is missing), shards known-00000.npy, ... (rows, K) of what is known of each series in advance,
-and one array a file for the rest. No file holds a pickle, and no name in meta.json is a path.
+and one array a file for the rest. Shards in which float32 would lose what changes are float64. No file holds a pickle,
+and no name in meta.json is a path.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmtrain.data.series.timeline import Stamps, Timeline
-from mmtrain.data.series.windows import Floats, Int64s, runs
+from mmtrain.data.series.windows import Int64s, Numbers, runs
 from mmtrain.errors import UserError
 
 FORMAT = 1
@@ -44,9 +45,9 @@ class Panel:
     lengths: Int64s
     rows: Int64s
     first: Int64s
-    values: list[Floats]
-    known: list[Floats]
-    shared: Floats
+    values: list[Numbers]
+    known: list[Numbers]
+    shared: Numbers
     groups: Int64s
     statics: dict[str, NDArray[Any]]
     columns: list[str]
@@ -73,7 +74,7 @@ class Panel:
         before = np.concatenate([[0], ends])[starts]
         return ends - self.rows - before[self.shards]
 
-    def series(self, number: int) -> Floats:
+    def series(self, number: int) -> Numbers:
         """Values (T, C) of a series, NaN where missing: a view of the file."""
         offset = int(self.offsets[number])
         return self.values[self.shards[number]][offset : offset + int(self.lengths[number])]
@@ -84,11 +85,13 @@ class Panel:
             return None
         return self.timeline.stamps(int(self.first[number]) + start, stop - start)
 
-    def gather(self, arrays: Sequence[Floats], series: Int64s, start: Int64s, length: int) -> Floats:
+    def gather(self, arrays: Sequence[Numbers], series: Int64s, start: Int64s, length: int) -> Numbers:
         """(B, length, C): rows [start, start + length) of each series (B,) from ``values`` or ``known``."""
-        made = np.empty((len(series), length, arrays[0].shape[1]), dtype=np.float32)
         shards = self.shards[series]
-        for shard in np.unique(shards).tolist():
+        used = np.unique(shards).tolist()
+        dtype = np.result_type(np.float32, *(arrays[shard] for shard in used))
+        made = np.empty((len(series), length, arrays[0].shape[1]), dtype=dtype)
+        for shard in used:
             mine = np.flatnonzero(shards == shard)
             made[mine] = runs(arrays[shard], self.offsets[series[mine]] + start[mine], length)
         return made
@@ -104,7 +107,7 @@ class Panel:
                 yield slice(begin, stop)
                 begin = stop
 
-    def heads(self, arrays: Sequence[Floats], chunk: slice, counts: Int64s) -> Floats:
+    def heads(self, arrays: Sequence[Numbers], chunk: slice, counts: Int64s) -> Numbers:
         """The first ``counts`` (n,) rows of each series of a chunk, one series after the other.
 
         The pages that were read stay in the system's cache, but not in this process.
@@ -223,14 +226,14 @@ def _check(panel: Panel) -> None:
     _need(panel, bool((panel.lengths <= panel.rows).all() and (panel.lengths >= 0).all()), "lengths and rows disagree")
     _need(panel, count > 0 and bool((panel.shard_series > 0).all()), "there is a shard without a series")
     wanted = np.add.reduceat(panel.rows, np.cumsum(panel.shard_series) - panel.shard_series)
-    kinds: Sequence[tuple[str, list[Floats], int]] = (
+    kinds: Sequence[tuple[str, list[Numbers], int]] = (
         ("values", panel.values, len(panel.columns)),
         ("known", panel.known, len(panel.known_columns)),
     )
     for name, arrays, width in kinds:
         for number, array in enumerate(arrays):
             shape = (int(wanted[number]), width)
-            fits = array.shape == shape and array.dtype == np.float32
+            fits = array.shape == shape and array.dtype in (np.float32, np.float64)
             _need(panel, fits, f"{name}-{number:05d}.npy holds {array.dtype} {array.shape}, not float32 {shape}")
     _need(panel, panel.shared.ndim == 3, f"shared.npy has shape {panel.shared.shape}")
     groups, places, width = panel.shared.shape

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmtrain.data.series.panel import Panel, load_array
-from mmtrain.data.series.split import Scaler
+from mmtrain.data.series.split import NOISE, Scaler, check_scaler
 from mmtrain.data.series.timeline import calendar_features, calendar_names
-from mmtrain.data.series.windows import Floats, Int64s, known_batch, runs
+from mmtrain.data.series.windows import Floats, Int64s, Numbers, known_batch, runs
 from mmtrain.errors import UserError, nearest
 from mmtrain.log import logger
 
@@ -32,8 +32,8 @@ MOST_ONE_HOT = 64
 class PanelScalers:
     """``mean`` and ``std`` (S, C) of the targets; ``known`` of the known columns, then of the shared ones."""
 
-    mean: Floats
-    std: Floats
+    mean: NDArray[np.float64]
+    std: NDArray[np.float64]
     known: Scaler
 
 
@@ -44,7 +44,7 @@ def fit_scalers(panel: Panel, train_rows: Int64s) -> PanelScalers:
     deviation; flags (columns of 0 and 1) stay as they are.
     """
     shape = (len(panel), len(panel.columns))
-    mean, std = np.zeros(shape, np.float32), np.ones(shape, np.float32)
+    mean, std = np.zeros(shape), np.ones(shape)
     known, shared = _Sums(len(panel.known_columns)), _Sums(len(panel.shared_columns))
     for piece in panel.chunks():
         kept = np.minimum(train_rows[piece], panel.lengths[piece])
@@ -64,7 +64,7 @@ def fit_scalers(panel: Panel, train_rows: Int64s) -> PanelScalers:
     )
 
 
-def _fit(values: Floats, begins: Int64s, counts: Int64s) -> tuple[Floats, Floats]:
+def _fit(values: Numbers, begins: Int64s, counts: Int64s) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean and population deviation of each run of rows of ``values`` (R, C), holes left out: (n, C) each."""
     wide = values.astype(np.float64)
     good = np.isfinite(wide)
@@ -76,9 +76,9 @@ def _fit(values: Floats, begins: Int64s, counts: Int64s) -> tuple[Floats, Floats
     low, high = np.minimum.reduceat(wide, begins, axis=0), np.maximum.reduceat(wide, begins, axis=0)
     std = np.sqrt(np.add.reduceat(np.square(wide, out=wide), begins, axis=0) / np.maximum(held, 1))
     # a constant column's deviation is rounding noise of its mean, not exactly 0
-    flat = (high - low) <= 1e-6 * np.abs(mean)
+    flat = (high - low) <= NOISE[values.dtype] * np.abs(mean)
     std[flat | (std.astype(np.float32) == 0)] = 1
-    return mean.astype(np.float32), std.astype(np.float32)
+    return mean, std
 
 
 class _Sums:
@@ -88,8 +88,9 @@ class _Sums:
         self.width, self.count = width, 0
         self.mean, self.squares = np.zeros(width), np.zeros(width)
         self.flag = np.ones(width, dtype=bool)
+        self.noise = 0.0
 
-    def add(self, values: Floats) -> None:
+    def add(self, values: Numbers) -> None:
         if not len(values) or not self.width:
             return
         wide = values.astype(np.float64)
@@ -98,24 +99,26 @@ class _Sums:
         self.squares += np.square(wide - mean).sum(axis=0) + np.square(gap) * self.count * len(wide) / total
         self.mean = self.mean + gap * len(wide) / total
         self.count = total
+        self.noise = max(self.noise, NOISE[values.dtype])
         self.flag &= ((wide == 0) | (wide == 1)).all(axis=0)
 
     def scaler(self) -> Scaler:
         std = np.sqrt(self.squares / max(self.count, 1))
-        std[std <= 1e-6 * np.abs(self.mean)] = 1
+        std[std <= self.noise * np.abs(self.mean)] = 1
         std[std.astype(np.float32) == 0] = 1
-        return Scaler(
-            np.where(self.flag, 0, self.mean).astype(np.float32), np.where(self.flag, 1, std).astype(np.float32)
-        )
+        return Scaler(np.where(self.flag, 0, self.mean), np.where(self.flag, 1, std))
 
 
 def prepared_scalers(panel: Panel) -> PanelScalers:
     """The scalers that were prepared with the panel, for its own split."""
     names = ("scaler-mean", "scaler-std", "known-mean", "known-std")
-    mean, std, known_mean, known_std = (load_array(panel.folder / f"{name}.npy") for name in names)
+    mean, std, known_mean, known_std = (load_array(panel.folder / f"{name}.npy").astype(np.float64) for name in names)
     wanted = (len(panel), len(panel.columns))
     if mean.shape != wanted or std.shape != wanted:
         raise UserError(f"{panel.folder}: the scalers are not of {wanted[0]} series; prepare the panel again, --force")
+    for kind, pair in (("scaler", (mean, std)), ("known", (known_mean, known_std))):
+        cure = "prepare the panel again (mmtrain data prepare panel --force)"
+        check_scaler(*pair, f"{panel.folder}: {kind}-mean.npy and {kind}-std.npy are damaged", cure)
     return PanelScalers(mean, std, Scaler(known_mean, known_std))
 
 
@@ -250,13 +253,13 @@ class PanelInputs:
         if low:
             made[:, :, :low] = runs(self._calendar(int(place.max(initial=0)) + self.steps), place, self.steps)
         if self.own:
-            made[:, :, low:high] = panel.gather(panel.known, series, start, self.steps)[:, :, self.own]
+            own = panel.gather(panel.known, series, start, self.steps)[:, :, self.own]
+            made[:, :, low:high] = (own - self.mean[: high - low]) / self.std[: high - low]
         if self.shared:
             groups, places, width = panel.shared.shape
             flat = panel.shared.reshape(groups * places, width)
-            made[:, :, high:] = runs(flat, panel.groups[series] * places + place, self.steps)[:, :, self.shared]
-        made[:, :, low:] -= self.mean
-        made[:, :, low:] /= self.std
+            shared = runs(flat, panel.groups[series] * places + place, self.steps)[:, :, self.shared]
+            made[:, :, high:] = (shared - self.mean[high - low :]) / self.std[high - low :]
         return made
 
     def _calendar(self, stop: int) -> Floats:
@@ -279,16 +282,18 @@ def calendar_of(panel: Panel) -> list[str]:
     return calendar_names(panel.timeline.step)
 
 
-def pack(array: NDArray[np.float32]) -> dict[str, Any]:
-    """{"shape", "float32"}: the bytes, little-endian, in base64."""
-    return {"shape": list(array.shape), "float32": base64.b64encode(array.astype("<f4").tobytes()).decode("ascii")}
+def pack(array: NDArray[np.floating]) -> dict[str, Any]:
+    """{"shape", "float64" or "float32"}: the bytes, little-endian, in base64."""
+    raw = base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode("ascii")
+    return {"shape": list(array.shape), array.dtype.name: raw}
 
 
-def unpack(saved: dict[str, Any]) -> NDArray[np.float32]:
+def unpack(saved: dict[str, Any]) -> NDArray[np.float64]:
     """The array of :func:`pack`.
 
     Raises:
         ValueError: for bytes that are not of the shape.
     """
-    raw = np.frombuffer(base64.b64decode(saved["float32"], validate=True), dtype="<f4")
-    return raw.reshape(saved["shape"]).astype(np.float32)
+    kind = "float64" if "float64" in saved else "float32"
+    raw = np.frombuffer(base64.b64decode(saved[kind], validate=True), dtype=np.dtype(kind).newbyteorder("<"))
+    return raw.reshape(saved["shape"]).astype(np.float64)

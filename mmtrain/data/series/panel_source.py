@@ -38,9 +38,8 @@ class PanelWindows(Windows):
 
     def read(self, series: Int64s, start: Int64s, length: int) -> Floats:
         made = self.panel.gather(self.panel.values, series, start, length)
-        made -= self.scalers.mean[series][:, None]
-        made /= self.scalers.std[series][:, None]
-        return made
+        mean, std = self.scalers.mean[series][:, None], self.scalers.std[series][:, None]
+        return ((made - mean) / std).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,7 @@ class PanelData(ForecastingData):
         scalers = self.inputs.scalers
         return {
             "ids": self.panel.ids.tolist(),
+            "step": self.panel.timeline and str(self.panel.timeline.step),
             "mean": pack(scalers.mean),
             "std": pack(scalers.std),
             "known": {

@@ -5,6 +5,7 @@ A split is that of a named benchmark, or it is given by ratio, by date, or by st
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,12 +71,21 @@ class Split:
         return start, stop
 
 
+#: The rounding of the values of a column, relative to their size: a column that varies less than that is constant.
+NOISE = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-12}
+#: Rows that are standardised at once: it takes some float64 memory for each.
+_ROWS = 4096
+
+
 @dataclass(frozen=True)
 class Scaler:
-    """Standardisation per column. Columns that do not vary keep their scale (std 1)."""
+    """Standardisation per column, in float64: a large mean may hide the small changes of a counter from float32.
 
-    mean: NDArray[np.float32]  # (M,)
-    std: NDArray[np.float32]  # (M,)
+    Columns that do not vary keep their scale (std 1).
+    """
+
+    mean: NDArray[np.float64]  # (M,)
+    std: NDArray[np.float64]  # (M,)
 
     @classmethod
     def fit(cls, values: NDArray[np.floating]) -> Scaler:
@@ -87,24 +97,46 @@ class Scaler:
             values = np.where(np.isnan(values).all(axis=0), 0, values)  # a column without a number: mean 0, deviation 1
         std = deviation(values, axis=0, dtype=np.float64)
         # A constant column's deviation is rounding noise of its mean, not exactly 0.
-        constant = np.nanmax(values, axis=0) == np.nanmin(values, axis=0)
+        low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
+        constant = high - low <= NOISE[np.dtype(np.float64)] * np.maximum(np.abs(low), np.abs(high))
         std[constant | (std.astype(np.float32) == 0)] = 1.0
-        return cls(average(values, axis=0, dtype=np.float64).astype(np.float32), std.astype(np.float32))
+        return cls(average(values, axis=0, dtype=np.float64), std)
 
     def transform(self, values: NDArray[np.floating]) -> NDArray[np.float32]:
         """(..., M) → standardised, float32."""
-        return ((values - self.mean.astype(np.float64)) / self.std).astype(np.float32)
+        rows = values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
+        made = np.empty(rows.shape, dtype=np.float32)
+        for begin in range(0, len(rows), _ROWS):
+            made[begin : begin + _ROWS] = (rows[begin : begin + _ROWS] - self.mean) / self.std
+        return made.reshape(values.shape)
 
-    def inverse(self, values: NDArray[np.floating]) -> NDArray[np.float32]:
-        """(..., M) standardised → the table's units, float32."""
-        return (values * self.std.astype(np.float64) + self.mean).astype(np.float32)
+    def inverse(self, values: NDArray[np.floating]) -> NDArray[np.float64]:
+        """(..., M) standardised → the table's units."""
+        return values * self.std + self.mean
 
     def to_dict(self) -> dict[str, list[float]]:
         return {"mean": self.mean.tolist(), "std": self.std.tolist()}
 
     @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> Scaler:
-        return cls(np.asarray(saved["mean"], dtype=np.float32), np.asarray(saved["std"], dtype=np.float32))
+    def from_dict(cls, saved: dict[str, Any], where: str | Path = "assets.json") -> Scaler:
+        """The scaler of :meth:`to_dict`. Raises UserError, which begins with ``where``, for one that is damaged."""
+        try:
+            mean, std = (np.asarray(saved[name], dtype=np.float64) for name in ("mean", "std"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{where}: the scaler is damaged ({error!r}); restore the file") from None
+        check_scaler(mean, std, f"{where}: the scaler is damaged", "restore the file, or train or export again")
+        return cls(mean, std)
+
+
+def check_scaler(mean: NDArray[np.floating], std: NDArray[np.floating], fault: str, cure: str) -> None:
+    """Raise UserError unless the means are finite numbers and the deviations are finite numbers above 0."""
+    if mean.shape != std.shape:
+        raise UserError(f"{fault}: means of shape {mean.shape} and deviations of shape {std.shape}; {cure}")
+    for name, wrong in (("mean", ~np.isfinite(mean)), ("deviation", ~(np.isfinite(std) & (std > 0)))):
+        if wrong.any():
+            place = tuple(int(number) for number in np.argwhere(wrong)[0])
+            value = (mean if name == "mean" else std)[place]
+            raise UserError(f"{fault}: number {', '.join(map(str, place))} has the {name} {value}; {cure}")
 
 
 @dataclass(frozen=True)

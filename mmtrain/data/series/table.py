@@ -1,4 +1,4 @@
-"""A table of one time series: CSV or parquet → float32 values, with every fault named before training starts."""
+"""A table of one time series: CSV or parquet → float64 values, with every fault named before training starts."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ MISSING = ("error", *FILLS, "mask")
 
 @dataclass(frozen=True)
 class SeriesTable:
-    values: NDArray[np.float32]  # (T, M)
+    values: NDArray[np.float64]  # (T, M)
     columns: list[str]
     stamps: NDArray[np.datetime64] | None  # (T,) or None without a time column (or with a numeric one)
     path: Path
     filled: int = 0  # holes that were filled
     #: (T + ahead, K) of the columns that are known in advance; ``stamps`` have the rows ahead too.
-    known: NDArray[np.float32] | None = None
+    known: NDArray[np.float64] | None = None
     holes: int = 0  # holes that were kept, as NaN
 
 
@@ -127,14 +127,14 @@ def read_table(
     return SeriesTable(values, names, stamps, file, filled, beside, int((~np.isfinite(values)).sum()))
 
 
-def numbers_in(frame: pd.DataFrame, file: Path, names: Sequence[str], cure: str = "") -> NDArray[np.float32]:
+def numbers_in(frame: pd.DataFrame, file: Path, names: Sequence[str], cure: str = "") -> NDArray[np.float64]:
     """(T, len(names)); what is too large for float32 is infinite, which counts as a hole.
 
     Raises UserError, which ends in ``cure``, for a column that is not numeric.
     """
     import pandas as pd
 
-    values = np.empty((len(frame), len(names)), dtype=np.float32)
+    values = np.empty((len(frame), len(names)), dtype=np.float64)
     for number, name in enumerate(names):
         column = frame[name]
         if not pd.api.types.is_numeric_dtype(column):
@@ -145,9 +145,14 @@ def numbers_in(frame: pd.DataFrame, file: Path, names: Sequence[str], cure: str 
             raise UserError(
                 f"{file}: column {name!r} is not numeric: {place(file, row)} holds {text.iloc[row]!r}{cure}"
             )
-        with np.errstate(over="ignore"):
-            values[:, number] = column.to_numpy(dtype=np.float64, na_value=np.nan)
+        values[:, number] = column.to_numpy(dtype=np.float64, na_value=np.nan)
+        mark_too_large(values[:, number])
     return values
+
+
+def mark_too_large(values: NDArray[np.float64]) -> None:
+    """Make infinite, in place, what is too large for float32."""
+    values[np.abs(values) > np.finfo(np.float32).max] = np.inf
 
 
 def find_time_column(frame: pd.DataFrame, file: Path, wanted: str | None) -> str | None:
@@ -243,7 +248,7 @@ def place(file: Path, row: int) -> str:
     return f"row {row}" + ("" if file.suffix.lower() == ".parquet" else f" (line {row + 2} of the file)")
 
 
-def _fill(values: NDArray[np.float32], names: list[str], file: Path, missing: str) -> int:
+def _fill(values: NDArray[np.float64], names: list[str], file: Path, missing: str) -> int:
     """Fill holes in place; the number filled."""
     holes = ~np.isfinite(values)
     if not holes.any():
@@ -273,14 +278,14 @@ def _fill(values: NDArray[np.float32], names: list[str], file: Path, missing: st
     return int(counts.sum())
 
 
-def carry(column: NDArray[np.float32], bad: NDArray[np.bool_]) -> None:
+def carry(column: NDArray[np.floating], bad: NDArray[np.bool_]) -> None:
     """Fill the ``bad`` rows of ``column`` (T,) in place with the last value before, at the beginning with the first."""
     first = int(np.argmin(bad))
     column[:first] = column[first]
     fill_column(column, bad & (np.arange(len(bad)) >= first), "ffill")
 
 
-def fill_column(column: NDArray[np.float32], bad: NDArray[np.bool_], fill: str) -> bool:
+def fill_column(column: NDArray[np.floating], bad: NDArray[np.bool_], fill: str) -> bool:
     """Fill the ``bad`` rows of ``column`` (T,) in place; False where the way of filling cannot.
 
     ``ffill`` repeats the last value before (it never looks ahead, and so cannot fill the first row), ``interpolate`` is

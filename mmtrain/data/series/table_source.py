@@ -53,7 +53,7 @@ class TableInputs:
                     f"{table.path}: data.calendar=true needs a time column: set data.time_column, or leave it out"
                 )
             names = calendar_names(step)
-        beside = np.empty((len(table.values), 0), np.float32) if table.known is None else table.known
+        beside = np.empty((len(table.values), 0)) if table.known is None else table.known
         scaler = fit_known(beside[:train_rows])
         return cls(build_matrix(table, names, beside, scaler), names, list(known), scaler, steps)
 
@@ -71,16 +71,16 @@ class TableInputs:
         return {"known": {"calendar": self.calendar, "columns": self.columns, "scaler": self.scaler.to_dict()}}
 
 
-def fit_known(rows: Floats) -> Scaler:
+def fit_known(rows: NDArray[np.float64]) -> Scaler:
     """Standardisation of known columns by the training ``rows`` (T, K); flags, of 0 and 1 only, stay as they are."""
     if not rows.shape[1]:
-        return Scaler(np.empty(0, np.float32), np.empty(0, np.float32))
+        return Scaler(np.empty(0), np.empty(0))
     made = Scaler.fit(rows)
     flags = ((rows == 0) | (rows == 1)).all(axis=0)
-    return Scaler(np.where(flags, 0, made.mean).astype(np.float32), np.where(flags, 1, made.std).astype(np.float32))
+    return Scaler(np.where(flags, 0, made.mean), np.where(flags, 1, made.std))
 
 
-def build_matrix(table: SeriesTable, calendar: list[str], known: Floats, scaler: Scaler) -> Floats:
+def build_matrix(table: SeriesTable, calendar: list[str], known: NDArray[np.float64], scaler: Scaler) -> Floats:
     """Calendar features of the table's times beside the standardised ``known`` (T, K)."""
     scaled = scaler.transform(known)
     if not calendar:
@@ -138,7 +138,8 @@ class SeriesData(ForecastingData):
         return WindowOrigin(self.columns, self.scaler, rows, stamps)
 
     def assets(self) -> dict[str, Any]:
-        return {"scaler": self.scaler.to_dict(), **self.inputs.to_json()}
+        step = None if self.table.stamps is None else step_of(self.table.stamps)
+        return {"scaler": self.scaler.to_dict(), "step": step and str(step), **self.inputs.to_json()}
 
 
 def load_series(

@@ -126,9 +126,9 @@ class Timeline:
         return self.origin.astype("datetime64[us]") + passed.astype("timedelta64[us]")
 
 
-def _clock(stamps: Stamps | np.datetime64) -> NDArray[np.timedelta64]:
-    """The time since midnight."""
-    return np.asarray(stamps.astype("datetime64[us]") - stamps.astype("datetime64[D]"))
+def _clock(stamps: Stamps | np.datetime64) -> Any:
+    """The time since midnight, in microseconds."""
+    return stamps.astype("datetime64[us]") - stamps.astype("datetime64[D]")
 
 
 def _in_months(months: Stamps, anchor: str) -> Stamps:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Floats = NDArray[np.float32]
+#: Values as they are stored, float32 or float64.
+Numbers = NDArray[np.floating]
 Int64s = NDArray[np.int64]
+
+Kind = TypeVar("Kind", bound=np.floating)
 
 #: Windows in a block of the data order: consecutive series, so that a block lies together on disk. A constant, since
 #: the order of the samples depends on it.
@@ -164,7 +168,7 @@ def known_steps(wanted: int, lookback: int, horizon: int) -> int:
     return wanted or lookback + horizon
 
 
-def runs(values: Floats, first: Int64s, length: int) -> Floats:
+def runs(values: NDArray[Kind], first: Int64s, length: int) -> NDArray[Kind]:
     """Rows [f, f + length) of ``values`` (T, C), contiguous, for each f of ``first`` (n,): a copy (n, length, C).
 
     Every run must lie within the rows; this is not checked. One block of memory is copied for each run, which is more

@@ -23,6 +23,9 @@ class DataConfig(Section):
         " listed in the run's report and left out.",
     )
     max_faults: float = Field(0.001, ge=0, le=1, description="The part of a split that faults=skip may leave out.")
+    accept_changes: bool = Field(
+        False, description="Continue a run although its training data is no longer what it was; the journal says so."
+    )
 
 
 DATA: Registry[DataConfig] = Registry("data", "kind", DataConfig, "mmtrain.data")

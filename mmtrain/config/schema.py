@@ -291,6 +291,7 @@ FREE_ON_RESUME = (
     "checkpoint",
     "data.workers",
     "data.os_cache",
+    "data.accept_changes",
     "data.root",
     "train.log_every",
     "train.accumulation",

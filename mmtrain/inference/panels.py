@@ -74,7 +74,7 @@ def forecast_panel(trained: TrainedModel, folder: Path, back: int = 0, missing: 
         raise UserError(f"{folder}: its columns are {panel.columns}, the model was trained on {assets['columns']}")
     if back < 0:
         raise UserError(f"--back {back}: rows before the end, 0 or more")
-    trained.check_step(folder, panel.timeline and panel.timeline.step)
+    trained.check_step(folder, None if panel.timeline is None else panel.timeline.step)
     ends = panel.lengths - back
     chosen = np.flatnonzero(ends >= model.lookback)
     if not len(chosen):

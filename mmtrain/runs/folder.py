@@ -30,6 +30,7 @@ class RunFolder:
         self.path = path
         self.config_file = path / "config.yaml"
         self.assets_file = path / "assets.json"
+        self.data_file = path / "data.json"
         self.metrics_file = path / "metrics.jsonl"
         self.result_file = path / "result.json"
         self.checkpoints = path / "checkpoints"
@@ -68,8 +69,10 @@ class RunFolder:
                 + "\nGo on with the old one by leaving these out, or start a new run with name=… or --run-dir"
             )
 
-    def prepare(self, config: RunConfig, assets: dict[str, Any]) -> None:
+    def prepare(self, config: RunConfig, assets: dict[str, Any], data: dict[str, Any]) -> None:
         """Make the folder of a new run, or see that the one there can be written.
+
+        ``data``: the fingerprint of its training data.
 
         Raises:
             UserError: when it cannot.
@@ -80,7 +83,8 @@ class RunFolder:
                 write_atomically(self.path / "code.json", json.dumps(code_version(), indent=1))
                 if diff := code_diff(ROOT):
                     write_atomically(self.path / "code.diff", diff)
-                write_atomically(self.assets_file, json.dumps(assets, indent=1))
+                self.write_assets(assets)
+                self.write_data(data)
                 write_atomically(self.config_file, to_yaml(config))
 
     def make(self) -> None:
@@ -120,3 +124,25 @@ class RunFolder:
 
     def assets(self) -> dict[str, Any]:
         return json.loads(self.assets_file.read_text())
+
+    def write_assets(self, assets: dict[str, Any]) -> None:
+        write_atomically(self.assets_file, json.dumps(assets, indent=1))
+
+    def data(self) -> dict[str, Any] | None:
+        """The fingerprint of the data; None in a run of an earlier version.
+
+        Raises:
+            UserError: for a damaged file.
+        """
+        if not self.data_file.is_file():
+            return None
+        try:
+            found = json.loads(self.data_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.data_file}: cannot be read ({error}): restore it, or delete it") from None
+        if not isinstance(found, dict):
+            raise UserError(f"{self.data_file}: not the fingerprint of the data: restore it, or delete it")
+        return found
+
+    def write_data(self, data: dict[str, Any]) -> None:
+        write_atomically(self.data_file, json.dumps(data))

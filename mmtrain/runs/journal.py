@@ -7,6 +7,8 @@ Kinds of lines, all with ``time`` (Unix seconds):
 - ``submitted``: ``job`` (Slurm's id), ``nodes`` (number or range, as text), ``tasks`` (a node).
 - ``started``: written by rank 0. ``job`` (None without Slurm), ``restart`` (Slurm's count, from 0), ``hosts``,
   ``world``; without Slurm also ``pid`` (of rank 0) and ``host``.
+- ``data_changed``: the run continued with other data, since ``data.accept_changes`` was set: ``step``, ``changes``.
+- ``data_recorded``: a run of an earlier version has no fingerprint of its data, and got one: ``step``.
 - ``ended``: ``job``, ``restart``, ``reason`` (one of :data:`REASONS`), ``requeued``, ``step`` (of the newest
   checkpoint).
 """

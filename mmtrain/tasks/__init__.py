@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mmtrain.config import TASKS, RunConfig
+from mmtrain.data.core.fingerprint import Fingerprint, fingerprint_of
 from mmtrain.data.core.source import Source
 from mmtrain.models import build_model
 
@@ -89,6 +90,10 @@ class Task(ABC):
     @abstractmethod
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """The metrics from sums over a whole split."""
+
+    def fingerprint(self) -> Fingerprint:
+        """What a run that goes on compares its training data by."""
+        return fingerprint_of(self.train)
 
     @abstractmethod
     def assets(self) -> dict[str, Any]:

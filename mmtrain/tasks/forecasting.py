@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtrain.config import TASKS, ForecasterConfig, ForecastingConfig, RunConfig, SeriesDataConfig
+from mmtrain.data.core.fingerprint import Fingerprint
 from mmtrain.data.open import check_inputs, open_data
 from mmtrain.errors import UserError
 from mmtrain.models.tsm2 import Forecasts
@@ -90,6 +91,9 @@ class Forecasting(Task):
         spread: dict[str, float] = {name: sums[name] / held for name in ("pinball", "nll") if name in sums}
         share = {"observed": held / count} if "observed" in sums else {}
         return {"loss": mse, "mse": mse, "mae": sums["absolute"] / held, **spread, "samples": count, **share}
+
+    def fingerprint(self) -> Fingerprint:
+        return {**super().fingerprint(), **self.series.fingerprint()}
 
     def assets(self) -> dict[str, Any]:
         return {

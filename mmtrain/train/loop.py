@@ -74,7 +74,9 @@ class Trainer:
         self.strategy = parallelize_model(config, task, ranks, micros)
         self.snapshots = Snapshots(config, run, self.strategy, ranks)
         self.schedule = Schedule.of(config, len(task.train))
-        self.state = TrainState(dataset_length=len(task.train), loss_scale=initial_loss_scale(config.train))
+        self.state = TrainState(
+            dataset_length=len(task.train), data=task.fingerprint(), loss_scale=initial_loss_scale(config.train)
+        )
         self.stop = StopRequest.current()
         self.meter = Meter(config, task, self.strategy, ranks)
         self.timer = self.meter.timer
@@ -84,7 +86,7 @@ class Trainer:
 
     def fit(self) -> Outcome:
         """Train to the end, or until a signal asks to stop; then test the selected checkpoint."""
-        self.state = self.snapshots.begin(self.state, build_meta_model(self.task))
+        self.state = self.snapshots.begin(self.state, build_meta_model(self.task), self.task.assets)
         self.tracker.start(self.state, self.schedule)
         with self.stop, self.profiler, _no_automatic_gc():
             if self.ranks.any(self.stop.requested):

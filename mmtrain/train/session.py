@@ -87,7 +87,7 @@ def _fit(config: RunConfig, task: Task, run: RunFolder, ranks: Ranks, watch: Wat
 
 def _prepare(run: RunFolder, config: RunConfig, task: Task, world: int) -> None:
     run.make()
-    run.prepare(config, task.assets())
+    run.prepare(config, task.assets(), task.fingerprint())
     journal.record_start(run.path, world)
     log_to_file(run.log_file)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -20,6 +20,7 @@ from mmtrain.runs.folder import RunFolder
 from mmtrain.train.checkpoint.store import CheckpointStore, load_state
 from mmtrain.train.checkpoint.tensor_files import read_tensors
 from mmtrain.train.optim import WeightAverage
+from mmtrain.train.same_data import TrainedOn, check_data
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class TrainState:
     ``step`` and ``samples`` are what was *consumed*; the order of the data needs nothing else.
     ``updates``: steps that changed the weights. ``left_out``: samples that a rollback passed over.
     ``evaluation_due``: the run left in the middle of the evaluation that belongs to this step.
+    ``data``: the fingerprint of the training data; None in checkpoints of earlier versions.
     ``recent_losses``: what the next loss is compared with, where ``train.spike_factor`` asks for it.
     """
 
@@ -71,6 +73,7 @@ class TrainState:
     loss_scale: float = 1.0
     good_in_a_row: int = 0
     dataset_length: int = 0
+    data: dict[str, Any] | None = None
     tracker_id: str | None = None
 
     @classmethod
@@ -88,6 +91,10 @@ class TrainState:
                 " (see code.json in the run folder)"
             )
         return cls(**found)
+
+    @property
+    def trained_on(self) -> TrainedOn:
+        return TrainedOn(self.dataset_length, self.data)
 
     def note_evaluation(self, value: float, *, higher_is_better: bool) -> bool:
         """Take the result of an evaluation of this step; True if it is the best so far."""
@@ -115,25 +122,24 @@ class Snapshots:
         )
         self.average = WeightAverage(strategy.local_parameters(), decay) if decay is not None else None
 
-    def begin(self, fresh: TrainState, meta_model: nn.Module) -> TrainState:
+    def begin(self, fresh: TrainState, meta_model: nn.Module, assets: Callable[[], dict[str, Any]]) -> TrainState:
         """Load the newest valid checkpoint, or start from the seed; returns where the run stands.
+
+        ``assets``: of the task, for a run that accepts other data.
 
         Raises:
             UserError: when the data is not what the run was trained on.
         """
         newest = self.store.newest()
-        state = fresh
+        state = fresh if newest is None else TrainState.read(newest)
+        found = None if newest is None else state.trained_on
+        check_data(self.config, self.run, self.strategy.ranks, fresh.trained_on, found, state.step, assets)
+        state.dataset_length, state.data = fresh.dataset_length, fresh.data
         if newest is None:
             self.strategy.initialise(initial_weights(meta_model, self.config.seed))
             if self.average is not None:
                 self.average.reset(self.strategy.local_parameters())
         else:
-            state = TrainState.read(newest)
-            if state.dataset_length != fresh.dataset_length:
-                raise UserError(
-                    f"{self.run.path} was trained on {state.dataset_length} samples, the data now has"
-                    f" {fresh.dataset_length}: restore the data, or start another run with name=…"
-                )
             self.load(newest)
         if self.strategy.saved_in_place:
             self.store.prepare(self._tensors())

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from mmtrain.data.core.buffers import Buffers
+from mmtrain.data.core.fingerprint import Fingerprint, digest
 from mmtrain.data.core.order import Order
 from mmtrain.data.core.source import Batch
 from mmtrain.data.ffcv.augment import Augment, build_augment
@@ -83,6 +84,16 @@ class BetonImages:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def fingerprint(self) -> Fingerprint:
+        mode, height, width, _, size = self.beton.rows
+        ends = np.cumsum(self.block_sizes)
+        blocks = [slice(end - count, end) for end, count in zip(ends, self.block_sizes, strict=True)]
+        parts = (self.labels, mode, height, width, size)
+        return {
+            "indexes": [digest(*(part[block] for part in parts), size=4) for block in blocks],
+            **({} if self.classes is None else {"classes": digest(self.classes)}),
+        }
 
     def fetch(self, indices: NDArray[np.int64], keys: NDArray[np.uint64] | None) -> Batch:
         # One thread: this may be a forked process, where parallel code must not run.

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mmtrain.data.core.fingerprint import Fingerprint, digest
 from mmtrain.data.core.source import Batch, Empty, Fault
 from mmtrain.data.images.cache import ShardCache, Unreachable, file_system, is_address, said
 from mmtrain.data.images.photo import Photo, Undecodable
@@ -136,6 +137,7 @@ class ImageShards:
         self._offsets = np.concatenate([shard.offsets for shard in shards])
         self._sizes = np.concatenate([shard.sizes for shard in shards])
         self.labels: NDArray[np.int64] = np.concatenate([shard.labels for shard in shards])
+        self._digests = [shard.samples_digest() for shard in shards] if train else []
         self._ends = np.cumsum(self.block_sizes)
         self.cache, self._files = cache, ShardFiles(shards, cache)
         first = self.paths[0]
@@ -152,6 +154,9 @@ class ImageShards:
 
     def __len__(self) -> int:
         return len(self._offsets)
+
+    def fingerprint(self) -> Fingerprint:
+        return {"indexes": self._digests, **({} if self.classes is None else {"classes": digest(self.classes)})}
 
     def fetch(self, indices: NDArray[np.int64], keys: NDArray[np.uint64] | None) -> Batch:
         return self.finish(self.load(indices, keys))

@@ -28,6 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from mmtrain.data.core.fingerprint import digest
 from mmtrain.data.images.cache import ShardCache, Unreachable, is_address
 from mmtrain.errors import UserError, os_errors
 from mmtrain.files import complete_or_absent
@@ -58,6 +59,10 @@ class ShardIndex:
 
     def __len__(self) -> int:
         return len(self.offsets)
+
+    def samples_digest(self) -> str:
+        """Of the names, sizes and labels of the samples, in their order; not of where they lie in the shard."""
+        return digest(self.keys.tolist(), self.sizes, self.labels, size=4)
 
     def changed_since(self, stat: os.stat_result) -> bool:
         """Whether the shard, as it is now, is another one than was indexed."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmtrain.data.core.fingerprint import Fingerprint, digest
 from mmtrain.data.series.panel import Panel, find_panel, open_panel
 from mmtrain.data.series.panel_inputs import (
     PanelInputs,
@@ -25,6 +26,9 @@ from mmtrain.log import logger
 
 if TYPE_CHECKING:
     from mmtrain.config import PanelDataConfig
+
+#: Series whose values are in the fingerprint, and the rows of each.
+_PROBED, _ROWS = 256, 4096
 
 
 class PanelWindows(Windows):
@@ -58,6 +62,25 @@ class PanelData(ForecastingData):
             rows=rows,
             stamps=self.panel.stamps(series, int(rows[0]), int(rows[-1]) + 1),
         )
+
+    def fingerprint(self) -> Fingerprint:
+        """A panel may be larger than memory: the values are those of some series, and the scalers of all."""
+        panel, rows, scalers = self.panel, self.borders[:, 0], self.inputs.scalers
+        some = np.linspace(0, len(panel) - 1, min(len(panel), _PROBED)).astype(np.int64).tolist()
+        return {
+            "columns": self.columns,
+            "known": self.known,
+            "static": list(self.static),
+            "series": len(panel),
+            "rows": int(rows.sum()),
+            "ids": digest(panel.ids.tolist()),
+            "lengths": digest(rows, panel.first if self.known else rows),
+            "scalers": digest(scalers.mean.astype(np.float32), scalers.std.astype(np.float32)),
+            "values": digest(*(panel.series(n)[: min(int(rows[n]), _ROWS)].astype(np.float32) for n in some)),
+            "inputs": digest(
+                self.inputs.static, self.inputs.mean.astype(np.float32), self.inputs.std.astype(np.float32)
+            ),
+        }
 
     def assets(self) -> dict[str, Any]:
         scalers = self.inputs.scalers

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmtrain.data.core.fingerprint import Fingerprint, digest
 from mmtrain.data.series.split import Scaler, Split, SplitRule, guess_split
 from mmtrain.data.series.table import SeriesTable, read_table
 from mmtrain.data.series.timeline import calendar_features, calendar_names, step_of
@@ -136,6 +137,16 @@ class SeriesData(ForecastingData):
     def _origin(self, series: int, rows: Int64s) -> WindowOrigin:
         stamps = None if self.table.stamps is None else self.table.stamps[rows]
         return WindowOrigin(self.columns, self.scaler, rows, stamps)
+
+    def fingerprint(self) -> Fingerprint:
+        rows = self.split.borders[0]
+        return {
+            "columns": self.columns,
+            "known": self.known,
+            "rows": rows,
+            "values": digest(self.table.values[:rows]),
+            "inputs": digest(self.inputs.matrix[:rows]),
+        }
 
     def assets(self) -> dict[str, Any]:
         step = None if self.table.stamps is None else step_of(self.table.stamps)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mmtrain.data.core.fingerprint import Fingerprint
 from mmtrain.data.series.split import Scaler
 from mmtrain.data.series.timeline import Stamps
 from mmtrain.errors import UserError
@@ -148,6 +149,10 @@ class ForecastingData(ABC):
 
     @abstractmethod
     def _origin(self, series: int, rows: Int64s) -> WindowOrigin: ...
+
+    @abstractmethod
+    def fingerprint(self) -> Fingerprint:
+        """The names of its columns, and digests of the rows that are trained on."""
 
     @abstractmethod
     def assets(self) -> dict[str, Any]:

@@ -261,7 +261,7 @@ def test_damaged_shards_and_samples(tmp_path: Path) -> None:
     raw = shard.read_bytes()
     for cut in (0, 700, 1024, len(raw) // 2):
         shard.write_bytes(raw[:cut])
-        with pytest.raises(UserError, match="truncated or not an uncompressed tar"):
+        with pytest.raises(UserError, match=r"empty|truncated"):
             list(read_samples(shard))
     with pytest.raises(UserError, match="cannot read the shard"):
         list(read_samples(tmp_path / "none.tar"))

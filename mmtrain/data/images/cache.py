@@ -125,7 +125,7 @@ class ShardCache:
             if attempt:
                 time.sleep(self.pause * 2 ** (attempt - 1))
             try:
-                got, found = self._copy(address, part)
+                got, found = self._copy(address, part, size)
             except FileNotFoundError as error:
                 raise Unreachable(f"{address}: there is no such file") from error
             except UserError:
@@ -152,12 +152,13 @@ class ShardCache:
             "again: mmtrain data index"
         )
 
-    def _copy(self, address: str, part: Path) -> tuple[int, str]:
-        """Bytes and SHA-256 of what came."""
+    def _copy(self, address: str, part: Path, size: int | None) -> tuple[int, str]:
+        """Bytes and SHA-256 of what came, which is not waited for beyond ``size`` or the length that was announced."""
         digest, got = hashlib.sha256(), 0
         with file_system(address).open(address, "rb") as source, open(part, "wb") as target:
             expected = getattr(source, "size", None)
-            while piece := source.read(_PIECE):
+            most = size if size is not None else expected
+            while (most is None or got <= most) and (piece := source.read(_PIECE)):
                 digest.update(piece)
                 got += target.write(piece)
             target.flush()

@@ -10,7 +10,6 @@ of the random numbers is ours.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,12 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmtrain.data.core.order import mix64
+from mmtrain.data.images.formats import MOST_PIXELS, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-#: The most pixels of an image: Pillow's own limit, beyond which it takes a file for an attack.
-MOST_PIXELS = 2 * (1024**3 // 4 // 3)
 
 _ORIENTATION = 0x0112  # the EXIF tag
 #: Colours that simplejpeg turns into RGB or grey. CMYK is left to Pillow, which knows Adobe's inverted ones.
@@ -49,9 +46,7 @@ def decode(content: bytes, channels: int = 3) -> Image:
         raise ValueError(f"images have 1 or 3 channels, not {channels}")
     mode = "RGB" if channels == 3 else "L"
     try:
-        image: Image.Image = Image.open(io.BytesIO(content))
-        if image.width * image.height > MOST_PIXELS:
-            raise ValueError(f"{image.width} × {image.height} pixels are more than {MOST_PIXELS}")
+        image: Image.Image = open_image(content)
         image.load()
         if orientation(content) != 1:
             image = ImageOps.exif_transpose(image)
@@ -64,17 +59,16 @@ def decode(content: bytes, channels: int = 3) -> Image:
     except MemoryError:
         raise
     except Exception as error:  # PIL's plugins raise almost anything for damaged files
-        raise ValueError(f"{type(error).__name__}: {error}") from error
+        told = type(error) is ValueError  # by open_image, or by a plugin in whole sentences
+        raise ValueError(str(error) if told else f"{type(error).__name__}: {error}") from error
 
 
 def orientation(content: bytes) -> int:
-    """How a JPEG is to be turned, by its EXIF tag of that name: 1 (not at all) to 8."""
-    if b"Exif\0\0" not in content[:4096]:
+    """How a JPEG or AVIF is to be turned, by its EXIF tag of that name: 1 (not at all) to 8."""
+    if b"Exif\0\0" not in content[:4096] and content[4:12] != b"ftypavif":
         return 1
-    from PIL import Image
-
     try:
-        found = Image.open(io.BytesIO(content)).getexif().get(_ORIENTATION, 1)
+        found = open_image(content).getexif().get(_ORIENTATION, 1)
     except Exception:  # a damaged tag turns nothing
         return 1
     return found if isinstance(found, int) and 1 <= found <= 8 else 1

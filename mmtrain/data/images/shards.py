@@ -17,7 +17,8 @@ from mmtrain.data.core.fingerprint import Fingerprint, digest
 from mmtrain.data.core.source import Batch, Empty, Fault
 from mmtrain.data.images.cache import ShardCache, Unreachable, file_system, is_address, said
 from mmtrain.data.images.photo import Photo, Undecodable
-from mmtrain.data.images.tar_index import Damaged, ShardIndex, index_shards
+from mmtrain.data.images.tar_index import ShardIndex, index_shards
+from mmtrain.data.images.tar_members import Damaged
 from mmtrain.data.images.transforms import build_transform, new_tensor
 from mmtrain.errors import UserError, nearest, os_errors
 from mmtrain.log import logger
@@ -255,7 +256,7 @@ def read_classes(meta: Path | str) -> list[str] | None:
     try:
         text = _text(meta)
         return None if text is None else [str(name) for name in json.loads(text)["classes"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f'{meta}: not readable as JSON with a list "classes" ({error}); prepare the dataset again'
         ) from error

@@ -17,12 +17,12 @@ import re
 import tarfile
 import threading
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from math import prod
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -30,14 +30,16 @@ from numpy.typing import NDArray
 
 from mmtrain.data.core.fingerprint import digest
 from mmtrain.data.images.cache import ShardCache, Unreachable, is_address
-from mmtrain.errors import UserError, os_errors
+from mmtrain.data.images.tar_members import CURE_SHARD, Damaged, open_shard, read_members
+from mmtrain.errors import os_errors
 from mmtrain.files import complete_or_absent
 from mmtrain.log import logger
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _FORMAT = 1
 _META_NAME = re.compile(r"__[^/]*__($|/)")  # WebDataset's own members
-_CURE_SHARD = "copy or prepare the shard again (mmtrain data prepare images --force)"
+#: The largest .cls or .json member that is read for its label, and the largest class number, which is that of FFCV too.
+_MOST_LABEL_BYTES, _MOST_LABEL = 1 << 24, 2**31 - 1
 #: numpy parses the header of an array as Python source, which Python 3.11 may not do in two threads at once: now and
 #: then it ends in "SystemError: AST constructor recursion depth mismatch" (python/cpython#106905).
 _parsing = threading.Lock()
@@ -67,10 +69,6 @@ class ShardIndex:
     def changed_since(self, stat: os.stat_result) -> bool:
         """Whether the shard, as it is now, is another one than was indexed."""
         return stat.st_size != self.bytes or (self.changed != 0 and stat.st_mtime_ns != self.changed)
-
-
-class Damaged(UserError):
-    """A shard that cannot be used as it is."""
 
 
 def index_path(shard: Path) -> Path:
@@ -152,9 +150,7 @@ class _Maker:
             if found is not None and not found.changed_since(stat) and (found.digest or not self.digest):
                 return found
             self.changed = found is None or found.changed_since(stat)
-        with os_errors(f"{shard}: cannot read the shard", kind=Damaged):
-            stream = shard.open("rb")
-        with stream:
+        with open_shard(shard) as stream:
             index = replace(_walk(shard, stream, self.skip), bytes=stat.st_size, changed=stat.st_mtime_ns)
             if self.digest:
                 stream.seek(0)
@@ -188,23 +184,39 @@ class _Maker:
 
 def _read(file: Path, shard: Path | str) -> ShardIndex | None:
     try:
-        with np.load(file, allow_pickle=False) as archive, _parsing:
-            known, size, changed = archive["stamp"].tolist()
-            if known != _FORMAT:
-                return None
-            found = ShardIndex(
-                shard,
-                archive["keys"],
-                archive["offsets"],
-                archive["sizes"],
-                archive["labels"],
-                bytes=size,
-                changed=0 if isinstance(shard, str) else changed,
-                digest=str(archive["digest"]) if "digest" in archive else "",
+        with zipfile.ZipFile(file) as archive:
+            most, names = file.stat().st_size, set(archive.namelist())
+            stamp, keys, offsets, sizes, labels, *rest = (
+                _array(archive, name, most)
+                for name in ("stamp", "keys", "offsets", "sizes", "labels", "digest")
+                if name != "digest" or "digest.npy" in names
             )
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        return None  # a damaged index is as good as a stale one
+        known, size, changed = (int(number) for number in stamp)
+        if known != _FORMAT:
+            return None
+        digest = str(rest[0]) if rest else ""
+    except Exception as error:  # zipfile and numpy raise almost anything; a damaged index is as good as a stale one
+        logger.debug("%s: not read: %s", file, error)
+        return None
+    stale = 0 if isinstance(shard, str) else changed
+    found = ShardIndex(shard, keys, offsets, sizes, labels, bytes=size, changed=stale, digest=digest)
     return found if _fits(found) else None
+
+
+def _array(archive: zipfile.ZipFile, name: str, most: int) -> NDArray[Any]:
+    """An array of an .npz whose file has ``most`` bytes, which bounds what is allocated. Raises ValueError."""
+    entry = archive.getinfo(f"{name}.npy")
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > most:
+        raise ValueError(f"{name} claims {entry.file_size} bytes, compressed")
+    with archive.open(entry) as stream:
+        version = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        with _parsing:
+            shape, fortran, dtype = read_header(stream)
+        content = stream.read(entry.file_size)
+    if dtype.kind not in "iU" or fortran or prod(shape) * dtype.itemsize != len(content):
+        raise ValueError(f"{name} claims {shape} of {dtype}, its file holds {len(content)} bytes")
+    return np.ndarray(shape, dtype, content)
 
 
 def _fits(index: ShardIndex) -> bool:
@@ -215,7 +227,8 @@ def _fits(index: ShardIndex) -> bool:
     if not index.keys.ndim == 1 == len({array.shape for array in (index.keys, *numbers)}):
         return False
     inside = (index.offsets <= index.bytes) & (index.sizes <= index.bytes - index.offsets)
-    return bool(inside.all()) and all(int(array.min(initial=0)) >= 0 for array in numbers)
+    positive = all(int(array.min(initial=0)) >= 0 for array in numbers)
+    return positive and bool(inside.all()) and int(index.labels.max(initial=0)) <= _MOST_LABEL
 
 
 def write_index(index: ShardIndex, target: Path) -> str:
@@ -240,8 +253,6 @@ class _Sample:
 
 def _walk(shard: Path | str, stream: BinaryIO, skip: bool) -> ShardIndex:
     """Read the headers of all members. With ``skip`` what is damaged is left out and told in ``fault``."""
-    size = os.fstat(stream.fileno()).st_size
-    stream.seek(0)
     samples: dict[str, _Sample] = {}
     faults: list[str] = []
 
@@ -251,44 +262,17 @@ def _walk(shard: Path | str, stream: BinaryIO, skip: bool) -> ShardIndex:
         faults.append(message.removeprefix(f"{shard}: "))
 
     try:
-        with tarfile.open(fileobj=stream, mode="r:") as archive:
-            for member in archive:
+        for member in read_members(shard, stream, damaged):
+            if not _META_NAME.match(member.name):
                 try:
-                    if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
-                        raise Damaged(
-                            f"{shard}: member {member.name!r} points outside of the archive. Nothing is ever extracted,"
-                            " but no tool for shards writes such names: check where the file comes from; "
-                            f"{_CURE_SHARD}"
-                        )
-                    if member.isfile() and not _META_NAME.match(member.name):
-                        _add(samples, shard, stream, member)
+                    _add(samples, shard, stream, member)
                 except Damaged as error:
                     damaged(str(error))
-                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-            _check_end(shard, stream, archive.offset)
-    except tarfile.TarError as error:
-        what = "is empty" if size == 0 else f"is truncated or not an uncompressed tar ({error})"
-        damaged(f"{shard}: the shard {what}; {_CURE_SHARD}")
     except Damaged as error:
         damaged(str(error))
-    except OSError as error:
-        raise Damaged(f"{shard}: cannot read the shard ({error.strerror})") from error
     if not samples:
-        damaged(f"{shard}: the shard holds no samples; {_CURE_SHARD}, or delete it")
-    return replace(_collect(shard, size, samples, damaged), fault="; ".join(faults))
-
-
-def _check_end(shard: Path | str, stream: BinaryIO, offset: int) -> None:
-    """tarfile takes a damaged or missing header after the first member for the end of the archive; we do not."""
-    if os.fstat(stream.fileno()).st_size - offset < tarfile.BLOCKSIZE:
-        raise Damaged(f"{shard}: the shard is truncated: its end-of-archive mark is missing; {_CURE_SHARD}")
-    stream.seek(offset)
-    while chunk := stream.read(1 << 20):
-        if chunk.strip(b"\0"):
-            raise Damaged(
-                f"{shard}: byte {offset} is followed by data that is no tar member (damaged, or several tars joined "
-                f"into one file); {_CURE_SHARD}"
-            )
+        damaged(f"{shard}: the shard holds no samples; {CURE_SHARD}, or delete it")
+    return replace(_collect(shard, samples, damaged), fault="; ".join(faults))
 
 
 def _add(samples: dict[str, _Sample], shard: Path | str, stream: BinaryIO, member: tarfile.TarInfo) -> None:
@@ -301,38 +285,40 @@ def _add(samples: dict[str, _Sample], shard: Path | str, stream: BinaryIO, membe
         return
     sample = samples.setdefault(key, _Sample())
     if getattr(sample, field) is not None:
-        raise Damaged(f"{shard}: sample {key!r} has two {field} members: keys must be unique; {_CURE_SHARD}")
+        raise Damaged(f"{shard}: sample {key!r} has two {field} members: keys must be unique; {CURE_SHARD}")
     if field == "image":
         sample.image = (member.offset_data, member.size)
         return
-    content = os.pread(stream.fileno(), member.size, member.offset_data)
-    if len(content) < member.size:
-        raise Damaged(f"{shard}: the shard is truncated within {member.name!r}; {_CURE_SHARD}")
+    if member.size > _MOST_LABEL_BYTES:
+        raise Damaged(f"{shard}: {member.name!r} has {member.size} bytes, more than are read for a label; {CURE_SHARD}")
+    with os_errors(f"{shard}: cannot read the shard", kind=Damaged):
+        content = os.pread(stream.fileno(), member.size, member.offset_data)
     try:
         label = json.loads(content)["label"] if field == "json" else int(content)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):  # RecursionError: JSON that is nested without end
         label = None
-    if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label <= _MOST_LABEL:
         if field == "json":
             return  # metadata without a label; .cls may hold it
-        raise Damaged(f"{shard}: {member.name!r} holds {content[:40]!r}: a .cls member is a class number 0, 1, ...")
+        raise Damaged(
+            f"{shard}: {member.name!r} holds {content[:40]!r}: a .cls member is a class number 0, 1, ... up to "
+            f"{_MOST_LABEL}"
+        )
     setattr(sample, field, label)
 
 
-def _collect(shard: Path | str, size: int, samples: dict[str, _Sample], damaged: Callable[[str], None]) -> ShardIndex:
+def _collect(shard: Path | str, samples: dict[str, _Sample], damaged: Callable[[str], None]) -> ShardIndex:
     whole: dict[str, tuple[int, int, int]] = {}  # key → offset, size, label
     for key, sample in samples.items():
         label = sample.cls if sample.cls is not None else sample.json
         if sample.image is None:
             suffixes = ", ".join("." + suffix for suffix in IMAGE_SUFFIXES)
-            damaged(f"{shard}: sample {key!r} has no image ({suffixes}); {_CURE_SHARD}")
+            damaged(f"{shard}: sample {key!r} has no image ({suffixes}); {CURE_SHARD}")
         elif label is None:
             damaged(
                 f'{shard}: sample {key!r} has no label: add a .cls member with the class number, or "label" to its '
-                f".json; {_CURE_SHARD}"
+                f".json; {CURE_SHARD}"
             )
-        elif sum(sample.image) > size:
-            damaged(f"{shard}: the shard is truncated within sample {key!r}; {_CURE_SHARD}")
         else:
             whole[key] = (*sample.image, label)
     offsets, sizes, labels = np.array(list(whole.values()), dtype=np.int64).reshape(-1, 3).T

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmtrain.data.images.formats import open_image
 from mmtrain.data.images.tar_index import IMAGE_SUFFIXES
+from mmtrain.data.images.tar_members import open_shard, read_members
 from mmtrain.errors import UserError
 
 _CURE = "copy or prepare the shard again"
@@ -36,37 +36,25 @@ class Detection:
 
 def read_samples(shard: str | Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Key and members (suffix → bytes) of each sample of a tar shard, in order. Raises UserError if it is damaged."""
-    try:
-        with tarfile.open(shard, "r:") as archive:
-            key, members = "", dict[str, bytes]()
-            for member in archive:
-                stream = archive.extractfile(member) if member.isfile() else None
-                if stream is None:
-                    continue
-                name = member.name.rpartition("/")[2]
-                here = member.name[: len(member.name) - len(name)] + name.partition(".")[0]
-                if members and here != key:
-                    yield key, members
-                    members = {}
-                key = here
-                members[name.partition(".")[2].lower()] = stream.read()
-            if os.path.getsize(shard) - archive.offset < tarfile.BLOCKSIZE:
-                raise tarfile.ReadError("its end-of-archive mark is missing")  # tarfile itself does not mind
-            if members:
+    with open_shard(shard) as stream:
+        key, members = "", dict[str, bytes]()
+        for member in read_members(shard, stream):
+            name = member.name.rpartition("/")[2]
+            here = member.name[: len(member.name) - len(name)] + name.partition(".")[0]
+            if members and here != key:
                 yield key, members
-    except tarfile.TarError as error:
-        raise UserError(f"{shard}: the shard is truncated or not an uncompressed tar ({error}); {_CURE}") from error
-    except OSError as error:
-        raise UserError(f"{shard}: cannot read the shard ({error.strerror or error})") from error
+                members = {}
+            key = here
+            members[name.partition(".")[2].lower()] = os.pread(stream.fileno(), member.size, member.offset_data)
+        if members:
+            yield key, members
 
 
 def read_mask(sample: Sample) -> tuple[bytes, NDArray[np.uint8]]:
     """The image's bytes, and the class number of each pixel (H, W), of a sample with a ``.seg.png``."""
-    from PIL import Image
-
     content = _member(sample, "seg.png", "mmtrain data prepare segmentation")
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(content) as image:
             if image.mode != "L":
                 raise ValueError(f"its pixels are {image.mode}, not grey")
             mask = np.array(image)
@@ -92,7 +80,7 @@ def read_detection(sample: Sample) -> tuple[bytes, Detection]:
             np.array(found["iscrowd"], dtype=np.bool_).reshape(count),
             list(found["segmentations"]),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f".json: not the annotations of an image ({error!r}); {_CURE}") from error
     return image_bytes(sample), detection
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
+from mmtrain.data.images.formats import open_image
 from mmtrain.data.images.photo import decode
 from mmtrain.errors import UserError, os_errors
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 QUALITY = 95
-_KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 class Item(NamedTuple):
@@ -110,7 +111,7 @@ def encode_image(item: Item, image_size: int | None, quality: int) -> tuple[str,
     content = item.content or read_file(item.path)
     try:
         image = decode(content)
-        with Image.open(io.BytesIO(content)) as header:
+        with open_image(content) as header:
             kind, mode = header.format or "", header.mode
     except ValueError as error:
         raise BadSample(item.path, f"the image cannot be decoded ({error})") from error
@@ -122,7 +123,7 @@ def encode_image(item: Item, image_size: int | None, quality: int) -> tuple[str,
         image = decode(content, channels=1)
     if not small and image_size is not None:
         image = image.resize(shrunk(full, image_size), Image.Resampling.BICUBIC)
-    lossy = kind == "JPEG"
+    lossy = kind in ("JPEG", "MPO", "AVIF")
     return ("jpg" if lossy else "png"), to_bytes(image, quality if lossy else None), full
 
 

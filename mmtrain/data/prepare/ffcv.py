@@ -7,7 +7,6 @@ draws which ones to compress. So: the same shards give the same bytes, and each 
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,12 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmtrain.data.ffcv.format import read_beton, require_ffcv
+from mmtrain.data.images.formats import open_image
 from mmtrain.data.images.photo import decode, orientation, uniform
 from mmtrain.data.images.shards import find_shards, read_classes
 from mmtrain.data.images.tar_index import ShardIndex, index_shards
+from mmtrain.data.images.tar_members import open_shard
 from mmtrain.data.prepare.output import FORMAT, Prepared, check_root, existing, prepared_folder, write_meta
 from mmtrain.data.prepare.pool import progress, run_jobs
-from mmtrain.errors import UserError, os_errors
+from mmtrain.errors import UserError
 
 SPLITS = ("train", "val", "test")
 WRITE_MODES = ("jpg", "raw", "proportion")
@@ -187,7 +188,7 @@ def encode_block(job: Job) -> Block:
     rows["f1"] = job.shard.labels
     sizes = np.zeros(len(job.shard), dtype=np.int64)
     encoder = _Encoder(job.encoding)
-    with open(job.target, "wb") as stream, _open(job.shard.path) as tar:
+    with open(job.target, "wb") as stream, open_shard(job.shard.path) as tar:
         pages = _Pages(stream, job.encoding.page_size)
         for place in range(len(job.shard)):
             name = f"{job.shard.path}, sample {str(job.shard.keys[place])!r}"
@@ -202,11 +203,6 @@ def encode_block(job: Job) -> Block:
                 raise UserError(f"{name}: the image cannot be stored ({error}); replace it in the source") from error
             sizes[place] = pages.size
     return Block(rows, sizes)
-
-
-def _open(path: Path | str) -> BinaryIO:
-    with os_errors(f"{path}: cannot read the shard"):
-        return open(path, "rb")
 
 
 class _Pages:
@@ -270,14 +266,13 @@ class _Encoder:
     def _can_stay(self, content: bytes, size: tuple[int, int]) -> bool:
         """Whether FFCV reads the file itself as PIL does: an upright JPEG in grey or YCbCr, not to be shrunk."""
         from ffcv.libffcv import imdecode
-        from PIL import Image
 
         most = self.encoding.max_resolution
         if self.encoding.jpeg_quality is not None or (most is not None and max(size) > most):
             return False
         if orientation(content) != 1:
             return False  # FFCV does not look at EXIF
-        with Image.open(io.BytesIO(content)) as header:
+        with open_image(content) as header:
             if header.format != "JPEG" or header.mode not in ("RGB", "L"):
                 return False
         width, height = size

@@ -53,7 +53,7 @@ def existing(
     try:
         meta: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         found = {**{key: meta.get(key) for key in made_as}, "source": meta["source"], **meta["settings"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{file}: not the meta.json of a prepared dataset ({error}); give --force or another --out"
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mmtrain.data.images.formats import open_image
 from mmtrain.data.prepare.encode import (
     QUALITY,
     BadSample,
@@ -73,11 +73,9 @@ class MaskEncoder:
 
 def read_numbers(path: str) -> NDArray[np.uint8]:
     """The class numbers (H, W) of a mask file: grey, or the places in a palette. Raises BadSample."""
-    from PIL import Image
-
     content = read_file(path)
     try:
-        image: Image.Image = Image.open(io.BytesIO(content))
+        image = open_image(content)
         image.load()
     except MemoryError:
         raise

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.config import RunConfig
+from mmtrain.data.images.formats import open_image
 from mmtrain.errors import SharedError
 from mmtrain.files import read_json_lines, write_atomically
 from mmtrain.runs.folder import RunFolder
@@ -168,9 +169,8 @@ class TensorBoard(BestEffortSink):
 
     def _image(self, name: str, path: Path, step: int) -> None:
         import numpy as np
-        from PIL import Image
 
-        with Image.open(path) as picture:
+        with open_image(path) as picture:
             self._writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
     def _finish(self) -> None:

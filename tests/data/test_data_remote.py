@@ -20,8 +20,9 @@ import pytest
 import torch
 
 from mmtrain.data.core.loader import eval_batches, train_batches
+from mmtrain.data.core.retry import Unreachable
 from mmtrain.data.images import cache as cache_module
-from mmtrain.data.images.cache import ShardCache, Unreachable
+from mmtrain.data.images.cache import ShardCache
 from mmtrain.data.images.shards import ImageShards, find_shards
 from mmtrain.data.images.tar_index import index_shards
 from mmtrain.errors import UserError

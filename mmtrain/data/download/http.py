@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import urljoin, urlsplit
 
+from mmtrain.data.core.retry import asked_pause, passes, pause_after
 from mmtrain.errors import UserError
 from mmtrain.files import write_atomically
 from mmtrain.log import logger
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     import requests
 
 _REDIRECTS = 5
-_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 _CHUNK = 1 << 16
 
 
@@ -87,7 +87,7 @@ def download(
                 best = max(best, _size(target))
                 if failures >= patience.attempts:
                     raise UserError(f"{url}: {fault} (tried {failures} times)") from fault
-                wait = max(patience.backoff * 2 ** (failures - 1), min(fault.wait, 30.0))
+                wait = pause_after(failures, patience.backoff, fault.wait)
                 logger.info("%s: %s; trying again in %g s", url, fault, wait)
                 time.sleep(wait)
             except OSError as error:  # what the network does has become _Again: this is the disk
@@ -173,9 +173,8 @@ class _Attempt:
     def judge(self, response: requests.Response, state: _State | None, offset: int) -> int | None:
         """Bytes that the body will have (None: not said), if this is the answer that was wanted."""
         code, headers = response.status_code, response.headers
-        if code in _AGAIN:
-            asked = headers.get("Retry-After", "")
-            raise _Again(f"the server answered {code} {response.reason}", float(asked) if asked.isdigit() else 0.0)
+        if passes(code):
+            raise _Again(f"the server answered {code} {response.reason}", asked_pause(headers.get("Retry-After")))
         if code == 416 and offset:
             discard(self.target)
             raise _Again("the server's file has changed")

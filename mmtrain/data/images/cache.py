@@ -5,29 +5,26 @@ Any address that fsspec knows will do: ``https://``, ``s3://`` (with s3fs), ``gs
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import threading
-import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from io import BufferedReader
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from mmtrain.data.core.retry import ATTEMPTS, Unreachable, persistently
 from mmtrain.errors import UserError, os_errors
 from mmtrain.files import exclusive
-from mmtrain.log import logger
 
-_ATTEMPTS = 4
 _PIECE = 1 << 20
+#: Bytes of a file whose length nobody tells, at least; more only if the cache may hold more.
+_UNTOLD = 1 << 30
 #: Seconds to connect, and without a byte, after which an attempt is given up.
 _CONNECT, _SILENCE = 20.0, 60.0
-
-
-class Unreachable(UserError):
-    """What an address holds cannot be had."""
 
 
 def is_address(path: object) -> bool:
@@ -41,7 +38,7 @@ class ShardCache:
     Args:
         folder: best on the node's own disk; all ranks of a node share it.
         limit: bytes kept; those used longest ago go first. What is open stays readable.
-        pause: seconds before the second attempt; each further one waits twice as long.
+        pause: seconds before the second attempt; each further one waits twice as long, or as long as the server asks.
     """
 
     def __init__(self, folder: Path, limit: int, pause: float = 1.0) -> None:
@@ -63,7 +60,7 @@ class ShardCache:
         target = self.place(address)
         if not fresh and self._good(target, size):
             return target
-        with os_errors(f"data.cache={self.folder}: cannot be written"):
+        with self._written():
             self.folder.mkdir(parents=True, exist_ok=True)
         with exclusive(target.with_name(target.name + ".lock"), wait=True, tell=False):
             if fresh or not self._good(target, size):  # another process may have fetched it meanwhile
@@ -73,7 +70,7 @@ class ShardCache:
 
     def open(self, address: str, *, size: int | None = None, digest: str = "", fresh: bool = False) -> BufferedReader:
         """The local file of ``fetch``, open: what is removed to make room stays readable."""
-        for _ in range(_ATTEMPTS):
+        for _ in range(ATTEMPTS):
             local = self.fetch(address, size=size, digest=digest, fresh=fresh)
             with suppress(FileNotFoundError):  # another process or thread has made room meanwhile
                 return open(local, "rb")
@@ -103,11 +100,8 @@ class ShardCache:
                 self.fetch(address, size=size, digest=digest)
 
     def size(self, address: str) -> int | None:
-        """Bytes behind ``address``; None where that is not told."""
-        try:
-            found = file_system(address).info(address).get("size")
-        except Exception as error:
-            raise Unreachable(f"{address}: cannot be reached ({said(error)})") from error
+        """Bytes behind ``address``; None where that is not told. Raises Unreachable."""
+        found = persistently(address, lambda: file_system(address).info(address), self.pause).get("size")
         return int(found) if found is not None else None
 
     def _good(self, target: Path, size: int | None) -> bool:
@@ -120,49 +114,48 @@ class ShardCache:
 
     def _download(self, address: str, target: Path, size: int | None, digest: str) -> None:
         part = target.with_name(target.name + ".part")
-        reason = ""
-        for attempt in range(_ATTEMPTS):
-            if attempt:
-                time.sleep(self.pause * 2 ** (attempt - 1))
+
+        def attempt() -> None:
             try:
                 got, found = self._copy(address, part, size)
-            except FileNotFoundError as error:
-                raise Unreachable(f"{address}: there is no such file") from error
-            except UserError:
-                raise
             except OSError as error:
-                if error.errno in (28, 122, 30, 13):  # full, over quota, read-only, forbidden: ours, not the network's
-                    raise UserError(f"data.cache={self.folder}: cannot be written ({error.strerror})") from error
-                reason = said(error)
-            except Exception as error:  # each kind of storage has its own
-                reason = said(error)
-            else:
-                if size is not None and got != size:
-                    reason = f"{got} bytes came, {size} were indexed"
-                elif digest and found != digest:
-                    reason = "its content is not what was indexed (SHA-256)"
-                else:
-                    os.replace(part, target)
-                    return
-            logger.debug("%s: attempt %d: %s", address, attempt + 1, reason)
-        with suppress(OSError):
-            part.unlink()
-        raise Unreachable(
-            f"{address}: could not be fetched in {_ATTEMPTS} attempts ({reason}). If the file was replaced, index it "
-            "again: mmtrain data index"
-        )
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # ours, not the network's
+                    with self._written():
+                        raise
+                raise
+            if size is not None and got != size:
+                raise OSError(f"{'more' if got > size else got} bytes came, {size} were indexed")
+            if digest and found != digest:
+                raise OSError("its content is not what was indexed (SHA-256)")
+
+        try:
+            persistently(address, attempt, self.pause)
+            os.replace(part, target)
+        except BaseException:
+            with suppress(OSError):
+                part.unlink()
+            raise
+
+    def _written(self) -> AbstractContextManager[None]:
+        return os_errors(f"data.cache={self.folder}: cannot be written")
 
     def _copy(self, address: str, part: Path, size: int | None) -> tuple[int, str]:
         """Bytes and SHA-256 of what came, which is not waited for beyond ``size`` or the length that was announced."""
         digest, got = hashlib.sha256(), 0
+        with self._written():
+            part.touch()
         with file_system(address).open(address, "rb") as source, open(part, "wb") as target:
             expected = getattr(source, "size", None)
-            most = size if size is not None else expected
-            while (most is None or got <= most) and (piece := source.read(_PIECE)):
+            most = next((known for known in (size, expected) if known is not None), max(self.limit, _UNTOLD))
+            while got <= most and (piece := source.read(_PIECE)):
                 digest.update(piece)
                 got += target.write(piece)
             target.flush()
             os.fsync(target.fileno())
+        if size is None and expected is None and got > most:
+            raise Unreachable(
+                f"{address}: sends more than the {most / 1e9:g} GB of data.cache_gb, without telling how much"
+            )
         if isinstance(expected, int) and got != expected:
             raise OSError(f"{got} of {expected} bytes came")
         return got, digest.hexdigest()
@@ -224,8 +217,3 @@ def file_system(address: str) -> Any:
     except ValueError as error:
         raise UserError(f"{address}: {error}") from error
     return known[scheme]
-
-
-def said(error: BaseException) -> str:
-    """An error of some library in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

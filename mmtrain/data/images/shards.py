@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from mmtrain.data.core.fingerprint import Fingerprint, digest
+from mmtrain.data.core.retry import Absent, Unreachable, persistently
 from mmtrain.data.core.source import Batch, Empty, Fault
-from mmtrain.data.images.cache import ShardCache, Unreachable, file_system, is_address, said
+from mmtrain.data.images.cache import ShardCache, file_system, is_address
 from mmtrain.data.images.photo import Photo, Undecodable
 from mmtrain.data.images.tar_index import ShardIndex, index_shards
 from mmtrain.data.images.tar_members import Damaged
@@ -25,6 +26,8 @@ from mmtrain.log import logger
 
 #: Samples after a faulty one that are tried in its place.
 _STAND_INS = 64
+#: Seconds before the second attempt to list a folder or to read meta.json behind an address.
+_PAUSE = 1.0
 Shard = Path | str  # a str is an address
 
 
@@ -66,10 +69,10 @@ def _listed(address: str) -> list[str]:
     """The shards below an address, where its storage can list them."""
     system = file_system(address)
     try:
-        found = system.glob(address.rstrip("/") + "/*.tar")
-    except Exception as error:  # each kind of storage has its own
+        found = persistently(address, lambda: system.glob(address.rstrip("/") + "/*.tar"), _PAUSE)
+    except Unreachable as error:
         raise Unreachable(
-            f"{address}: cannot be listed ({said(error)}); name its shards: shard-{{000..099}}.tar"
+            f"{error}. A folder that cannot be listed: name its shards, shard-{{000..099}}.tar"
         ) from error
     if not found:
         raise UserError(
@@ -256,6 +259,8 @@ def read_classes(meta: Path | str) -> list[str] | None:
     try:
         text = _text(meta)
         return None if text is None else [str(name) for name in json.loads(text)["classes"]]
+    except Unreachable:
+        raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f'{meta}: not readable as JSON with a list "classes" ({error}); prepare the dataset again'
@@ -266,13 +271,10 @@ def _text(file: Path | str) -> str | None:
     if isinstance(file, Path):
         return file.read_text(encoding="utf-8") if file.is_file() else None
     try:
-        return str(file_system(file).cat_file(file).decode("utf-8"))
-    except FileNotFoundError:
+        content: bytes = persistently(file, lambda: file_system(file).cat_file(file), _PAUSE)
+    except Absent:
         return None
-    except UserError:
-        raise
-    except Exception as error:  # each kind of storage has its own
-        raise Unreachable(f"{file}: cannot be read ({said(error)})") from error
+    return content.decode("utf-8")
 
 
 class ShardFiles:

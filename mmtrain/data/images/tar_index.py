@@ -29,7 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmtrain.data.core.fingerprint import digest
-from mmtrain.data.images.cache import ShardCache, Unreachable, is_address
+from mmtrain.data.core.retry import Unreachable
+from mmtrain.data.images.cache import ShardCache, is_address
 from mmtrain.data.images.tar_members import CURE_SHARD, Damaged, open_shard, read_members
 from mmtrain.errors import os_errors
 from mmtrain.files import complete_or_absent

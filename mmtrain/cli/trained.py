@@ -89,6 +89,7 @@ def eval_command(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     task = build_task(config)
+    task.check_assets(trained.assets, trained.folder)
     sources = {"train": task.train, "val": task.val, "test": task.test}
     source = sources.get(split)
     if source is None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+import numpy as np
+
 from mmtrain.config import DATA, ForecasterConfig, PanelDataConfig, SeriesDataConfig
 from mmtrain.config.data import (
     FFCVDataConfig,
@@ -105,8 +107,41 @@ def _open_stored(
             f"{data.root} has {found} classes, but model.num_classes is {num_classes}: set model.num_classes={found}"
         )
     held_out = {**options, "train": False, "augment": "none"}
+    val = split(data.val, **held_out)
     test = split(data.test, **held_out) if data.test else None
-    return Images(train, split(data.val, **held_out), test, train.classes)
+    for name, source in ((data.train, train), (data.val, val), (data.test, test)):
+        if source is not None:
+            _check_labels(source, num_classes)
+            if different := other_classes(train.classes, source.classes):
+                raise UserError(f"{data.root}: {name} has other classes than {data.train}: {different}")
+    return Images(train, val, test, train.classes)
+
+
+def _check_labels(source: ImageShards | BetonImages, num_classes: int) -> None:
+    labels = source.labels
+    if int(labels.max(initial=-1)) < num_classes:
+        return
+    bad, least, most = int(np.argmax(labels >= num_classes)), int(labels.min()), int(labels.max())
+    cure = (
+        "the labels begin at 1: number the classes from 0 when the shards are made"
+        if (least, most) == (1, num_classes)
+        else f"the largest label is {most}: set model.num_classes={most + 1}, or make the data again"
+    )
+    raise UserError(
+        f"{source.name_of(bad)}: label {labels[bad]}, but model.num_classes is {num_classes} and the first class is 0; "
+        f"{cure}"
+    )
+
+
+def other_classes(known: Sequence[str] | None, found: Sequence[str] | None) -> str:
+    """How the names ``found`` differ from those ``known``, in a few words; "" if they do not, or one is None."""
+    if known is None or found is None or list(known) == list(found):
+        return ""
+    if len(known) != len(found):
+        return f"{len(found)} of them, not {len(known)}"
+    places = [place for place, (one, other) in enumerate(zip(known, found, strict=True)) if one != other]
+    shown = [f"class {place} is {found[place]!r}, not {known[place]!r}" for place in places[:3]]
+    return "; ".join(shown) + (f"; ... ({len(places)} differ)" if len(places) > 3 else "")
 
 
 @DATA.implements(SeriesDataConfig)

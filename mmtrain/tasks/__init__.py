@@ -75,6 +75,9 @@ class Task(ABC):
     def check_batch(self, local: int) -> None:  # noqa: B027 - most tasks take any batch
         """Raise UserError when the task cannot train on batches of ``local`` samples a rank and micro-batch."""
 
+    def check_assets(self, assets: dict[str, Any], owner: str | Path) -> None:  # noqa: B027 - as above
+        """Raise UserError where this data means something else than that of the run or export ``owner``."""
+
     def build_model(self) -> nn.Module:
         """The model, on torch's default device; its weights are set by the trainer, from the seed or a checkpoint."""
         return build_model(self.config.model)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from mmtrain.config import TASKS, ClassificationConfig, ImageDataConfig, ImageModelConfig, RunConfig
 from mmtrain.data.core.order import mix64
 from mmtrain.data.images.transforms import generators_kept
-from mmtrain.data.open import open_images
+from mmtrain.data.open import open_images, other_classes
 from mmtrain.errors import UserError
+from mmtrain.log import logger
 from mmtrain.plotting.runs import draw_confusion
 from mmtrain.tasks import Batch, StepKey, Task
 from mmtrain.torchvision_compat import ensure_torchvision
@@ -63,6 +64,20 @@ class Classification(Task):
             raise UserError(
                 f"Mixup pairs the samples of a batch, and {local} per rank and micro-batch is odd: choose"
                 " train.batch_size so that an even number is left, or set task.mixup=0 task.cutmix=0"
+            )
+
+    def check_assets(self, assets: dict[str, Any], owner: str | Path) -> None:
+        known, data = assets.get("classes"), self.config.data
+        if not isinstance(known, list) or self.classes is None:
+            return
+        source = getattr(data, "root", data.kind)
+        numbers = [str(number) for number in range(len(known))]  # written where the data had no names
+        if known == numbers and set(self.classes) != set(numbers):
+            logger.warning("%s knows no names of classes: those of %s are not compared", owner, source)
+        elif found := other_classes(known, self.classes):
+            raise UserError(
+                f"{source} has other classes than {owner}: {found}. Their numbers mean other things, so no figure "
+                "would be right: give data with the same classes in the same order (meta.json lists them)"
             )
 
     def loss(self, model: nn.Module, batch: Batch, key: StepKey) -> Tensor:

@@ -274,3 +274,17 @@ def test_a_root_that_is_missing_or_not_set_is_told_apart(tmp_path: Path) -> None
         open_images(ShardsDataConfig(root=str(tmp_path / "nowhere")), 3, 0)
     with pytest.raises(UserError, match=r"data\.root: it is not set\. Make one with .*--out FOLDER"):
         open_images(ShardsDataConfig(), 3, 0)
+
+
+def test_labels_that_begin_at_one_are_named(make_tar: Callable, image_bytes: Callable, tmp_path: Path) -> None:
+    members = [
+        (f"{number}.{kind}", image_bytes() if kind == "png" else b"%d" % (1 + number % 2))
+        for number in range(4)
+        for kind in ("png", "cls")
+    ]
+    for split in ("train", "val"):
+        make_tar(members, f"{split}/a.tar")
+    config = ShardsDataConfig(root=str(tmp_path), image_size=8)
+    with pytest.raises(UserError, match=r"a\.tar, sample '1': label 2, but model\.num_classes is 2 .*begin at 1: num"):
+        open_images(config, 2, 0)
+    assert len(open_images(config, 3, 0).train) == 4

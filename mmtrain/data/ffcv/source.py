@@ -95,6 +95,10 @@ class BetonImages:
             **({} if self.classes is None else {"classes": digest(self.classes)}),
         }
 
+    def name_of(self, index: int) -> str:
+        """The file and the number of a sample."""
+        return f"{self.beton.path}, image number {index}"
+
     def fetch(self, indices: NDArray[np.int64], keys: NDArray[np.uint64] | None) -> Batch:
         # One thread: this may be a forked process, where parallel code must not run.
         engine = self._engine(1, True)

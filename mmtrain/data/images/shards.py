@@ -152,7 +152,7 @@ class ImageShards:
         if self.num_classes is not None and int(self.labels.max(initial=-1)) >= self.num_classes:
             bad = int(np.argmax(self.labels >= self.num_classes))
             raise UserError(
-                f"{self._name(bad)}: label {self.labels[bad]}, but meta.json lists {self.num_classes} classes "
+                f"{self.name_of(bad)}: label {self.labels[bad]}, but meta.json lists {self.num_classes} classes "
                 "(0 is the first): the shards and meta.json do not belong together; prepare the dataset again"
             )
 
@@ -217,7 +217,7 @@ class ImageShards:
                 self._note(other, error)
             else:
                 return photo, other
-        raise UserError(f"{self._name(index)}: cannot be used, and nor can the {_STAND_INS} samples after it")
+        raise UserError(f"{self.name_of(index)}: cannot be used, and nor can the {_STAND_INS} samples after it")
 
     def _photo(self, index: int) -> Photo:
         content = self._files.read(self._block(index), int(self._offsets[index]), int(self._sizes[index]))
@@ -230,19 +230,20 @@ class ImageShards:
             if not self.skip or not isinstance(error, Damaged | Unreachable):
                 raise error
             path = self.paths[self._block(index)]
-            self._faults.append(Fault(index, self._name(index), str(error).removeprefix(f"{path}: ")))
+            self._faults.append(Fault(index, self.name_of(index), str(error).removeprefix(f"{path}: ")))
             return
         if not self.skip:
             raise UserError(
-                f"{self._name(index)}: the image cannot be decoded ({error}); replace it in the source and prepare the "
-                "dataset again (mmtrain data prepare images --force), or leave such samples out: data.faults=skip"
+                f"{self.name_of(index)}: the image cannot be decoded ({error}); replace it in the source and prepare "
+                "the dataset again (mmtrain data prepare images --force), or leave such samples out: data.faults=skip"
             ) from error
-        self._faults.append(Fault(index, self._name(index), f"the image cannot be decoded ({error})"))
+        self._faults.append(Fault(index, self.name_of(index), f"the image cannot be decoded ({error})"))
 
     def _block(self, index: int) -> int:
         return int(np.searchsorted(self._ends, index, side="right"))
 
-    def _name(self, index: int) -> str:
+    def name_of(self, index: int) -> str:
+        """The shard and the key of a sample."""
         block = self._block(index)
         within = index - (int(self._ends[block - 1]) if block else 0)
         try:

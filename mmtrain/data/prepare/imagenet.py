@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.data.prepare.encode import QUALITY, ClassEncoder, Item, check_encoding, package_file, read_lines
-from mmtrain.data.prepare.images import SUFFIXES, check_classes, class_folders
+from mmtrain.data.prepare.folders import LeftOut, check_classes, class_folders, files_in, note_beside
 from mmtrain.data.prepare.output import Prepared, check_root, existing
 from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.errors import UserError
@@ -97,8 +97,11 @@ def prepare_imagenet(
             f"{layout.train}: folders that are no WNIDs: {', '.join(strange[:5])}; for other classes there is mmtrain "
             "data prepare images"
         )
-    train = _items(layout.train, classes)
-    val = _validation(layout, classes, given=val_labels is not None)
+    left = LeftOut()
+    note_beside(layout.train, classes, left)
+    train = _items(layout.train, classes, left)
+    val = _validation(layout, classes, left, given=val_labels is not None)
+    left.tell(root)
     if expect == "full":
         _check_full(layout, classes, train, val)
     elif not train:
@@ -144,39 +147,29 @@ def _file(path: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _validation(layout: _Layout, classes: list[str], *, given: bool) -> list[Item]:
+def _validation(layout: _Layout, classes: list[str], left: LeftOut, *, given: bool) -> list[Item]:
     if not layout.val.is_dir():
         if given:
             raise UserError(f"--val-labels: there is no folder {layout.val}")
         logger.warning("%s: no such folder, so there will be no validation images", layout.val)
         return []
-    folders, files = class_folders(layout.val), _images(layout.val)
+    folders = class_folders(layout.val)
+    files = files_in(layout.val, LeftOut() if folders else left)
     if not folders:
         return _flat(layout, files, classes)
     if files or given:
         what = "images beside class folders" if files else "class folders, which --val-labels is not for"
         raise UserError(f"{layout.val}: holds {what}: use the one or the other")
     check_classes(layout.val, folders, layout.train, classes)
-    return _items(layout.val, classes)
+    return _items(layout.val, classes, left)
 
 
-def _images(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(
-            entry.name
-            for entry in entries
-            if os.path.splitext(entry.name)[1].lower() in SUFFIXES
-            and not entry.name.startswith(".")
-            and entry.is_file()
-        )
-
-
-def _items(folder: Path, classes: Sequence[str]) -> list[Item]:
+def _items(folder: Path, classes: Sequence[str], left: LeftOut) -> list[Item]:
     return [
         Item(label, os.path.join(folder, name, file))
         for label, name in enumerate(classes)
         if (folder / name).is_dir()
-        for file in _images(folder / name)
+        for file in files_in(folder / name, left)
     ]
 
 

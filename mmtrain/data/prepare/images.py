@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mmtrain.data.images.formats import image_suffixes
 from mmtrain.data.prepare.encode import ClassEncoder, Item, check_encoding
+from mmtrain.data.prepare.folders import (
+    LeftOut,
+    check_classes,
+    class_folders,
+    image_files,
+    note_beside,
+    split_folders,
+)
 from mmtrain.data.prepare.output import Prepared, check_root, existing
 from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.errors import UserError
 from mmtrain.log import logger
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-_SPLIT_FOLDERS = {"val": ("val", "valid", "validation"), "test": ("test",)}
 
 
 def prepare_images(
@@ -32,6 +38,8 @@ def prepare_images(
 
     With one folder per class, ``val_fraction`` and ``test_fraction`` of each class are set aside by a hash of the file
     names. With ROOT/train the folders are the splits; only a missing ROOT/val is taken from train by ``val_fraction``.
+    The names of splits may have any case, and be training, valid, validation and testing. What is no image, hidden or
+    beside those folders is counted and told, and in meta.json as ``left_out``.
     ``image_size``: shrink images whose shorter side is longer than that (JPEG quality 95); otherwise files are stored
     as they are. ``workers``: processes (None: one per core, at most 8). A finished OUT is left alone; one that a killed
     or interrupted process began is completed.
@@ -52,7 +60,9 @@ def prepare_images(
     source = str(root.absolute())
     if (done := existing(out, source, settings, force=force)) is not None:
         return done
-    classes, splits = _find(root, val_fraction, test_fraction)
+    left = LeftOut()
+    classes, splits = _find(root, val_fraction, test_fraction, left)
+    left.tell(root)
     return write_dataset(
         out,
         splits,
@@ -63,62 +73,85 @@ def prepare_images(
         encoder=ClassEncoder(image_size),
         workers=workers,
         force=force,
+        summarise=lambda _: {"left_out": dict(left.counts)} if left.counts else {},
     )
 
 
-def _find(root: Path, val_fraction: float, test_fraction: float) -> tuple[list[str], dict[str, list[Item]]]:
-    if not (root / "train").is_dir():
-        classes = _classes(root)
-        return classes, stratify(root, _items(root, classes), val_fraction, test_fraction)
-    classes = _classes(root / "train")
-    splits = {"train": _items(root / "train", classes)}
-    for split, names in _SPLIT_FOLDERS.items():
-        folder = next((root / name for name in names if (root / name).is_dir()), None)
-        if folder is not None:
-            check_classes(folder, _classes(folder), root / "train", classes)
-            splits[split] = _items(folder, classes)
+def _find(
+    root: Path, val_fraction: float, test_fraction: float, left: LeftOut
+) -> tuple[list[str], dict[str, list[Item]]]:
+    folders = split_folders(root)
+    if "train" not in folders:
+        for split, folder in folders.items():
+            if class_folders(folder):
+                raise UserError(
+                    f"{root}: {folder.name} holds the folders of a {split} split, but there is no train folder: rename "
+                    f"one to train, or give --root {folder} to divide that one"
+                )
+        classes = _classes(root, left)
+        splits = stratify(root, _items(root, classes, left), val_fraction, test_fraction)
+        _check_set_aside(root, classes, splits, {"val": val_fraction, "test": test_fraction})
+        return classes, splits
+    note_beside(root, [folder.name for folder in folders.values()], left)
+    train = folders.pop("train")
+    classes = _classes(train, left)
+    splits = {"train": _items(train, classes, left)}
+    for split, folder in folders.items():
+        check_classes(folder, _classes(folder, left), train, classes)
+        splits[split] = _items(folder, classes, left, some_empty=True)
     if "val" not in splits and val_fraction > 0:
         logger.info("%s has no val folder: %g of train is set aside", root, val_fraction)
         splits |= stratify(root, splits["train"], val_fraction, 0.0)
+        _check_set_aside(root, classes, splits, {"val": val_fraction})
     return classes, {split: splits[split] for split in ("train", "val", "test") if splits.get(split)}
 
 
-def _classes(folder: Path) -> list[str]:
+def _check_set_aside(
+    root: Path, classes: Sequence[str], splits: Mapping[str, Sequence[Item]], asked: Mapping[str, float]
+) -> None:
+    """Raise UserError where a part that was asked for is empty; say how many classes have nothing in it."""
+    for split, fraction in asked.items():
+        if not fraction:
+            continue
+        there = {item.label for item in splits.get(split, ())}
+        if not there:
+            most = max(Counter(item.label for items in splits.values() for item in items).values())
+            raise UserError(
+                f"{root}: no class has more than {most} image(s), of which --{split}-fraction {fraction:g} sets none "
+                f"aside: give a larger part, or --{split}-fraction 0 to have no {split} split"
+            )
+        if lacking := [name for label, name in enumerate(classes) if label not in there]:
+            logger.warning(
+                "%s: %d of %d classes are too small for --%s-fraction %g, so have no image in %s: %s",
+                root,
+                len(lacking),
+                len(classes),
+                split,
+                fraction,
+                split,
+                ", ".join(lacking[:5]) + (", ..." if len(lacking) > 5 else ""),
+            )
+
+
+def _classes(folder: Path, left: LeftOut) -> list[str]:
     names = class_folders(folder)
     if not names:
         raise UserError(
             f"{folder}: no class folders: wanted is ROOT/CLASS/IMAGE or ROOT/{{train,val,test}}/CLASS/IMAGE"
         )
+    note_beside(folder, names, left)
     return names
 
 
-def class_folders(folder: Path) -> list[str]:
-    """The names of the folders in ``folder``, sorted; hidden ones are left out."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-
-
-def check_classes(folder: Path, found: Sequence[str], train: Path, classes: Sequence[str]) -> None:
-    """Raise UserError if ``folder`` has classes that the training images in ``train`` do not have."""
-    if unknown := sorted(set(found) - set(classes)):
-        raise UserError(f"{folder}: classes that {train} does not have: {', '.join(unknown[:5])}")
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The images in ``folder`` and in all folders below it, sorted; hidden ones are left out."""
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
-    )
-
-
-def _items(folder: Path, classes: Sequence[str]) -> list[Item]:
+def _items(folder: Path, classes: Sequence[str], left: LeftOut, *, some_empty: bool = False) -> list[Item]:
     items = []
     for label, name in enumerate(classes):
-        files = image_files(folder / name)
-        if not files and folder.name not in {name for names in _SPLIT_FOLDERS.values() for name in names}:
-            raise UserError(f"{folder / name}: no images of class {name!r} ({', '.join(sorted(SUFFIXES))})")
+        files = image_files(folder / name, left) if (folder / name).is_dir() else []
+        if not files and not some_empty:
+            there = f"; left out: {left}" if left.counts else ""
+            raise UserError(
+                f"{folder / name}: no images of class {name!r} ({', '.join(sorted(image_suffixes()))}){there}"
+            )
         items += [Item(label, str(file)) for file in files]
     if not items:
         raise UserError(f"{folder}: no images in its class folders")

@@ -26,13 +26,12 @@ from mmtrain.data.prepare.encode import (
     shrunk,
     to_bytes,
 )
-from mmtrain.data.prepare.images import image_files
+from mmtrain.data.prepare.folders import SPLIT_NAMES, LeftOut, image_files, split_folders
 from mmtrain.data.prepare.output import Prepared, check_root, existing
 from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.errors import UserError
 
 VOID = 255
-_SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test", "testing")}
 _LAYOUTS = "wanted is ROOT/images/train with ROOT/annotations/train, or ROOT/train with ROOT/trainannot"
 
 
@@ -152,24 +151,27 @@ def prepare_segmentation(
 
 def _find_masks(root: Path) -> dict[str, list[Item]]:
     check_root(root)
-    splits = {}
-    for split, names in _SPLITS.items():
-        for name in names:
-            for images, masks in (
-                (root / "images" / name, root / "annotations" / name),
-                (root / name, root / f"{name}annot"),
-            ):
-                if split not in splits and images.is_dir() and masks.is_dir():
-                    splits[split] = _pairs(images, masks)
-    if "train" not in splits:
+    pairs: dict[str, tuple[Path, Path]] = {}
+    if (root / "images").is_dir() and (root / "annotations").is_dir():
+        masks = split_folders(root / "annotations")
+        images = split_folders(root / "images")
+        pairs = {split: (folder, masks[split]) for split, folder in images.items() if split in masks}
+    for split, folder in split_folders(root).items():
+        beside = folder.with_name(f"{folder.name}annot")
+        if beside.is_dir():
+            pairs.setdefault(split, (folder, beside))
+    if "train" not in pairs:
         raise UserError(f"{root}: no training images with masks; {_LAYOUTS}")
-    return splits
+    left = LeftOut()
+    found = {split: _pairs(*pairs[split], left) for split in SPLIT_NAMES if split in pairs}
+    left.tell(root)
+    return found
 
 
-def _pairs(images: Path, masks: Path) -> list[Item]:
+def _pairs(images: Path, masks: Path, left: LeftOut) -> list[Item]:
     by_stem: dict[Path, dict[str, Path]] = {images: {}, masks: {}}
     for folder, found in by_stem.items():
-        for path in image_files(folder):
+        for path in image_files(folder, left):
             stem = path.relative_to(folder).with_suffix("").as_posix()
             if stem in found:
                 raise UserError(f"{path}: {found[stem].name} has the same stem: one of them must go")

@@ -62,8 +62,12 @@ def test_a_resume_compares_the_names(vision: Path, small: list[str], digits: Pat
     shutil.rmtree(tmp_path / "data")
     named(digits, tmp_path / "data", NAMES[::-1])
     (tmp_path / "run/result.json").unlink()
-    with pytest.raises(UserError, match=r"classes"):
+    with pytest.raises(UserError, match="the names or the order of the classes are others"):
         train(load_config(str(vision), small), tmp_path / "run")
+    (tmp_path / "run/data.json").rename(tmp_path / "data.json")  # as in a run of version 0.1.0
+    with pytest.raises(UserError, match=r"has other classes than .*run: class 0 is 'animal 9', not 'animal 0'"):
+        train(load_config(str(vision), small), tmp_path / "run")
+    (tmp_path / "data.json").rename(tmp_path / "run/data.json")
     shutil.rmtree(tmp_path / "data")
     named(digits, tmp_path / "data", NAMES)
     assert train(load_config(str(vision), small), tmp_path / "run").finished

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import shlex
 import subprocess
@@ -18,13 +17,13 @@ from mmtrain.cluster import requeue
 from mmtrain.cluster.task import SlurmTask
 from mmtrain.config import RunConfig, replace
 from mmtrain.errors import UserError
+from mmtrain.log import logger
 from mmtrain.runs import journal, slurm
 from mmtrain.runs.folder import RunFolder, run_path
 
 if TYPE_CHECKING:
     from mmtrain.plan import Plan
 
-logger = logging.getLogger("mmtrain")
 
 #: A job needs so many seconds to start and to take some steps, beside its margin.
 _LEAST = 30

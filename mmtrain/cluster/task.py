@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import socket
 import sys
@@ -17,13 +16,11 @@ from pathlib import Path
 
 from mmtrain.config import RunConfig
 from mmtrain.errors import UserError
-from mmtrain.log import log_to_console
+from mmtrain.log import log_to_console, logger
 from mmtrain.runs import journal, slurm
 from mmtrain.runs.folder import run_path
 from mmtrain.runs.journal import JobAttempt, newest_step
 from mmtrain.train.preemption import StopRequest
-
-logger = logging.getLogger("mmtrain")
 
 
 def run_training(config: RunConfig, run_dir: str | Path | None = None, debug: bool = False) -> None:

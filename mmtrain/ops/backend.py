@@ -26,10 +26,9 @@ from collections.abc import Iterator
 import torch
 
 from mmtrain.errors import UserError, nearest
+from mmtrain.log import logger
 from mmtrain.ops import upstream
 from mmtrain.ops.cpu import build, library
-
-logger = logging.getLogger("mmtrain")
 
 BACKENDS = ("auto", "reference", "parallel", "cpu", "triton", "mamba_ssm")
 #: Those for CUDA tensors.

@@ -8,7 +8,6 @@ choice depends on the processor and the sizes alone. ``MMTRAIN_LINEAR=auto|torch
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from math import prod
 from pathlib import Path
@@ -19,12 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmtrain.errors import UserError, nearest
+from mmtrain.log import logger
 from mmtrain.ops import backend
 from mmtrain.ops.cpu import library
 from mmtrain.ops.cpu.library import MatmulArgs
 from mmtrain.ops.registration import register
-
-logger = logging.getLogger("mmtrain")
 
 CHOICES = ("auto", "torch", "onednn")
 #: Multiplications below which the call costs more than it saves: about 10 µs at 100 GFLOP/s.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -19,10 +18,10 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from mmtrain.errors import SharedError, UserError
+from mmtrain.log import logger
 
 T = TypeVar("T")
 
-logger = logging.getLogger("mmtrain")
 
 #: The description of a process group whose collectives may wait longer than a step, because they run beside it.
 PATIENT = "mmtrain: patient"

@@ -18,7 +18,6 @@ has stopped changing. A rank whose main thread holds the GIL for ever is silent 
 from __future__ import annotations
 
 import faulthandler
-import logging
 import os
 import socket
 import threading
@@ -30,10 +29,9 @@ from types import TracebackType
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from mmtrain.log import logger
 from mmtrain.parallel.rank_status import Position, Status, describe_missing
 from mmtrain.parallel.ranks import Ranks, dump_flight_recorder, is_collective_error
-
-logger = logging.getLogger("mmtrain")
 
 #: Exit status of a rank that the watchdog ended: EX_TEMPFAIL of sysexits.h, "try again later".
 EXIT_HANG = 75

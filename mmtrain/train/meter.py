@@ -5,7 +5,6 @@ The places where a step spends its time are in ``timing.py``, its operations and
 
 from __future__ import annotations
 
-import logging
 import resource
 import statistics
 import sys
@@ -22,14 +21,13 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from mmtrain.config import RunConfig
+from mmtrain.log import logger
 from mmtrain.models.averaging import MixerStack, WeightedAverage
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.parallel.strategy import Strategy, to_local
 from mmtrain.tasks import Task
 from mmtrain.train.flops import Utilization
 from mmtrain.train.timing import StepTimer
-
-logger = logging.getLogger("mmtrain")
 
 #: The families of the averaging's weights, by (is the consumer a channel mixer, is the source one).
 _FAMILIES = {(False, False): "alpha", (False, True): "beta", (True, False): "theta", (True, True): "gamma"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -11,9 +10,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from mmtrain.log import logger
 from mmtrain.parallel.ranks import Ranks
-
-logger = logging.getLogger("mmtrain")
 
 #: In a run of more ranks, only the first and the last one trace: a trace has tens of megabytes.
 _ALL_RANKS = 8

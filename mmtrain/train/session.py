@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from contextlib import closing
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mmtrain.config import RunConfig
-from mmtrain.log import log_to_file
+from mmtrain.log import log_to_file, logger
 from mmtrain.parallel.build import check_strategy, needs_group, strategy_name
 from mmtrain.parallel.preflight import check_ranks
 from mmtrain.parallel.ranks import Ranks, collective_timeout, init_distributed, is_collective_error
@@ -23,8 +22,6 @@ from mmtrain.train.loop import Outcome, Trainer
 from mmtrain.train.optim import set_up_arithmetic
 from mmtrain.train.trackers.sinks import check_installed
 from mmtrain.train.trackers.tracker import Tracker
-
-logger = logging.getLogger("mmtrain")
 
 #: How many samples of each split a debug run looks at.
 _DEBUG_SAMPLES = 64

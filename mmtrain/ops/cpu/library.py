@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,8 @@ import torch  # before the library is loaded, so that both share torch's OpenMP 
 from torch import Tensor
 
 from mmtrain.errors import UserError, nearest
+from mmtrain.log import logger
 from mmtrain.ops.cpu import build
-
-logger = logging.getLogger("mmtrain")
 
 ISAS = ("auto", "avx512", "avx2", "baseline")
 CHUNK = 64  # kChunk: positions between two saved states

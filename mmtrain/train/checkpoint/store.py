@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import threading
@@ -27,11 +26,10 @@ import torch.distributed.checkpoint as dcp
 
 from mmtrain.errors import SharedError
 from mmtrain.files import sync
+from mmtrain.log import logger
 from mmtrain.parallel.ranks import PATIENT, Ranks
 from mmtrain.parallel.strategy import StateDict
 from mmtrain.train.checkpoint.tensor_files import Stage, write_tensors
-
-logger = logging.getLogger("mmtrain")
 
 MANIFEST, _STATE, _CONFIG = "manifest.json", "state.json", "config.yaml"
 

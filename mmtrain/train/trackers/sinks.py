@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import os
 import secrets
 import shutil
@@ -22,9 +21,8 @@ from mmtrain.config import RunConfig
 from mmtrain.data.images.formats import open_image
 from mmtrain.errors import SharedError
 from mmtrain.files import read_json_lines, write_atomically
+from mmtrain.log import logger
 from mmtrain.runs.folder import RunFolder
-
-logger = logging.getLogger("mmtrain")
 
 #: How long W&B may keep the run waiting for its server, in seconds: at the start, and for the last of its data at the
 #: end. The end is the shorter: a job that is preempted has little time. What is left stays in the run folder.

@@ -19,6 +19,7 @@ from rich.progress import Progress as RichProgress
 
 from mmtrain.config import RunConfig
 from mmtrain.files import read_json_lines
+from mmtrain.log import logger
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.plotting.runs import draw_curves
 from mmtrain.runs.folder import RunFolder
@@ -26,8 +27,6 @@ from mmtrain.tasks import Batch
 from mmtrain.train.meter import Meter
 from mmtrain.train.state import Schedule, TrainState
 from mmtrain.train.trackers.sinks import JsonLines, MetricSink, WandbRun, open_sinks
-
-logger = logging.getLogger("mmtrain")
 
 #: Away from a terminal, say how far we are at most this often, in seconds; redraw the curves at most this often.
 _PLAIN_EVERY, _CURVES_EVERY = 5.0, 30.0

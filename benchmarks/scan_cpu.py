@@ -13,6 +13,7 @@ Times are the median of several runs.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import statistics
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from mmtrain.ops import backend_report, scan_backend, selective_scan
-from mmtrain.ops.cpu.library import run_exponentials
+from mmtrain.ops.cpu.library import ExpRateArgs, loaded
 
 SIZES = [(224, 63, 64), (4, 3136, 192), (8, 196, 768)]  # Bt, L, D
 MORE_SIZES = [(448, 63, 64), (4000, 7, 64), (256, 192, 49)]
@@ -125,8 +126,9 @@ def print_peak_growth(name: str, which: str, *size: str) -> None:
 
 def exp_rate() -> float:
     """Exponentials a second of this machine, by the kernels' own code and threads."""
-    count = 2_000_000_000
-    return count / seconds(lambda: run_exponentials(count), budget=1.0)
+    count, total = 2_000_000_000, ctypes.c_double()
+    args = ExpRateArgs(count=count, sum=ctypes.addressof(total))
+    return count / seconds(lambda: loaded().call("exp_rate", args), budget=1.0)
 
 
 def main() -> None:

@@ -110,7 +110,7 @@ def write_tuned(device: torch.device) -> None:
         console.print(f"chunk {chunk} (tuning.CHUNK is {tuning.CHUNK}): backward {took * 1e3:.3f} ms")
     if not SMOKE:
         everything = dict(tuning.table())
-        tuning.write_table(everything | {arch: everything.get(arch, {}) | found})
+        tune.write_table(everything | {arch: everything.get(arch, {}) | found})
         console.print(f"written to {tuning.TABLE}")
 
 

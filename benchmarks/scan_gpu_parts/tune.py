@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -137,3 +140,16 @@ def _try(times: dict[Launch, float], launch: Launch, kernel: str, what: str, tim
         print(f"  {kernel} {what} {launch}: {type(error).__name__}: {error}"[:160])
         return
     print(f"  {kernel} {what} {launch}: {times[launch] * 1e3:.3f} ms", flush=True)
+
+
+def write_table(new: dict[str, dict[str, dict[str, Launch]]], path: Path = tuning.TABLE) -> None:
+    """Write ``new`` (as ``tuning.table`` gives it), one configuration a line."""
+    lines: list[str] = []
+    for arch, kernels in new.items():
+        inner: list[str] = []
+        for kernel, classes in kernels.items():
+            rows = [f'   "{name}": {json.dumps(asdict(entry))}' for name, entry in classes.items()]
+            inner.append(f'  "{kernel}": {{\n' + ",\n".join(rows) + "\n  }")
+        lines.append(f' "{arch}": {{\n' + ",\n".join(inner) + "\n }")
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    tuning.table.cache_clear()

@@ -75,25 +75,9 @@ def requested() -> str:
     return _override.get() or _checked(os.environ.get("MMTRAIN_SCAN", "").strip() or "auto", "MMTRAIN_SCAN")
 
 
-_fusing: contextvars.ContextVar[bool | None] = contextvars.ContextVar("mmtrain_fusing", default=None)
-
-
-@contextlib.contextmanager
-def fusion(enabled: bool) -> Iterator[None]:
-    """Whether mixers run as one operator in the ``with`` block, where there is one, or composed of several."""
-    token = _fusing.set(enabled)
-    try:
-        yield
-    finally:
-        _fusing.reset(token)
-
-
 @torch.compiler.assume_constant_result
 def fusing() -> bool:
-    """What ``fusion`` says, else ``MMTRAIN_FUSE`` (1 or 0), else True."""
-    chosen = _fusing.get()
-    if chosen is not None:
-        return chosen
+    """Whether mixers run as one operator, where there is one: ``MMTRAIN_FUSE`` (1 or 0), else True."""
     asked = os.environ.get("MMTRAIN_FUSE", "").strip() or "1"
     if asked not in {"0", "1"}:
         raise UserError(f"MMTRAIN_FUSE={asked!r} is neither 1 (mixers as one operator) nor 0 (composed of several)")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mmtrain.errors import SharedError, UserError
+from mmtrain.errors import SharedError, os_errors
 from mmtrain.parallel.ranks import Ranks
 
 #: Clocks may differ by so many seconds: the journal and the ages of files are compared between nodes.
@@ -77,13 +77,9 @@ def _reads_what_rank_0_wrote(ranks: Ranks, folder: Path) -> bool:
     path = folder / f".shared_{nonce}"
 
     def write() -> None:
-        try:
+        with os_errors(f"{folder} cannot be written on {socket.gethostname()}", "choose another run folder"):
             folder.mkdir(parents=True, exist_ok=True)
             path.write_text(nonce)
-        except OSError as error:
-            raise UserError(
-                f"{folder} cannot be written on {socket.gethostname()} ({error.strerror}): choose another run folder"
-            ) from None
 
     ranks.on_main(write)
     try:

@@ -70,13 +70,10 @@ def plan_run(
     asked = config.parallel.strategy
     steps = config.train.max_steps if dataset.samples is None else Schedule.of(config, dataset.samples).steps
     return Plan(
-        name=config.name,
-        model=config.model.name,
+        config=config,
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         gpu=chosen_gpu,
-        precision=config.train.precision,
-        checkpointing=config.train.checkpointing,
         parameters=planner.parameters,
         batch=batch,
         flops=costs.flops * batch.micros * world,
@@ -98,10 +95,10 @@ def cut_batch(config: RunConfig, world: int) -> BatchCut:
     batch, most = train.batch_size, train.micro_batch
     try:
         micros = micro_batches(config, world)
-        return BatchCut(batch, batch // (world * micros), micros)
+        return BatchCut(batch // (world * micros), micros)
     except UserError as error:
         samples = max(batch // (world * train.accumulation), 1)
-        return BatchCut(batch, min(samples, most or samples), train.accumulation, f"{error} (the run would be refused)")
+        return BatchCut(min(samples, most or samples), train.accumulation, f"{error} (the run would be refused)")
 
 
 @dataclass

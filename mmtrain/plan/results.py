@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from mmtrain.config import RunConfig
 from mmtrain.plan.dataset import Dataset
 from mmtrain.plan.roofline import ASSUMPTIONS, Gpu, StepTime
 from mmtrain.plan.strategies import Memory
@@ -28,7 +29,6 @@ class BatchCut:
     the share rounded down, but at least 1.
     """
 
-    total: int
     samples: int
     micros: int
     problem: str = ""
@@ -56,7 +56,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run of configuration ``name`` on ``nodes`` × ``gpus_per_node`` × ``gpu``.
+    """A run of ``config`` on ``nodes`` × ``gpus_per_node`` × ``gpu``.
 
     ``flops`` and ``scan_flops``: of one step over the whole global batch, forward and backward, with what is
     recomputed. ``choice``: the strategy that would be chosen, or None where none fits; ``reason`` and ``advice`` say
@@ -64,13 +64,10 @@ class Plan:
     the length of an epoch is not known.
     """
 
-    name: str
-    model: str
+    config: RunConfig
     nodes: int
     gpus_per_node: int
     gpu: Gpu
-    precision: str
-    checkpointing: str
     parameters: int
     batch: BatchCut
     flops: int
@@ -135,7 +132,7 @@ class Plan:
 def render(plan: Plan, width: int = 120) -> str:
     """The table, a row a strategy, and what follows from it."""
     heading = (
-        f"{plan.name}: {plan.model} on {plan.nodes} × {plan.gpus_per_node} × {plan.gpu.name}"
+        f"{plan.config.name}: {plan.config.model.name} on {plan.nodes} × {plan.gpus_per_node} × {plan.gpu.name}"
         f" ({plan.gpu.memory:g} GiB), GiB a rank"
     )
     table = Table("strategy", box=None, title=heading, title_justify="left", pad_edge=False)
@@ -164,14 +161,14 @@ def _gib(size: int) -> str:
 
 
 def _lines(plan: Plan) -> list[str]:
-    batch = plan.batch
+    batch, train = plan.batch, plan.config.train
     lines = [f"NOTE: {batch.problem}. The figures are for {batch.samples} samples."] if batch.problem else []
     lines += [f"left out: {name}: {why}" for name, why in plan.left_out.items()]
     lines += [
         f"model: {plan.parameters / 1e6:.2f} M parameters; a step of {plan.samples} samples takes {_flops(plan.flops)}"
         f" ({plan.scan_flops / max(plan.flops, 1):.0%} in scans), forward and backward",
         f"batch: {plan.samples} = {plan.world} ranks × {batch.micros} micro-batch{'' if batch.micros == 1 else 'es'} ×"
-        f" {batch.samples} samples; precision {plan.precision}, checkpointing {plan.checkpointing}",
+        f" {batch.samples} samples; precision {train.precision}, checkpointing {train.checkpointing}",
         _choice(plan),
     ]
     basis = plan.basis

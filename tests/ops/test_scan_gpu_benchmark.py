@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -40,3 +41,13 @@ def test_it_tunes_and_leaves_the_table_alone() -> None:
         assert f"default {kernel} " in done.stdout
     assert "chunk 8 " in done.stdout
     assert table.read_text() == before
+
+
+def test_the_table_is_written_as_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmtrain.ops.triton import tuning
+
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    tune = importlib.import_module("scan_gpu_parts.tune")
+    path = tmp_path / "table.json"
+    tune.write_table(tuning.table(), path)
+    assert path.read_text() == tuning.TABLE.read_text()

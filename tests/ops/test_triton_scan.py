@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -45,14 +44,6 @@ def test_every_entry_of_the_launch_table_is_usable() -> None:
             tuning.lookup(kernel, name, "sm_90")
     with pytest.raises(ValueError, match="256"):
         tuning.state_class(257)
-
-
-def test_the_table_is_written_as_it_is_read(tmp_path: Path) -> None:
-    from mmtrain.ops.triton import tuning
-
-    path = tmp_path / "table.json"
-    tuning.write_table(tuning.table(), path)
-    assert path.read_text() == tuning.TABLE.read_text()
 
 
 def test_overrides_end() -> None:

@@ -81,6 +81,15 @@ def _ett(stem: str, sha256: str, digest: str) -> Dataset:
     )
 
 
+def _wide(name: str, rows: int, columns: int, last: str, license: str, measured: str) -> Dataset:
+    sources = (
+        Source(f"{_LAI}{name}/{name}.txt.gz", "table.gz", limit=256 * MIB),
+        Source(f"{_THUML}{name}/{name}.csv", limit=512 * MIB),
+    )
+    first, note = "2016-07-01 02:00:00", f"the stamps are the benchmark's; the measurements are of {measured}"
+    return Dataset(name, name, rows, _numbered(columns), first, last, HOUR, sources, license, _LSTNET, note=note)
+
+
 _DATASETS = (
     _ett(
         "ETTh1",
@@ -121,37 +130,21 @@ _DATASETS = (
         irregular=2,
         note="-9999 stands for missing values in wv, max. PAR and OT, as in the published benchmark",
     ),
-    Dataset(
-        "electricity",
+    _wide(
         "electricity",
         26304,
-        _numbered(321),
-        "2016-07-01 02:00:00",
+        321,
         "2019-07-02 01:00:00",
-        HOUR,
-        (
-            Source(f"{_LAI}electricity/electricity.txt.gz", "table.gz", limit=256 * MIB),
-            Source(f"{_THUML}electricity/electricity.csv", limit=512 * MIB),
-        ),
         "CC BY 4.0 (UCI ElectricityLoadDiagrams20112014)",
-        _LSTNET,
-        note="the stamps are the benchmark's; the measurements are of 2012 to 2014",
+        "2012 to 2014",
     ),
-    Dataset(
-        "traffic",
+    _wide(
         "traffic",
         17544,
-        _numbered(862),
-        "2016-07-01 02:00:00",
+        862,
         "2018-07-02 01:00:00",
-        HOUR,
-        (
-            Source(f"{_LAI}traffic/traffic.txt.gz", "table.gz", limit=256 * MIB),
-            Source(f"{_THUML}traffic/traffic.csv", limit=512 * MIB),
-        ),
         "none stated (California Department of Transportation, PeMS)",
-        _LSTNET,
-        note="the stamps are the benchmark's; the measurements are of 2015 and 2016",
+        "2015 and 2016",
     ),
     Dataset(
         "exchange",

@@ -194,13 +194,6 @@ class KernelLibrary:
             raise MemoryError(f"mmtrain kernel {name}: out of memory for scratch buffers")
 
 
-def run_exponentials(count: int) -> float:
-    """Compute ``count`` exponentials by all of torch's threads, for benchmarks; returns a sum of some of them."""
-    total = ctypes.c_double()
-    loaded().call("exp_rate", ExpRateArgs(count=count, sum=ctypes.addressof(total)))
-    return total.value
-
-
 @dataclass(frozen=True)
 class LoadResult:
     """The library and how it came about, or why there is none.

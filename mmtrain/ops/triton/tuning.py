@@ -12,7 +12,7 @@ import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -89,19 +89,6 @@ def table() -> dict[str, dict[str, dict[str, Launch]]]:
         }
         for arch, kernels in raw.items()
     }
-
-
-def write_table(new: dict[str, dict[str, dict[str, Launch]]], path: Path = TABLE) -> None:
-    """Write ``new`` (as of :func:`table`), one configuration a line."""
-    lines: list[str] = []
-    for arch, kernels in new.items():
-        inner: list[str] = []
-        for kernel, classes in kernels.items():
-            rows = [f'   "{name}": {json.dumps(asdict(entry))}' for name, entry in classes.items()]
-            inner.append(f'  "{kernel}": {{\n' + ",\n".join(rows) + "\n  }")
-        lines.append(f' "{arch}": {{\n' + ",\n".join(inner) + "\n }")
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    table.cache_clear()
 
 
 def state_class(state: int) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +17,6 @@ from torch import Tensor
 from mmtrain.models.mixers import ImageChannelMixer, ImageTokenMixer, SequenceMixer
 from mmtrain.models.s6 import S6
 from mmtrain.models.tsm2 import TimeMixer
-from mmtrain.ops.backend import fusion
 
 
 def influence(module: Callable[[Tensor], Tensor], x: Tensor, axis: int) -> Tensor:
@@ -77,7 +78,7 @@ def test_the_cross_scan_restores_any_grid(height: int, width: int, fused: bool) 
     """Sums of four equal numbers and a quarter are exact, and so is the comparison up to the convolution's rounding."""
     mixer, x = ImageTokenMixer(3), torch.randn(2, height, width, 3)
     silence(*mixer.ssm)
-    with torch.no_grad(), fusion(fused):
+    with torch.no_grad(), patch.dict(os.environ, MMTRAIN_FUSE=str(int(fused))):
         torch.testing.assert_close(merged(mixer, x), convolved(mixer, x), rtol=1e-5, atol=2e-5)
 
 
@@ -91,7 +92,7 @@ def test_each_scan_follows_its_own_order(alive: int, by_column: bool, turned: bo
     def scan(x: Tensor) -> Tensor:
         return mixer._scan([x.view(2, height, width, -1)]).flatten(1, 2)
 
-    with fusion(fused):
+    with patch.dict(os.environ, MMTRAIN_FUSE=str(int(fused))):
         found = influence(scan, torch.randn(2, height * width, 6), axis=1)
     rows, columns = range(height), range(width)
     order = [i * width + j for j in columns for i in rows] if by_column else list(range(height * width))
@@ -106,7 +107,7 @@ def test_each_scan_follows_its_own_order(alive: int, by_column: bool, turned: bo
 def test_the_channel_mixers_windows_restore_any_grid(height: int, width: int, window: int, fused: bool) -> None:
     """S6 the identity and the convolutions' taps (0, …, 0, 1): then only the SiLU after them is left."""
     mixer, x = ImageChannelMixer(3, window=window), torch.randn(2, height, width, 3)
-    with torch.no_grad(), fusion(fused):
+    with torch.no_grad(), patch.dict(os.environ, MMTRAIN_FUSE=str(int(fused))):
         for conv in cast(Any, mixer.scans[0]).conv:
             conv.weight.zero_()
             conv.weight[..., -1] = 1

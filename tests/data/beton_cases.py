@@ -43,10 +43,11 @@ class Made:
 
 
 def make_shards(folder: Path, splits: dict[str, list[bytes]], shard_size: int) -> Path:
+    from mmtrain.data.prepare.origin import Origin
     from mmtrain.data.prepare.writer import Item, write_dataset
 
     items = {split: [Item(n % 3, content=c) for n, c in enumerate(contents)] for split, contents in splits.items()}
-    return write_dataset(folder, items, CLASSES, "made up", {}, shard_size=shard_size).out
+    return write_dataset(folder, items, CLASSES, Origin("made up"), {}, shard_size=shard_size).out
 
 
 def make(folder: Path, splits: dict[str, list[bytes]], *, shard_size: int = 6, **options: Any) -> Made:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from mmtrain.data.prepare import writer
 from mmtrain.data.prepare.encode import ClassEncoder, Item
 from mmtrain.data.prepare.images import prepare_images
+from mmtrain.data.prepare.origin import Origin
 from mmtrain.data.prepare.writer import Finished, Ledger, write_dataset
 from mmtrain.errors import UserError
 from mmtrain.files import exclusive
@@ -233,7 +234,7 @@ def bad_items(tmp_path: Path) -> list[Item]:
 
 def write(tmp_path: Path, items: list[Item], **options: Any) -> writer.Prepared:
     return write_dataset(
-        tmp_path / "out", {"train": items}, ["a", "b"], "made up", {}, encoder=ClassEncoder(), **options
+        tmp_path / "out", {"train": items}, ["a", "b"], Origin("made up"), {}, encoder=ClassEncoder(), **options
     )
 
 

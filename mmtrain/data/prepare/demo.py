@@ -14,6 +14,7 @@ import numpy as np
 
 from mmtrain.data.prepare.encode import Item, package_file, to_bytes
 from mmtrain.data.prepare.images import stratify
+from mmtrain.data.prepare.origin import Origin
 from mmtrain.data.prepare.output import Prepared, existing
 from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.data.series.table import read_frame, regularity
@@ -35,7 +36,7 @@ def prepare_digits(out: str | Path, image_size: int = 32, *, force: bool = False
         raise UserError(f"--image-size {image_size}: 8 pixels or more")
     out = Path(out).expanduser()
     settings = {"image_size": image_size}
-    if (done := existing(out, SOURCE, settings, force=force)) is not None:
+    if (done := existing(out, Origin(SOURCE), settings, force=force)) is not None:
         return done
     try:
         from sklearn.datasets import load_digits
@@ -49,7 +50,7 @@ def prepare_digits(out: str | Path, image_size: int = 32, *, force: bool = False
         items.append(Item(int(label), content=to_bytes(large, None)))
     splits = stratify(Path(), items, val_fraction=0.1, test_fraction=0.2)
     classes = [str(name) for name in digits.target_names]
-    return write_dataset(out, splits, classes, SOURCE, settings, shard_size=SHARD_SIZE, force=force)
+    return write_dataset(out, splits, classes, Origin(SOURCE), settings, shard_size=SHARD_SIZE, force=force)
 
 
 COLUMNS = ("clouds_all", "rain_1h", "snow_1h", "temp", "traffic_volume")

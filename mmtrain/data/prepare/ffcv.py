@@ -22,6 +22,7 @@ from mmtrain.data.images.photo import decode, orientation, uniform
 from mmtrain.data.images.shards import find_shards, read_classes
 from mmtrain.data.images.tar_index import ShardIndex, index_shards
 from mmtrain.data.images.tar_members import open_shard
+from mmtrain.data.prepare.origin import Origin
 from mmtrain.data.prepare.output import FORMAT, Prepared, check_root, existing, prepared_folder, write_meta
 from mmtrain.data.prepare.pool import progress, run_jobs
 from mmtrain.errors import UserError
@@ -97,8 +98,8 @@ def prepare_beton(
     counts = {split: sum(map(len, shards)) for split, shards in splits.items()}
     encoding = Encoding(write_mode, max_resolution, jpeg_quality, compress_probability, page_size << 20)
     settings = {**encoding._asdict(), "page_size": page_size, "samples": counts}
-    source = str(root.absolute())
-    if (done := existing(out, source, settings, force=force)) is not None:
+    origin = Origin.of(root)
+    if (done := existing(out, origin, settings, force=force)) is not None:
         return done
     require_ffcv()
     classes = read_classes(root / "meta.json")
@@ -106,7 +107,7 @@ def prepare_beton(
         **({} if classes is None else {"classes": classes}),
         "counts": counts,
         "blocks": {split: [len(shard) for shard in shards] for split, shards in splits.items()},
-        "source": source,
+        **origin.to_meta(),
         "settings": settings,
         "format": FORMAT,
     }

@@ -16,6 +16,7 @@ from typing import Any
 
 from mmtrain.data.prepare.encode import QUALITY, ClassEncoder, Item, check_encoding, package_file, read_lines
 from mmtrain.data.prepare.folders import LeftOut, check_classes, class_folders, files_in, note_beside
+from mmtrain.data.prepare.origin import Origin
 from mmtrain.data.prepare.output import Prepared, check_root, existing
 from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.errors import UserError
@@ -85,8 +86,8 @@ def prepare_imagenet(
         "shard_size": shard_size,
         "val_labels": None if val_labels is None else str(layout.val_labels),
     }
-    source = str(root.absolute())
-    if (done := existing(out, source, settings, force=force)) is not None:
+    origin = Origin.of(root, val_labels)
+    if (done := existing(out, origin, settings, force=force)) is not None:
         return done
     classes = class_folders(layout.train)
     if not classes:
@@ -111,7 +112,7 @@ def prepare_imagenet(
         out,
         {"train": train, "val": val} if val else {"train": train},
         classes,
-        source,
+        origin,
         settings,
         shard_size=shard_size,
         encoder=ClassEncoder(image_size, quality),

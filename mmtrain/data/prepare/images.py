@@ -17,6 +17,7 @@ from mmtrain.data.prepare.folders import (
     note_beside,
     split_folders,
 )
+from mmtrain.data.prepare.origin import Origin
 from mmtrain.data.prepare.output import Prepared, check_root, existing
 from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.errors import UserError
@@ -57,8 +58,8 @@ def prepare_images(
         "val_fraction": val_fraction,
         "test_fraction": test_fraction,
     }
-    source = str(root.absolute())
-    if (done := existing(out, source, settings, force=force)) is not None:
+    origin = Origin.of(root)
+    if (done := existing(out, origin, settings, force=force)) is not None:
         return done
     left = LeftOut()
     classes, splits = _find(root, val_fraction, test_fraction, left)
@@ -67,7 +68,7 @@ def prepare_images(
         out,
         splits,
         classes,
-        source,
+        origin,
         settings,
         shard_size=shard_size,
         encoder=ClassEncoder(image_size),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmtrain.data.prepare.origin import Origin
 from mmtrain.data.prepare.output import Prepared
 from mmtrain.data.prepare.panel_writer import Layout, Series, write_panel
 from mmtrain.data.prepare.tables import batches, numbers_of, rows_of, schema_of
@@ -63,7 +64,7 @@ def prepare_m5(root: str | Path, out: str | Path, *, days: int = 28, force: bool
     return write_panel(
         Path(out).expanduser(),
         lambda part: (layout, _series(root, calendar)),
-        source=str(root.absolute()),
+        origin=Origin.of(root),
         settings={"m5": True},
         split=split,
         missing="keep",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmtrain.data.prepare.origin import PATHS, Origin, same_path
 from mmtrain.errors import UserError, os_errors
 from mmtrain.files import exclusive, write_atomically
 from mmtrain.log import logger
@@ -37,11 +38,18 @@ def check_root(root: Path, out: Path | None = None) -> None:
 
 
 def existing(
-    out: Path, source: str, settings: Mapping[str, Any], *, force: bool, kind: str | None = None, format: int = FORMAT
+    out: Path,
+    origin: Origin,
+    settings: Mapping[str, Any],
+    *,
+    force: bool,
+    kind: str | None = None,
+    format: int = FORMAT,
 ) -> Prepared | None:
-    """The dataset at ``out`` if it is complete and was made from ``source`` with these settings.
+    """The dataset at ``out`` if it is complete and was made from ``origin`` with these settings.
 
-    None without one, or with ``force``. ``kind`` and ``format``: what meta.json must say too.
+    None without one, or with ``force``. ``kind`` and ``format``: what meta.json must say too. A source that lies at
+    another place by now is the same one if its content is.
 
     Raises:
         UserError: for a dataset of another source or with other settings; it lists all that differs.
@@ -57,10 +65,13 @@ def existing(
         raise UserError(
             f"{file}: not the meta.json of a prepared dataset ({error}); give --force or another --out"
         ) from error
-    wanted = {"source": source, **settings, **made_as}
-    different = [f"{key} {found.get(key)!r}, not {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
-    if different:
-        raise UserError(f"{out}: holds a dataset made with {'; '.join(different)}; give --force or another --out")
+    wanted = {"source": origin.name, **settings, **made_as}
+    other = [key for key in wanted if found.get(key) != wanted[key]]
+    other = [key for key in other if key not in PATHS or not same_path(found.get(key), wanted[key])]
+    moved = bool(other) and all(key in PATHS and found.get(key) is not None for key in other)
+    if other and not (moved and origin.matches(meta)):
+        different = "; ".join(f"{key} {found.get(key)!r}, not {wanted[key]!r}" for key in other)
+        raise UserError(f"{out}: holds a dataset made with {different}; give --force or another --out")
     return Prepared(out, meta, fresh=False)
 
 

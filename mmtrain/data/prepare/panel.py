@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmtrain.data.prepare.origin import Origin
 from mmtrain.data.prepare.output import Prepared
 from mmtrain.data.prepare.panel_long import open_long
 from mmtrain.data.prepare.panel_writer import Layout, Series, write_panel
@@ -103,7 +104,7 @@ def prepare_panel(
     return write_panel(
         Path(out).expanduser(),
         source,
-        source=str(root.absolute()),
+        origin=Origin.of(root, calendar),
         settings=settings,
         split=split,
         missing=missing,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mmtrain.data.prepare.origin import Origin
 from mmtrain.data.prepare.output import Prepared, existing, prepared_folder, write_meta
 from mmtrain.data.series.panel import FORMAT, KIND, open_panel
 from mmtrain.data.series.panel_inputs import fit_scalers
@@ -252,7 +253,7 @@ def write_panel(
     out: Path,
     open_source: Callable[[Path], tuple[Layout, Iterator[Series]]],
     *,
-    source: str,
+    origin: Origin,
     settings: Mapping[str, Any],
     split: SplitRule,
     missing: str,
@@ -264,12 +265,12 @@ def write_panel(
     ``open_source``: from a folder for temporary files, what the panel has, and its series as a stream.
     """
     settings = {**settings, "split": split.to_json()}
-    if (done := existing(out, source, settings, force=force, kind=KIND, format=FORMAT)) is not None:
+    if (done := existing(out, origin, settings, force=force, kind=KIND, format=FORMAT)) is not None:
         return done
     with prepared_folder(out, force=force) as part:
         layout, series = open_source(part)
         writer = PanelWriter(part, layout, missing=missing, shard_bytes=shard_bytes)
         for one in series:
             writer.add(one)
-        meta = writer.finish(split, {"source": source, "settings": settings})
+        meta = writer.finish(split, {**origin.to_meta(), "settings": settings})
     return Prepared(out, meta, fresh=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from mmtrain.data.prepare.encode import (
     to_bytes,
 )
 from mmtrain.data.prepare.folders import SPLIT_NAMES, LeftOut, image_files, split_folders
+from mmtrain.data.prepare.origin import Origin
 from mmtrain.data.prepare.output import Prepared, check_root, existing
 from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.errors import UserError
@@ -124,8 +126,8 @@ def prepare_segmentation(
         "ignore": list(voids),
         "zero_is_void": zero_is_void,
     }
-    source = str(root.absolute())
-    if (done := existing(out, source, settings, force=force)) is not None:
+    origin = Origin.of(root)
+    if (done := existing(out, origin, settings, force=force)) is not None:
         return done
 
     def summarise(pixels: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
@@ -137,7 +139,7 @@ def prepare_segmentation(
         out,
         _find_masks(root),
         [],
-        source,
+        origin,
         settings,
         shard_size=shard_size,
         encoder=MaskEncoder(image_size, quality, None if names is None else len(names), voids, zero_is_void),
@@ -223,9 +225,10 @@ def prepare_coco(
     given = {"train": (Path(images).expanduser(), Path(annotations).expanduser())}
     if val_images is not None and val_annotations is not None:
         given["val"] = (Path(val_images).expanduser(), Path(val_annotations).expanduser())
-    source = "; ".join(f"{folder.absolute()}, {file.absolute()}" for folder, file in given.values())
+    named = "; ".join(", ".join(map(os.path.realpath, pair)) for pair in given.values())
+    origin = Origin(named, tuple(path for pair in given.values() for path in pair))
     settings = {"shard_size": shard_size}
-    if (done := existing(out, source, settings, force=force)) is not None:
+    if (done := existing(out, origin, settings, force=force)) is not None:
         return done
     contents = {split: _read_annotations(file) for split, (_, file) in given.items()}
     categories = _categories(contents["train"], given["train"][1])
@@ -239,7 +242,7 @@ def prepare_coco(
         out,
         splits,
         [name for _, name in categories],
-        source,
+        origin,
         settings,
         shard_size=shard_size,
         encoder=BoxEncoder(),

@@ -21,6 +21,7 @@ import numpy as np
 from mmtrain.data.core.order import mix64
 from mmtrain.data.images.tar_index import index_shard
 from mmtrain.data.prepare.encode import BadSample, ClassEncoder, Encoder, Item
+from mmtrain.data.prepare.origin import Origin
 from mmtrain.data.prepare.output import FORMAT, Prepared, prepared_folder, write_meta
 from mmtrain.data.prepare.pool import progress, run_jobs
 from mmtrain.errors import UserError, os_errors
@@ -42,7 +43,7 @@ def write_dataset(
     out: Path,
     splits: Mapping[str, Sequence[Item]],
     classes: Sequence[str],
-    source: str,
+    origin: Origin,
     settings: Mapping[str, Any],
     *,
     shard_size: int,
@@ -63,7 +64,7 @@ def write_dataset(
     if shard_size < 1:
         raise UserError(f"--shard-size {shard_size}: samples in a shard, 1 or more")
     encoder = encoder or ClassEncoder()
-    recipe = recipe_digest(source, {**settings, "format": FORMAT}, splits)
+    recipe = recipe_digest(origin.name, {**settings, "format": FORMAT}, splits)
     with prepared_folder(out, force=force, recipe=recipe, keep=keep) as part:
         ledger = Ledger(part)
         known, jobs = ledger.read(), []
@@ -91,7 +92,7 @@ def write_dataset(
         meta = {
             "classes": list(classes),
             "counts": {split: sum(entry.samples for entry in entries) for split, entries in of_split.items()},
-            "source": source,
+            **origin.to_meta(),
             "settings": dict(settings),
             "format": FORMAT,
         }

@@ -20,6 +20,17 @@ Run = Annotated[str, typer.Argument(help="A run folder, such as runs/vim2_digits
 Out = Annotated[Path, typer.Option(help="Folder to write; it appears only when it is complete.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out.")]
 Workers = Annotated[int | None, typer.Option(help="Processes (default: one per core, at most 8).")]
+Separator = Annotated[
+    str | None,
+    typer.Option(help="Between the fields of a CSV: a character, or comma, semicolon, tab, pipe (default: found out)."),
+]
+Decimal = Annotated[str | None, typer.Option(help="The decimal mark of a CSV: . or , (default: found out).")]
+TimeFormat = Annotated[
+    str | None,
+    typer.Option(
+        help="How dates are written: codes such as %d/%m/%Y, or s, ms, us, ns since 1970 (default: found out)."
+    ),
+]
 Checkpoint = Annotated[str, typer.Option(help="best, last or a step.")]
 
 #: Of every typer application: no completion, no rich markup, no tracebacks of typer's own.

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 import typer
 
-from mmtrain.cli.common import Checkpoint, Overrides, Run
+from mmtrain.cli.common import Checkpoint, Decimal, Overrides, Run, Separator, TimeFormat
 from mmtrain.config import load_config
+from mmtrain.data.series.files import TableFormat
 from mmtrain.errors import UserError, os_errors
 from mmtrain.export import export_trained
 from mmtrain.inference import TrainedModel, classify, forecast, forecast_panel, load_trained
@@ -35,6 +36,15 @@ def predict_command(
     missing: Annotated[
         str, typer.Option(help="Holes in the series: error, ffill, interpolate, zero or mask.")
     ] = "error",
+    duplicates: Annotated[
+        str | None,
+        typer.Option(
+            help="Repeated times in the series: error, keep_first, keep_last, mean, keep_all (default: the run's)."
+        ),
+    ] = None,
+    separator: Separator = None,
+    decimal: Decimal = None,
+    time_format: TimeFormat = None,
     checkpoint: Checkpoint = "best",
 ) -> None:
     """Classify images (top 5 with probabilities), or forecast a series (CSV and a picture)."""
@@ -50,17 +60,18 @@ def predict_command(
     else:
         if len(files) != 1:
             raise UserError(f"a forecast takes one file, not {len(files)}")
-        _forecast(trained, files[0], out or Path(), back, missing)
+        form = TableFormat(separator, decimal, time_format, duplicates)
+        _forecast(trained, files[0], out or Path(), back, missing, form)
 
 
-def _forecast(trained: TrainedModel, path: Path, out: Path, back: int, missing: str) -> None:
+def _forecast(trained: TrainedModel, path: Path, out: Path, back: int, missing: str, form: TableFormat) -> None:
     made: Forecast | PanelForecast
     if path.is_dir():
         made = forecast_panel(trained, path, back, missing)
         left_out = f" ({made.left_out} too short for the look-back)" if made.left_out else ""
         name, what = path.resolve().name, f"{len(made.ids)} series{left_out}"
     else:
-        made = forecast(trained, path, back, missing)
+        made = forecast(trained, path, back, missing, form)
         name, what = path.stem, f"{len(made.columns)} variates"
     stem = out / f"{name}_forecast"
     with os_errors(f"--out {out}: cannot be written"):

@@ -97,7 +97,21 @@ class SeriesDataConfig(DataConfig):
     last: list[int] | None = Field(None, description="split=last: the last steps of validation and of test.")
     columns: list[str] | None = Field(None, description="Selects and orders the variates; null: all columns.")
     time_column: str | None = Field(
-        None, description="The column of the dates; null: the first named date, datetime, timestamp or time."
+        None,
+        description="The column of the dates; null: the first named date, datetime, timestamp or time, or else"
+        " the first column if it holds dates; none: no times.",
+    )
+    separator: str | None = Field(
+        None, description="Between the fields of a CSV: a character, or comma, semicolon, tab, pipe; null: found out."
+    )
+    decimal: Literal[".", ","] | None = Field(None, description="The decimal mark of a CSV; null: found out.")
+    time_format: str | None = Field(
+        None,
+        description="How dates are written: codes such as `%d/%m/%Y %H:%M`, or s, ms, us, ns for numbers since 1970;"
+        " null: found out from the whole column.",
+    )
+    duplicates: Literal["error", "keep_first", "keep_last", "mean", "keep_all"] = Field(
+        "error", description="Several rows with one time are an error, become one row, or all stay as they come."
     )
     missing: Literal["error", "ffill", "interpolate", "zero", "mask"] = Field(
         "error",

@@ -25,6 +25,7 @@ from mmtrain.data.ffcv.source import BetonImages, open_beton
 from mmtrain.data.images.cache import default_cache, is_address
 from mmtrain.data.images.shards import ImageShards
 from mmtrain.data.images.synthetic import SyntheticImages
+from mmtrain.data.series.files import TableFormat
 from mmtrain.data.series.panel_source import load_panel
 from mmtrain.data.series.split import SplitRule
 from mmtrain.data.series.table_source import load_series
@@ -159,6 +160,7 @@ def _open_table(data: SeriesDataConfig, model: ForecasterConfig) -> ForecastingD
         known=data.known,
         calendar=data.calendar,
         known_steps=known_steps(model.auxiliary.steps, model.lookback, model.horizon),
+        form=TableFormat.of(data),
     )
 
 

@@ -14,6 +14,7 @@ from mmtrain.config import TSM2Config
 from mmtrain.data.series.panel import Panel, find_panel, open_panel
 from mmtrain.data.series.panel_inputs import PanelInputs, PanelScalers, StaticColumn, fit_scalers, unpack
 from mmtrain.data.series.split import Scaler, check_scaler
+from mmtrain.data.series.times import shown
 from mmtrain.errors import UserError
 from mmtrain.inference.folder import ASSETS
 from mmtrain.inference.trained import TrainedModel
@@ -30,7 +31,8 @@ _BATCH = 256
 class PanelForecast:
     """``past`` (S, L, C), ``values`` (S, H, C) and ``truth`` (S, H, C; NaN where not known), in units of the data.
 
-    ``stamps`` (S, H): times of the forecasts, or None for a panel without times. ``left_out``: series too short.
+    ``stamps`` (S, H): times of the forecasts (in UTC where there is a ``zone``), or None for a panel without times.
+    ``left_out``: series too short.
     """
 
     ids: list[str]
@@ -40,13 +42,15 @@ class PanelForecast:
     truth: NDArray[np.float64]
     stamps: NDArray[np.datetime64] | None
     left_out: int
+    zone: str | None = None
 
     def table(self) -> pd.DataFrame:
         """One row for each series and step: id, date (or the number of the step), a column for each target."""
         import pandas as pd  # starts slowly, and most uses of a model need none
 
         series, steps, _ = self.values.shape
-        time = np.tile(np.arange(1, steps + 1), series) if self.stamps is None else self.stamps.reshape(-1)
+        steps_of = pd.Index(np.tile(np.arange(1, steps + 1), series))
+        time = steps_of if self.stamps is None else shown(self.stamps.reshape(-1), self.zone)
         head = {"id": np.repeat(self.ids, steps), "step" if self.stamps is None else "date": time}
         return pd.DataFrame({**head, **{name: self.values[:, :, i].ravel() for i, name in enumerate(self.columns)}})
 
@@ -104,6 +108,7 @@ def forecast_panel(trained: TrainedModel, folder: Path, back: int = 0, missing: 
         truth,
         stamps,
         len(panel) - len(chosen),
+        panel.zone,
     )
 
 

@@ -15,10 +15,12 @@ from torch import Tensor
 from mmtrain.config import ForecasterConfig, SeriesDataConfig
 from mmtrain.data.images.photo import decode
 from mmtrain.data.images.transforms import build_transform
+from mmtrain.data.series.files import TableFormat
 from mmtrain.data.series.split import Scaler
 from mmtrain.data.series.table import SeriesTable, read_table
 from mmtrain.data.series.table_source import build_matrix
 from mmtrain.data.series.timeline import continued, step_of
+from mmtrain.data.series.times import shown
 from mmtrain.data.series.windows import known_batch
 from mmtrain.errors import UserError
 from mmtrain.inference.folder import ASSETS
@@ -64,7 +66,8 @@ class Forecast:
     past: NDArray[np.float64]
     values: NDArray[np.float64]
     truth: NDArray[np.float64] | None
-    stamps: NDArray[np.datetime64] | None
+    stamps: NDArray[np.datetime64] | None  # in UTC where there is a zone
+    zone: str | None = None
 
     def table(self) -> pd.DataFrame:
         """One row for each step: its date, where there are times, and a column for each variate."""
@@ -72,20 +75,24 @@ class Forecast:
 
         table = pd.DataFrame(self.values, columns=self.columns)
         if self.stamps is not None:
-            table.insert(0, "date", self.stamps[-len(self.values) :])
+            table.insert(0, "date", shown(self.stamps[-len(self.values) :], self.zone))
         return table
 
     def draw(self, path: Path) -> None:
         """History, forecast and what is known of the truth."""
-        draw_forecast(path, self.columns, self.past, self.values, truth=self.truth, stamps=self.stamps)
+        stamps = None if self.stamps is None else shown(self.stamps, self.zone).tz_localize(None).to_numpy()
+        draw_forecast(path, self.columns, self.past, self.values, truth=self.truth, stamps=stamps)
 
 
 @torch.no_grad()
-def forecast(trained: TrainedModel, path: Path, back: int = 0, missing: str = "error") -> Forecast:
+def forecast(
+    trained: TrainedModel, path: Path, back: int = 0, missing: str = "error", form: TableFormat | None = None
+) -> Forecast:
     """Forecast the series in ``path`` from ``back`` rows before its end; those rows, where known, are the truth.
 
     Columns that the model knows in advance must be given for the horizon too: in rows at the end of the file that leave
-    the other columns empty, or with ``back``. ``missing``: as ``data.missing``.
+    the other columns empty, or with ``back``. ``missing``: as ``data.missing``. ``form``: how the file
+    is written, in what differs from the run's.
 
     Raises:
         UserError: for a model that makes no forecasts, a file with too few rows, or other columns than those that the
@@ -99,10 +106,16 @@ def forecast(trained: TrainedModel, path: Path, back: int = 0, missing: str = "e
     data = cast(SeriesDataConfig, trained.config.data)
     try:
         table = read_table(
-            path, columns=data.columns, missing=missing, time_column=data.time_column, known=beside["columns"]
+            path,
+            columns=data.columns,
+            missing=missing,
+            time_column=data.time_column,
+            known=beside["columns"],
+            form=TableFormat.of(data).but(form),
         )
     except UserError as error:  # what is a key in training is a flag here
-        raise UserError(str(error).replace("data.missing=", "--missing ")) from None
+        text = str(error).replace("data.missing=", "--missing ").replace("data.duplicates=", "--duplicates ")
+        raise UserError(text) from None
     _check_columns(path, list(table.columns), known)
     trained.check_step(path, None if table.stamps is None else step_of(table.stamps))
     values = table.values[:, [list(table.columns).index(name) for name in known]]
@@ -128,9 +141,9 @@ def forecast(trained: TrainedModel, path: Path, back: int = 0, missing: str = "e
     truth = values[end : end + horizon] if back else None
     if truth is not None and len(truth) < horizon:
         truth = np.concatenate([truth, np.full((horizon - len(truth), len(known)), np.nan)])
-    stamps = None if table.stamps is None else continued(table.stamps, end + horizon)
-    shown = None if stamps is None else stamps[end - lookback : end + horizon]
-    return Forecast(list(known), past, scaler.inverse(made), truth, shown)
+    stamps = None if table.stamps is None else continued(table.stamps, end + horizon, table.zone)
+    covered = None if stamps is None else stamps[end - lookback : end + horizon]
+    return Forecast(list(known), past, scaler.inverse(made), truth, covered, table.zone)
 
 
 def _check_columns(path: Path, there: list[str], known: list[str]) -> None:
@@ -164,6 +177,6 @@ def _known_until(
             "last row: add rows at the end with them and leave the other columns empty, or use --back"
         )
     known = np.empty((max(rows, stop), 0)) if table.known is None else table.known
-    whole = replace(table, stamps=None if table.stamps is None else continued(table.stamps, len(known)))
+    whole = replace(table, stamps=None if table.stamps is None else continued(table.stamps, len(known), table.zone))
     matrix = build_matrix(whole, list(saved["calendar"]), known, scaler)
     return known_batch(matrix[None, stop - steps : stop], variates)

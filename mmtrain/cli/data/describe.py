@@ -12,10 +12,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mmtrain.cli.common import Decimal, Separator, TimeFormat
 from mmtrain.cli.data.series import Dates, Last, Ratios, SplitName, split_rule
 from mmtrain.data.prepare.panel import ID_NAMES, prepare_panel
 from mmtrain.data.prepare.tables import SUFFIXES, schema_of
 from mmtrain.data.series.describe import PanelReport, describe_panel, describe_table, draw_panel, draw_table
+from mmtrain.data.series.files import TableFormat
 from mmtrain.data.series.panel import Panel, is_panel, open_panel
 from mmtrain.data.series.split import SplitRule
 from mmtrain.errors import UserError, os_errors
@@ -28,6 +30,12 @@ def describe_command(
     root: Annotated[Path | None, typer.Option(help="Where names are looked up (default: MMTRAIN_DATA).")] = None,
     id: Annotated[str | None, typer.Option(help="A panel's id column (default: id, unique_id, series_id...).")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the series, with the splits marked, to this PNG.")] = None,
+    time: Annotated[
+        str | None, typer.Option(help="The time column, or none (default: found by its name, or the first of dates).")
+    ] = None,
+    separator: Separator = None,
+    decimal: Decimal = None,
+    time_format: TimeFormat = None,
     split: SplitName = None,
     ratios: Ratios = None,
     dates: Dates = None,
@@ -38,32 +46,37 @@ def describe_command(
     A panel is a folder that `mmtrain data prepare panel` wrote, or files which that command can read: these are
     prepared into a temporary folder first, so all of it is checked.
     """
-    rule = split_rule(split, ratios, dates, last)
+    rule, form = split_rule(split, ratios, dates, last), TableFormat(separator, decimal, time_format)
     if plot is not None and plot.suffix.lower() != ".png":
         raise UserError(f"--plot {plot}: the name of the picture must end in .png")
     path = Path(file).expanduser()
-    if path.is_dir() or id is not None or _has_ids(path):
-        _describe_panel(path, id, plot, rule)
+    if path.is_dir() or id is not None or _has_ids(path, form):
+        _describe_panel(path, id, plot, rule, form, time)
     else:
-        _describe_table(file, root, plot, rule)
+        _describe_table(file, root, plot, rule, form, time)
 
 
-def _has_ids(path: Path) -> bool:
+def _has_ids(path: Path, form: TableFormat) -> bool:
     if not path.is_file() or path.suffix.lower() not in SUFFIXES or not path.stat().st_size:
         return False
-    return any(name.strip().lower() in ID_NAMES for name in schema_of(path).names)
+    return any(name.strip().lower() in ID_NAMES for name in schema_of(path, form).names)
 
 
-def _describe_table(file: str, root: Path | None, plot: Path | None, rule: SplitRule | None) -> None:
-    report = describe_table(file, root)
+def _describe_table(
+    file: str, root: Path | None, plot: Path | None, rule: SplitRule | None, form: TableFormat, time: str | None
+) -> None:
+    report = describe_table(file, root, form, time)
     console = Console()
     console.print(f"{report.path}: {report.rows} rows, {len(report.columns)} columns", highlight=False)
     if report.time_column is None:
         console.print("no time column", highlight=False)
+    elif report.note:
+        console.print(f"{report.time_column}: {report.note}", highlight=False)
     else:
         console.print(
             f"{report.time_column}: {report.first} to {report.last}, step {report.step}; {report.duplicates} repeated, "
-            f"{report.irregular} irregular, {report.unreadable} unreadable",
+            f"{report.irregular} irregular, {report.unreadable} unreadable"
+            + (f", {report.backward} before an earlier one" if report.backward else ""),
             highlight=False,
         )
     table = Table("column", "holds", "holes", "min", "mean", "max")
@@ -72,16 +85,19 @@ def _describe_table(file: str, root: Path | None, plot: Path | None, rule: Split
         table.add_row(column.name, column.kind, str(column.holes), *figures)
     console.print(table)
     if plot is not None:
-        _draw(plot, lambda: draw_table(plot, report, rule))
+        _draw(plot, lambda: draw_table(plot, report, rule, form))
 
 
-def _describe_panel(path: Path, id: str | None, plot: Path | None, rule: SplitRule | None) -> None:
+def _describe_panel(
+    path: Path, id: str | None, plot: Path | None, rule: SplitRule | None, form: TableFormat, time: str | None
+) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = path
         if not is_panel(path):
             folder = Path(scratch) / "panel"
             given = rule or SplitRule("ratio", parts=(0.7, 0.1, 0.2))
-            prepare_panel(path, folder, split=given, id_column=id, duplicates="last")
+            column = None if time == "none" else time or "date"
+            prepare_panel(path, folder, split=given, id_column=id, time_column=column, duplicates="last", form=form)
         panel = open_panel(folder)
         report = describe_panel(panel, path)
         _print_panel(panel, report)

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from mmtrain.cli.common import Force, Out
+from mmtrain.cli.common import Decimal, Force, Out, Separator, TimeFormat
 from mmtrain.data.prepare.demo import prepare_traffic
 from mmtrain.data.prepare.m5 import prepare_m5
 from mmtrain.data.prepare.output import Prepared
 from mmtrain.data.prepare.panel import prepare_panel
+from mmtrain.data.series.files import TableFormat
 from mmtrain.data.series.split import SplitRule
 from mmtrain.errors import UserError
 
@@ -80,6 +81,9 @@ def panel_command(
     duplicates: Annotated[
         str, typer.Option(help="A time twice in a series: error, or last (the last row counts).")
     ] = "error",
+    separator: Separator = None,
+    decimal: Decimal = None,
+    time_format: TimeFormat = None,
     split: SplitName = None,
     ratios: Ratios = None,
     dates: Dates = None,
@@ -112,6 +116,7 @@ def panel_command(
         step=step,
         missing=missing,
         duplicates=duplicates,
+        form=TableFormat(separator, decimal, time_format),
         shard_mb=shard_mb,
         force=force,
     )

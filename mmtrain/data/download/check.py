@@ -24,7 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmtrain.data.download.registry import Dataset
-from mmtrain.data.series.table import find_time_column, numbers_in, parse_times, place, read_frame, regularity
+from mmtrain.data.series.files import read_frame
+from mmtrain.data.series.order import regularity
+from mmtrain.data.series.table import find_time_column, numbers_in, read_times
 from mmtrain.errors import UserError, os_errors
 
 if TYPE_CHECKING:
@@ -120,11 +122,13 @@ def read_content(path: Path) -> Content:
     columns = tuple(name for name in frame.columns if name != time)
     values = numbers_in(frame, path, columns).astype(np.float32)
     dates = stamps.astype("datetime64[s]")
-    duplicates, irregular, usual = regularity(dates)
-    step = 0 if usual is None else int(usual.total_seconds())
+    even = regularity(dates)
+    step = 0 if even.step is None else int(even.step.total_seconds())
     first, last = (str(dates[row]).replace("T", " ") for row in (0, -1))
     digest = canonical_digest(columns, stamps, values)
-    return Content(path, len(frame), columns, first, last, step, duplicates + irregular, digest)
+    return Content(
+        path, len(frame), columns, first, last, step, even.duplicates + even.irregular + even.backward, digest
+    )
 
 
 def _read(path: Path) -> pd.DataFrame:
@@ -143,11 +147,10 @@ def _read(path: Path) -> pd.DataFrame:
 
 
 def _seconds(frame: pd.DataFrame, path: Path, name: str) -> NDArray[np.int64]:
-    stamps = parse_times(frame[name])
-    if stamps.isna().any():
-        row = int(np.argmax(stamps.isna().to_numpy()))
-        raise UserError(f"{path}: column {name!r}, {place(path, row)}: {frame[name].iloc[row]!r} is no date")
-    return stamps.to_numpy().astype("datetime64[s]").astype(np.int64)
+    found = read_times(frame, path, name)
+    if found is None:
+        raise UserError(f"{path}: column {name!r} holds numbers, not dates")
+    return found[0].astype("datetime64[s]").astype(np.int64)
 
 
 def table_to_csv(source: Path, target: Path, dataset: Dataset) -> None:

@@ -17,7 +17,8 @@ from mmtrain.data.prepare.images import stratify
 from mmtrain.data.prepare.origin import Origin
 from mmtrain.data.prepare.output import Prepared, existing
 from mmtrain.data.prepare.writer import write_dataset
-from mmtrain.data.series.table import read_frame, regularity
+from mmtrain.data.series.files import read_frame
+from mmtrain.data.series.order import regularity
 from mmtrain.errors import UserError, os_errors
 from mmtrain.files import write_atomically
 
@@ -79,9 +80,12 @@ def prepare_traffic(out: str | Path) -> TrafficReport:
     if missing := [name for name in ("datetime", *COLUMNS) if name not in frame.columns]:
         raise UserError(f"{source}: columns {', '.join(missing)} are missing: pip install 'AutoTS==1.0.4'")
     stamps = pd.to_datetime(frame["datetime"])
-    duplicates, irregular, step = regularity(stamps.to_numpy())
-    if duplicates or irregular or step != pd.Timedelta(1, unit="h"):
-        raise UserError(f"{source}: {duplicates} repeated and {irregular} irregular hours; pip install 'AutoTS==1.0.4'")
+    even = regularity(stamps.to_numpy())
+    irregular = even.irregular + even.backward
+    if even.duplicates or irregular or even.step != pd.Timedelta(1, unit="h"):
+        raise UserError(
+            f"{source}: {even.duplicates} repeated and {irregular} irregular hours; pip install 'AutoTS==1.0.4'"
+        )
     values = frame[list(COLUMNS)].astype("float64")
     empty = values.isna().any(axis=1)
     filled = values.interpolate(limit_direction="both")

@@ -18,8 +18,9 @@ from mmtrain.data.prepare.origin import Origin
 from mmtrain.data.prepare.output import Prepared
 from mmtrain.data.prepare.panel_writer import Layout, Series, write_panel
 from mmtrain.data.prepare.tables import batches, numbers_of, rows_of, schema_of
+from mmtrain.data.series.files import read_frame
 from mmtrain.data.series.split import SplitRule
-from mmtrain.data.series.table import carry, read_frame
+from mmtrain.data.series.table import carry
 from mmtrain.data.series.timeline import UNITS, Step, Timeline
 from mmtrain.errors import UserError
 from mmtrain.log import logger

@@ -16,11 +16,14 @@ from numpy.typing import NDArray
 from mmtrain.data.prepare.origin import Origin
 from mmtrain.data.prepare.output import Prepared
 from mmtrain.data.prepare.panel_long import open_long
+from mmtrain.data.prepare.panel_times import find_dates
 from mmtrain.data.prepare.panel_writer import Layout, Series, write_panel
 from mmtrain.data.prepare.tables import Columns, batches, is_number, numbers_of, schema_of, table_files
+from mmtrain.data.series.files import TableFormat, listed
 from mmtrain.data.series.split import SplitRule
-from mmtrain.data.series.table import TIME_NAMES, listed, read_table
+from mmtrain.data.series.table import TIME_NAMES, read_table
 from mmtrain.data.series.timeline import Step, Timeline, timeline_of
+from mmtrain.data.series.times import find_reading
 from mmtrain.errors import UserError, nearest
 from mmtrain.log import logger
 
@@ -43,6 +46,7 @@ def prepare_panel(
     step: str | None = None,
     missing: str = "keep",
     duplicates: str = "error",
+    form: TableFormat | None = None,
     shard_mb: int = 64,
     force: bool = False,
 ) -> Prepared:
@@ -65,13 +69,15 @@ def prepare_panel(
         start, step: the times of a wide panel whose columns are not named by dates, such as 2011-01-29 and 1D.
         missing: holes: keep them (train with data.missing=mask), or ffill, interpolate, zero.
         duplicates: a time that comes twice in a series: error, or last (the last such row counts).
+        form: how the files are written, where it is not to be found out.
         shard_mb: MiB of a shard, and about half of what preparing holds in memory.
 
     Raises:
         UserError: with the file, the series and the cure.
     """
     root = Path(root).expanduser()
-    chosen = Columns(id_column, time_column, list(columns or ()), list(known), list(static))
+    form = form or TableFormat()
+    chosen = Columns(id_column, time_column, list(columns or ()), list(known), list(static), form)
     settings: dict[str, Any] = {
         "id": id_column,
         "time": time_column,
@@ -83,6 +89,7 @@ def prepare_panel(
         "step": step,
         "missing": missing,
         "duplicates": duplicates,
+        **{key: value for key, value in vars(form).items() if value is not None},
     }
     if duplicates not in ("error", "last"):
         raise UserError(f"--duplicates {duplicates}: error or last")
@@ -99,7 +106,7 @@ def prepare_panel(
             raise UserError("--start is for a wide panel, one column a step; here the times come from the files")
         else:
             layout, series = open_long(files, found, part, given, duplicates)
-        return (layout if calendar is None else _with_calendar(layout, calendar)), series
+        return (layout if calendar is None else _with_calendar(layout, calendar, form)), series
 
     return write_panel(
         Path(out).expanduser(),
@@ -119,7 +126,7 @@ def _find_columns(file: Path, chosen: Columns, *, one_file: bool) -> tuple[bool,
     Raises:
         UserError: for columns that are not there, or files that are no panel.
     """
-    schema = schema_of(file)
+    schema = schema_of(file, chosen.form)
     names = schema.names
     for flag, wanted in (
         ("--known", chosen.known),
@@ -137,7 +144,20 @@ def _find_columns(file: Path, chosen: Columns, *, one_file: bool) -> tuple[bool,
     ids = chosen.id or next((lowered[name] for name in ID_NAMES if name in lowered), None)
     time = chosen.time
     if time is not None and time not in names:
-        time = next((lowered[name] for name in TIME_NAMES if name in lowered), None)
+        time = next((lowered[name] for name in (*TIME_NAMES, "ds") if name in lowered), None)
+    if time is None and chosen.time is not None:
+        used = (ids, *chosen.targets, *chosen.known, *chosen.static)
+        texts = [f.name for f in schema if f.name not in used and not is_number(f.type)]
+        time = find_dates(file, ids, texts, chosen.form) if texts else None
+        if time is not None:
+            logger.info("%s: column %r holds dates: it is the time column (--time)", file, time)
+    for flag, wanted in (("--known", chosen.known), ("--static", chosen.static), ("--columns", chosen.targets)):
+        for name in wanted:
+            if name in (ids, time):
+                what = "id" if name == ids else "time"
+                raise UserError(
+                    f"{file}: {flag} {name}: it is the {what} column; leave it out, or give another --{what}"
+                )
     if ids is None and one_file:
         raise UserError(
             f"{file}: no id column ({', '.join(ID_NAMES)}), so this is the table of one series: train on it with "
@@ -167,15 +187,15 @@ def _open_wide(
         raise UserError(
             "--known is for long tables and files of series: a wide panel has one value a step (--calendar)"
         )
-    layout = Layout(["value"], (), columns.static, timeline=_wide_timeline(files[0], steps, start, step))
+    layout = Layout(["value"], (), columns.static, timeline=_wide_timeline(files[0], steps, start, step, columns.form))
 
     def series() -> Iterator[Series]:
         names = [str(columns.id), *columns.static, *steps]
         nothing = np.empty((len(steps), 0))
         for file in files:
-            numeric = {f.name for f in schema_of(file) if f.name in columns.static and is_number(f.type)}
+            numeric = {f.name for f in schema_of(file, columns.form) if f.name in columns.static and is_number(f.type)}
             text = {str(columns.id), *columns.static} - numeric
-            for batch in batches(file, names, text, _WIDE_ROWS):
+            for batch in batches(file, names, text, _WIDE_ROWS, columns.form):
                 values = numbers_of(batch, steps, file)[:, :, None]
                 ids = [str(name) for name in batch.column(str(columns.id)).to_pylist()]
                 static = [batch.column(name).to_pylist() for name in columns.static]
@@ -185,14 +205,16 @@ def _open_wide(
     return layout, series()
 
 
-def _wide_timeline(file: Path, steps: list[str], start: str | None, step: Step | None) -> Timeline | None:
+def _wide_timeline(
+    file: Path, steps: list[str], start: str | None, step: Step | None, form: TableFormat
+) -> Timeline | None:
     """The times of the columns ``steps``: ``start`` and ``step``, or else their names where these are dates."""
     if start is not None and step is not None:
         try:
             return timeline_of(np.array([np.datetime64(start.strip().replace(" ", "T"), "us")]), step)
         except ValueError:
             raise UserError(f"--start {start}: not a time, such as 2011-01-29 or 2011-01-29T06:00") from None
-    stamps = _dates(steps)
+    stamps = _dates(steps, file, form.time_format)
     if start is not None or (step is not None and stamps is None):
         raise UserError("--start and --step go together: the time of the first column, and how far the next is")
     if stamps is None:
@@ -205,17 +227,19 @@ def _wide_timeline(file: Path, steps: list[str], start: str | None, step: Step |
     raise UserError(f"{file}: the columns {steps[0]} to {steps[-1]} are dates without an even step: add those missing")
 
 
-def _dates(names: list[str]) -> NDArray[np.datetime64] | None:
+def _dates(names: list[str], file: Path, time_format: str | None) -> NDArray[np.datetime64] | None:
     import pandas as pd
 
-    if any(name.strip().isdigit() for name in names):
+    if any(name.strip().isdigit() and len(name.strip()) < 6 for name in names):
         return None  # 1, 2, 3: numbers of steps, and no years
-    made = pd.to_datetime(pd.Series(names), errors="coerce", format="ISO8601")
-    return None if made.isna().any() else made.to_numpy().astype("datetime64[us]")
+    column = pd.Series(names)
+    reading = find_reading(column, f"{file}: the names of the columns", time_format)
+    made = None if reading is None else reading.stamps(column)
+    return None if made is None or np.isnat(made).any() else made
 
 
-def _with_calendar(layout: Layout, calendar: str | Path) -> Layout:
-    table = read_table(calendar)
+def _with_calendar(layout: Layout, calendar: str | Path, form: TableFormat) -> Layout:
+    table = read_table(calendar, form=replace(form, duplicates="keep_last"))
     if layout.timeline is None or table.stamps is None:
         raise UserError(f"--calendar {calendar}: needs a time column, and a panel with times")
     places, on = layout.timeline.places(table.stamps)

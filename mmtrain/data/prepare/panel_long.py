@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmtrain.data.prepare.panel_times import row_stamps, with_reading
 from mmtrain.data.prepare.panel_writer import Layout, Series
 from mmtrain.data.prepare.tables import Columns, batches, is_number, numbers_of, schema_of
-from mmtrain.data.series.table import parse_times
 from mmtrain.data.series.timeline import Int64s, Step, Steps, Timeline
 from mmtrain.errors import UserError
 from mmtrain.log import logger
@@ -35,12 +35,14 @@ def open_long(
     Raises:
         UserError: for files without rows, columns that some file lacks, or times that are none.
     """
+    columns = with_reading(files, columns)
     scan = _Scan(files, columns)
     where = files[0].parent if len(files) > 1 else files[0]
     if not len(scan.rows):
         raise UserError(f"{where}: there are no rows")
     timeline = None if columns.time is None else _timeline(where, scan, step)
-    layout = Layout(columns.targets, columns.known, columns.static, timeline=timeline)
+    zone = None if columns.reading is None else columns.reading.zone
+    layout = Layout(columns.targets, columns.known, columns.static, timeline=timeline, zone=zone)
     return layout, _Sorter(scan, part, timeline, duplicates).series(where)
 
 
@@ -53,12 +55,12 @@ class _Scan:
         self._found = np.empty((4, 0), np.int64)  # rows, first time, last time, time of the latest row
         wanted = columns.keys or columns.targets[:1]
         for file in files:
-            there = schema_of(file).names
+            there = schema_of(file, columns.form).names
             needed = (*wanted, *columns.targets, *columns.known, *columns.static)
             if lacking := [name for name in needed if name not in there]:
                 raise UserError(f"{file}: columns {', '.join(lacking)} are missing, which the first file has")
-            for batch in batches(file, wanted, columns.keys):
-                self._add(_series_numbers(batch, file, columns, self.numbers), _row_stamps(batch, file, columns))
+            for batch in batches(file, wanted, columns.keys, form=columns.form):
+                self._add(_series_numbers(batch, file, columns, self.numbers), row_stamps(batch, file, columns))
         self.rows, self.low, self.high = self._found[:3, : len(self.numbers)]
 
     def _add(self, numbers: Int64s, stamps: Int64s | None) -> None:
@@ -100,26 +102,6 @@ def _series_numbers(batch: pa.RecordBatch, file: Path, columns: Columns, known: 
         raise UserError(f"{file}: the id column {columns.id!r} is empty in {encoded.null_count} row(s)")
     numbers = [known.setdefault(str(name), len(known)) for name in encoded.dictionary.to_pylist()]
     return np.array(numbers, dtype=np.int64)[encoded.indices.to_numpy(zero_copy_only=False)]
-
-
-def _row_stamps(batch: pa.RecordBatch, file: Path, columns: Columns) -> Int64s | None:
-    """Times in µs, or None where there are none."""
-    import pyarrow as pa
-
-    if columns.time is None:
-        return None
-    column = batch.column(columns.time)
-    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
-        raise UserError(
-            f"{file}: the time column {columns.time!r} holds numbers, not dates: correct it, or give --time none to "
-            "take the rows as they come"
-        )
-    text = column.to_pandas()
-    stamps = parse_times(text)
-    if stamps.isna().any():
-        value = text[stamps.isna()].iloc[0]
-        raise UserError(f"{file}: time column {columns.time!r}: {value!r} is no date: correct it, or give --time none")
-    return stamps.to_numpy().astype("datetime64[us]").astype(np.int64)
 
 
 def _timeline(where: Path, scan: _Scan, step: Step | None) -> Timeline:
@@ -184,11 +166,11 @@ class _Sorter:
         columns, repeated = self.scan.columns, 0
         data = [*columns.targets, *columns.known]
         for file in self.scan.files:
-            schema = schema_of(file)
+            schema = schema_of(file, columns.form)
             text = {*columns.keys, *(name for name in columns.static if not is_number(schema.field(name).type))}
-            for batch in batches(file, [*columns.keys, *columns.static, *data], text):
+            for batch in batches(file, [*columns.keys, *columns.static, *data], text, form=columns.form):
                 numbers = _series_numbers(batch, file, columns, self.scan.numbers)
-                stamps = _row_stamps(batch, file, columns)
+                stamps = row_stamps(batch, file, columns)
                 where = self.offset[numbers] + self._place(numbers, stamps, file)
                 twice = table.taken(where)
                 if twice.any() and self.duplicates == "error":

@@ -65,6 +65,7 @@ class Layout:
     shared_columns: Sequence[str] = ()
     shared: Numbers = field(default_factory=lambda: np.empty((1, 0, 0)))
     timeline: Timeline | None = None
+    zone: str | None = None  # the time zone that the files name; the times of ``timeline`` are in UTC then
 
 
 class PanelWriter:
@@ -195,6 +196,7 @@ class PanelWriter:
             "static": list(layout.static),
             "categories": self._write_static(),
             "timeline": line and line.to_json(),
+            **({} if layout.zone is None else {"zone": layout.zone}),
             "shards": len(self._numbers["shards"]),
             "holes": self.counts.holes,
             "split": split.to_json(),

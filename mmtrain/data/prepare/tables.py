@@ -6,12 +6,15 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmtrain.data.series.dialect import UNNAMED
+from mmtrain.data.series.files import TableFormat, dialect_of
 from mmtrain.data.series.table import mark_too_large
+from mmtrain.data.series.times import Reading
 from mmtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,6 +33,8 @@ class Columns:
     targets: list[str] = field(default_factory=list)
     known: list[str] = field(default_factory=list)
     static: list[str] = field(default_factory=list)
+    form: TableFormat = field(default_factory=TableFormat)
+    reading: Reading | None = None  # of the times
 
     @property
     def keys(self) -> list[str]:
@@ -52,17 +57,19 @@ def table_files(root: Path) -> list[Path]:
     return found
 
 
-def schema_of(file: Path) -> pa.Schema:
-    """Names and types of the columns; those of a CSV as its first block has them."""
+def schema_of(file: Path, form: TableFormat | None = None) -> pa.Schema:
+    """Names and types of the columns; those of a CSV as its first block has them, without empty ones without a name."""
     with _readable(file):
         if file.suffix.lower() == ".parquet":
             import pyarrow.parquet as pq
 
             return pq.read_schema(file)
+        import pyarrow as pa
         from pyarrow import csv
 
-        with csv.open_csv(file, read_options=csv.ReadOptions(block_size=_BLOCK)) as reader:
-            return reader.schema
+        with csv.open_csv(file, **_csv_options(file, form)) as reader:
+            named = [f for f in reader.schema if not (f.name.startswith(UNNAMED) and pa.types.is_null(f.type))]
+            return pa.schema(named)
 
 
 def is_number(kind: pa.DataType) -> bool:
@@ -81,7 +88,11 @@ def rows_of(file: Path) -> int:
 
 
 def batches(
-    file: Path, names: Sequence[str], text: Collection[str] = (), rows: int = 1 << 16
+    file: Path,
+    names: Sequence[str],
+    text: Collection[str] = (),
+    rows: int = 1 << 16,
+    form: TableFormat | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """The columns ``names`` of a file in batches of at most ``rows`` rows (of a CSV: of a few MiB).
 
@@ -99,10 +110,24 @@ def batches(
         from pyarrow import csv
 
         types = {name: pa.string() if name in text else pa.float64() for name in names}
-        convert = csv.ConvertOptions(include_columns=list(names), column_types=types)
-        read = csv.ReadOptions(block_size=_BLOCK)
-        with csv.open_csv(file, read_options=read, convert_options=convert) as reader:
+        options = _csv_options(file, form, include_columns=list(names), column_types=types)
+        with csv.open_csv(file, **options) as reader:
             yield from reader
+
+
+def _csv_options(file: Path, form: TableFormat | None, **convert: Any) -> dict[str, Any]:
+    """Options of Arrow's reader, for the CSV as it is written."""
+    from pyarrow import csv
+
+    dialect = dialect_of(file, form)
+    read: dict[str, Any] = {"block_size": _BLOCK, "encoding": dialect.encoding.replace("utf-8", "utf8")}
+    if not dialect.literal:
+        read |= {"column_names": list(dialect.names), "skip_rows": dialect.header_lines}
+    return {
+        "read_options": csv.ReadOptions(**read),
+        "parse_options": csv.ParseOptions(delimiter=dialect.separator),
+        "convert_options": csv.ConvertOptions(decimal_point=dialect.decimal, **convert),
+    }
 
 
 def numbers_of(batch: pa.RecordBatch, names: Sequence[str], file: Path) -> NDArray[np.float64]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmtrain.data.series.files import TableFormat, find_table, read_frame
+from mmtrain.data.series.order import regularity
 from mmtrain.data.series.panel import Panel
 from mmtrain.data.series.split import SplitRule, guess_split
-from mmtrain.data.series.table import find_table, find_time_column, parse_times, read_frame, read_table, regularity
+from mmtrain.data.series.table import find_time_column, read_table
+from mmtrain.data.series.times import find_reading, shown
 from mmtrain.errors import UserError
 from mmtrain.plotting.series import Line, draw_series
 
@@ -39,24 +42,45 @@ class TableReport:
     irregular: int
     unreadable: int  # stamps that are no dates
     columns: list[ColumnReport]
+    backward: int = 0  # rows before an earlier one
+    note: str = ""  # why the time column gives no times
 
 
-def describe_table(path: str | Path, data_root: str | Path | None = None) -> TableReport:
+def describe_table(
+    path: str | Path,
+    data_root: str | Path | None = None,
+    form: TableFormat | None = None,
+    time_column: str | None = None,
+) -> TableReport:
     """Rows, time step, repeated and irregular stamps, and for each column holes, minimum, mean, maximum."""
+    form = form or TableFormat()
     file = find_table(path, data_root)
-    frame = read_frame(file)
-    time_name = find_time_column(frame, file, None)
-    first = last = step = ""
-    duplicates = irregular = unreadable = 0
-    if time_name is not None:
-        stamps = parse_times(frame[time_name])
-        unreadable = int(stamps.isna().sum())
-        known = stamps.dropna()
-        if len(known):
-            duplicates, irregular, usual = regularity(known.to_numpy())
-            first, last, step = str(known.iloc[0]), str(known.iloc[-1]), str(usual) if usual is not None else ""
+    frame = read_frame(file, form)
+    time_name = find_time_column(frame, file, time_column)
     columns = [_column(frame[name]) for name in frame.columns if name != time_name]
-    return TableReport(file, len(frame), time_name, first, last, step, duplicates, irregular, unreadable, columns)
+    if time_name is None:
+        return TableReport(file, len(frame), None, "", "", "", 0, 0, 0, columns)
+    reading = find_reading(frame[time_name], f"{file}: time column {time_name!r}", form.time_format)
+    if reading is None:
+        note = "numbers, not dates; it is left out"
+        return TableReport(file, len(frame), time_name, "", "", "", 0, 0, 0, columns, note=note)
+    stamps = reading.stamps(frame[time_name])
+    known = stamps[~np.isnat(stamps)]
+    even = regularity(known)
+    first, last = (str(shown(known, reading.zone)[row]) for row in (0, -1)) if len(known) else ("", "")
+    return TableReport(
+        file,
+        len(frame),
+        time_name,
+        first,
+        last,
+        "" if even.step is None else str(even.step),
+        even.duplicates,
+        even.irregular,
+        len(stamps) - len(known),
+        columns,
+        even.backward,
+    )
 
 
 def _column(column) -> ColumnReport:  # type: ignore[no-untyped-def]  # pandas is imported where it is needed
@@ -70,12 +94,19 @@ def _column(column) -> ColumnReport:  # type: ignore[no-untyped-def]  # pandas i
     return ColumnReport(str(column.name), "number", len(values) - len(good), *figures)
 
 
-def draw_table(path: Path, report: TableReport, rule: SplitRule | None = None) -> None:
+def draw_table(path: Path, report: TableReport, rule: SplitRule | None = None, form: TableFormat | None = None) -> None:
     """The columns of a table, one above the other. ``rule`` None: the split of the benchmarks for its name."""
+    form = form or TableFormat()
     numeric = [column.name for column in report.columns if column.kind == "number"]
     if not numeric:
         raise UserError(f"{report.path}: there is no column of numbers to draw")
-    table = read_table(report.path, columns=numeric, missing="mask")
+    table = read_table(
+        report.path,
+        columns=numeric,
+        missing="mask",
+        time_column=report.time_column,
+        form=replace(form, duplicates="keep_all"),
+    )
     rule = rule or guess_split(report.path.stem)
     borders = rule.cut_table(len(table.values), table.stamps, report.path).borders
     shown = numeric[:_MOST]

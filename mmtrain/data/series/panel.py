@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmtrain.data.series.timeline import Stamps, Timeline
+from mmtrain.data.series.times import shown
 from mmtrain.data.series.windows import Int64s, Numbers, runs
 from mmtrain.errors import UserError
 
@@ -56,6 +57,7 @@ class Panel:
     categories: dict[str, list[str]]
     timeline: Timeline | None
     holes: int
+    zone: str | None  # the time zone of the files; times are in UTC then
     shard_series: Int64s = field(repr=False)  # (shards,) series in each shard
 
     def __len__(self) -> int:
@@ -167,6 +169,8 @@ def open_panel(folder: str | Path) -> Panel:
             timeline = Timeline.from_json(saved)
         categories = {str(k): [str(c) for c in v] for k, v in meta["categories"].items()}
         holes = int(meta["holes"])
+        if (zone := meta.get("zone")) is not None:
+            shown(np.zeros(1, "datetime64[us]"), zone)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / 'meta.json'}: not that of a panel ({error!r}); {_CURE}") from error
     panel = Panel(
@@ -183,6 +187,7 @@ def open_panel(folder: str | Path) -> Panel:
         categories=categories,
         timeline=timeline,
         holes=holes,
+        zone=zone,
         shard_series=load_array(folder / "shards.npy"),
     )
     _check(panel)

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import io
-import os
-import warnings
-import zipfile
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmtrain.data.series.dialect import UNNAMED
+from mmtrain.data.series.files import TableFormat, find_table, listed, place, read_frame
+from mmtrain.data.series.order import arrange
+from mmtrain.data.series.times import are_dates, find_reading
 from mmtrain.errors import UserError, nearest
 from mmtrain.log import logger
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SUFFIXES = (".csv", ".parquet", ".zip")
 TIME_NAMES = ("date", "datetime", "timestamp", "time")
 FILLS = ("ffill", "interpolate", "zero")
 MISSING = ("error", *FILLS, "mask")
+_COMMAS = re.compile(r"\s*[+-]?[\d.]*,\d+\s*")
 
 
 @dataclass(frozen=True)
@@ -36,58 +37,7 @@ class SeriesTable:
     #: (T + ahead, K) of the columns that are known in advance; ``stamps`` have the rows ahead too.
     known: NDArray[np.float64] | None = None
     holes: int = 0  # holes that were kept, as NaN
-
-
-def find_table(name: str | Path, data_root: str | Path | None = None) -> Path:
-    """The file of a table: a path, or a name like ``ETTh1`` or ``ETTh1.csv`` in ``data_root`` or one folder below it.
-
-    Without ``data_root`` the environment variable MMTRAIN_DATA says where to look.
-    """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    root_text = data_root or os.environ.get("MMTRAIN_DATA")
-    if not root_text:
-        raise UserError(
-            f"{name}: no such file (looked for {Path.cwd() / path}); give the path of a {', '.join(SUFFIXES)} file, "
-            "or data.root (or the environment variable MMTRAIN_DATA) for names like ETTh1"
-        )
-    root = Path(root_text).expanduser()
-    names = [path.as_posix()] if path.suffix.lower() in SUFFIXES else [f"{path.as_posix()}{s}" for s in SUFFIXES]
-    folders = [root, *sorted(entry for entry in root.iterdir() if entry.is_dir())] if root.is_dir() else []
-    for folder in folders:
-        for file in names:
-            if not path.is_absolute() and (folder / file).is_file():
-                return folder / file
-    there = {file.stem for folder in folders for file in folder.iterdir() if file.suffix.lower() in SUFFIXES}
-    raise UserError(
-        f"{name}: no such file (looked for {Path.cwd() / path}, and for {' or '.join(names)} in {root} and its "
-        f"folders){nearest(Path(name).stem, sorted(there))}"
-        + ("" if root.is_dir() else f"; the data root {root} does not exist: set data.root or MMTRAIN_DATA")
-    )
-
-
-def read_frame(path: Path) -> pd.DataFrame:
-    """The file as pandas reads it; a ``.zip`` must hold one CSV."""
-    import pandas as pd
-
-    try:
-        if path.suffix.lower() == ".parquet":
-            frame = pd.read_parquet(path)
-        elif path.suffix.lower() == ".zip":
-            with zipfile.ZipFile(path) as archive:
-                members = [member for member in archive.namelist() if not member.endswith("/")]
-                if len(members) != 1:
-                    raise UserError(f"{path}: a zip of one CSV is wanted, this one holds {len(members)} files")
-                frame = pd.read_csv(io.BytesIO(archive.read(members[0])))
-        else:
-            frame = pd.read_csv(path)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:  # pandas' and arrow's parser errors are ValueErrors
-        raise UserError(f"{path}: cannot be read as a table ({error})") from error
-    frame.columns = [str(column) for column in frame.columns]
-    if frame.empty:
-        raise UserError(f"{path}: the table holds no rows")
-    return frame
+    zone: str | None = None  # the time zone that the file names; ``stamps`` are in UTC then
 
 
 def read_table(
@@ -98,33 +48,44 @@ def read_table(
     missing: str = "error",
     data_root: str | Path | None = None,
     known: Sequence[str] = (),
+    form: TableFormat | None = None,
 ) -> SeriesTable:
     """Read a CSV (also zipped) or parquet file with one row for each time step.
 
-    ``time_column``: "date" or None take the first column named date, datetime, timestamp or time, if there is one; any
-    other name must exist. ``columns``: which to use, in this order (None: all but the time column). ``missing``: what
-    to do with holes (empty, NaN, infinite): "error", "ffill" (last value before: never looks ahead), "interpolate"
-    (linear, nearest at the ends), "zero", or "mask" (they stay, as NaN). ``known``: columns known in advance, which are
-    no targets and may have no holes; rows at the end in which only they are given lie ahead of the values.
+    ``time_column``: "date" or None take the first column named date, datetime, timestamp or time, or else the first of
+    all if it holds dates; "none" takes none; any other name must exist. Rows are sorted by time. ``columns``: which to
+    use, in this order (None: all but the time column). ``missing``: what to do with holes (empty, NaN, infinite):
+    "error", "ffill" (last value before: never looks ahead), "interpolate" (linear, nearest at the ends), "zero", or
+    "mask" (they stay, as NaN). ``known``: columns known in advance, which are no targets and may have no holes; rows at
+    the end in which only they are given lie ahead of the values. ``form``: how the file is written, and which of the
+    rows with one time are used.
     Raises UserError naming file, column, row and cure.
     """
     if missing not in MISSING:
         raise UserError(f"data.missing={missing!r}: one of {', '.join(MISSING)}{nearest(missing, MISSING)}")
+    form = form or TableFormat()
     file = find_table(path, data_root)
-    frame = read_frame(file)
+    frame = read_frame(file, form)
     time_name = find_time_column(frame, file, time_column)
-    stamps = None if time_name is None else _stamps(frame[time_name], file, time_name)
+    times = None if time_name is None else read_times(frame, file, time_name, form.time_format)
+    stamps, zone = times if times is not None else (None, None)
     names = _columns(frame, file, time_name, columns, known)
     cure = "; correct it, or name the columns to use: data.columns=[...]"
     values, beside = numbers_in(frame, file, names, cure), None
     if known:
         beside = numbers_in(frame, file, known, cure)
+    rows = np.arange(len(values))
+    order = None if stamps is None else arrange(stamps, file, form.duplicates or "error")
+    if stamps is not None and order is not None:
+        rows, values = order.first, order.apply(values)
+        stamps, beside = stamps[rows], None if beside is None else order.apply(beside)
+    if beside is not None:
         seen: NDArray[np.bool_] = np.asarray(np.isfinite(values).any(axis=1))
         values = values[: len(seen) - int(np.argmax(seen[::-1])) if seen.any() else 0].copy()
-    filled = _fill(values, names, file, missing)
+    filled = _fill(values, names, file, missing, rows)
     if beside is not None:
-        _fill(beside, list(known), file, "error" if missing == "mask" else missing)
-    return SeriesTable(values, names, stamps, file, filled, beside, int((~np.isfinite(values)).sum()))
+        _fill(beside, list(known), file, "error" if missing == "mask" else missing, rows)
+    return SeriesTable(values, names, stamps, file, filled, beside, int((~np.isfinite(values)).sum()), zone)
 
 
 def numbers_in(frame: pd.DataFrame, file: Path, names: Sequence[str], cure: str = "") -> NDArray[np.float64]:
@@ -142,9 +103,11 @@ def numbers_in(frame: pd.DataFrame, file: Path, names: Sequence[str], cure: str 
             parsed = pd.to_numeric(text.astype(str), errors="coerce")
             bad = (parsed.isna() & text.notna()).to_numpy()
             row = int(np.argmax(bad)) if bad.any() else 0
-            raise UserError(
-                f"{file}: column {name!r} is not numeric: {place(file, row)} holds {text.iloc[row]!r}{cure}"
-            )
+            held = text.iloc[row]
+            hint = "; are its decimals behind a comma? Set data.decimal" if _COMMAS.fullmatch(str(held)) else ""
+            if are_dates(column):
+                hint = f"; it holds dates: set data.time_column={name}"
+            raise UserError(f"{file}: column {name!r} is not numeric: {place(file, row)} holds {held!r}{hint}{cure}")
         values[:, number] = column.to_numpy(dtype=np.float64, na_value=np.nan)
         mark_too_large(values[:, number])
     return values
@@ -156,14 +119,25 @@ def mark_too_large(values: NDArray[np.float64]) -> None:
 
 
 def find_time_column(frame: pd.DataFrame, file: Path, wanted: str | None) -> str | None:
+    """The column ``wanted``, or the first with the name of one, or the first of all if its texts are dates.
+
+    None where there is none, and for "none". Raises UserError for a ``wanted`` column that is not there.
+    """
     if wanted in frame.columns:
         return wanted
+    if wanted == "none":
+        return None
     if wanted not in (None, "date"):
         raise UserError(
             f"{file}: no time column {wanted!r}{nearest(wanted, frame.columns)}; its columns are "
             f"{listed(frame.columns)}: set data.time_column"
         )
-    return next((name for name in frame.columns if name.strip().lower() in TIME_NAMES), None)
+    named = next((name for name in frame.columns if name.strip().lower() in TIME_NAMES), None)
+    if named is None and len(frame.columns) > 1 and are_dates(frame[first := str(frame.columns[0])]):
+        what = "its first column, which has no name," if first.startswith(UNNAMED) else f"its first column, {first!r},"
+        logger.info("%s: %s holds dates: it is the time column (data.time_column)", file, what)
+        return first
+    return named
 
 
 def _columns(
@@ -188,68 +162,31 @@ def _columns(
     return list(wanted)
 
 
-def listed(names: Iterable[str]) -> str:
-    """The first 20 names, and how many there are where these are not all."""
-    shown = [str(name) for name in names]
-    return ", ".join(shown[:20]) + (f", ... ({len(shown)})" if len(shown) > 20 else "")
+def read_times(
+    frame: pd.DataFrame, file: Path, name: str, time_format: str | None = None
+) -> tuple[NDArray[np.datetime64], str | None] | None:
+    """The times of a column (datetime64[us], in UTC where it has a zone) and their zone; None for other numbers.
 
-
-def _stamps(column: pd.Series, file: Path, name: str) -> NDArray[np.datetime64] | None:
-    import pandas as pd
-
-    if pd.api.types.is_numeric_dtype(column):
+    Raises UserError for rows that are no dates, and for dates that could be read in two ways.
+    """
+    column = frame[name]
+    reading = find_reading(column, f"{file}: time column {name!r}", time_format)
+    if reading is None:
         logger.info("%s: time column %r holds numbers, not dates; it is left out", file, name)
         return None
-    stamps = parse_times(column)
-    if stamps.isna().any():
-        row = int(np.argmax(stamps.isna().to_numpy()))
+    found = reading.stamps(column)
+    bad = np.isnat(found)
+    if bad.any():
+        row = int(np.argmax(bad))
         raise UserError(
             f"{file}: time column {name!r}, {place(file, row)}: {column.iloc[row]!r} is no date; correct it, or set "
-            "data.time_column"
+            "data.time_column or data.time_format"
         )
-    found = stamps.to_numpy().astype("datetime64[us]")
-    duplicates, irregular, step = regularity(found)
-    if duplicates or irregular:
-        logger.warning(
-            "%s: %d repeated time stamp(s) and %d step(s) that differ from the usual %s; rows are taken as they come",
-            file,
-            duplicates,
-            irregular,
-            step,
-        )
-    return found
+    return found, reading.zone
 
 
-def parse_times(column: pd.Series) -> pd.Series:
-    """Times in UTC without a zone, NaT for what is no date; text with changing UTC offsets can be read too."""
-    import pandas as pd
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of a format that is not one of the usual
-        return pd.to_datetime(column, errors="coerce", utc=True).dt.tz_localize(None)
-
-
-def regularity(stamps: NDArray[np.datetime64]) -> tuple[int, int, Any]:
-    """Repeated stamps, other steps that differ from the usual one, and the usual step (a pandas Timedelta or None)."""
-    import pandas as pd
-
-    if len(stamps) < 2:
-        return 0, 0, None
-    steps = np.diff(stamps.astype("datetime64[us]").astype(np.int64))
-    known, counts = np.unique(steps, return_counts=True)
-    usual = int(known[np.argmax(counts)])
-    duplicates = int((steps == 0).sum())
-    irregular = int(((steps != usual) & (steps != 0)).sum())
-    return duplicates, irregular, pd.Timedelta(usual, unit="us")
-
-
-def place(file: Path, row: int) -> str:
-    """How a person finds a row: counted from 0 without the header, and for CSV also the line in the file."""
-    return f"row {row}" + ("" if file.suffix.lower() == ".parquet" else f" (line {row + 2} of the file)")
-
-
-def _fill(values: NDArray[np.float64], names: list[str], file: Path, missing: str) -> int:
-    """Fill holes in place; the number filled."""
+def _fill(values: NDArray[np.float64], names: list[str], file: Path, missing: str, rows: NDArray[np.int64]) -> int:
+    """Fill holes in place; the number filled. ``rows``: where each row of ``values`` stands in the file."""
     holes = ~np.isfinite(values)
     if not holes.any():
         return 0
@@ -263,7 +200,7 @@ def _fill(values: NDArray[np.float64], names: list[str], file: Path, missing: st
         if missing == "error":
             raise UserError(
                 f"{file}: column {name!r} has {counts[column]} hole(s) (empty, NaN or infinite), the first in "
-                f"{place(file, first)}; fill them, or set data.missing=ffill (or interpolate, zero, mask)"
+                f"{place(file, int(rows[first]))}; fill them, or set data.missing=ffill (or interpolate, zero, mask)"
             )
         if bad.all():
             raise UserError(f"{file}: column {name!r} holds no number at all: leave it out with data.columns=[...]")

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmtrain.data.core.fingerprint import Fingerprint, digest
+from mmtrain.data.series.files import TableFormat
 from mmtrain.data.series.split import Scaler, Split, SplitRule, guess_split
 from mmtrain.data.series.table import SeriesTable, read_table
 from mmtrain.data.series.timeline import calendar_features, calendar_names, step_of
@@ -166,14 +167,16 @@ def load_series(
     known: Sequence[str] = (),
     calendar: bool = False,
     known_steps: int | None = None,
+    form: TableFormat | None = None,
 ) -> SeriesData:
     """Read, split, standardise with the training rows, and cut into windows; ``stride`` is for training only.
 
     ``split`` None: the benchmark's for this file name (ETTh*, ETTm*: months; others 70/10/20 %). ``known``: columns
     known in advance; ``calendar``: add calendar features; ``known_steps``: T_Z (None: look-back + horizon).
+    ``form``: how the file is written.
     """
     table = read_table(
-        path, time_column=time_column, columns=columns, missing=missing, data_root=data_root, known=known
+        path, time_column=time_column, columns=columns, missing=missing, data_root=data_root, known=known, form=form
     )
     length = len(table.values)
     rule = guess_split(table.path.stem) if split is None else split

@@ -1,0 +1,101 @@
+"""Dates in day, month and year, cut out of texts and put together; the order of the three is given."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_MARK = r"\s?[-/. ]\s?"
+_WORD = r"(?P<word>[A-Za-z]{3,9})\.?"
+_WEEKDAY = r"(?:[A-Za-z]{3,9},?\s+)?"
+#: How a date is written: three numbers, or with the name of a month, or without a day.
+FAMILIES = {
+    "numbers": rf"(?P<a>\d{{1,4}}){_MARK}(?P<b>\d{{1,2}}){_MARK}(?P<c>\d{{1,4}})\.?",
+    "day of month": rf"{_WEEKDAY}(?P<a>\d{{1,2}})[-/.\s]*{_WORD}[-/.,\s]*(?P<c>\d{{4}}|\d{{2}})",
+    "month, day": rf"{_WEEKDAY}{_WORD}\s+(?P<a>\d{{1,2}})(?:st|nd|rd|th)?,?\s+(?P<c>\d{{4}})",
+    "month and year": rf"{_WORD}(?:[-/.,\s]*(?P<c>\d{{4}})|[-/'](?P<short>\d{{2}}))",
+    "year and month": rf"(?P<c>\d{{4}})[-/.\s]*{_WORD}",
+    "quarter": r"(?P<c>\d{4})[-/\s]*[Qq](?P<quarter>[1-4])",
+    "month/year": r"(?P<b>\d{1,2})[-/.](?P<c>\d{4})",
+}
+#: The orders in which a family has its numbers; the others have one order.
+ORDERS = {"numbers": ("dmy", "mdy", "ymd")}
+#: What may stand behind a date.
+TAIL = (
+    r"(?:(?:T|,\s*|\s+)(?P<clock>\d{1,2}:[0-5]\d(?::[0-5]\d(?:[.,]\d+)?)?)\s*(?:(?P<half>[AaPp])\.?[Mm]\.?)?"
+    r"\s*(?P<zone>Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)?)?"
+)
+_MONTHS = (
+    *("january", "february", "march", "april", "may", "june"),
+    *("july", "august", "september", "october", "november", "december"),
+)
+_NAMES = {name[:3]: number for number, name in enumerate(_MONTHS, 1)}
+_NAMES |= {name: number for number, name in enumerate(_MONTHS, 1)} | {"sept": 9}
+#: Two digits of a year below this are of this century, as for strptime.
+_PIVOT = 69
+
+Days = NDArray[np.datetime64]
+
+
+def assemble(texts: pd.Series, family: str, order: str) -> tuple[Days, pd.DataFrame]:
+    """(T,) days, NaT for what is none, and what stands behind them (columns clock, half, zone)."""
+    parts = texts.str.extract(f"^{FAMILIES[family]}{TAIL}$", flags=re.ASCII)
+    if family == "numbers":
+        place = {letter: "abc"[number] for number, letter in enumerate(order)}
+        year, month, day = (_number(parts[place[letter]]) for letter in "ymd")
+        wide, *others = (_number(parts[place[letter]].str.len()) for letter in "ydm")
+        fits = ((wide == 4) | (wide == 2)) & (np.maximum(*others) <= 2)
+        year = np.where(fits, _century(year, wide), np.nan)
+        return _days(year, month, day), parts
+    year_text = parts["c"] if "short" not in parts else parts["c"].fillna(parts["short"])
+    year = _century(_number(year_text), _number(year_text.str.len()))
+    if "word" in parts:
+        month = _number(parts["word"].str.lower().map(_NAMES))
+    elif "quarter" in parts:
+        month = _number(parts["quarter"]) * 3 - 2
+    else:
+        month = _number(parts["b"])
+    day = _number(parts["a"]) if "a" in parts else np.ones(len(parts))
+    return _days(year, month, day), parts
+
+
+def clocks(parts: pd.DataFrame) -> NDArray[np.timedelta64]:
+    """(T,) microseconds after midnight, less the UTC offset; NaT for what is no time of day."""
+    import pandas as pd
+
+    clock = parts["clock"].str.replace(",", ".", regex=False).fillna("0:00")
+    clock = clock.where(clock.str.count(":") == 2, clock + ":00")
+    passed = pd.to_timedelta(clock.astype(object), errors="coerce").to_numpy().astype("timedelta64[us]")
+    hour, half = np.timedelta64(3_600_000_000, "us"), parts["half"].str.lower()
+    morning, evening = ((half == letter).to_numpy(dtype=bool, na_value=False) for letter in "ap")
+    fits = np.where(morning | evening, (passed >= hour) & (passed < 13 * hour), passed <= 24 * hour)
+    passed = passed - np.where((morning | evening) & (passed >= 12 * hour), 12 * hour, 0 * hour)
+    passed = passed + np.where(evening, 12 * hour, 0 * hour)
+    offset = parts["zone"].str.extract(r"^([+-])(\d\d):?(\d\d)?$")
+    minutes = np.nan_to_num(_number(offset[1]) * 60 + np.nan_to_num(_number(offset[2])))
+    minutes = np.where((offset[0] == "-").to_numpy(dtype=bool, na_value=False), -minutes, minutes)
+    passed = passed - (minutes * 60_000_000).astype("timedelta64[us]")
+    return np.where(fits, passed, np.timedelta64("NaT", "us"))
+
+
+def _number(texts: pd.Series[Any]) -> NDArray[np.float64]:
+    return np.asarray(texts.astype("Float64").to_numpy(dtype=np.float64, na_value=np.nan))
+
+
+def _century(year: NDArray[np.float64], digits: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.where(digits == 2, np.where(year < _PIVOT, 2000.0, 1900.0) + year, year)
+
+
+def _days(year: NDArray[np.float64], month: NDArray[np.float64], day: NDArray[np.float64]) -> Days:
+    good = (year >= 1) & (month >= 1) & (month <= 12) & (day >= 1)
+    number = np.where(good, (year - 1970) * 12 + month - 1, 0).astype(np.int64)
+    months = number.astype("datetime64[M]")
+    days = months.astype("datetime64[D]") + np.where(good, day - 1, 0).astype("timedelta64[D]")
+    good &= days.astype("datetime64[M]") == months
+    return np.where(good, days, np.datetime64("NaT", "D"))

@@ -1,0 +1,285 @@
+"""How a CSV is written: its encoding, the marks between fields and in numbers, its columns. Every row is counted."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import BinaryIO
+
+from mmtrain.errors import UserError
+from mmtrain.log import logger
+
+SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
+DECIMALS = (".", ",")
+UNNAMED = "Unnamed: "
+_LONGEST_HEADER = 1 << 26
+_BLOCK = 1 << 22
+_SAMPLE = 200
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+#: Bytes that Windows-1252 does not have.
+_NO_LETTERS = b"\x81\x8d\x8f\x90\x9d"
+_QUOTED = re.compile(rb'"[^"]*"')
+_COMMA = re.compile(r"[+-]?\d*,\d+(?:[eE][+-]?\d+)?")
+_POINT = re.compile(r"[+-]?\d*\.\d+(?:[eE][+-]?\d+)?")
+_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+\.\d+|[+-]?\d{1,3}(?:,\d{3}){2,}")
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """``names``: the columns, unique; those without a name, such as "Unnamed: 0", are numbered from 0.
+
+    ``header_lines``: lines up to the end of the header. ``literal``: the header has exactly these names.
+    """
+
+    encoding: str
+    separator: str
+    decimal: str
+    names: tuple[str, ...]
+    header_lines: int
+    literal: bool
+
+
+def examine(stream: BinaryIO, where: str, separator: str | None = None, decimal: str | None = None) -> Dialect:
+    """Read the whole of a CSV once and say how it is written; ``stream`` must be seekable.
+
+    Args:
+        where: the file, for messages.
+        separator, decimal: None finds them in the first rows. ``separator`` may be a name in ``SEPARATORS``.
+
+    Raises:
+        UserError: for what is no text, what could be read in two ways, and rows with another number of fields than the
+            header.
+    """
+    if separator is not None:
+        separator = SEPARATORS.get(separator.strip().lower(), separator)
+        if len(separator) != 1 or not separator.isascii() or separator in '"\r\n' or separator.isalnum():
+            raise UserError(f"data.separator={separator!r}: one character, or one of {', '.join(SEPARATORS)}")
+    if decimal is not None and decimal not in DECIMALS:
+        raise UserError(f"data.decimal={decimal!r}: '.' or ','")
+    encoding = _encoding(stream, where)
+    sample = _sample(stream, encoding, where)
+    if not sample.strip():
+        raise UserError(f"{where}: cannot be read as a table (the file is empty)")
+    mark = separator or _separator(sample, where)
+    header, lines = _header(sample, mark, where)
+    point = decimal or _decimal(sample, mark, where)
+    if mark == point:
+        raise UserError(f"{where}: {mark!r} cannot be both data.separator and data.decimal")
+    names = _unique(header)
+    if _uneven(_blocks(stream, encoding), mark, b"\n" if "\n" in sample else b"\r", len(names)):
+        surplus = _count_rows(stream, encoding, mark, len(names), where)
+        if surplus:
+            logger.warning("%s: each row ends in %d empty field(s) without a name; left out", where, surplus)
+        names += [f"{UNNAMED}{len(names) + place}" for place in range(surplus)]
+    stream.seek(0)
+    if encoding != "utf-8":
+        logger.info("%s: read as %s%s", where, encoding, "" if encoding != "cp1252" else ", because it is not UTF-8")
+    if (mark, point) != (",", ".") and (separator is None or decimal is None):
+        logger.info("%s: read with %r between fields and %r in numbers", where, mark, point)
+    return Dialect(encoding, mark, point, tuple(names), lines, names == header)
+
+
+def _encoding(stream: BinaryIO, where: str) -> str:
+    """Of the whole stream: utf-8, utf-16 or utf-32 with a byte order mark, or else cp1252 (Windows, Latin-1)."""
+    stream.seek(0)
+    start = stream.read(4)
+    found = next((name for mark, name in _MARKS if start.startswith(mark)), None)
+    stream.seek(0)
+    if found is not None:
+        try:
+            for _ in _blocks(stream, found):
+                pass
+        except UnicodeError as error:
+            raise UserError(f"{where}: cannot be read as a table (damaged {found}: {error})") from None
+        return found
+    decoder, utf8, windows = codecs.getincrementaldecoder("utf-8")(), True, True
+    while block := stream.read(_BLOCK):
+        if b"\0" in block:
+            raise UserError(
+                f"{where}: cannot be read as a table (it holds zero bytes, so it is no text, or UTF-16 without a byte "
+                "order mark: save it as UTF-8)"
+            )
+        if block.isascii() and not decoder.getstate()[0]:
+            continue
+        windows = windows and block.translate(None, _NO_LETTERS) == block
+        try:
+            decoder.decode(block)
+        except UnicodeDecodeError:
+            utf8 = False
+            decoder.reset()
+        if not utf8 and not windows:
+            raise UserError(f"{where}: cannot be read as a table (neither UTF-8 nor Windows-1252: save it as UTF-8)")
+    return "utf-8" if utf8 and not decoder.getstate()[0] else "cp1252"
+
+
+def _blocks(stream: BinaryIO, encoding: str) -> Iterator[bytes]:
+    """The stream from its beginning, in bytes whose ASCII characters are those of the text."""
+    stream.seek(0)
+    if encoding in ("utf-8", "cp1252"):
+        while block := stream.read(_BLOCK):
+            yield block
+        return
+    decoder = codecs.getincrementaldecoder(encoding)()
+    while block := stream.read(_BLOCK):
+        yield decoder.decode(block).encode()
+    decoder.decode(b"", final=True)
+
+
+def _sample(stream: BinaryIO, encoding: str, where: str) -> str:
+    """The header and rows after it: whole lines, or the whole text where it is short."""
+    found, end = b"", 0
+    for block in _blocks(stream, encoding):
+        if end:
+            found = found[:end]
+            break
+        found += block
+        end = max(found.rfind(b"\n"), found.rfind(b"\r")) + 1
+        if len(found) > _LONGEST_HEADER:
+            raise UserError(
+                f"{where}: cannot be read as a table (its first line is longer than {_LONGEST_HEADER} bytes)"
+            )
+    return found.decode("cp1252" if encoding == "cp1252" else "utf-8").removeprefix("\ufeff")
+
+
+def _rows(text: str, mark: str, most: int = _SAMPLE) -> list[list[str]]:
+    """The first rows, without empty ones; none where the text cannot be cut into rows."""
+    try:
+        found = (row for row in csv.reader(io.StringIO(text, newline=""), delimiter=mark) if not _blank(row))
+        return list(islice(found, most))
+    except csv.Error:
+        return []
+
+
+def _blank(row: list[str]) -> bool:
+    return not row or (len(row) == 1 and not row[0].strip())
+
+
+def _separator(sample: str, where: str) -> str:
+    """The mark that cuts the first rows into as many fields as the header; among several the one with most fields."""
+    first = sample.lstrip().splitlines()[0].strip().strip('"')
+    if re.fullmatch(r"sep=.?", first):
+        raise UserError(f"{where}: its first line is {first!r}, and not the names of the columns: remove that line")
+    even: dict[str, int] = {}
+    wide: dict[str, int] = {}
+    for mark in SEPARATORS.values():
+        rows = _rows(sample, mark)
+        if rows and len(rows[0]) > 1:
+            wide[mark] = len(rows[0])
+            if all(len(row) == len(rows[0]) for row in rows):
+                even[mark] = len(rows[0])
+    found = even or wide
+    if not found:
+        return ","
+    best = [mark for mark in found if found[mark] == max(found.values())]
+    if len(best) > 1 and even:
+        marks = " or ".join(repr(mark) for mark in best)
+        raise UserError(f"{where}: its fields may be separated by {marks}: set data.separator (--separator)")
+    return best[0]
+
+
+def _header(sample: str, mark: str, where: str) -> tuple[list[str], int]:
+    reader = csv.reader(io.StringIO(sample, newline=""), delimiter=mark)
+    try:
+        for row in reader:
+            if not _blank(row):
+                return row, reader.line_num
+    except csv.Error as error:
+        raise UserError(f"{where}: cannot be read as a table (line {reader.line_num}: {error})") from None
+    raise UserError(f"{where}: cannot be read as a table (there is no header)")
+
+
+def _decimal(sample: str, mark: str, where: str) -> str:
+    if mark == ",":
+        return "."
+    fields = [field.strip() for row in _rows(sample, mark)[1:] for field in row]
+    if any(_THOUSANDS.fullmatch(field) for field in fields):
+        return "."
+    comma = next((field for field in fields if _COMMA.fullmatch(field)), None)
+    point = next((field for field in fields if _POINT.fullmatch(field)), None)
+    if comma is not None and point is not None:
+        raise UserError(
+            f"{where}: it holds both {comma!r} and {point!r}: set data.decimal (--decimal) to the mark of its decimals"
+        )
+    return "." if comma is None else ","
+
+
+def _unique(header: list[str]) -> list[str]:
+    """As pandas names columns: those without a name by their place, and repeated ones with a number."""
+    names: list[str] = []
+    seen: dict[str, int] = {}
+    for place, name in enumerate(header):
+        found = name or f"{UNNAMED}{place}"
+        wanted = found
+        while found in seen:
+            seen[wanted] += 1
+            found = f"{wanted}.{seen[wanted]}"
+        seen[found] = 0
+        names.append(found)
+    return names
+
+
+def _uneven(blocks: Iterator[bytes], mark: str, newline: bytes, fields: int) -> bool:
+    """Whether some row may have another number of fields; empty lines at the end do not count.
+
+    Only separators, line ends and quotes are looked at, in bytes and in C: it takes a part of the time of parsing.
+    """
+    separator = mark.encode()
+    others = bytes(set(range(256)) - set(separator + newline + b'"'))
+    row = separator * (fields - 1) + newline
+    rest, ended = b"", False
+    for block in blocks:
+        rest += block.translate(None, others)
+        if b'"' in rest:
+            rest = _QUOTED.sub(b"", rest)
+        opened = rest.find(b'"')
+        cut = rest.rfind(newline, 0, len(rest) if opened < 0 else opened) + 1
+        lines, rest = rest[:cut], rest[cut:]
+        if fields > 1 and (ended or lines.endswith(2 * newline)):
+            lines = lines.rstrip(newline)
+            if ended and lines:
+                return True
+            lines, ended = lines + (newline if lines else b""), True
+        if lines != row * (len(lines) // len(row)):
+            return True
+    return rest not in (b"", row[:-1]) or (ended and rest != b"")
+
+
+def _count_rows(stream: BinaryIO, encoding: str, mark: str, fields: int, where: str) -> int:
+    """How many empty fields each row has beyond the header; raises UserError for rows that differ otherwise."""
+    stream.seek(0)
+    text = io.TextIOWrapper(stream, encoding, newline="")
+    reader = csv.reader(text, delimiter=mark)
+    rows = (row for row in reader if row and (fields == 1 or not _blank(row)))
+    surplus = -1
+    try:
+        next(rows)  # the header
+        for row in rows:
+            first = surplus < 0
+            if first:
+                surplus = max(0, len(row) - fields)
+            if len(row) == fields + surplus and not any(row[fields:]):
+                continue
+            if first and surplus == 1 and all(len(other) == len(row) for other in rows):
+                raise UserError(
+                    f"{where}: every row has {len(row)} fields, but the header names {fields} columns (with {mark!r} "
+                    "between them): add the name that is missing, often that of the first column"
+                )
+            raise UserError(
+                f"{where}: line {reader.line_num} has {len(row)} fields, but the header names {fields} columns (with "
+                f"{mark!r} between them): correct that line, or set data.separator (--separator)"
+            )
+    except csv.Error as error:
+        raise UserError(f"{where}: cannot be read as a table (line {reader.line_num}: {error})") from None
+    finally:
+        text.detach()
+    return max(0, surplus)

@@ -1,0 +1,302 @@
+"""The one parser of times: how a column is read is decided by the whole of it, never row by row."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmtrain.data.series.date_parts import FAMILIES, ORDERS, TAIL, assemble, clocks
+from mmtrain.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Stamps = NDArray[np.datetime64]
+Int64s = NDArray[np.int64]
+
+#: Units of numbers since 1970, in a second. Times from 1980 to 2100 never fit two of them.
+EPOCHS = {"s": 1, "ms": 1000, "us": 10**6, "ns": 10**9}
+_EARLIEST, _LATEST = 315_532_800, 4_102_444_800
+#: Whole numbers that are dates, such as 20220131; by digits.
+_DIGITS = {4: "%Y", 6: "%Y%m", 8: "%Y%m%d", 10: "%Y%m%d%H", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
+_YEARS = 1900, 2100
+_ISO = re.compile(r"\d{4}[-/]\d{1,2}([-/]\d|$)|\d{8}T\d")
+_ZONED = r"(?::\d\d|T\d{2,6})(?:[.,]\d+)?\s*(?:[AaPp]\.?[Mm]\.?)?\s*(?:Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)$"
+_OFFSET = re.compile(r"([+-])(\d\d):?(\d\d)?$")
+_SAMPLE = 50
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How times are read.
+
+    ``kind``: "dates" (they are times), "iso", "epoch" and "digits" (numbers), "parts" (day, month and year in the order
+    ``detail`` of the family ``family``), "words" (as pandas guesses), "format" (as ``detail`` says). ``zone``: the time
+    zone of the texts, in which results are to be shown.
+    """
+
+    kind: str
+    detail: str = ""
+    family: str = ""
+    zone: str | None = None
+
+    def stamps(self, column: pd.Series) -> Stamps:
+        """(T,) times (datetime64[us], in UTC where there is a zone); NaT for what is none."""
+        import pandas as pd
+
+        if self.kind == "parts":
+            texts = _texts(column)
+            days, tail = assemble(texts, self.family, self.detail)
+            return np.asarray(days.astype("datetime64[us]") + clocks(tail))
+        options: dict[str, Any] = {
+            "dates": {},
+            "iso": {"format": "ISO8601"},
+            "words": {"format": "mixed"},
+            "format": {"format": self.detail},
+            "digits": {"format": self.detail},
+            "epoch": {"unit": self.detail},
+        }[self.kind]
+        given = column
+        if self.kind in ("epoch", "digits"):
+            given = pd.to_numeric(column, errors="coerce")
+            if self.kind == "digits":
+                given = given.astype("Int64").astype("string")
+        elif self.kind == "format":
+            given = _texts(column)
+        made = pd.to_datetime(given, errors="coerce", utc=True, **options)
+        return np.asarray(made.dt.tz_localize(None).to_numpy().astype("datetime64[us]"))
+
+
+def find_reading(column: pd.Series, where: str, time_format: str | None = None) -> Reading | None:
+    """How ``column`` is read; None for numbers that are no times. Single rows of it may still be no dates.
+
+    Args:
+        where: the file and the column, for messages.
+        time_format: codes of strptime, or a unit of ``EPOCHS``.
+
+    Raises:
+        UserError: for dates that could be read in two ways, or are in some rows with a UTC offset and in some without.
+    """
+    import pandas as pd
+
+    if time_format is not None:
+        return _given(column, where, time_format)
+    if pd.api.types.is_datetime64_any_dtype(column):
+        zone = getattr(column.dt, "tz", None)
+        return Reading("dates", zone=None if zone is None else str(zone))
+    if pd.api.types.is_numeric_dtype(column):
+        return None if pd.api.types.is_bool_dtype(column) else _numbers(column.dropna())
+    if pd.api.types.infer_dtype(column, skipna=True) in ("date", "datetime", "datetime64"):
+        return Reading("dates")
+    texts = _texts(column)
+    texts = texts[(texts != "").to_numpy(dtype=bool, na_value=False)]
+    if not len(texts):
+        return Reading("iso")
+    first = str(texts.iloc[0])
+    if re.fullmatch(r"\d+(\.\d+)?", first) and len(first.split(".")[0]) > 3:
+        numbers = pd.to_numeric(texts, errors="coerce")
+        return _numbers(numbers.dropna())
+    return _zoned(_family(texts, where), texts, where)
+
+
+def times_of(column: pd.Series, where: str, time_format: str | None = None) -> Stamps | None:
+    """The times of a column, NaT for what is none; None for numbers that are no times. Raises as find_reading."""
+    reading = find_reading(column, where, time_format)
+    return None if reading is None else reading.stamps(column)
+
+
+def are_dates(column: pd.Series) -> bool:
+    """Whether a column holds times although its name does not say so; numbers are none."""
+    import pandas as pd
+
+    if pd.api.types.is_datetime64_any_dtype(column):
+        return True
+    if pd.api.types.is_numeric_dtype(column):
+        return False
+    known = column.dropna()
+    some = known.iloc[np.linspace(0, len(known) - 1, min(len(known), _SAMPLE)).astype(int)]
+    if pd.api.types.infer_dtype(some) in ("date", "datetime"):
+        return True
+    texts = [text.strip() for text in some.astype(str)]
+    counts = _counts(texts)
+    return bool(texts) and max(counts.values()) == len(texts)
+
+
+def has_frequency(times: Stamps) -> bool:
+    """Whether pandas knows how the times, sorted, go on: hours, months from their start or end, business days."""
+    import pandas as pd
+
+    if len(times) < 3:
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the type of its result, which later versions of pandas change
+        return pd.infer_freq(pd.DatetimeIndex(times)) is not None
+
+
+def shown(stamps: Stamps, zone: str | None) -> pd.DatetimeIndex:
+    """UTC times as those of ``zone``; without one as they are."""
+    import pandas as pd
+
+    index = pd.DatetimeIndex(stamps)
+    return index if zone is None else index.tz_localize("UTC").tz_convert(zone)
+
+
+def _texts(column: pd.Series) -> pd.Series:
+    return column.astype("string").str.strip()
+
+
+def _given(column: pd.Series, where: str, time_format: str) -> Reading:
+    import pandas as pd
+
+    if time_format in EPOCHS:
+        return Reading("epoch", time_format)
+    try:
+        pd.to_datetime(pd.Series(["-"]), format=time_format, errors="coerce")
+    except ValueError as error:
+        fault = f" ({error})"
+    else:
+        if "%" in time_format:
+            return _zoned(Reading("format", time_format), _texts(column).dropna(), where)
+        fault = ""
+    raise UserError(
+        f"{where}: data.time_format={time_format!r}{fault}: codes such as %d/%m/%Y %H:%M, or {', '.join(EPOCHS)} for "
+        "numbers since 1970"
+    )
+
+
+def _numbers(numbers: pd.Series) -> Reading | None:
+    """Numbers since 1970, or dates written as numbers."""
+    values = numbers.to_numpy()
+    if not len(values):
+        return None
+    low, high = values.min(), values.max()
+    whole = values.dtype.kind in "iu" or bool((values == np.floor(values)).all())
+    length = len(str(int(low))) if np.isfinite(low) and low > 0 else 0
+    if whole and length in _DIGITS and len(str(int(high))) == length:
+        years = _YEARS[0] <= low // 10 ** (length - 4) and high // 10 ** (length - 4) <= _YEARS[1]
+        # a year alone, or with a month, is taken for a time only where it does not come twice
+        if years and (length >= 8 or numbers.is_unique):
+            reading = Reading("digits", _DIGITS[length])
+            if not np.isnat(reading.stamps(numbers)).any():
+                return reading
+    for unit, scale in EPOCHS.items():
+        if _EARLIEST * scale <= low and high <= _LATEST * scale:
+            return Reading("epoch", unit)
+    return None
+
+
+def _zoned(reading: Reading, texts: pd.Series, where: str) -> Reading:
+    """``reading`` with the zone that ``texts`` name: of several UTC offsets (summer and winter) the last one."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    found = pc.match_substring_regex(pa.array(texts, type=pa.string(), from_pandas=True), _ZONED)  # Arrow's are fast
+    has = found.fill_null(False).to_numpy(zero_copy_only=False)
+    if not has.any():
+        return reading
+    if not has.all():
+        without, given = texts.iloc[int(np.argmin(has))], texts.iloc[int(np.argmax(has))]
+        raise UserError(f"{where}: {without!r} has no UTC offset, and {given!r} has one: write all times in one way")
+    offset_of_last = _OFFSET.search(str(texts.iloc[-1]))
+    sign, hours, minutes = offset_of_last.groups() if offset_of_last else ("+", "00", "00")
+    offset = f"{sign}{hours}:{minutes or '00'}"
+    return replace(reading, zone="UTC" if offset[1:] == "00:00" else offset)
+
+
+def _family(texts: pd.Series, where: str) -> Reading:
+    some = [str(text) for text in texts.iloc[np.linspace(0, len(texts) - 1, min(len(texts), _SAMPLE)).astype(int)]]
+    counts = _counts(some)
+    best = max(counts, key=lambda name: counts[name])
+    if not counts[best]:
+        guess = all(re.search(r"[A-Za-z]{3}", text) and re.search(r"\d{4}", text) for text in some)
+        return Reading("words" if guess else "iso")
+    if best == "iso":
+        return Reading("iso")
+    return _ordered(texts, best, where)
+
+
+def _counts(texts: list[str]) -> dict[str, int]:
+    """How many of ``texts`` are written in each way."""
+    counts = {"iso": sum(_ISO.match(text) is not None for text in texts)}
+    for name, pattern in FAMILIES.items():
+        counts[name] = sum(re.fullmatch(pattern + TAIL, text) is not None for text in texts)
+    return counts
+
+
+def _ordered(texts: pd.Series, family: str, where: str) -> Reading:
+    """The one order of day, month and year in which every text is a date.
+
+    Where several are, the one whose steps are even.
+    """
+    unique = texts.drop_duplicates()
+    found: dict[str, Stamps] = {}
+    for order in ORDERS.get(family, ("",)):
+        found[order] = Reading("parts", order, family).stamps(unique)
+    bad = {order: int(np.isnat(stamps).sum()) for order, stamps in found.items()}
+    left = {order: stamps for order, stamps in found.items() if bad[order] == min(bad.values())}
+    for keep in (_distinct, _even, _rising):
+        if len(left) > 1 and (keep is not _rising or "ymd" in left):
+            left = keep(left) or left
+    if len(left) > 1:
+        one = next(text for row, text in enumerate(unique) if len({str(stamps[row]) for stamps in left.values()}) > 1)
+        ways = " or ".join(f"{_words(order)} (data.time_format={_code(str(one), order)})" for order in left)
+        raise UserError(
+            f"{where}: {one!r} can be read as {ways}, and no other row tells which: set data.time_format "
+            "(--time-format), or write dates as 2020-12-31"
+        )
+    return Reading("parts", next(iter(left)), family)
+
+
+def _distinct(found: dict[str, Stamps]) -> dict[str, Stamps]:
+    """One of the readings where all are the same."""
+    first = next(iter(found))
+    same = all(np.array_equal(stamps, found[first], equal_nan=True) for stamps in found.values())
+    return {first: found[first]} if same else found
+
+
+def _even(found: dict[str, Stamps]) -> dict[str, Stamps]:
+    return {order: stamps for order, stamps in found.items() if _is_even(stamps)}
+
+
+def _rising(found: dict[str, Stamps]) -> dict[str, Stamps]:
+    """Those in the order of the rows: any column of days, months and years of two digits can be read from its end."""
+    steps = {order: np.diff(stamps).astype(np.int64) for order, stamps in found.items()}
+    return {order: found[order] for order, step in steps.items() if (step > 0).all() or (step < 0).all()}
+
+
+def _is_even(stamps: Stamps) -> bool:
+    times = np.unique(stamps[~np.isnat(stamps)])
+    if len(times) < 3:
+        return False
+    months = times.astype("datetime64[M]")
+    if _has_one_step(times) or (_has_one_step(months) and len(np.unique(times - months)) == 1):
+        return True
+    return has_frequency(times)
+
+
+def _has_one_step(times: Stamps) -> bool:
+    return len(np.unique(np.diff(times).astype(np.int64))) == 1
+
+
+def _words(order: str) -> str:
+    return ", ".join({"d": "day", "m": "month", "y": "year"}[letter] for letter in order)
+
+
+def _code(text: str, order: str) -> str:
+    """``text`` as codes of strptime."""
+    date = re.match(r"(\d+)([-/. ]+)(\d+)([-/. ]+)(\d+)", text)
+    if date is None:
+        return "..."
+    a, first, _, second, c = date.groups()
+    codes = {"d": "%d", "m": "%m", "y": "%Y" if max(len(a), len(c)) == 4 else "%y"}
+    made = codes[order[0]] + first + codes[order[1]] + second + codes[order[2]]
+    clock = re.search(r"\d{1,2}:\d\d(:\d\d)?(\.\d+)?\s*([AaPp]\.?[Mm])?", text)
+    if clock is None:
+        return made
+    hours = ("%I:%M" if clock[3] else "%H:%M") + (":%S" if clock[1] else "") + (".%f" if clock[2] else "")
+    return f"{made} {hours}{' %p' if clock[3] else ''}"

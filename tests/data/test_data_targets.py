@@ -119,7 +119,7 @@ def test_both_are_shrunk_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mask", "said"),
     [
-        (np.zeros((10, 11), np.uint8), "the mask has 11 × 10 pixels, its image 12 × 10"),
+        (np.zeros((10, 11), np.uint8), "its targets are for 11 × 10 pixels, the image has 12 × 10"),
         (np.zeros((10, 12, 3), np.uint8), "the mask's pixels are RGB, not class numbers"),
         (np.full((10, 12), 300, np.uint16), "outside of 0 to 255"),
     ],
@@ -225,7 +225,10 @@ BOX = {"id": 1, "image_id": 10, "category_id": 7, "bbox": [1, 2, 3, 4]}
         ({"images": [{"id": 1, "file_name": "/0.jpg", "width": 12, "height": 10}]}, "leads out of"),
         ({"images": [{"id": 1}]}, 'images need "id", "file_name"'),
         ({"images": [{"id": 1, "file_name": "x.jpg", "width": 12, "height": 10}], "annotations": []}, "1 of 1 images"),
-        ({"images": [{"id": 10, "file_name": "1.jpg", "width": 13, "height": 10}]}, "annotations say 13 × 10"),
+        (
+            {"images": [{"id": 10, "file_name": "1.jpg", "width": 13, "height": 10}]},
+            "are for 13 × 10 pixels",
+        ),
         ({"annotations": [BOX | {"image_id": 5}]}, "annotation 1: no such image or category"),
         ({"annotations": [BOX | {"category_id": 5}]}, "annotation 1: no such image or category"),
         ({"annotations": [BOX | {"bbox": [1, 2, 3]}]}, 'annotation 1: needs "bbox"'),

@@ -21,13 +21,21 @@ from mmtrain.data.images.tar_index import index_shards, write_index
 from mmtrain.data.prepare.demo import prepare_digits
 from mmtrain.data.prepare.imagenet import prepare_imagenet
 from mmtrain.data.prepare.images import prepare_images
+from mmtrain.data.prepare.masks import VOID
 from mmtrain.data.prepare.output import Prepared
-from mmtrain.data.prepare.targets import VOID, prepare_coco, prepare_segmentation
+from mmtrain.data.prepare.targets import prepare_coco, prepare_segmentation
 from mmtrain.errors import UserError, os_errors
 
 Size = Annotated[int | None, typer.Option(help="Shrink images whose shorter side is longer than this (pixels).")]
 Quality = Annotated[int, typer.Option(help="Of the JPEGs that are made anew, 1 to 100.")]
 ShardSize = Annotated[int, typer.Option(help="Samples in a shard, at most.")]
+Turned = Annotated[
+    str | None,
+    typer.Option(
+        help="Targets of photos that EXIF marks as turned were made on the photo as it is shown (upright) or on the "
+        "pixels as they are stored (stored); needed where their size does not tell."
+    ),
+]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be used: OUT/skipped.txt lists it.")]
 
 
@@ -76,6 +84,11 @@ def segmentation_command(
     zero_is_void: Annotated[
         bool, typer.Option("--zero-is-void", help="0 becomes 255 and n becomes n - 1, as is usual for ADE20K.")
     ] = False,
+    mask_values: Annotated[
+        str | None,
+        typer.Option(help="The values of class 0, 1, ... in the masks, where they are no class numbers: 0,255."),
+    ] = None,
+    turned: Turned = None,
     image_size: Size = None,
     quality: Quality = 95,
     shard_size: ShardSize = 1000,
@@ -93,6 +106,7 @@ def coco_command(
     out: Out,
     val_images: Annotated[Path | None, typer.Option(help="Folder of the validation images.")] = None,
     val_annotations: Annotated[Path | None, typer.Option(help="Their annotations.")] = None,
+    turned: Turned = None,
     shard_size: ShardSize = 1000,
     workers: Workers = None,
     skip_bad: SkipBad = False,

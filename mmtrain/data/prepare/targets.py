@@ -11,83 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from mmtrain.data.images.formats import open_image
+from mmtrain.data.images.photo import orientation
 from mmtrain.data.prepare.encode import (
     QUALITY,
-    BadSample,
     Encoded,
     Item,
     check_encoding,
     encode_image,
     read_file,
     read_lines,
-    shrunk,
-    to_bytes,
 )
 from mmtrain.data.prepare.folders import SPLIT_NAMES, LeftOut, image_files, split_folders
+from mmtrain.data.prepare.masks import VOID, MaskEncoder, MaskValues, parse_values, question_masks
 from mmtrain.data.prepare.origin import Origin
 from mmtrain.data.prepare.output import Prepared, check_root, existing
+from mmtrain.data.prepare.turned import check_choice, turn_annotations, turn_wanted
 from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.errors import UserError
 
-VOID = 255
 _LAYOUTS = "wanted is ROOT/images/train with ROOT/annotations/train, or ROOT/train with ROOT/trainannot"
-
-
-@dataclass(frozen=True)
-class MaskEncoder:
-    """An image and its mask (``.seg.png``, grey with 8 bits: a class number for each pixel)."""
-
-    image_size: int | None
-    quality: int
-    classes: int | None  # how many there are (None: any number)
-    ignore: tuple[int, ...]
-    zero_is_void: bool
-    labelled: ClassVar[bool] = False
-
-    def __call__(self, item: Item) -> Encoded:
-        from PIL import Image
-
-        suffix, content, size = encode_image(item, self.image_size, self.quality)
-        numbers = read_numbers(item.target)
-        if numbers.shape != (size[1], size[0]):
-            found = f"{numbers.shape[1]} × {numbers.shape[0]}"
-            raise BadSample(item.target, f"the mask has {found} pixels, its image {size[0]} × {size[1]}")
-        if self.zero_is_void:
-            # 0 becomes 255, n becomes n - 1; a void that was 255 before stays one
-            numbers = np.where(numbers == VOID, VOID, numbers - np.uint8(1))
-        for value in np.unique(numbers).tolist() if self.classes is not None else ():
-            if value >= self.classes and value not in self.ignore:
-                raise BadSample(
-                    item.target, f"holds the class number {value}, but there are {self.classes} classes (see --ignore)"
-                )
-        mask = Image.fromarray(numbers)
-        if self.image_size is not None:
-            mask = mask.resize(shrunk(size, self.image_size), Image.Resampling.NEAREST)
-        pixels = np.bincount(np.asarray(mask).reshape(-1), minlength=VOID + 1)
-        counts = {str(value): int(pixels[value]) for value in np.flatnonzero(pixels)}
-        return Encoded({suffix: content, "seg.png": to_bytes(mask, None)}, counts)
-
-
-def read_numbers(path: str) -> NDArray[np.uint8]:
-    """The class numbers (H, W) of a mask file: grey, or the places in a palette. Raises BadSample."""
-    content = read_file(path)
-    try:
-        image = open_image(content)
-        image.load()
-    except MemoryError:
-        raise
-    except Exception as error:  # PIL's plugins raise almost anything for damaged files
-        raise BadSample(path, f"the mask cannot be decoded ({type(error).__name__}: {error})") from error
-    if image.mode not in ("L", "P") and not image.mode.startswith("I"):
-        raise BadSample(path, f"the mask's pixels are {image.mode}, not class numbers (grey, or a palette)")
-    numbers = np.asarray(image)
-    if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) <= VOID:
-        raise BadSample(path, f"the mask holds class numbers outside of 0 to {VOID}")
-    return numbers.astype(np.uint8)
 
 
 def prepare_segmentation(
@@ -97,6 +39,8 @@ def prepare_segmentation(
     classes: str | Path | None = None,
     ignore: Sequence[int] = (VOID,),
     zero_is_void: bool = False,
+    mask_values: str | None = None,
+    turned: str | None = None,
     image_size: int | None = None,
     quality: int = QUALITY,
     shard_size: int = 1000,
@@ -109,15 +53,22 @@ def prepare_segmentation(
     ROOT/images/SPLIT and ROOT/annotations/SPLIT, or ROOT/SPLIT and ROOT/SPLITannot, hold files of the same stems.
     ``classes``: a file with a name in each line, the first for class 0; masks may then hold no other numbers but those
     of ``ignore``. Without it the classes are numbers. ``zero_is_void``: 0 becomes 255 and n becomes n − 1, as is usual
-    for ADE20K; ``ignore`` means the numbers after that. ``image_size``: shrink images and masks (nearest pixel) whose
-    shorter side is longer. meta.json has the pixels of each class. The rest is as for ``prepare_imagenet``.
+    for ADE20K; ``ignore`` means the numbers after that. ``mask_values``: "0,255" for masks whose class 0 has the value
+    0 and whose class 1 has 255; the pixels of a JPEG take the nearest. Masks that cannot be what was meant are refused.
+    ``turned``: "upright" or "stored", what the masks of photos that EXIF marks as turned were made on. ``image_size``:
+    shrink images and masks (nearest pixel) whose shorter side is longer. meta.json has the pixels of each class. The
+    rest is as for ``prepare_imagenet``.
     """
     root, out = Path(root).expanduser(), Path(out).expanduser()
     check_encoding(image_size, quality)
     if not all(0 <= number <= VOID for number in ignore):
         raise UserError(f"--ignore {' '.join(map(str, ignore))}: class numbers, 0 to {VOID}")
     names = None if classes is None else read_lines(Path(classes).expanduser())
-    voids = tuple(sorted({*ignore, VOID} if zero_is_void else set(ignore)))
+    if mask_values is not None and zero_is_void:
+        raise UserError("--mask-values and --zero-is-void exclude each other")
+    check_choice(turned)
+    meaning = MaskValues(parse_values(mask_values, names), tuple(ignore), zero_is_void)
+    voids = meaning.voids
     settings = {
         "image_size": image_size,
         "quality": quality,
@@ -125,6 +76,8 @@ def prepare_segmentation(
         "classes": names,
         "ignore": list(voids),
         "zero_is_void": zero_is_void,
+        "mask_values": mask_values,
+        "turned": turned,
     }
     origin = Origin.of(root)
     if (done := existing(out, origin, settings, force=force)) is not None:
@@ -132,17 +85,20 @@ def prepare_segmentation(
 
     def summarise(pixels: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
         seen = {int(number) for counts in pixels.values() for number in counts} - set(voids)
-        known = names if names is not None else [str(number) for number in range(max(seen, default=-1) + 1)]
+        numbers = meaning.values or range(max(seen, default=-1) + 1)
+        known = names if names is not None else [str(number) for number in numbers]
         return {"kind": "segmentation", "ignore": list(voids), "classes": known, "pixels": pixels}
 
+    splits = _find_masks(root)
+    question_masks([item for items in splits.values() for item in items], meaning, names, skip_bad)
     return write_dataset(
         out,
-        _find_masks(root),
+        splits,
         [],
         origin,
         settings,
         shard_size=shard_size,
-        encoder=MaskEncoder(image_size, quality, None if names is None else len(names), voids, zero_is_void),
+        encoder=MaskEncoder(image_size, quality, None if names is None else len(names), meaning, turned),
         workers=workers,
         force=force,
         keep=True,
@@ -187,18 +143,27 @@ def _pairs(images: Path, masks: Path, left: LeftOut) -> list[Item]:
     return [Item(path=str(path), target=str(by_stem[masks][stem])) for stem, path in sorted(by_stem[images].items())]
 
 
+@dataclass(frozen=True)
 class BoxEncoder:
-    """An image and the annotations of that image (``.json``, see ``mmtrain.data.images.targets.read_detection``)."""
+    """An image and the annotations of that image (``.json``, see ``mmtrain.data.images.targets.read_detection``).
 
+    ``turned``: see ``mmtrain.data.prepare.turned``.
+    """
+
+    turned: str | None = None
     labelled: ClassVar[bool] = False
 
     def __call__(self, item: Item) -> Encoded:
+        item = item._replace(content=item.content or read_file(item.path))
         suffix, content, size = encode_image(item, None, QUALITY)
         target = json.loads(item.note)
-        if (target["width"], target["height"]) != size:
-            said = f"{target['width']} × {target['height']}"
-            raise BadSample(item.path, f"the image has {size[0]} × {size[1]} pixels, its annotations say {said}")
-        return Encoded({suffix: content, "json": item.note}, dict(Counter(str(label) for label in target["labels"])))
+        counts = dict(Counter(str(label) for label in target["labels"]))
+        found = target["width"], target["height"]
+        turn = turn_wanted(item.path, orientation(item.content), size, found, self.turned)
+        if turn == 1:
+            return Encoded({suffix: content, "json": item.note}, counts)
+        note = json.dumps(turn_annotations(item.path, target, turn), separators=(",", ":")).encode()
+        return Encoded({suffix: content, "json": note}, counts)
 
 
 def prepare_coco(
@@ -208,6 +173,7 @@ def prepare_coco(
     *,
     val_images: str | Path | None = None,
     val_annotations: str | Path | None = None,
+    turned: str | None = None,
     shard_size: int = 1000,
     workers: int | None = None,
     skip_bad: bool = False,
@@ -217,7 +183,8 @@ def prepare_coco(
 
     ``annotations`` is a file like instances_train2017.json. Categories become class indices in the order of their ids,
     which meta.json keeps as ``category_ids`` for an evaluation by COCO's tools, with the boxes of each class. Images
-    without annotations stay, and all keep their size. The rest is as for ``prepare_imagenet``.
+    without annotations stay, and all keep their size. ``turned``: "upright" or "stored", what the annotations of
+    photos that EXIF marks as turned were made on. The rest is as for ``prepare_imagenet``.
     """
     out = Path(out).expanduser()
     if (val_images is None) != (val_annotations is None):
@@ -227,7 +194,8 @@ def prepare_coco(
         given["val"] = (Path(val_images).expanduser(), Path(val_annotations).expanduser())
     named = "; ".join(", ".join(map(os.path.realpath, pair)) for pair in given.values())
     origin = Origin(named, tuple(path for pair in given.values() for path in pair))
-    settings = {"shard_size": shard_size}
+    check_choice(turned)
+    settings = {"shard_size": shard_size, "turned": turned}
     if (done := existing(out, origin, settings, force=force)) is not None:
         return done
     contents = {split: _read_annotations(file) for split, (_, file) in given.items()}
@@ -245,7 +213,7 @@ def prepare_coco(
         origin,
         settings,
         shard_size=shard_size,
-        encoder=BoxEncoder(),
+        encoder=BoxEncoder(turned),
         workers=workers,
         force=force,
         keep=True,

@@ -27,6 +27,8 @@ from mmtrain.log import logger
 if TYPE_CHECKING:
     from mmtrain.config import PanelDataConfig
 
+#: Values that are standardised at once.
+_AT_ONCE = 8192
 #: Series whose values are in the fingerprint, and the rows of each.
 _PROBED, _ROWS = 256, 4096
 
@@ -41,9 +43,14 @@ class PanelWindows(Windows):
         self.panel, self.scalers = panel, inputs.scalers
 
     def read(self, series: Int64s, start: Int64s, length: int) -> Floats:
-        made = self.panel.gather(self.panel.values, series, start, length)
+        found = self.panel.gather(self.panel.values, series, start, length)
         mean, std = self.scalers.mean[series][:, None], self.scalers.std[series][:, None]
-        return ((made - mean) / std).astype(np.float32)
+        made = found if found.dtype == np.float32 else np.empty(found.shape, np.float32)
+        some = max(1, _AT_ONCE // max(1, length * found.shape[2]))
+        for begin in range(0, len(found), some):  # in float64, which stays in the processor's cache
+            part = slice(begin, begin + some)
+            made[part] = (found[part] - mean[part]) / std[part]
+        return made
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -94,8 +95,9 @@ class Task(ABC):
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """The metrics from sums over a whole split."""
 
+    @cached_property
     def fingerprint(self) -> Fingerprint:
-        """What a run that goes on compares its training data by."""
+        """What a run that goes on compares its training data by; made once, since it reads all rows of a table."""
         return fingerprint_of(self.train)
 
     @abstractmethod

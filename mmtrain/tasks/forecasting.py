@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmtrain.config import TASKS, ForecasterConfig, ForecastingConfig, RunConfig, SeriesDataConfig
-from mmtrain.data.core.fingerprint import Fingerprint
+from mmtrain.data.core.fingerprint import Fingerprint, fingerprint_of
 from mmtrain.data.open import check_inputs, open_data
 from mmtrain.errors import UserError
 from mmtrain.models.tsm2 import Forecasts
@@ -92,8 +93,9 @@ class Forecasting(Task):
         share = {"observed": held / count} if "observed" in sums else {}
         return {"loss": mse, "mse": mse, "mae": sums["absolute"] / held, **spread, "samples": count, **share}
 
+    @cached_property
     def fingerprint(self) -> Fingerprint:
-        return {**super().fingerprint(), **self.series.fingerprint()}
+        return {**fingerprint_of(self.train), **self.series.fingerprint()}
 
     def assets(self) -> dict[str, Any]:
         return {

@@ -75,7 +75,7 @@ class Trainer:
         self.snapshots = Snapshots(config, run, self.strategy, ranks)
         self.schedule = Schedule.of(config, len(task.train))
         self.state = TrainState(
-            dataset_length=len(task.train), data=task.fingerprint(), loss_scale=initial_loss_scale(config.train)
+            dataset_length=len(task.train), data=task.fingerprint, loss_scale=initial_loss_scale(config.train)
         )
         self.stop = StopRequest.current()
         self.meter = Meter(config, task, self.strategy, ranks)

@@ -15,7 +15,6 @@ from mmtrain.config import RunConfig
 from mmtrain.data.core.fingerprint import Fingerprint, changes
 from mmtrain.errors import UserError
 from mmtrain.log import logger
-from mmtrain.parallel.ranks import Ranks
 from mmtrain.runs import journal
 from mmtrain.runs.folder import RunFolder
 
@@ -31,7 +30,6 @@ class TrainedOn:
 def check_data(
     config: RunConfig,
     run: RunFolder,
-    ranks: Ranks,
     now: TrainedOn,
     found: TrainedOn | None,
     step: int,
@@ -39,7 +37,7 @@ def check_data(
 ) -> None:
     """Compare the data of ``now`` with that of the run, and with that of the newest checkpoint, which is of ``step``.
 
-    ``assets`` of the new data replace those of the run folder where changes are accepted.
+    For rank 0, since it writes: ``assets`` of the new data replace those of the run folder where changes are accepted.
 
     Raises:
         UserError: when the data is not what the run was trained on, with what changed.
@@ -60,7 +58,7 @@ def check_data(
             " data.accept_changes=true"
         )
     if different or unknown:
-        ranks.on_main(lambda: _record(run, fingerprint, different, step, assets))
+        _record(run, fingerprint, different, step, assets)
 
 
 def _accepted_before(run: RunFolder, own: Fingerprint | None) -> bool:

@@ -87,7 +87,7 @@ def _prepare(run: RunFolder, config: RunConfig, task: Task, world: int) -> None:
     known = run.config_file.is_file() and run.assets_file.is_file()
     if known and run.data() is None and not config.data.accept_changes:  # of an earlier version: no fingerprint
         task.check_assets(run.assets(), run.path)
-    run.prepare(config, task.assets(), task.fingerprint())
+    run.prepare(config, task.assets(), task.fingerprint)
     journal.record_start(run.path, world)
     log_to_file(run.log_file)
 

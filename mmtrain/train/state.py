@@ -133,7 +133,9 @@ class Snapshots:
         newest = self.store.newest()
         state = fresh if newest is None else TrainState.read(newest)
         found = None if newest is None else state.trained_on
-        check_data(self.config, self.run, self.strategy.ranks, fresh.trained_on, found, state.step, assets)
+        self.strategy.ranks.on_main(
+            lambda: check_data(self.config, self.run, fresh.trained_on, found, state.step, assets)
+        )
         state.dataset_length, state.data = fresh.dataset_length, fresh.data
         if newest is None:
             self.strategy.initialise(initial_weights(meta_model, self.config.seed))

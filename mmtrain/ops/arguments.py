@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -72,19 +72,31 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def check_floats(op: str, first: str, tensors: dict[str, Tensor | None]) -> None:
+class WrongType(UserError, TypeError):
+    """An argument that is no tensor."""
+
+
+def check_tensors(op: str, tensors: Mapping[str, object], optional: Collection[str] = ()) -> None:
+    """Raise WrongType, with the argument, for what is no tensor; those that are ``optional`` may be None."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) and not (tensor is None and name in optional):
+            raise WrongType(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+
+
+def check_floats(op: str, first: str, tensors: Mapping[str, Tensor | None], optional: Collection[str] = ()) -> None:
     """All tensors real floats on the device of ``tensors[first]``, and either all or none of them float64.
+
+    Those that are ``optional`` may be None.
 
     Raises:
         UserError: naming the argument.
     """
+    check_tensors(op, tensors, optional)
     lead = tensors[first]
     assert lead is not None
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise UserError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if not tensor.dtype.is_floating_point:
             raise UserError(f"{op}: {name} must be real floating point, got {tensor.dtype}")
         if tensor.device != lead.device:

@@ -37,7 +37,7 @@ def causal_conv1d(
     Raises:
         UserError: shapes, dtypes, devices or an activation that do not fit; a backend that cannot run.
     """
-    check_floats(OP, "x", {"x": x, "weight": weight, "bias": bias})
+    check_floats(OP, "x", {"x": x, "weight": weight, "bias": bias}, optional=("bias",))
     if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] == 0:
         raise UserError(f"{OP}: x has shape {tuple(x.shape)}, expected (batch, channels, positions)")
     channels = x.shape[1]

@@ -20,6 +20,7 @@ from torch import Tensor
 from mmtrain.errors import UserError, nearest
 from mmtrain.log import logger
 from mmtrain.ops import backend
+from mmtrain.ops.arguments import check_tensors
 from mmtrain.ops.cpu import library
 from mmtrain.ops.cpu.library import MatmulArgs
 from mmtrain.ops.registration import register
@@ -66,6 +67,7 @@ def _by_onednn() -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear``: x (..., K), weight (N, K), bias (N,) → (..., N), of any dtype and device."""
+    check_tensors("linear", {"x": x, "weight": weight, "bias": bias}, optional=("bias",))
     # the sizes last: an exported program's are symbols, which a comparison would bind
     fits = (
         x.device.type == "cpu"

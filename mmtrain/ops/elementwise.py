@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmtrain.errors import UserError
 from mmtrain.ops import backend
+from mmtrain.ops.arguments import check_tensors
 from mmtrain.ops.cpu import library
 from mmtrain.ops.cpu.library import DropoutArgs, WeightedSumArgs
 from mmtrain.ops.registration import register
@@ -52,11 +54,12 @@ def keyed_dropout(x: Tensor, seeds: Tensor, drop: float) -> Tensor:
         seeds: (B,) int32, on the device of x.
         drop: in [0, 1).
     """
+    check_tensors("keyed_dropout", {"x": x, "seeds": seeds})
     scale = 1 / (1 - drop)
     fits = x.device.type == "cpu" and x.dtype == torch.float32 and backend.fusing()
     if fits and backend.choose("cpu", False) == "cpu":
         return keyed_dropout_op(x.contiguous(), seeds, threshold(drop), scale)
-    keep = keep_mask(seeds, x[0].numel(), drop).view(x.shape)
+    keep = keep_mask(seeds, x.shape[1:].numel(), drop).view(x.shape)
     return x * (keep * scale).to(x.dtype)
 
 
@@ -105,6 +108,9 @@ def weighted_sum(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
         tensors: n of one shape and dtype.
         weight: (n,).
     """
+    if not tensors:
+        raise UserError("weighted_sum: tensors is empty")
+    check_tensors("weighted_sum", {"weight": weight} | {f"tensors[{n}]": tensor for n, tensor in enumerate(tensors)})
     first = tensors[0]
     fits = first.device.type == "cpu" and all(t.dtype == torch.float32 for t in (*tensors, weight))
     if fits and backend.choose("cpu", False) == "cpu":

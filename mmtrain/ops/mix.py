@@ -59,6 +59,7 @@ def observed(callback: Observer) -> Iterator[None]:
 
 
 def _check(x: Tensor, directions: Sequence[Direction], gated: bool, height: int) -> None:
+    check_floats(OP, "x", {"x": x})
     if x.dim() not in (3, 4) or 0 in x.shape[-2:]:
         raise UserError(f"{OP}: x has shape {tuple(x.shape)}, expected (batch, [inner batch,] positions, channels)")
     length, channels = x.shape[-2:]
@@ -71,7 +72,8 @@ def _check(x: Tensor, directions: Sequence[Direction], gated: bool, height: int)
     for i, d in enumerate(directions):
         named = {name: value for name, value in d._asdict().items() if name != "order"}
         where = f"directions[{i}]."
-        check_floats(OP, "x", {"x": x} | {where + name: t for name, t in named.items()})
+        optional = (where + "conv", where + "conv_bias")
+        check_floats(OP, "x", {"x": x} | {where + name: t for name, t in named.items()}, optional)
         if d.A.dim() != 2 or d.A.shape[0] != channels or d.A.shape[1] == 0:
             raise UserError(f"{OP}: {where}A has shape {tuple(d.A.shape)}, expected (D, N) with D = {channels}")
         if d.dt_proj.dim() != 2 or d.dt_proj.shape[0] != channels or d.dt_proj.shape[1] == 0:

@@ -49,8 +49,9 @@ def selective_scan_reference(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     groups = inputs.B.shape[1]
     # Channels by group, so that B and C broadcast over the channels of theirs: (Bt, G, D/G, ...).
     A = inputs.A.reshape(groups, channels // groups, -1)
-    delta_t = delta.reshape(batch, groups, -1, length).unbind(-1)
-    delta_u_t = (delta * u).reshape(batch, groups, -1, length).unbind(-1)
+    by_group = (batch, groups, channels // groups, length)  # no -1, which an empty batch leaves open
+    delta_t = delta.reshape(by_group).unbind(-1)
+    delta_u_t = (delta * u).reshape(by_group).unbind(-1)
     B_t, C_t = inputs.B.unbind(-1), inputs.C.unbind(-1)
     initial = inputs.initial_state
     h = u.new_zeros(batch, *A.shape) if initial is None else initial.reshape(batch, *A.shape)
@@ -60,7 +61,7 @@ def selective_scan_reference(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
         h = decay * h + delta_u_t[t][..., None] * B_t[t][:, :, None, :]
         y[t] = (h * C_t[t][:, :, None, :]).sum(-1)
     out = torch.stack(y, dim=-1).reshape(u.shape)
-    return out if inputs.D is None else out + inputs.D[:, None] * u, h.reshape(batch, channels, -1)
+    return out if inputs.D is None else out + inputs.D[:, None] * u, h.reshape(batch, *inputs.A.shape)
 
 
 #: Positions a chunk: memory Bt·CHUNK·D·N at a time, and ⌈L/CHUNK⌉ copies of the chunk in an exported graph.
@@ -128,4 +129,4 @@ def selective_scan_parallel(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
         out = out.flip(1)
     out = out.flatten(2).transpose(1, 2)
     assert h is not None
-    return out if inputs.D is None else out + inputs.D[:, None] * u, h.reshape(u.shape[0], u.shape[1], -1)
+    return out if inputs.D is None else out + inputs.D[:, None] * u, h.reshape(u.shape[0], *inputs.A.shape)

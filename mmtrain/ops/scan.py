@@ -21,7 +21,8 @@ MOST_STATES = 256  # of the Triton kernel
 def _check(inputs: ScanInputs) -> None:
     u, delta, A, B, C, D, z, delta_bias, _, _, initial_state = inputs
     named = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
-    check_floats(OP, "u", named | {"initial_state": initial_state})
+    may_be_none = ("D", "z", "delta_bias", "initial_state")
+    check_floats(OP, "u", named | {"initial_state": initial_state}, may_be_none)
     if u.dim() != 3 or u.shape[1] == 0 or u.shape[2] == 0:
         raise UserError(f"{OP}: u has shape {tuple(u.shape)}, expected (batch, channels, positions)")
     batch, channels, length = u.shape

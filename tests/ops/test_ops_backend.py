@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scan_cases import Case, inputs, run
 
 from mmtrain.errors import UserError
-from mmtrain.ops import backend_report, causal_conv1d, scan_backend, selective_scan
+from mmtrain.ops import (
+    Direction,
+    backend_report,
+    causal_conv1d,
+    keyed_dropout,
+    linear,
+    scan_backend,
+    selective_mix,
+    selective_scan,
+    weighted_sum,
+)
 from mmtrain.ops.cpu import build
 
 
@@ -59,6 +71,56 @@ def test_scan_names_the_wrong_argument(wrong: dict[str, Any], message: str) -> N
 def test_conv_names_the_wrong_argument(args: tuple[Any, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         causal_conv1d(*args)
+
+
+X, W = torch.zeros(2, 5, 11), torch.zeros(5, 5)
+DIRECTION = Direction(torch.zeros(8, 11), torch.zeros(11, 2), torch.zeros(11), torch.zeros(11, 3), torch.zeros(11))
+NOT_A_TENSOR: list[tuple[Callable[[], Any], str]] = [
+    (lambda: selective_scan(**small(u=None)), "selective_scan: u must be a tensor, got NoneType"),
+    (lambda: selective_scan(**small(delta=None)), "selective_scan: delta must be a tensor"),
+    (lambda: selective_scan(**small(A=np.zeros((5, 3)))), "selective_scan: A must be a tensor, got ndarray"),
+    (lambda: selective_scan(**small(B=None)), "selective_scan: B must be a tensor"),
+    (lambda: selective_scan(**small(C=[1.0])), "selective_scan: C must be a tensor, got list"),
+    (lambda: causal_conv1d(None, W), "causal_conv1d: x must be a tensor"),  # type: ignore[arg-type]
+    (lambda: causal_conv1d(X, None), "causal_conv1d: weight must be a tensor"),  # type: ignore[arg-type]
+    (lambda: selective_mix(None, [DIRECTION]), "selective_mix: x must be a tensor"),  # type: ignore[arg-type]
+    (lambda: selective_mix(X, [DIRECTION._replace(A=None)]), r"selective_mix: directions\[0\]\.A must be a tensor"),
+    (lambda: linear(None, W), "linear: x must be a tensor"),  # type: ignore[arg-type]
+    (lambda: linear(X, None), "linear: weight must be a tensor"),  # type: ignore[arg-type]
+    (lambda: keyed_dropout(None, W, 0.5), "keyed_dropout: x must be a tensor"),  # type: ignore[arg-type]
+    (lambda: keyed_dropout(X, 3, 0.5), "keyed_dropout: seeds must be a tensor"),  # type: ignore[arg-type]
+    (lambda: weighted_sum([X, None], W), r"weighted_sum: tensors\[1\] must be a tensor"),  # type: ignore[list-item]
+    (lambda: weighted_sum([X], None), "weighted_sum: weight must be a tensor"),  # type: ignore[arg-type]
+]
+
+
+@pytest.mark.parametrize(("call", "message"), NOT_A_TENSOR, ids=[message for _, message in NOT_A_TENSOR])
+def test_what_is_no_tensor_is_a_type_error_with_its_name(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message) as caught:
+        call()
+    assert isinstance(caught.value, UserError)
+
+
+@pytest.mark.parametrize("name", ["reference", "parallel"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("groups", [1, 5])
+def test_an_empty_batch_has_empty_results_and_gradients(
+    fresh: None, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, groups: int
+) -> None:
+    monkeypatch.setenv("MMTRAIN_SCAN", name)
+    u, delta = (torch.zeros(0, 5, 11, dtype=dtype, requires_grad=True) for _ in range(2))
+    A, bc = torch.ones(5, 3, dtype=dtype, requires_grad=True), torch.zeros(0, groups, 3, 11, dtype=dtype)
+    out, last = selective_scan(
+        u, delta, A, bc, bc, initial_state=torch.zeros(0, 5, 3, dtype=dtype), return_last_state=True
+    )
+    assert (out.shape, last.shape) == ((0, 5, 11), (0, 5, 3))
+    (out.sum() + last.sum()).backward()
+    assert A.grad is not None
+    assert not A.grad.any()
+    x = torch.zeros(0, 11, 11, dtype=dtype)
+    assert selective_mix(x, [Direction(*(None if t is None else t.to(dtype) for t in DIRECTION[:5]))]).shape == x.shape
+    assert causal_conv1d(x, torch.zeros(11, 4, dtype=dtype)).shape == x.shape
+    assert keyed_dropout(x, torch.zeros(0, dtype=torch.int32), 0.5).shape == x.shape
 
 
 def test_choice_is_told_once(fresh: None, caplog: pytest.LogCaptureFixture) -> None:

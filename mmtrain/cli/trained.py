@@ -12,6 +12,7 @@ import typer
 
 from mmtrain.cli.common import Checkpoint, Decimal, Overrides, Run, Separator, TimeFormat
 from mmtrain.config import load_config
+from mmtrain.data.core.counts import set_threads
 from mmtrain.data.series.files import TableFormat
 from mmtrain.errors import UserError, os_errors
 from mmtrain.export import export_trained
@@ -97,8 +98,7 @@ def eval_command(
     if changed:
         raise UserError(f"eval takes overrides of data, eval, device and threads only, not {', '.join(changed)}")
     config = load_config(trained.folder / "config.yaml", overrides or ())
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    set_threads(config.threads)
     task = build_task(config)
     task.check_assets(trained.assets, trained.folder)
     sources = {"train": task.train, "val": task.val, "test": task.test}

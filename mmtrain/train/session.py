@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from mmtrain.config import RunConfig
+from mmtrain.data.core.counts import WORKERS, check_count, set_threads
 from mmtrain.log import log_to_file, logger
 from mmtrain.parallel.build import check_strategy, needs_group, strategy_name
 from mmtrain.parallel.preflight import check_ranks
@@ -39,8 +40,8 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
         UserError: for bad data, a folder of another configuration, a batch that does not divide, a full disk.
     """
     run = RunFolder(run_path(config, run_dir))
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    set_threads(config.threads)
+    check_count("data.workers", config.data.workers, WORKERS)
     world = int(os.environ.get("WORLD_SIZE", 1))
     check_strategy(config, world)
     micros = micro_batches(config, world)

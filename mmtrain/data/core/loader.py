@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import torch
 
+from mmtrain.data.core.counts import WORKERS, check_count
 from mmtrain.data.core.order import Order, local_positions
 from mmtrain.data.core.source import Batch, OnFault, Source, Staged, Streaming
 from mmtrain.data.core.workers import Ring, made_batches
@@ -95,6 +96,7 @@ def _batches(
     on_fault: OnFault | None,
 ) -> Iterator[Batch]:
     """Batches of each array of stream positions, or of sample indices without an order, finished on ``device``."""
+    check_count("data.workers", workers, WORKERS)
     pinned = device is not None and device.type == "cuda"
     if isinstance(source, Streaming):  # which makes them itself
         made = source.batches(arrays(), order, workers=workers, prefetch=prefetch, pin_memory=pinned)

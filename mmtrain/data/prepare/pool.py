@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from multiprocessing import connection
 from typing import Protocol, TypeVar
 
+from mmtrain.data.core.counts import check_count
 from mmtrain.errors import UserError
 from mmtrain.log import logger
 
@@ -28,6 +29,9 @@ def run_jobs(work: Callable[[Job], Done], jobs: Sequence[Job], workers: int | No
     ``workers`` None: one per core, at most 8. Up to 1: in this process. Raises what ``work`` raises, and UserError if a
     process dies; jobs that have not begun are dropped then.
     """
+    if workers is not None and workers < 0:
+        raise UserError(f"--workers {workers}: processes, 0 or 1 for none but this one")
+    check_count("--workers", workers or 0, "processes")
     workers = min(min(8, os.cpu_count() or 1) if workers is None else workers, len(jobs))
     if workers <= 1:
         yield from map(work, jobs)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmtrain.train.checkpoint.tensor_files import SafeReader, read_tensors
+from mmtrain.train.checkpoint.metadata import read_index
+from mmtrain.train.checkpoint.tensor_files import read_tensors
 from tests.parallel.cases import STEPS
 
 #: fp32 sums in another order: 1e-7 a step, and twenty steps that build on each other.
@@ -37,7 +38,7 @@ def losses(folder: Path, since: int = 0) -> list[float]:
 def tensors(checkpoint: Path) -> Parts:
     """All that is in a checkpoint: {part: {name of a parameter: tensor}}."""
     parts: Parts = {}
-    for key, entry in SafeReader(checkpoint).read_metadata().state_dict_metadata.items():
+    for key, entry in read_index(checkpoint).state_dict_metadata.items():
         part, name = key.split(".", 1)
         parts.setdefault(part, {})[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
     read_tensors(checkpoint, parts, alone=True)

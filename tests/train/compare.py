@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from mmtrain.train.checkpoint.metadata import read_index
 from mmtrain.train.checkpoint.store import load_state
-from mmtrain.train.checkpoint.tensor_files import SafeReader, read_tensors
+from mmtrain.train.checkpoint.tensor_files import read_tensors
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -19,7 +20,7 @@ def last_checkpoint(folder: Path) -> Path:
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, by part and name: weights, moments, average."""
     parts: dict[str, dict[str, torch.Tensor]] = {}
-    for key, entry in SafeReader(checkpoint).read_metadata().state_dict_metadata.items():
+    for key, entry in read_index(checkpoint).state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata)
         part, name = key.split(".", 1)
         parts.setdefault(part, {})[name] = torch.empty(entry.size, dtype=entry.properties.dtype)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,21 +101,6 @@ def test_what_an_interrupted_save_left_is_removed_by_the_next_run_only(tmp_path:
     assert torn.exists()
     CheckpointStore(tmp_path, ALONE)
     assert not torn.exists()
-
-
-class Evil:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, ("touch pwned",)
-
-
-def test_metadata_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    store = CheckpointStore(tmp_path / "run", ALONE)
-    store.save(1, tensors(1), {})
-    (store.at(1) / ".metadata").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(UserError, match="system"):
-        read_tensors(store.at(1), tensors(0), alone=True)
-    assert not (tmp_path / "pwned").exists()
 
 
 def test_a_checkpoint_of_another_model_says_which_weights(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from mmtrain.files import sync
 from mmtrain.log import logger
 from mmtrain.parallel.ranks import PATIENT, Ranks
 from mmtrain.parallel.strategy import StateDict
+from mmtrain.train.checkpoint.metadata import INDEX
 from mmtrain.train.checkpoint.tensor_files import Stage, write_tensors
 
 MANIFEST, _STATE, _CONFIG = "manifest.json", "state.json", "config.yaml"
@@ -195,7 +196,7 @@ class CheckpointStore:
             small = [aside / _STATE, aside / _CONFIG]
             for path in small:
                 sync(path)
-            write_manifest(aside, entries | entries_of([*small, aside / ".metadata"]))
+            write_manifest(aside, entries | entries_of([*small, aside / INDEX]))
             if final.exists():  # torn, or it would be the newest
                 self._drop(final)
             os.rename(aside, final)

@@ -1,7 +1,7 @@
 """The tensors of a checkpoint: on disk as torch's distributed checkpoint (DCP), and the copy that a thread writes.
 
-DCP fits any number of ranks. It keeps its metadata, and all that is no tensor, as pickles. We save tensors only, refuse
-anything else at load, and unpickle the metadata from a list of allowed types: no checkpoint can run code.
+DCP fits any number of ranks. It would keep its metadata, and all that is no tensor, as pickles. We save tensors only,
+with an index in JSON (``metadata.py``), and refuse anything else at load: no checkpoint can run code.
 
 :class:`Stage` copies a training state into memory of its own, which a thread can write while the training changes the
 state. The training waits for the copy, so the copy is all that it may wait for. The memory is taken once, by a thread
@@ -15,10 +15,10 @@ time.
 from __future__ import annotations
 
 import io
-import pickle
 import threading
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -26,13 +26,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, Metadata
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
-from mmtrain.errors import UserError
+from mmtrain.errors import SharedError, UserError
 from mmtrain.parallel.strategy import AVERAGE, MODEL, StateDict, to_local
+from mmtrain.train.checkpoint.metadata import read_index, write_index
 
 
 class Stage:
@@ -96,39 +99,23 @@ def _like(tensor: Tensor, copied: Tensor) -> Tensor:
     return DTensor(copied, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else copied
 
 
-# what DCP itself puts there: its records, shapes, dtypes, and plain containers
-_ALLOWED_MODULES = ("torch.distributed.checkpoint.",)
-_ALLOWED = {
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "Path"),
-    ("collections", "OrderedDict"),
-    ("builtins", "set"),
-}
+class _Writer(FileSystemWriter):
+    """DCP's writer to a folder, with an index of ours in place of DCP's pickle."""
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        metadata.storage_data = {written.index: written.storage_data for rank in results for written in rank}
+        write_index(Path(self.path), metadata)
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        dtype = module == "torch" and name in {"float32", "float64", "float16", "bfloat16", "int64", "int32", "bool"}
-        if dtype or (module, name) in _ALLOWED or module.startswith(_ALLOWED_MODULES):
-            return super().find_class(module, name)
-        raise UserError(f"a checkpoint's metadata asks for {module}.{name}, which no checkpoint needs: not loaded")
+class _Reader(FileSystemReader):
+    """DCP's reader of a folder, with an index that was checked."""
 
-
-class SafeReader(FileSystemReader):
-    """DCP's reader of a folder, with its metadata unpickled from a list of allowed types only."""
+    def __init__(self, folder: Path, index: Metadata) -> None:
+        super().__init__(folder)
+        self._index = index
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = self.fs.concat_path(self.path, ".metadata")
-        with self.fs.create_stream(path, "rb") as stream:
-            metadata: Metadata = _Unpickler(stream).load()
-        if metadata.storage_meta is None:
-            raise UserError(f"{path}: not the metadata of a checkpoint")
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+        return self._index
 
 
 class _TensorsOnly(DefaultLoadPlanner):
@@ -145,7 +132,7 @@ def write_tensors(folder: Path, tensors: StateDict, group: dist.ProcessGroup | N
         OSError, RuntimeError, CheckpointException: when a rank cannot write.
     """
     with _no_group_warning():
-        writer = dcp.FileSystemWriter(folder, sync_files=True, overwrite=True)
+        writer = _Writer(folder, sync_files=True, overwrite=True)
         dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
 
 
@@ -156,26 +143,40 @@ def read_tensors(folder: Path, tensors: StateDict, *, alone: bool) -> None:
         alone: this process reads on its own; otherwise all ranks of the default group read together.
 
     Raises:
-        UserError: for metadata that no checkpoint of ours has, or weights of another model.
+        UserError: for an index or files that no checkpoint of ours has, or weights of another model.
     """
-    reader = SafeReader(folder)
-    there = reader.read_metadata().state_dict_metadata  # here, since DCP would bury what is wrong with it
+    index = read_index(folder)  # here, since DCP would bury what is wrong with it
+    there = index.state_dict_metadata
     wrong = []
     for (part, name), tensor in _flat(tensors):
-        found = getattr(there.get(f"{part}.{name}"), "size", None)
+        found = there.get(f"{part}.{name}")
         what = name if part == MODEL else f"{part} of {name}"
-        if found is None:
+        if not isinstance(found, TensorStorageMetadata):
             wrong.append(f"{what} is not in it")
-        elif found != tensor.shape:
-            wrong.append(f"{what} is {tuple(found)} in it and {tuple(tensor.shape)} in the model")
+        elif found.size != tensor.shape:
+            wrong.append(f"{what} is {tuple(found.size)} in it and {tuple(tensor.shape)} in the model")
+        elif found.properties.dtype.is_floating_point != tensor.dtype.is_floating_point:
+            wrong.append(f"{what} is {found.properties.dtype} in it and {tensor.dtype} in the model")
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UserError(
             f"{folder} holds another model than its configuration describes: {'; '.join(wrong[:5])}{more}."
             " It may be of another version of mmtrain (see code.json in the run folder)"
         )
-    with _no_group_warning():
-        dcp.load(tensors, storage_reader=reader, planner=_TensorsOnly(), no_dist=alone)
+    try:
+        with _no_group_warning():
+            dcp.load(tensors, storage_reader=_Reader(folder, index), planner=_TensorsOnly(), no_dist=alone)
+    except dcp.api.CheckpointException as error:  # the same on all ranks that read together
+        raise SharedError(
+            f"{folder} cannot be read ({_cause(error)}): use another checkpoint, or restore its files"
+        ) from error
+
+
+def _cause(error: dcp.api.CheckpointException) -> str:
+    cause = next(iter(error.failures.values()))[0]
+    if isinstance(cause, UnpicklingError):  # torch's own words advise to load it all the same
+        return "a file holds something else than tensors, which could run code: not loaded"
+    return f"{type(cause).__name__}: {str(cause).strip().splitlines()[0][:200]}" if str(cause) else type(cause).__name__
 
 
 def read_weights(model: nn.Module, folder: Path, *, averaged: bool) -> None:

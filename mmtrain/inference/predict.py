@@ -19,7 +19,7 @@ from mmtrain.data.series.files import TableFormat
 from mmtrain.data.series.split import Scaler
 from mmtrain.data.series.table import SeriesTable, read_table
 from mmtrain.data.series.table_source import build_matrix
-from mmtrain.data.series.timeline import continued, step_of
+from mmtrain.data.series.timeline import continued
 from mmtrain.data.series.times import shown
 from mmtrain.data.series.windows import known_batch
 from mmtrain.errors import UserError
@@ -117,7 +117,7 @@ def forecast(
         text = str(error).replace("data.missing=", "--missing ").replace("data.duplicates=", "--duplicates ")
         raise UserError(text) from None
     _check_columns(path, list(table.columns), known)
-    trained.check_step(path, None if table.stamps is None else step_of(table.stamps))
+    trained.check_step(path, table.step)
     values = table.values[:, [list(table.columns).index(name) for name in known]]
     lookback, horizon = trained.assets["lookback"], trained.assets["horizon"]
     end = len(values) - back

@@ -243,6 +243,36 @@ def test_the_days_of_months_and_business_days_are_kept(tmp_path: Path, freq: str
         assert (found == expected[series : series + 42]).all()
 
 
+@pytest.mark.parametrize("order", ["long", "shuffled"])
+@pytest.mark.parametrize(
+    ("freq", "start"), [("h", "2023-10-27"), ("D", "2023-10-01"), ("B", "2024-03-01"), ("MS", "2022-01-01")]
+)
+def test_days_are_those_of_the_time_zone(tmp_path: Path, freq: str, start: str, order: str) -> None:
+    """Over a change of daylight saving time: hours as they pass, days and months by the calendar."""
+    times = pd.date_range(start, periods=90, freq=freq, tz="Europe/Berlin")
+    frame = pd.concat([pd.DataFrame({"id": name, "date": times[:80], "y": np.arange(80.0)}) for name in "ab"])
+    frame = frame.iloc[7:] if order == "long" else frame.iloc[7:].sample(frac=1, random_state=0)
+    split = SplitRule("date", dates=tuple(str(times[row])[:10] for row in (50, 60)))
+    pd.DataFrame({"date": times.tz_localize(None), "flag": np.arange(90.0)})[:: 1 if freq != "h" else 90].to_csv(
+        tmp_path / "days.csv", index=False
+    )
+    calendar = None if freq == "h" else tmp_path / "days.csv"  # its hours would come twice
+    source = write(frame, tmp_path / "t.parquet")
+    panel = open_panel(prepare_panel(source, tmp_path / "p", split=split, calendar=calendar).out)
+    assert panel.holes == 0
+    for series in (0, 1):
+        number = panel.ids.tolist().index("ab"[series])
+        found = panel.stamps(number, 0, 75)
+        skipped = 7 * (1 - series)
+        expected = times[skipped : skipped + 75].tz_convert("UTC").tz_localize(None).to_numpy()
+        assert (found == expected).all()
+    borders = split.cut_panel(panel.lengths, panel.first, panel.timeline, panel.zone)
+    first = [int(np.argmax(times >= pd.Timestamp(date, tz="Europe/Berlin"))) for date in split.dates]
+    assert borders[panel.ids.tolist().index("b")].tolist() == [*first, 80]
+    if calendar is not None:
+        assert panel.shared[0, :, 0].tolist() == list(range(int(panel.shared[0, 0, 0]), 90))
+
+
 @pytest.mark.parametrize("layout", ["long", "wide", "files"])
 def test_what_a_counter_counts_is_not_lost_in_rounding(tmp_path: Path, layout: str) -> None:
     frame = long_frame([90, 60])[["id", "date", "y"]]

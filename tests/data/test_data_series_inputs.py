@@ -110,6 +110,13 @@ def test_splits_by_date_and_from_the_end(tmp_path: Path) -> None:
     assert by_date.split.borders == (24, 48, 60)
 
 
+def test_dates_are_those_of_the_time_zone_of_the_table(tmp_path: Path) -> None:
+    days = pd.date_range("2023-10-01", periods=60, freq="D", tz="Europe/Berlin")
+    pd.DataFrame({"date": days, "a": np.arange(60.0)}).to_parquet(tmp_path / "t.parquet")
+    rule = SplitRule("date", dates=("2023-10-31", "2023-11-15"))
+    assert load_series(tmp_path / "t.parquet", 6, 3, split=rule).split.borders == (30, 45, 60)
+
+
 def test_the_keys_of_the_configuration() -> None:
     dates = ["data.split=date", "data.dates=[2017-01-01,2017-02-01 06:00]"]
     made = load_config("tsm2_etth1", dates).data

@@ -10,13 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmtrain.data.series.calendar import FEATURES, calendar_features, calendar_names
 from mmtrain.data.series.timeline import (
-    FEATURES,
     Step,
     Steps,
     Timeline,
-    calendar_features,
-    calendar_names,
     continued,
     step_of,
     timeline_of,

@@ -22,7 +22,7 @@ from mmtrain.data.prepare.tables import Columns, batches, is_number, numbers_of,
 from mmtrain.data.series.files import TableFormat, listed
 from mmtrain.data.series.split import SplitRule
 from mmtrain.data.series.table import TIME_NAMES, read_table
-from mmtrain.data.series.timeline import Step, Timeline, timeline_of
+from mmtrain.data.series.timeline import Step, Timeline, timeline_of, to_utc
 from mmtrain.data.series.times import find_reading
 from mmtrain.errors import UserError, nearest
 from mmtrain.log import logger
@@ -242,7 +242,10 @@ def _with_calendar(layout: Layout, calendar: str | Path, form: TableFormat) -> L
     table = read_table(calendar, form=replace(form, duplicates="keep_last"))
     if layout.timeline is None or table.stamps is None:
         raise UserError(f"--calendar {calendar}: needs a time column, and a panel with times")
-    places, on = layout.timeline.places(table.stamps)
+    stamps = table.stamps
+    if layout.zone is not None and table.zone is None:
+        stamps = to_utc(stamps, layout.zone)  # a calendar without a zone is that of the data
+    places, on = layout.timeline.places(stamps)
     if not on.all():
         raise UserError(f"--calendar {calendar}: {table.stamps[np.argmin(on)]} is not on the grid of the data's times")
     kept = places >= 0

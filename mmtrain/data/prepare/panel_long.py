@@ -6,6 +6,7 @@ A first pass counts the series, their rows and their times; a second one puts ev
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from mmtrain.data.prepare.panel_times import row_stamps, with_reading
 from mmtrain.data.prepare.panel_writer import Layout, Series
 from mmtrain.data.prepare.tables import Columns, batches, is_number, numbers_of, schema_of
-from mmtrain.data.series.timeline import Int64s, Step, Steps, Timeline
+from mmtrain.data.series.timeline import Int64s, Step, Steps, Timeline, to_local
 from mmtrain.errors import UserError
 from mmtrain.log import logger
 
@@ -41,8 +42,7 @@ def open_long(
     if not len(scan.rows):
         raise UserError(f"{where}: there are no rows")
     timeline = None if columns.time is None else _timeline(where, scan, step)
-    zone = None if columns.reading is None else columns.reading.zone
-    layout = Layout(columns.targets, columns.known, columns.static, timeline=timeline, zone=zone)
+    layout = Layout(columns.targets, columns.known, columns.static, timeline=timeline, zone=scan.zone)
     return layout, _Sorter(scan, part, timeline, duplicates).series(where)
 
 
@@ -51,7 +51,8 @@ class _Scan:
 
     def __init__(self, files: list[Path], columns: Columns) -> None:
         self.files, self.columns, self.numbers = files, columns, dict[str, int]()
-        self.steps = Steps()
+        self.steps, self.local = Steps(), Steps()
+        self.zone = None if columns.reading is None else columns.reading.zone
         self._found = np.empty((4, 0), np.int64)  # rows, first time, last time, time of the latest row
         wanted = columns.keys or columns.targets[:1]
         for file in files:
@@ -75,13 +76,21 @@ class _Scan:
         order, who, first = _by_series(numbers)
         when = stamps[order]
         before = np.where(first, latest[who], np.concatenate([[0], when[:-1]]))
-        self.steps.add((when - before)[before > -_NEVER])
+        both = before > -_NEVER
+        self.steps.add((when - before)[both])
         end = np.ones(len(first), dtype=bool)
         end[:-1] = first[1:]
         latest[who[end]] = when[end]
         self.steps.see(stamps)
+        if self.zone is not None:
+            self.local.add(_local(when[both], self.zone) - _local(before[both], self.zone))
+            self.local.see(_local(stamps, self.zone))
         np.minimum.at(low, numbers, stamps)
         np.maximum.at(high, numbers, stamps)
+
+
+def _local(microseconds: Int64s, zone: str) -> Int64s:
+    return to_local(microseconds.astype("datetime64[us]"), zone).astype(np.int64)
 
 
 def _by_series(numbers: Int64s) -> tuple[Int64s, Int64s, NDArray[np.bool_]]:
@@ -105,7 +114,12 @@ def _series_numbers(batch: pa.RecordBatch, file: Path, columns: Columns, known: 
 
 
 def _timeline(where: Path, scan: _Scan, step: Step | None) -> Timeline:
-    timeline = scan.steps.timeline(np.datetime64(int(scan.low.min()), "us"), step)
+    origin = np.datetime64(int(scan.low.min()), "us")
+    timeline = scan.steps.timeline(origin, step)
+    if scan.zone is not None:
+        local = scan.local.timeline(to_local(np.array([origin]), scan.zone)[0], step)
+        if local is not None and local.step.whole_days:
+            timeline = replace(local, zone=scan.zone)
     if timeline is None:
         raise UserError(f"{where}: no series has two times, so there is no step: give --step, or --time none")
     if scan.steps.backward:

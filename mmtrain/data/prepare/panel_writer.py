@@ -205,7 +205,7 @@ class PanelWriter:
         }
         write_meta(self.folder, meta)
         panel = open_panel(self.folder)
-        borders = split.cut_panel(panel.lengths, panel.first, panel.timeline)
+        borders = split.cut_panel(panel.lengths, panel.first, panel.timeline, panel.zone)
         if not borders[:, 0].any():
             raise UserError(f"--split: {split} leaves no rows to train on in any series")
         scalers = fit_scalers(panel, borders[:, 0])

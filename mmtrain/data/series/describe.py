@@ -108,7 +108,7 @@ def draw_table(path: Path, report: TableReport, rule: SplitRule | None = None, f
         form=replace(form, duplicates="keep_all"),
     )
     rule = rule or guess_split(report.path.stem)
-    borders = rule.cut_table(len(table.values), table.stamps, report.path).borders
+    borders = rule.cut_table(len(table.values), table.stamps, report.path, table.zone).borders
     shown = numeric[:_MOST]
     few = f"the first {len(shown)} of {len(numeric)} columns; " if len(shown) < len(numeric) else ""
     lines = [Line(name, table.values[:, i], table.stamps, borders) for i, name in enumerate(shown)]
@@ -149,7 +149,7 @@ def describe_panel(panel: Panel, path: Path | None = None) -> PanelReport:
     times = None
     if (line := panel.timeline) is not None:
         places = int(panel.first.min()), int((panel.first + panel.lengths).max()) - 1
-        first, last = (line.stamps(place, 1)[0].astype("datetime64[s]") for place in places)
+        first, last = (shown(line.stamps(place, 1), panel.zone)[0].isoformat(timespec="seconds") for place in places)
         times = f"{first} to {last}, step {line.step}"
     return PanelReport(path or panel.folder, times, holes, constant, _examples(panel, holes))
 
@@ -157,7 +157,7 @@ def describe_panel(panel: Panel, path: Path | None = None) -> PanelReport:
 def draw_panel(path: Path, panel: Panel, report: PanelReport, rule: SplitRule | None = None) -> None:
     """The first column of some series of a panel. ``rule`` None: the split that it was prepared with."""
     rule = rule or SplitRule.from_json(panel.meta["split"])
-    borders = rule.cut_panel(panel.lengths, panel.first, panel.timeline)
+    borders = rule.cut_panel(panel.lengths, panel.first, panel.timeline, panel.zone)
     lines = []
     for one in report.examples[:_MOST]:
         train, val, test = borders[one.number].tolist()

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmtrain.data.series.calendar import calendar_features, calendar_names
 from mmtrain.data.series.panel import Panel, load_array
 from mmtrain.data.series.split import NOISE, Scaler, check_scaler
-from mmtrain.data.series.timeline import calendar_features, calendar_names
 from mmtrain.data.series.windows import Floats, Int64s, Numbers, known_batch, runs
 from mmtrain.errors import UserError, nearest
 from mmtrain.log import logger
@@ -267,7 +267,7 @@ class PanelInputs:
         assert self.panel.timeline is not None
         if self._of_places is None or len(self._of_places) < stop:
             count = max(stop, int((self.panel.first + self.panel.rows).max()))
-            self._of_places = calendar_features(self.panel.timeline.stamps(0, count), self.calendar_names)
+            self._of_places = calendar_features(self.panel.timeline.local.stamps(0, count), self.calendar_names)
         return self._of_places
 
 

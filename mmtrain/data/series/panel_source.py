@@ -125,7 +125,7 @@ def load_panel(
             "--missing ffill (or interpolate, zero)"
         )
     rule = SplitRule.from_json(panel.meta["split"]) if data.split == "prepared" else SplitRule.of(data)
-    borders = rule.cut_panel(panel.lengths, panel.first, panel.timeline)
+    borders = rule.cut_panel(panel.lengths, panel.first, panel.timeline, panel.zone)
     spans = {
         "train": Spans.of(np.zeros_like(panel.lengths), borders[:, 0], lookback, horizon, data.stride),
         "val": Spans.of(borders[:, 0], borders[:, 1], lookback, horizon),

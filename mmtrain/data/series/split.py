@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmtrain.data.series.timeline import to_utc
 from mmtrain.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -173,8 +174,10 @@ class SplitRule:
         used = {"ratio": ("parts", self.parts), "date": ("dates", self.dates), "last": ("last", self.last)}
         return {"split": self.kind, **({used[self.kind][0]: list(used[self.kind][1])} if self.kind in used else {})}
 
-    def cut_table(self, rows: int, stamps: Stamps | None, file: Path) -> Split:
+    def cut_table(self, rows: int, stamps: Stamps | None, file: Path, zone: str | None = None) -> Split:
         """The split of a table of ``rows`` rows with times ``stamps`` (T,), or None where it has none.
+
+        ``zone``: that of the dates; the times are in UTC then.
 
         Raises:
             UserError: for a split that leaves no rows to train on, or dates for a table without sorted times.
@@ -191,18 +194,19 @@ class SplitRule:
                 raise UserError(f"{file}: data.split=date needs a time column: set data.time_column, or split by ratio")
             if (np.diff(stamps.astype(np.int64)) < 0).any():
                 raise UserError(f"{file}: data.split=date needs rows in the order of their times: sort the table")
-            a, b = (int(np.searchsorted(stamps, date)) for date in self._dates())
+            a, b = (int(np.searchsorted(stamps, date)) for date in self._dates(zone))
             borders = (a, b, rows)
         if borders[0] < 1:
             raise UserError(f"{file}: {self} leaves none of the {rows} rows to train on")
         return Split(borders)
 
-    def cut_panel(self, lengths: Int64s, first: Int64s, timeline: Timeline | None) -> Int64s:
+    def cut_panel(self, lengths: Int64s, first: Int64s, timeline: Timeline | None, zone: str | None = None) -> Int64s:
         """Borders (S, 3) int64: of each series the rows [0, a) train, [a, b) validate, [b, c) test.
 
         Args:
             lengths: (S,) rows of each series.
             first: (S,) its first place on ``timeline``.
+            zone: that of the dates; the times are in UTC then.
 
         Raises:
             UserError: for dates and no timeline, or a split that panels do not have.
@@ -219,7 +223,7 @@ class SplitRule:
             raise UserError(f"data.split={self.kind} is for one table: for a panel use ratio, date or last")
         if timeline is None:
             raise UserError("data.split=date: this panel was prepared without times: use data.split=ratio or last")
-        a, b = (np.clip(_place_from(timeline, date) - first, 0, lengths) for date in self._dates())
+        a, b = (np.clip(_place_from(timeline, date) - first, 0, lengths) for date in self._dates(zone))
         return np.stack([a, b, lengths], axis=1)
 
     def _last(self) -> tuple[int, int]:
@@ -227,7 +231,8 @@ class SplitRule:
             raise UserError(f"data.last={list(self.last)}: give the steps of validation and of test, such as [28, 28]")
         return self.last[0], self.last[1]
 
-    def _dates(self) -> tuple[np.datetime64, np.datetime64]:
+    def _dates(self, zone: str | None) -> tuple[np.datetime64, np.datetime64]:
+        """The dates, in UTC where there is a zone."""
         try:
             made = [np.datetime64(date.strip().replace(" ", "T"), "us") for date in self.dates]
         except ValueError:
@@ -237,6 +242,8 @@ class SplitRule:
                 f"data.dates={list(self.dates)}: give the first date of validation and that of test, such as "
                 "[2017-07-01, 2017-10-01]"
             )
+        if zone is not None:
+            made = list(to_utc(np.array(made), zone))
         return made[0], made[1]
 
     def __str__(self) -> str:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mmtrain.data.series.dialect import UNNAMED
 from mmtrain.data.series.files import TableFormat, find_table, listed, place, read_frame
 from mmtrain.data.series.order import arrange
+from mmtrain.data.series.timeline import Step, step_of, to_local
 from mmtrain.data.series.times import are_dates, find_reading
 from mmtrain.errors import UserError, nearest
 from mmtrain.log import logger
@@ -38,6 +39,13 @@ class SeriesTable:
     known: NDArray[np.float64] | None = None
     holes: int = 0  # holes that were kept, as NaN
     zone: str | None = None  # the time zone that the file names; ``stamps`` are in UTC then
+
+    @property
+    def step(self) -> Step | None:
+        """The usual step of the times, None without one."""
+        if self.stamps is None:
+            return None
+        return step_of(self.stamps if self.zone is None else to_local(self.stamps, self.zone))
 
 
 def read_table(

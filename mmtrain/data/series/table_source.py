@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmtrain.data.core.fingerprint import Fingerprint, digest
+from mmtrain.data.series.calendar import calendar_features, calendar_names
 from mmtrain.data.series.files import TableFormat
 from mmtrain.data.series.split import Scaler, Split, SplitRule, guess_split
 from mmtrain.data.series.table import SeriesTable, read_table
-from mmtrain.data.series.timeline import calendar_features, calendar_names, step_of
 from mmtrain.data.series.windows import (
     Floats,
     ForecastingData,
@@ -49,7 +49,7 @@ class TableInputs:
         """Raises UserError for calendar features of a table without times."""
         names = []
         if calendar:
-            step = None if table.stamps is None else step_of(table.stamps)
+            step = table.step
             if step is None:
                 raise UserError(
                     f"{table.path}: data.calendar=true needs a time column: set data.time_column, or leave it out"
@@ -150,7 +150,7 @@ class SeriesData(ForecastingData):
         }
 
     def assets(self) -> dict[str, Any]:
-        step = None if self.table.stamps is None else step_of(self.table.stamps)
+        step = self.table.step
         return {"scaler": self.scaler.to_dict(), "step": step and str(step), **self.inputs.to_json()}
 
 
@@ -183,7 +183,7 @@ def load_series(
     if not isinstance(rule, SplitRule):
         rule = SplitRule(rule) if isinstance(rule, str) else SplitRule("ratio", parts=tuple(rule))
     try:
-        cut = rule.cut_table(length, None if table.stamps is None else table.stamps[:length], table.path)
+        cut = rule.cut_table(length, None if table.stamps is None else table.stamps[:length], table.path, table.zone)
         rows = {name: cut.rows(name, lookback, horizon) for name in ("train", "val", "test")}
     except UserError as error:
         raise UserError(str(error) if str(table.path) in str(error) else f"{table.path}: {error}") from None

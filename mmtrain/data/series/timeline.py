@@ -1,7 +1,7 @@
-"""The time axis: steps, the grid on which series lie, the times that follow a series, and calendar features.
+"""The time axis: steps, the grid on which series lie, and the times that follow a series.
 
-A step has a fixed length, or it is a number of months or of business days. Calendar features follow from the date
-alone, so they are known for any future. They are numbers in [-0.5, 0.5], as in Informer.
+A step has a fixed length, or it is a number of months or of business days. In a time zone, times are in UTC, and days
+and longer steps are counted by the calendar of the zone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,16 +77,23 @@ class Timeline:
 
     ``anchor`` is for steps of months: the day of the month, as pandas names it (MS, ME, BMS, BME) or a number (of a
     shorter month the last day), at the hour of ``origin``. None is the first day at midnight, as panels of version
-    0.1.0 have it.
+    0.1.0 have it. ``zone``: the times are in UTC, ``origin`` is local, and the steps are those of local time.
     """
 
     origin: np.datetime64
     step: Step
     anchor: str | None = None
+    zone: str | None = None
+
+    @property
+    def local(self) -> Timeline:
+        """The same grid, whose times are local."""
+        return replace(self, zone=None)
 
     def to_json(self) -> dict[str, Any]:
         step = {"count": self.step.count, "months": self.step.months, "business": self.step.business}
-        return {"origin": str(self.origin), **step, "anchor": self.anchor}
+        zone = {} if self.zone is None else {"zone": self.zone}
+        return {"origin": str(self.origin), **step, "anchor": self.anchor, **zone}
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Timeline:
@@ -95,13 +102,17 @@ class Timeline:
         anchor = saved.get("anchor")
         if step.count < 1 or (anchor not in (None, *_ANCHORS) and not 1 <= int(anchor) <= 31):
             raise ValueError(f"a step of {step.count}, an anchor of {anchor!r}")
-        return cls(np.datetime64(saved["origin"], "us"), step, anchor)
+        made = cls(np.datetime64(saved["origin"], "us"), step, anchor, saved.get("zone"))
+        made.stamps(0, 1)
+        return made
 
     def places(self, stamps: Stamps) -> tuple[Int64s, NDArray[np.bool_]]:
         """Place of each stamp (int64), and which of them lie on the grid (the others' places are meaningless).
 
         With steps of months only the month counts.
         """
+        if self.zone is not None:
+            return self.local.places(to_local(stamps, self.zone))
         if self.step.months:
             passed = (stamps.astype("datetime64[M]") - self.origin.astype("datetime64[M]")).astype(np.int64)
         elif self.step.business:
@@ -115,6 +126,8 @@ class Timeline:
 
     def stamps(self, first: int, count: int) -> Stamps:
         """Times of ``count`` places from ``first`` on, datetime64[us]."""
+        if self.zone is not None:
+            return to_utc(self.local.stamps(first, count), self.zone)
         passed = np.arange(first, first + count, dtype=np.int64) * self.step.count
         if self.step.months:
             months = self.origin.astype("datetime64[M]") + passed.astype("timedelta64[M]")
@@ -124,6 +137,23 @@ class Timeline:
             found = np.busday_offset(self.origin.astype("datetime64[D]"), passed, roll="forward")
             return found.astype("datetime64[us]") + _clock(self.origin)
         return self.origin.astype("datetime64[us]") + passed.astype("timedelta64[us]")
+
+
+def to_local(stamps: Stamps, zone: str) -> Stamps:
+    """UTC times as local ones."""
+    import pandas as pd
+
+    made = pd.DatetimeIndex(stamps).tz_localize("UTC").tz_convert(zone).tz_localize(None)
+    return made.to_numpy().astype("datetime64[us]")
+
+
+def to_utc(stamps: Stamps, zone: str) -> Stamps:
+    """Local times as UTC: of an hour that comes twice the first one, behind the gap in spring what lies in it."""
+    import pandas as pd
+
+    first = np.ones(len(stamps), dtype=bool)
+    made = pd.DatetimeIndex(stamps).tz_localize(zone, ambiguous=first, nonexistent="shift_forward")
+    return made.tz_convert("UTC").tz_localize(None).to_numpy().astype("datetime64[us]")
 
 
 def _clock(stamps: Stamps | np.datetime64) -> Any:
@@ -300,16 +330,11 @@ def _following(stamps: Stamps, count: int, zone: str | None) -> Stamps | None:
 
     if len(stamps) < 2:
         return None
-    universal = pd.DatetimeIndex(stamps)
-    found = _next(universal, count)
+    found = _next(pd.DatetimeIndex(stamps), count)
     if zone is None or found is None or not found[1]:
         return None if found is None else found[0].to_numpy()
-    found = _next(universal.tz_localize("UTC").tz_convert(zone).tz_localize(None), count)
-    if found is None:
-        return None
-    # of an hour that comes twice the first one; an hour that is left out in spring moves behind the gap
-    local = found[0].tz_localize(zone, ambiguous=np.ones(count, dtype=bool), nonexistent="shift_forward")
-    return local.tz_convert("UTC").tz_localize(None).to_numpy()
+    found = _next(pd.DatetimeIndex(to_local(stamps, zone)), count)
+    return None if found is None else to_utc(found[0].to_numpy(), zone)
 
 
 def _next(index: pd.DatetimeIndex, count: int) -> tuple[pd.DatetimeIndex, bool] | None:
@@ -342,37 +367,3 @@ def _inferred(index: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
     if found is None or found.n < 1:
         return None
     return found
-
-
-#: Each feature with the span (µs) after which it comes round; a step of whole spans never changes it.
-_PERIODS = {"second": UNITS["min"], "minute": UNITS["h"], "hour": UNITS["D"], "weekday": UNITS["W"]}
-FEATURES = (*_PERIODS, "day", "yearday", "month")
-
-
-def calendar_names(step: Step) -> list[str]:
-    """The features that vary over steps of ``step``: hour, weekday, day, yearday and month for hourly data."""
-    if step.months:
-        return ["month"] if step.count % 12 else []
-    length = step.count * UNITS["D"] if step.business else step.count
-    return [name for name in FEATURES if name not in _PERIODS or length % _PERIODS[name]]
-
-
-def calendar_features(stamps: Stamps, names: list[str]) -> NDArray[np.float32]:
-    """(T,) times → (T, len(names)) float32: the first value of each feature is -0.5, the last 0.5."""
-    us = stamps.astype("datetime64[us]")
-    days, months, years = (us.astype(f"datetime64[{unit}]") for unit in "DMY")
-    seconds = (us - days).astype(np.int64) // UNITS["s"]
-    scaled = {
-        "second": lambda: seconds % 60 / 59,
-        "minute": lambda: seconds // 60 % 60 / 59,
-        "hour": lambda: seconds // 3600 / 23,
-        # 1970-01-01 was a Thursday; Monday is 0
-        "weekday": lambda: (days.astype(np.int64) + 3) % 7 / 6,
-        "day": lambda: (days - months).astype(np.int64) / 30,
-        "yearday": lambda: (days - years).astype(np.int64) / 365,
-        "month": lambda: months.astype(np.int64) % 12 / 11,
-    }
-    made = np.empty((len(stamps), len(names)), dtype=np.float32)
-    for place, name in enumerate(names):
-        made[:, place] = scaled[name]() - 0.5
-    return made

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 #: A job needs so many seconds to start and to take some steps, beside its margin.
 _LEAST = 30
 
+#: Unicode's categories of characters that are no part of a line of text: control characters, halves of characters, and
+#: separators of lines and paragraphs.
+_NOT_IN_A_LINE = ("Cc", "Cs", "Zl", "Zp")
+
 _FILE_SYSTEMS_OF_ONE_NODE = ("tmpfs", "ramfs", "devtmpfs")
 
 
@@ -35,7 +40,11 @@ def parameters(config: RunConfig, run: Path) -> dict[str, Any]:
     """submitit's names for the job that ``config.cluster`` asks for.
 
     One task a GPU, or a task a node without GPUs; a task that fails ends the others.
+
+    Raises:
+        UserError: for a value that Slurm cannot be given.
     """
+    _refuse_what_breaks_a_line(config, run)
     cluster = config.cluster
     site = {key: getattr(cluster, key) for key in ("partition", "account", "qos", "mem", "constraint", "exclude")}
     extra = {"requeue": True, "open-mode": "append", "signal": f"{cluster.signal}@{cluster.margin}"}
@@ -59,18 +68,42 @@ def parameters(config: RunConfig, run: Path) -> dict[str, Any]:
 def _around(config: RunConfig, run: Path) -> list[str]:
     """Lines of the batch script before its srun: what is done when that ends, and that no signal ends it before."""
     cluster = config.cluster
-    words = [sys.executable, "-m", "mmtrain.cluster.requeue", str(run), "$?", "--margin", str(cluster.margin)]
+    words = [sys.executable, "-m", "mmtrain.cluster.requeue", "--margin", str(cluster.margin)]
     words += ["--max-losses", str(cluster.max_losses)]
     words += ["--max-timeouts", str(cluster.max_timeouts)] if cluster.max_timeouts is not None else []
     words += ["--replace-nodes"] if cluster.replace_nodes else []
-    command = " ".join(word if word == "$?" else shlex.quote(word) for word in words)
     root = Path(__file__).resolve().parents[2]
     return [
         "# signals are for the tasks: this script waits for them",
         "trap : TERM USR1 USR2 CONT",
         f"export PYTHONPATH={shlex.quote(str(root))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        f"trap '{command}; exit $?' EXIT",
+        "# in a function, so that every value is quoted once",
+        "mmtrain_at_exit() {",
+        f'  {shlex.join([*words, str(run)])} "$?"',
+        "  exit $?",
+        "}",
+        "trap mmtrain_at_exit EXIT",
     ]
+
+
+def _refuse_what_breaks_a_line(config: RunConfig, run: Path) -> None:
+    """Refuse characters that would end a line of the batch script, or that cannot be written to it.
+
+    Quoting does not help: Slurm reads its options line by line.
+
+    Raises:
+        UserError: with the key and the character.
+    """
+    values = {f"cluster.{key}": value for key, value in config.cluster if isinstance(value, str)}
+    for key, value in {**values, "name": config.name, "the run folder": str(run)}.items():
+        for character in value:
+            if unicodedata.category(character) in _NOT_IN_A_LINE:
+                raise UserError(f"{key} is {value!r}: {character!r} must not be in what is given to Slurm; remove it")
+    if "%" in str(run):
+        raise UserError(
+            f"the run folder is {str(run)!r}: Slurm replaces what follows % in the names of logs; choose a folder"
+            " without % with name=…, run_root=… or --run-dir"
+        )
 
 
 def describe(config: RunConfig, run_dir: str | None) -> str:
@@ -129,6 +162,7 @@ def submit(config: RunConfig, run_dir: str | None, seeds: Sequence[int] = ()) ->
         folders = [None if run_dir is None else f"{run_dir}_seed{seed}" for seed in seeds]
         return "\n\n".join(submit(one, folder) for one, folder in zip(variants, folders, strict=True))
     path = run_path(config, run_dir).resolve()
+    asked = parameters(config, path)
     _check(config, path)
     warn_of_misfits(config)
     folder = path / "slurm"
@@ -137,7 +171,7 @@ def submit(config: RunConfig, run_dir: str | None, seeds: Sequence[int] = ()) ->
     executor = submitit.SlurmExecutor(folder=folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        executor.update_parameters(**parameters(config, path))
+        executor.update_parameters(**asked)
     (path / requeue.STOP).unlink(missing_ok=True)
     try:
         job = executor.submit(SlurmTask(config, str(path)))

@@ -46,7 +46,7 @@ def export_trained(trained: TrainedModel, out: str | Path, format: str = "safete
     ``safetensors``: model.safetensors, for mmtrain. ``torch``: model.pt2, for torch alone. ``onnx``: model.onnx. The
     last two take any batch of inputs of the shape trained on (one image size, look-back and number of variates, no mask
     of missing values) and give the logits or the point forecast. Inputs are prepared as ``assets.json`` says: images
-    scaled by mean and std, series by the scaler. The model must be on the CPU in float32.
+    scaled by mean and std, series by the scaler in float64. The model must be on the CPU in float32.
 
     Raises:
         UserError: for an unknown format, packages that are lacking, or an ``out`` that exists or cannot be written.

@@ -115,26 +115,62 @@ def forecast_panel(trained: TrainedModel, folder: Path, back: int = 0, missing: 
 def _inputs(
     panel: Panel, assets: dict[str, Any], ends: NDArray[np.int64], model: TSM2Config, where: Path
 ) -> PanelInputs:
-    saved = assets["known"]
+    saved = _Saved.read(assets, where)
     inputs = PanelInputs(
         panel,
-        _scalers(panel, assets, ends, where),
+        _scalers(panel, saved, ends),
         steps=model.auxiliary.steps,
-        known=saved["columns"],
-        calendar=saved["calendar"],
-        static=[StaticColumn.from_json(column) for column in assets["static"]],
+        known=saved.columns,
+        calendar=saved.calendar,
+        static=saved.static,
     )
-    trained_on = Scaler.from_dict(saved["scaler"], where)
-    inputs.mean, inputs.std = trained_on.mean, trained_on.std
+    inputs.mean, inputs.std = saved.known.mean, saved.known.std
     if inputs.calendar_names and panel.timeline is None:
         raise UserError(f"{panel.folder}: the model takes calendar features, and this panel was prepared without times")
     return inputs
 
 
-def _scalers(panel: Panel, assets: dict[str, Any], ends: NDArray[np.int64], where: Path) -> PanelScalers:
-    mean, std = unpack(assets["mean"]), unpack(assets["std"])
-    check_scaler(mean, std, f"{where}: the scalers are damaged", "restore the file, or train or export again")
-    place = {name: number for number, name in enumerate(assets["ids"])}
+@dataclass(frozen=True)
+class _Saved:
+    """What the assets of a run on a panel say of its inputs. ``mean`` and ``std`` (S, C): of the series ``ids``."""
+
+    ids: list[str]
+    mean: NDArray[np.float64]
+    std: NDArray[np.float64]
+    calendar: list[str]
+    columns: list[str]
+    known: Scaler
+    static: list[StaticColumn]
+
+    @classmethod
+    def read(cls, assets: dict[str, Any], where: Path) -> _Saved:
+        """Raises UserError for assets that are damaged; ``where`` is their file."""
+        cure = "restore the file, or train or export again"
+        try:
+            known = assets["known"]
+            made = cls(
+                [str(name) for name in assets["ids"]],
+                unpack(assets["mean"]),
+                unpack(assets["std"]),
+                list(known["calendar"]),
+                list(known["columns"]),
+                Scaler.from_dict(known["scaler"], where),
+                [StaticColumn.from_json(column) for column in assets["static"]],
+            )
+            wanted, found = (len(made.ids), len(assets["columns"])), made.mean.shape
+            if found != wanted or len(made.known.mean) != len(made.columns):
+                raise ValueError(f"scalers of shape {found} for {wanted[0]} series and {wanted[1]} columns")
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{where}: it is damaged ({error!r}); {cure}") from None
+        check_scaler(made.mean, made.std, f"{where}: the scalers are damaged", cure)
+        return made
+
+
+def _scalers(panel: Panel, saved: _Saved, ends: NDArray[np.int64]) -> PanelScalers:
+    mean, std = saved.mean, saved.std
+    place = {name: number for number, name in enumerate(saved.ids)}
     found = np.array([place.get(name, -1) for name in panel.ids.tolist()], dtype=np.int64)
     fresh = found < 0
     if fresh.any():

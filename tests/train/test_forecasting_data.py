@@ -14,6 +14,7 @@ from torch import nn
 
 from mmtrain.config import load_config
 from mmtrain.data.prepare.panel import prepare_panel
+from mmtrain.data.series.panel_inputs import pack
 from mmtrain.data.series.split import SplitRule
 from mmtrain.errors import UserError
 from mmtrain.inference import forecast, forecast_panel, load_trained
@@ -175,6 +176,26 @@ def test_the_commands_take_the_panel(panel_run: Path, cli: Cli, tmp_path: Path) 
     shown = cli("model", panel_run, "--checkpoint", "last", "--out", tmp_path / "seen")
     assert shown.returncode == 0, shown.stderr
     assert (tmp_path / "seen" / "selection.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"mean": None}, "TypeError"),
+        ({"std": {"shape": [4, 1], "float64": "AAAA"}}, "ValueError"),
+        ({"std": pack(np.array([[1.0], [0], [1], [1]]))}, "number 1, 0 has the deviation 0.0"),
+        ({"std": pack(np.array([[1.0], [1], [np.nan], [1]]))}, "number 2, 0 has the deviation nan"),
+        ({"ids": ["s0"]}, "1 series"),
+        ({"static": [{"name": "size", "categories": [], "mean": 0, "std": 0}]}, "static column 'size'"),
+        ({"known": {"calendar": [], "columns": ["price"], "scaler": {"mean": [0], "std": [0]}}}, "deviation 0.0"),
+        ({"known": {"calendar": [], "columns": ["price"], "scaler": {"mean": [], "std": []}}}, "ValueError"),
+    ],
+)
+def test_damaged_assets_of_a_panel_are_named(panel_run: Path, change: dict[str, Any], told: str) -> None:
+    trained = load_trained(panel_run, "last")
+    trained.assets.update(change)
+    with pytest.raises(UserError, match=rf"run/assets\.json: .*{told}.*; restore the file"):
+        forecast_panel(trained, panel_run.parent / "shops", back=4)
 
 
 def test_a_panel_that_does_not_fit_the_model(panel_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -150,7 +150,11 @@ class StaticColumn:
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> StaticColumn:
-        return cls(str(saved["name"]), tuple(saved["categories"]), float(saved["mean"]), float(saved["std"]))
+        """Raises KeyError, TypeError or ValueError for what :meth:`to_json` has not made."""
+        made = cls(str(saved["name"]), tuple(saved["categories"]), float(saved["mean"]), float(saved["std"]))
+        if not (np.isfinite(made.mean) and 0 < made.std < np.inf):
+            raise ValueError(f"static column {made.name!r}: mean {made.mean}, deviation {made.std}")
+        return made
 
 
 def fit_static(panel: Panel, names: Sequence[str], trained: NDArray[np.bool_]) -> list[StaticColumn]:

@@ -24,11 +24,11 @@ Separator = Annotated[
     str | None,
     typer.Option(help="Between the fields of a CSV: a character, or comma, semicolon, tab, pipe (default: found out)."),
 ]
-Decimal = Annotated[str | None, typer.Option(help="The decimal mark of a CSV: . or , (default: found out).")]
+Decimal = Annotated[str | None, typer.Option(help="The decimal mark of a CSV: point or comma (default: found out).")]
 TimeFormat = Annotated[
     str | None,
     typer.Option(
-        help="How dates are written: codes such as %d/%m/%Y, or s, ms, us, ns since 1970 (default: found out)."
+        help="How dates are written: dmy, mdy, ymd, codes such as %d/%m/%Y, or s, ms, us, ns (default: found out)."
     ),
 ]
 Checkpoint = Annotated[str, typer.Option(help="best, last or a step.")]

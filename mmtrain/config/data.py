@@ -104,11 +104,13 @@ class SeriesDataConfig(DataConfig):
     separator: str | None = Field(
         None, description="Between the fields of a CSV: a character, or comma, semicolon, tab, pipe; null: found out."
     )
-    decimal: Literal[".", ","] | None = Field(None, description="The decimal mark of a CSV; null: found out.")
+    decimal: Literal["point", "comma", ".", ","] | None = Field(
+        None, description="The decimal mark of a CSV; null: found out."
+    )
     time_format: str | None = Field(
         None,
-        description="How dates are written: codes such as `%d/%m/%Y %H:%M`, or s, ms, us, ns for numbers since 1970;"
-        " null: found out from the whole column.",
+        description="How dates are written: dmy, mdy or ymd, codes such as `%d/%m/%Y %H:%M`, or s, ms, us, ns for"
+        " numbers since 1970; null: found out from the whole column.",
     )
     duplicates: Literal["error", "keep_first", "keep_last", "mean", "keep_all"] = Field(
         "error", description="Several rows with one time are an error, become one row, or all stay as they come."

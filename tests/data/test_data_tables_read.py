@@ -5,7 +5,10 @@ Every file is read, or refused with a message that says how to read it; none is 
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import zipfile
 from collections.abc import Callable
 from datetime import date
@@ -125,14 +128,18 @@ REFUSED: dict[str, tuple[str | bytes, dict[str, Any], str]] = {
     "ambiguous": (
         rows(["01/02/2020", "01/03/2020", "05/06/2020"]),
         {},
-        r"can be read as day, month, year \(data\.time_format=%d/%m/%Y\) or month",
+        r"can be read as day, month, year \(data\.time_format=dmy\) or month",
     ),
-    "ambiguous days": (rows([f"{d:02}.03.2020" for d in range(1, 13)]), {}, r"%d\.%m\.%Y\) or month, day, year"),
+    "ambiguous days": (rows([f"{d:02}.03.2020" for d in range(1, 13)]), {}, r"=dmy\) or month, day, year"),
     "no such day": (rows(["30/01/2020", "30/02/2020", "30/03/2020"]), {}, r"line 3 of .*'30/02/2020' is no date"),
     "day and month": (rows(["19-Dec", "20-Dec", "21-Dec"]), {}, r"'19-Dec' is no date.*data\.time_format"),
     "some with a zone": (rows(["2020-01-01 00:00", "2020-01-01 01:00+01:00"]), {}, r"has no UTC offset"),
     "another format": (rows(HOURS), {"time_format": "%d/%m/%Y"}, r"'2022-01-01 00:00:00' is no date"),
     "no format": (rows(HOURS), {"time_format": "%Q"}, r"data\.time_format='%Q'"),
+    "the same code twice": (rows(HOURS), {"time_format": "%d %d"}, r"data\.time_format='%d %d'"),
+    "two ways": (rows([*written(DAYS, "%d/%m/%Y"), "2020-02-21"]), {}, r"'2020-02-21' is no date"),
+    "names of months": (rows(["12 abc 20", "12 abc 21"], "{t},{i}", "code,a"), {}, r"'code' is not numeric"),
+    "codes": (rows(["1234-56", "1234-57"], "{t},{i}", "code,a"), {}, r"'code' is not numeric"),
     "no code": (rows(HOURS), {"time_format": "d/m/y"}, r"data\.time_format='d/m/y'.*codes such as"),
     "no separator": (rows(HOURS), {"separator": "colon"}, r"data\.separator='colon': one character, or one of comma"),
     "no decimal mark": (rows(HOURS), {"decimal": "'"}, r"data\.decimal"),
@@ -187,7 +194,7 @@ def test_is_refused(name: str, tmp_path: Path) -> None:
 
 def test_what_is_said_wins(tmp_path: Path) -> None:
     ambiguous = put(tmp_path, rows(["01/02/2020", "01/03/2020", "05/06/2020"]))
-    for code, first in (("%d/%m/%Y", "2020-02-01"), ("%m/%d/%Y", "2020-01-02")):
+    for code, first in (("%d/%m/%Y", "2020-02-01"), ("%m/%d/%Y", "2020-01-02"), ("dmy", "2020-02-01")):
         stamps = read_table(ambiguous, form=TableFormat(time_format=code)).stamps
         assert stamps is not None
         assert stamps[0] == np.datetime64(first)
@@ -199,6 +206,21 @@ def test_what_is_said_wins(tmp_path: Path) -> None:
     assert stamps is not None
     assert stamps[1] == np.datetime64("1970-01-01 01:00")
     assert read_table(put(tmp_path, rows(HOURS)), time_column="none", columns=["a"]).stamps is None
+
+
+def test_packed_csvs(tmp_path: Path) -> None:
+    packers: dict[str, Any] = {".gz": gzip, ".bz2": bz2, ".xz": lzma}
+    for suffix, packer in packers.items():
+        file = tmp_path / f"t.csv{suffix}"
+        file.write_bytes(packer.compress(rows(HOURS).encode()))
+        assert read_table(file).values[:, 1].tolist() == list(range(40))
+        file.write_bytes(file.read_bytes()[:-20])
+        with pytest.raises(UserError, match="cannot be read as a table"):
+            read_table(file)
+
+
+def test_numbers_that_are_infinite_are_no_times(tmp_path: Path) -> None:
+    assert read_table(put(tmp_path, rows([2010, "inf", 2012]))).stamps is None
 
 
 def test_repeated_times(tmp_path: Path) -> None:

@@ -145,6 +145,8 @@ def _find_columns(file: Path, chosen: Columns, *, one_file: bool) -> tuple[bool,
     time = chosen.time
     if time is not None and time not in names:
         time = next((lowered[name] for name in (*TIME_NAMES, "ds") if name in lowered), None)
+    if ids is not None and ids == time:
+        raise UserError(f"{file}: {ids!r} cannot be both the id column (--id) and the time column (--time)")
     if time is None and chosen.time is not None:
         used = (ids, *chosen.targets, *chosen.known, *chosen.static)
         texts = [f.name for f in schema if f.name not in used and not is_number(f.type)]

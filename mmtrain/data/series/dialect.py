@@ -15,11 +15,13 @@ from mmtrain.errors import UserError
 from mmtrain.log import logger
 
 SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
-DECIMALS = (".", ",")
+DECIMALS = {"point": ".", "comma": ","}
 UNNAMED = "Unnamed: "
 _LONGEST_HEADER = 1 << 26
 _BLOCK = 1 << 22
 _SAMPLE = 200
+#: A quoted field that is longer than this is looked for row by row.
+_LONGEST_FIELD = 1 << 24
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -28,9 +30,10 @@ _MARKS = (
 )
 #: Bytes that Windows-1252 does not have.
 _NO_LETTERS = b"\x81\x8d\x8f\x90\x9d"
-_QUOTED = re.compile(rb'"[^"]*"')
 _COMMA = re.compile(r"[+-]?\d*,\d+(?:[eE][+-]?\d+)?")
 _POINT = re.compile(r"[+-]?\d*\.\d+(?:[eE][+-]?\d+)?")
+#: Empty lines before the header.
+_LEADING = re.compile(r"(?: *(?:\r\n|\n|\r))*")
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+\.\d+|[+-]?\d{1,3}(?:,\d{3}){2,}")
 
 
@@ -54,7 +57,7 @@ def examine(stream: BinaryIO, where: str, separator: str | None = None, decimal:
 
     Args:
         where: the file, for messages.
-        separator, decimal: None finds them in the first rows. ``separator`` may be a name in ``SEPARATORS``.
+        separator, decimal: None finds them in the first rows. They may be names in ``SEPARATORS`` and ``DECIMALS``.
 
     Raises:
         UserError: for what is no text, what could be read in two ways, and rows with another number of fields than the
@@ -64,8 +67,10 @@ def examine(stream: BinaryIO, where: str, separator: str | None = None, decimal:
         separator = SEPARATORS.get(separator.strip().lower(), separator)
         if len(separator) != 1 or not separator.isascii() or separator in '"\r\n' or separator.isalnum():
             raise UserError(f"data.separator={separator!r}: one character, or one of {', '.join(SEPARATORS)}")
-    if decimal is not None and decimal not in DECIMALS:
-        raise UserError(f"data.decimal={decimal!r}: '.' or ','")
+    if decimal is not None:
+        decimal = DECIMALS.get(decimal, decimal)
+        if decimal not in DECIMALS.values():
+            raise UserError(f"data.decimal={decimal!r}: one of {', '.join(DECIMALS)}")
     encoding = _encoding(stream, where)
     sample = _sample(stream, encoding, where)
     if not sample.strip():
@@ -77,7 +82,7 @@ def examine(stream: BinaryIO, where: str, separator: str | None = None, decimal:
         raise UserError(f"{where}: {mark!r} cannot be both data.separator and data.decimal")
     names = _unique(header)
     if _uneven(_blocks(stream, encoding), mark, b"\n" if "\n" in sample else b"\r", len(names)):
-        surplus = _count_rows(stream, encoding, mark, len(names), where)
+        surplus = _count_rows(stream, encoding, mark, len(names), lines, where)
         if surplus:
             logger.warning("%s: each row ends in %d empty field(s) without a name; left out", where, surplus)
         names += [f"{UNNAMED}{len(names) + place}" for place in range(surplus)]
@@ -151,13 +156,21 @@ def _sample(stream: BinaryIO, encoding: str, where: str) -> str:
     return found.decode("cp1252" if encoding == "cp1252" else "utf-8").removeprefix("\ufeff")
 
 
-def _rows(text: str, mark: str, most: int = _SAMPLE) -> list[list[str]]:
-    """The first rows, without empty ones; none where the text cannot be cut into rows."""
+def _rows(sample: str, mark: str, most: int = _SAMPLE) -> list[list[str]]:
+    """The header and the first rows, without empty lines; none where the text cannot be cut into rows."""
+    text = _body(sample)
     try:
-        found = (row for row in csv.reader(io.StringIO(text, newline=""), delimiter=mark) if not _blank(row))
-        return list(islice(found, most))
-    except csv.Error:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
+        header = next(reader)
+        return [header, *islice((row for row in reader if not _blank(row)), most)]
+    except (csv.Error, StopIteration):
         return []
+
+
+def _body(sample: str) -> str:
+    """From the header on."""
+    found = _LEADING.match(sample)
+    return sample if found is None else sample[found.end() :]
 
 
 def _blank(row: list[str]) -> bool:
@@ -188,14 +201,14 @@ def _separator(sample: str, where: str) -> str:
 
 
 def _header(sample: str, mark: str, where: str) -> tuple[list[str], int]:
-    reader = csv.reader(io.StringIO(sample, newline=""), delimiter=mark)
+    """The names of the columns, and the number of lines up to their end."""
+    text = _body(sample)
+    before = len(sample[: len(sample) - len(text)].splitlines())
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
     try:
-        for row in reader:
-            if not _blank(row):
-                return row, reader.line_num
+        return next(reader), before + reader.line_num
     except csv.Error as error:
         raise UserError(f"{where}: cannot be read as a table (line {reader.line_num}: {error})") from None
-    raise UserError(f"{where}: cannot be read as a table (there is no header)")
 
 
 def _decimal(sample: str, mark: str, where: str) -> str:
@@ -231,38 +244,47 @@ def _unique(header: list[str]) -> list[str]:
 def _uneven(blocks: Iterator[bytes], mark: str, newline: bytes, fields: int) -> bool:
     """Whether some row may have another number of fields; empty lines at the end do not count.
 
-    Only separators, line ends and quotes are looked at, in bytes and in C: it takes a part of the time of parsing.
+    Fields that are quoted as a whole are left out; then only separators and line ends are looked at, in bytes and in C:
+    it takes a part of the time of parsing. What is not so simple may differ.
     """
     separator = mark.encode()
     others = bytes(set(range(256)) - set(separator + newline + b'"'))
     row = separator * (fields - 1) + newline
-    rest, ended = b"", False
-    for block in blocks:
-        rest += block.translate(None, others)
+    ends = re.escape(separator) + b"\r\n"
+    quoted = re.compile(b'"(?<![^' + ends + b']")[^"]*(?:""[^"]*)*"(?=[' + ends + b"])")
+    rest = b""
+    for block in _without_end(blocks):
+        rest += block
         if b'"' in rest:
-            rest = _QUOTED.sub(b"", rest)
+            rest = quoted.sub(b"", rest)
         opened = rest.find(b'"')
         cut = rest.rfind(newline, 0, len(rest) if opened < 0 else opened) + 1
-        lines, rest = rest[:cut], rest[cut:]
-        if fields > 1 and (ended or lines.endswith(2 * newline)):
-            lines = lines.rstrip(newline)
-            if ended and lines:
-                return True
-            lines, ended = lines + (newline if lines else b""), True
-        if lines != row * (len(lines) // len(row)):
+        lines, rest = rest[:cut].translate(None, others), rest[cut:]
+        if lines != row * (len(lines) // len(row)) or (opened >= 0 and len(rest) > _LONGEST_FIELD):
             return True
-    return rest not in (b"", row[:-1]) or (ended and rest != b"")
+    return quoted.sub(b"", rest + newline).translate(None, others) not in (row, newline[: fields == 1])
 
 
-def _count_rows(stream: BinaryIO, encoding: str, mark: str, fields: int, where: str) -> int:
+def _without_end(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """``blocks`` without a byte order mark, and without line ends and blanks at the end of the last one."""
+    kept, first = b"", True
+    for block in blocks:
+        whole = kept + (block.removeprefix(codecs.BOM_UTF8) if first else block)
+        used, first = whole.rstrip(b"\r\n "), False
+        kept = whole[len(used) :]
+        yield used
+
+
+def _count_rows(stream: BinaryIO, encoding: str, mark: str, fields: int, header_lines: int, where: str) -> int:
     """How many empty fields each row has beyond the header; raises UserError for rows that differ otherwise."""
     stream.seek(0)
-    text = io.TextIOWrapper(stream, encoding, newline="")
+    text = io.TextIOWrapper(stream, "utf-8-sig" if encoding == "utf-8" else encoding, newline="")
     reader = csv.reader(text, delimiter=mark)
     rows = (row for row in reader if row and (fields == 1 or not _blank(row)))
     surplus = -1
     try:
-        next(rows)  # the header
+        while reader.line_num < header_lines:
+            next(reader)
         for row in rows:
             first = surplus < 0
             if first:

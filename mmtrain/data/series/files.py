@@ -5,16 +5,19 @@ Text is read as :mod:`mmtrain.data.series.dialect` finds that it is written, who
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import lzma
 import os
+import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from mmtrain.data.series.dialect import UNNAMED, Dialect, examine
 from mmtrain.errors import UserError, nearest
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from mmtrain.config.data import SeriesDataConfig
 
 SUFFIXES = (".csv", ".parquet", ".zip")
+#: Packed CSVs, which pandas knows by their suffix too.
+_PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 DUPLICATES = ("error", "keep_first", "keep_last", "mean", "keep_all")
 
 
@@ -32,7 +37,8 @@ DUPLICATES = ("error", "keep_first", "keep_last", "mean", "keep_all")
 class TableFormat:
     """How a table is written, and how its repeated times are taken. None finds it out, and refuses repeated times.
 
-    ``time_format``: codes of strptime, or s, ms, us or ns for numbers since 1970. ``duplicates``: see ``DUPLICATES``.
+    ``time_format``: dmy, mdy or ymd, codes of strptime, or s, ms, us or ns for numbers since 1970. ``duplicates``: see
+    ``DUPLICATES``.
     """
 
     separator: str | None = None
@@ -97,7 +103,7 @@ def read_frame(path: Path, form: TableFormat | None = None) -> pd.DataFrame:
             frame = _read_csv(path, dialect_of(path, form))
     except UserError:
         raise
-    except (OSError, ValueError) as error:  # pandas' and arrow's parser errors are ValueErrors
+    except (OSError, ValueError, Warning) as error:  # pandas' and arrow's parser errors are ValueErrors
         raise UserError(f"{path}: cannot be read as a table ({error})") from error
     if frame.empty:
         raise UserError(f"{path}: the table holds no rows")
@@ -110,30 +116,32 @@ def dialect_of(path: Path, form: TableFormat | None = None) -> Dialect:
     try:
         found = path.stat()
         return _examined(path, found.st_mtime_ns, found.st_size, form.separator, form.decimal)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read as a table ({error.strerror or error})") from error
+    except (OSError, zlib.error, lzma.LZMAError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read as a table ({error})") from error
 
 
 @lru_cache(maxsize=256)
 def _examined(path: Path, changed: int, size: int, separator: str | None, decimal: str | None) -> Dialect:
     del changed, size  # they are there to be compared
-    with path.open("rb") as stream:
-        return examine(stream, str(path), separator, decimal)
+    with _PACKED.get(path.suffix.lower(), open)(path, "rb") as stream:
+        return examine(cast(BinaryIO, stream), str(path), separator, decimal)
 
 
 def _read_csv(source: Path | BinaryIO, dialect: Dialect) -> pd.DataFrame:
     import pandas as pd
 
-    frame = pd.read_csv(
-        source,
-        sep=dialect.separator,
-        decimal=dialect.decimal,
-        encoding=dialect.encoding,
-        index_col=False,
-        names=list(dialect.names),
-        header=0,
-        low_memory=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header, which would be cut
+        frame = pd.read_csv(
+            source,
+            sep=dialect.separator,
+            decimal=dialect.decimal,
+            encoding=dialect.encoding,
+            index_col=False,
+            names=list(dialect.names),
+            header=0,
+            low_memory=False,
+        )
     return frame.drop(columns=[name for name in frame.columns if name.startswith(UNNAMED) and frame[name].isna().all()])
 
 

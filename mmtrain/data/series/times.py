@@ -77,7 +77,7 @@ def find_reading(column: pd.Series, where: str, time_format: str | None = None) 
 
     Args:
         where: the file and the column, for messages.
-        time_format: codes of strptime, or a unit of ``EPOCHS``.
+        time_format: the order of day, month and year (dmy, mdy, ymd), codes of strptime, or a unit of ``EPOCHS``.
 
     Raises:
         UserError: for dates that could be read in two ways, or are in some rows with a UTC offset and in some without.
@@ -122,9 +122,15 @@ def are_dates(column: pd.Series) -> bool:
     some = known.iloc[np.linspace(0, len(known) - 1, min(len(known), _SAMPLE)).astype(int)]
     if pd.api.types.infer_dtype(some) in ("date", "datetime"):
         return True
-    texts = [text.strip() for text in some.astype(str)]
-    counts = _counts(texts)
-    return bool(texts) and max(counts.values()) == len(texts)
+    texts = _texts(some)
+    counts = _counts(list(texts))
+    best = max(counts, key=lambda name: counts[name])
+    if not len(texts) or counts[best] < len(texts):
+        return False
+    readings = [Reading("parts", order, best) for order in ORDERS.get(best, ("",))]
+    return any(
+        not np.isnat(reading.stamps(texts)).any() for reading in (readings if best != "iso" else [Reading("iso")])
+    )
 
 
 def has_frequency(times: Stamps) -> bool:
@@ -155,28 +161,30 @@ def _given(column: pd.Series, where: str, time_format: str) -> Reading:
 
     if time_format in EPOCHS:
         return Reading("epoch", time_format)
+    if time_format in ORDERS["numbers"]:
+        return _zoned(Reading("parts", time_format, "numbers"), _texts(column).dropna(), where)
     try:
         pd.to_datetime(pd.Series(["-"]), format=time_format, errors="coerce")
-    except ValueError as error:
+    except (ValueError, re.error) as error:  # a code that stands there twice is an error of the expression made of it
         fault = f" ({error})"
     else:
         if "%" in time_format:
             return _zoned(Reading("format", time_format), _texts(column).dropna(), where)
         fault = ""
     raise UserError(
-        f"{where}: data.time_format={time_format!r}{fault}: codes such as %d/%m/%Y %H:%M, or {', '.join(EPOCHS)} for "
-        "numbers since 1970"
+        f"{where}: data.time_format={time_format!r}{fault}: {', '.join(ORDERS['numbers'])}, codes such as %d/%m/%Y "
+        f"%H:%M, or {', '.join(EPOCHS)} for numbers since 1970"
     )
 
 
 def _numbers(numbers: pd.Series) -> Reading | None:
     """Numbers since 1970, or dates written as numbers."""
     values = numbers.to_numpy()
-    if not len(values):
+    if not len(values) or not np.isfinite(values).all():
         return None
     low, high = values.min(), values.max()
     whole = values.dtype.kind in "iu" or bool((values == np.floor(values)).all())
-    length = len(str(int(low))) if np.isfinite(low) and low > 0 else 0
+    length = len(str(int(low))) if low > 0 else 0
     if whole and length in _DIGITS and len(str(int(high))) == length:
         years = _YEARS[0] <= low // 10 ** (length - 4) and high // 10 ** (length - 4) <= _YEARS[1]
         # a year alone, or with a month, is taken for a time only where it does not come twice
@@ -242,9 +250,9 @@ def _ordered(texts: pd.Series, family: str, where: str) -> Reading:
     for keep in (_distinct, _even, _rising):
         if len(left) > 1 and (keep is not _rising or "ymd" in left):
             left = keep(left) or left
-    if len(left) > 1:
+    if len(left) > 1 and not min(bad.values()):
         one = next(text for row, text in enumerate(unique) if len({str(stamps[row]) for stamps in left.values()}) > 1)
-        ways = " or ".join(f"{_words(order)} (data.time_format={_code(str(one), order)})" for order in left)
+        ways = " or ".join(f"{_words(order)} (data.time_format={order})" for order in left)
         raise UserError(
             f"{where}: {one!r} can be read as {ways}, and no other row tells which: set data.time_format "
             "(--time-format), or write dates as 2020-12-31"
@@ -285,18 +293,3 @@ def _has_one_step(times: Stamps) -> bool:
 
 def _words(order: str) -> str:
     return ", ".join({"d": "day", "m": "month", "y": "year"}[letter] for letter in order)
-
-
-def _code(text: str, order: str) -> str:
-    """``text`` as codes of strptime."""
-    date = re.match(r"(\d+)([-/. ]+)(\d+)([-/. ]+)(\d+)", text)
-    if date is None:
-        return "..."
-    a, first, _, second, c = date.groups()
-    codes = {"d": "%d", "m": "%m", "y": "%Y" if max(len(a), len(c)) == 4 else "%y"}
-    made = codes[order[0]] + first + codes[order[1]] + second + codes[order[2]]
-    clock = re.search(r"\d{1,2}:\d\d(:\d\d)?(\.\d+)?\s*([AaPp]\.?[Mm])?", text)
-    if clock is None:
-        return made
-    hours = ("%I:%M" if clock[3] else "%H:%M") + (":%S" if clock[1] else "") + (".%f" if clock[2] else "")
-    return f"{made} {hours}{' %p' if clock[3] else ''}"

@@ -61,7 +61,9 @@ class RunFolder:
         """
         if not self.config_file.is_file():
             return
-        changed = differences(self.config(), config, FREE_ON_RESUME)
+        # a table or a panel may lie at another place where the fingerprint says whether it is the same data
+        moved = ("data.path",) if self.data_file.is_file() else ()
+        changed = differences(self.config(), config, (*FREE_ON_RESUME, *moved))
         if changed:
             raise UserError(
                 f"{self.path} holds a run of another configuration:\n  "

@@ -102,6 +102,18 @@ def test_other_data_is_refused(here: Path, changed: pd.DataFrame, told: str, fal
     start(here)
 
 
+def test_a_table_that_was_moved_is_the_same(here: Path) -> None:
+    (here / "t.csv").rename(here / "moved.csv")
+    with pytest.raises(UserError, match=r"t\.csv: no such file"):
+        start(here)
+    start(here, f"data.path={here / 'moved.csv'}")
+    assert data_lines(here) == []
+    as_earlier_versions_wrote(here)
+    stopped(here)
+    with pytest.raises(UserError, match=r"another configuration:\n  data\.path"):
+        start(here, f"data.path={here / 'moved.csv'}")
+
+
 def test_changes_are_accepted_and_recorded(here: Path, caplog: pytest.LogCaptureFixture) -> None:
     table(b=np.arange(200.0)).rename(columns={"b": "c"}).to_csv(here / "t.csv", index=False)
     start(here, "data.accept_changes=true")

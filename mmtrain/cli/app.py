@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -13,6 +17,19 @@ from mmtrain.cli.common import lazy_app
 from mmtrain.errors import SharedError, UserError
 from mmtrain.log import log_to_console
 from mmtrain.version import __version__
+
+#: Errors of the system whose cause is a path, a permission or a disk: they become a message, whoever meets them.
+_USERS = {
+    errno.ENAMETOOLONG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ELOOP,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENOSPC,
+    errno.EDQUOT,
+}
 
 
 def _print_version(wanted: bool) -> None:
@@ -59,15 +76,40 @@ def run_app(app: Callable[[], object]) -> None:
 
     Exit status: 2 for bad input, 130 or 143 after a signal asked a run to save and stop.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding shows a character as its code
+            stream.reconfigure(errors="backslashreplace")
     log_to_console()
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # a full disk is noticed here, not while the interpreter ends
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         if rank == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {_shortened(str(error))}", file=sys.stderr)
         elif not isinstance(error, SharedError):
-            print(f"[rank {rank}] error: {error}", file=sys.stderr)
+            print(f"[rank {rank}] error: {_shortened(str(error))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
+        _discard_stdout()
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in _USERS:
+            raise
+        _discard_stdout()
+        name = _shortened(str(error.filename or "the output"))
+        print(f"error: {name}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _shortened(message: str) -> str:
+    """``message`` with words of thousands of characters cut."""
+    return re.sub(r"\S{300,}", lambda word: f"{word[0][:100]}... ({len(word[0])} characters)", message)
+
+
+def _discard_stdout() -> None:
+    """Let the interpreter end without another attempt to write what standard output did not take."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from mmtrain.cli.common import Overrides, RunDir
 from mmtrain.cli.train import debug_run
@@ -24,7 +21,7 @@ from mmtrain.cluster import job
 from mmtrain.cluster.local import print_dry_run, run_local
 from mmtrain.cluster.task import run_training
 from mmtrain.config import ClusterConfig, RunConfig, load_config
-from mmtrain.config.load import refuse_bare_time
+from mmtrain.config.text import read_mapping
 from mmtrain.errors import UserError
 from mmtrain.runs.folder import run_path
 from mmtrain.runs.logs import follow_job
@@ -70,7 +67,7 @@ def submit_command(
     given = list(overrides or []) + ([f"name={name}"] if name is not None else [])
     site = job_settings({key: options[key] for key in ClusterConfig.model_fields if key in options})
     resolved, source, given, run_dir = resolve_run(config, resume, given, site, run_dir)
-    where = choose_launcher(cluster, local, debug, nodes)
+    where, seeds = choose_launcher(cluster, local, debug, nodes), seeds_of(array_seeds)
     if where == "debug":
         if dry_run:
             print_dry_run(resolved, run_dir, "in this process, two steps of a shrunken model")
@@ -86,7 +83,7 @@ def submit_command(
             " --local N (processes here), --debug (two steps in front) or --dry-run (what would run)"
         )
     else:
-        print(job.submit(resolved, run_dir, seeds_of(array_seeds)))
+        print(job.submit(resolved, run_dir, seeds))
         if follow:
             follow_job(run_path(resolved, run_dir).resolve())
 
@@ -104,14 +101,10 @@ def _site() -> dict[str, Any]:
     path = Path(os.environ.get("MMTRAIN_CLUSTER", SITE_FILE)).expanduser()
     if not path.is_file():
         return {}
-    try:
-        found = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OmegaConfBaseException, OSError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {error}") from None
-    if not isinstance(found, dict) or any(isinstance(value, dict | list) for value in found.values()):
+    found = read_mapping(path)
+    if any(isinstance(value, dict | list) for value in found.values()):
         raise UserError(f"{path} must hold lines such as `partition: gpu`: the keys of the section cluster")
-    refuse_bare_time(found, str(path))
-    return {str(key): value for key, value in found.items()}
+    return found
 
 
 def resolve_run(

@@ -7,7 +7,6 @@ the kind (``data=synthetic``), and then keys that the new kind does not have are
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from mmtrain.config.models import MODELS
 from mmtrain.config.registry import Registry
 from mmtrain.config.schema import TASKS, RunConfig
 from mmtrain.config.section import ConfigError, Section
+from mmtrain.config.text import parse_overrides, read_mapping, refuse_secrets, typed
 from mmtrain.errors import UserError, nearest
 
 #: The sections that come in kinds.
@@ -62,14 +62,23 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         merged = _add_layer(merged, layer)
         sources |= dict.fromkeys(_flat(layer.values), layer.source)
     merged.setdefault("name", path.stem)
+    if not merged["name"]:
+        raise UserError(f"{sources['name']}: name is empty: give one, or leave it out for '{path.stem}'")
     for section, registry in REGISTRIES.items():
         if not merged.get(section, {}).get(registry.key):
             raise UserError(f"{path}: {section}.{registry.key} is not set: choose one of {', '.join(registry)}")
     try:
-        values = OmegaConf.to_container(OmegaConf.create(merged), resolve=True, throw_on_missing=True)
-        return RunConfig(**cast(dict[str, Any], values))
+        resolved = OmegaConf.to_container(OmegaConf.create(merged), resolve=True, throw_on_missing=True)
+        values = cast(dict[str, Any], resolved)
+        flat = _flat(values)
+        for key, written in _flat(merged).items():
+            if "${" in str(written):
+                refuse_secrets(f"{sources.get(key, path)}: {key}", str(written), str(flat[key]))
+        return RunConfig(**_typed_values(values))
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise UserError(f"{path}: an interpolation ${{...}} refers to itself") from None
     except ConfigError as error:
         raise UserError(f"{sources.get(error.key, path)}: {error}") from None
 
@@ -97,51 +106,28 @@ def _file_layers(path: Path, seen: tuple[Path, ...]) -> Iterator[_Layer]:
     path = path.resolve()
     if path in seen:
         raise UserError(f"{path}: include goes round in a circle: {' -> '.join(p.name for p in (*seen, path))}")
-    try:
-        values = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # the YAML and OmegaConf errors share no base class
-        raise UserError(f"{path}: not a YAML file that can be read: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: the file must hold key: value pairs")
+    values = read_mapping(path)
     include = values.pop("include", [])
-    for entry in [include] if isinstance(include, str) else include:
+    entries = [include] if isinstance(include, str) else include
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        raise UserError(f"{path}: include: give the name of a YAML file, or a list of names")
+    for entry in entries:
         child = path.parent / entry
-        if not child.is_file():
-            raise UserError(f"{path}: include: there is no file {child}")
+        if child.suffix not in (".yaml", ".yml") or not child.is_file():
+            raise UserError(f"{path}: include: there is no YAML file {child}")
         yield from _file_layers(child, (*seen, path))
-    refuse_bare_time(values.get("cluster"), str(path))
     if seen:  # a name is that of one configuration, not of those that build on it
         values.pop("name", None)
-    yield _Layer(str(path), cast(dict[str, Any], values))
-
-
-def refuse_bare_time(cluster: object, source: str) -> None:
-    """Refuse a ``time`` that YAML has read as a number: it takes 24:00:00 for 86400, and Slurm that for minutes."""
-    if isinstance(cluster, Mapping) and isinstance(cluster.get("time"), int | float):
-        raise UserError(f'{source}: cluster.time: write it in quotes, such as time: "24:00:00"')
+    yield _Layer(str(path), values)
 
 
 def _override_layer(overrides: Iterable[str]) -> _Layer:
-    items = list(overrides)
-    for item in items:
-        if "=" not in item or item.startswith(("-", "=")):
-            raise UserError(f"'{item}' is not an override: write key=value, such as optim.lr=2e-4")
-    try:
-        values = OmegaConf.to_container(OmegaConf.from_dotlist([_spelt_out(item) for item in items]))
-    except Exception as error:
-        raise UserError(f"{_COMMAND_LINE}: {error}") from None
-    return _Layer(_COMMAND_LINE, cast(dict[str, Any], values))
-
-
-#: What YAML takes for a number in base 60.
-_TIME = re.compile(r"[0-9]+(:[0-9]{1,2})+")
+    return _Layer(_COMMAND_LINE, parse_overrides(map(_spelt_out, overrides), _COMMAND_LINE))
 
 
 def _spelt_out(item: str) -> str:
-    """``data=synthetic`` as ``data.kind=synthetic``, so that ``data.length=10`` can stand beside it; times as text."""
+    """``data=synthetic`` as ``data.kind=synthetic``, so that ``data.length=10`` can stand beside it."""
     section, _, kind = item.partition("=")
-    if _TIME.fullmatch(kind):
-        return f'{section}="{kind}"'
     return f"{section}.{REGISTRIES[section].key}={kind}" if section in REGISTRIES and kind.isidentifier() else item
 
 
@@ -159,11 +145,28 @@ def _add_layer(merged: dict[str, Any], layer: _Layer) -> dict[str, Any]:
             raise UserError(f"{layer.source}: {error}") from None
         if section in merged and merged[section].get(registry.key) != kind:
             merged = merged | {section: {k: v for k, v in merged[section].items() if k in keep}}
-    state = cast(
-        dict[str, Any], OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(merged), OmegaConf.create(values)))
+    known = _known_keys(
+        {**merged, **{name: {**_section(merged, name), **_section(values, name)} for name in REGISTRIES}}
     )
-    _refuse_unknown(values, _known_keys(state), layer.source)
-    return state
+    _refuse_unknown(values, known, layer.source)
+    sections = {name: {**_section(merged, name), **value} for name, value in values.items() if known[name]}
+    return {**merged, **values, **sections}
+
+
+def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = values.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _typed_values(values: dict[str, Any]) -> dict[str, Any]:
+    """``values`` with text converted to the type of each key."""
+    result = typed(RunConfig, values)
+    for name, default in RunConfig():
+        registry, section = REGISTRIES.get(name), values.get(name)
+        if isinstance(section, Mapping):
+            cls = registry.choose(section[registry.key]) if registry else type(default)
+            result[name] = typed(cls, section)
+    return result
 
 
 def _known_keys(state: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -112,7 +112,10 @@ class TrainConfig(Section):
     epochs: float = Field(1.0, gt=0, description="Length of the run.")
     max_steps: int | None = Field(None, ge=1, description="Stop after so many steps, if epochs are not over before.")
     batch_size: int = Field(
-        64, ge=1, description="Samples of a step over all ranks: the world size divides it, never multiplies it."
+        64,
+        ge=1,
+        le=2**24,
+        description="Samples of a step over all ranks: the world size divides it, never multiplies it.",
     )
     accumulation: int = Field(
         1, ge=1, description="Micro-batches of a step, at least; more where the ranks or micro_batch ask for more."
@@ -260,13 +263,17 @@ class ClusterConfig(Section):
         return str(self.nodes) if self.min_nodes is None else f"{self.min_nodes}-{self.max_nodes}"
 
 
+#: Files of a run add a few characters to its name, and file systems take 255 bytes.
+_MOST_NAME_BYTES = 200
+
+
 class RunConfig(Section):
     """A whole run. The run folder is ``run_root``/``name`` unless the command line names another."""
 
     name: str = Field("", description="Name of the run; by default that of the configuration.")
     seed: int = Field(0, description="Seed of the weights, the data order and all other randomness.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one.")
-    threads: int | None = Field(None, ge=1, description="CPU threads of a rank; null: torch's own number.")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of a rank; null: torch's own number.")
     run_root: str = Field("runs", description="The folder of the run folders.")
     model: Annotated[SerializeAsAny[ModelConfig], BeforeValidator(MODELS.validate)] = ModelConfig()
     data: Annotated[SerializeAsAny[DataConfig], BeforeValidator(DATA.validate)] = DataConfig()
@@ -278,6 +285,20 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder_name(cls, name: str) -> str:
+        """A run folder lies below run_root, whatever its name; "" is that of a configuration without a name."""
+        parts = name.split("/")
+        inside = not name or all(part not in ("", ".", "..") for part in parts)
+        short = len(name.encode(errors="replace")) <= _MOST_NAME_BYTES
+        cure = f"it names a folder below run_root: at most {_MOST_NAME_BYTES} bytes, and between / neither . nor .."
+        require(inside and short, "name", name[:80], cure)
+        require(
+            name.isprintable() and name == name.strip(), "name", name, "leave out control characters and outer spaces"
+        )
+        return name
 
 
 #: Keys that may differ when a run is continued in its folder: they do not change what is learnt.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -51,9 +52,11 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_bool_for_a_number(cls, value: object, info: Any) -> object:
+    def _no_bool_or_float_for_another_number(cls, value: object, info: Any) -> object:
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
             raise PydanticCustomError("not_bool", "a boolean is not a number")
+        if isinstance(value, float) and cls.model_fields[info.field_name].annotation in (int, int | None):
+            raise PydanticCustomError("not_float", "a float is not a whole number")
         return value
 
 
@@ -84,6 +87,7 @@ def _explained(cls: type[Section], error: ValidationError) -> ConfigError:
     return ConfigError(key, f"{key}{place} is {first['input']!r}: {cure}")
 
 
+@lru_cache
 def key_schemas(cls: type[Section]) -> dict[str, dict[str, Any]]:
     """The JSON schema of each key of a section."""
     found: dict[str, dict[str, Any]] = cls.model_json_schema()["properties"]

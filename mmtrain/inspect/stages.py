@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmtrain.config import MODELS, ModelConfig, RunConfig, config_names, load_config
 from mmtrain.config.models import preset
+from mmtrain.config.text import parse_overrides, typed
 from mmtrain.errors import UserError, nearest
 from mmtrain.models import build_model, example_inputs
 from mmtrain.models.averaging import MixerStack
@@ -206,11 +206,8 @@ def _overridden(name: str, overrides: Sequence[str]) -> ModelConfig:
         key, equals, _ = item.partition("=")
         if not equals:
             raise UserError(f"'{item}' is not an override: write key=value, such as {known[0]}=10")
-        if key.split("[")[0] not in known:
+        if key not in known:
             raise UserError(f"model '{name}' has no key '{key}'{nearest(key, known)} (keys: {', '.join(known)})")
-    try:
-        merged = OmegaConf.merge(OmegaConf.create(preset(name).model_dump()), OmegaConf.from_dotlist(items))
-        values = cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
-    except Exception as error:  # YAML's errors share no base class with OmegaConf's
-        raise UserError(f"model '{name}': {' '.join(items)}: {error}") from None
+    config = preset(name)
+    values = config.model_dump() | typed(type(config), parse_overrides(items, f"model '{name}'"))
     return MODELS.make(**values)

@@ -103,22 +103,23 @@ def first_bad(model: nn.Module, loss: Callable[[Batch], Tensor], batches: list[B
     return "the forward pass is finite on every rank: the overflow is in the backward pass"
 
 
-def _finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 def _bad_input(batch: Batch) -> str | None:
     for name, tensor in batch.items():
-        if _finite(tensor):
+        if is_finite(tensor):
             continue
-        rows = [i for i, row in enumerate(tensor) if not _finite(row)]
+        rows = [i for i, row in enumerate(tensor) if not is_finite(row)]
         samples = batch["index"][rows].tolist() if "index" in batch else rows
         return f"the input '{name}' of the samples {', '.join(map(str, samples[:8]))} is not finite"
     return None
 
 
 def _bad_weight(model: nn.Module) -> str | None:
-    bad = (name for name, parameter in model.named_parameters() if not _finite(to_local(parameter.detach())))
+    bad = (name for name, parameter in model.named_parameters() if not is_finite(to_local(parameter.detach())))
     return next((f"the weight {name} is not finite" for name in bad), None)
 
 
@@ -129,7 +130,7 @@ def _bad_output(model: nn.Module, loss: Callable[[Batch], Tensor], batch: Batch)
     def watch(name: str) -> Callable[..., None]:
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
             tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-            if not first and not all(_finite(t) for t in tensors):
+            if not first and not all(is_finite(t) for t in tensors):
                 first.append(f"the output of module {name or 'the model'} ({type(module).__name__}) is not finite")
 
         return look
@@ -142,4 +143,4 @@ def _bad_output(model: nn.Module, loss: Callable[[Batch], Tensor], batch: Batch)
             hook.remove()
     if first:
         return first[0]
-    return None if _finite(value) else "the loss itself is not finite, though the model's output is"
+    return None if is_finite(value) else "the loss itself is not finite, though the model's output is"

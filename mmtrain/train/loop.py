@@ -26,13 +26,14 @@ from mmtrain.data.core.source import FaultLog, OnFault, Source
 from mmtrain.errors import SharedError
 from mmtrain.models.stochastic import sample_keys
 from mmtrain.parallel.ranks import Ranks, collective_timeout, set_collective_timeout
+from mmtrain.parallel.strategy import to_local
 from mmtrain.parallel.watchdog import Watchdog
 from mmtrain.runs.folder import RunFolder
 from mmtrain.tasks import Batch, StepKey, Task
 from mmtrain.train.build import build_meta_model, parallelize_model
 from mmtrain.train.checkpoint.tensor_files import read_weights
 from mmtrain.train.evaluate import evaluate
-from mmtrain.train.guards import Agreement, agree, first_bad, initial_loss_scale, is_spike, update_loss_scale
+from mmtrain.train.guards import Agreement, agree, first_bad, initial_loss_scale, is_finite, is_spike, update_loss_scale
 from mmtrain.train.meter import Meter
 from mmtrain.train.optim import autocast_dtype, learning_rate, seed_step
 from mmtrain.train.preemption import StopRequest
@@ -333,6 +334,7 @@ class Trainer:
         results = self._measure("test") if self.task.test is not None else None
         if results is None and self.task.test is not None:
             return self._stopped()  # the weights are safe; the next job comes straight here
+        self._refuse_broken(chosen, results or {})
         pictures = self._illustrate(store.at(chosen)) if self.ranks.main else []
         if self.ranks.main:
             self.run.write_result(
@@ -348,6 +350,18 @@ class Trainer:
         self.tracker.finish(state, results, chosen, pictures)
         self.ranks.barrier()
         return Outcome(state.step, finished=True, test=results)
+
+    def _refuse_broken(self, step: int, results: dict[str, float]) -> None:
+        """Raise SharedError where the weights of ``step``, or their results, are not finite."""
+        weights = all(is_finite(to_local(tensor)) for tensor in self.strategy.local_parameters().values())
+        wrong = next((f"{name} on the test split is {x}" for name, x in results.items() if not math.isfinite(x)), None)
+        if self.ranks.any(not weights):
+            wrong = "weights are not finite"
+        if wrong is not None:
+            raise SharedError(
+                f"the checkpoint of step {step} is of no use: {wrong}. No result was written. Lower optim.lr or raise"
+                " optim.warmup_epochs, and start again in a new folder"
+            )
 
     def _illustrate(self, checkpoint: Path) -> list[Path]:
         """Let the task draw, with a whole model of this rank's own: the trained one may be split."""

@@ -31,11 +31,22 @@ def test_flags_beat_the_sites_file_and_overrides_beat_both(where: ModuleType, si
     assert (config.cluster.partition, config.cluster.account, config.cluster.nodes) == ("debug", "theirs", 2)
 
 
-@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "partition: {a: 1}\n", "time: 24:00:00\n"])
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "partition: {a: 1}\n", "partition: gpu\npartition: cpu\n"])
 def test_a_bad_site_file_is_named(where: ModuleType, site: Path, text: str) -> None:
     site.write_text(text)
     with pytest.raises(UserError, match=r"cluster\.yaml"):
         where.job_settings({})
+
+
+def test_a_site_file_that_is_not_utf8_is_named(where: ModuleType, site: Path) -> None:
+    site.write_bytes("partition: gpü\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"cluster\.yaml: .*byte 13 is not UTF-8"):
+        where.job_settings({})
+
+
+def test_a_sites_time_is_taken_as_it_is_written(where: ModuleType, site: Path) -> None:
+    site.write_text("time: 24:00:00\naccount: 007\n")
+    assert where.job_settings({}) == ["cluster.time=24:00:00", "cluster.account=007"]
 
 
 def test_no_site_file_is_no_setting(where: ModuleType, site: Path) -> None:

@@ -62,7 +62,7 @@ def test_unknown_keys_are_refused_with_the_layer_and_the_nearest_name(tmp_path: 
         ("seed=1.5", ("seed", "int")),
         ("optim.betas=[a,b]", ("optim.betas",)),
         ("train=3", ("train is a section",)),
-        ("train.batch_size=0", ("train.batch_size is 0", "at least 1")),
+        ("train.batch_size=0", ("train.batch_size is 0", "in [1, 16777216]")),
         ("data.kind=tape", ("data.kind", "shards, synthetic, series")),
         ("model=vim2_smal", ("did you mean 'vim2_small'",)),
         ("model.dims=[1,2]", ("model.token_mixers",)),

@@ -132,7 +132,7 @@ def test_the_planner_says_what_it_does_not_know(toys: Path) -> None:
 
     with pytest.raises(UserError, match=r"data\.kind is 'toy_data': the planner does not know"):
         plan_run(load_config(toys), 1, 1, "h100")
-    assert plan_run(load_config(toys, ["data=synthetic"]), 1, 1, "h100").model == "toy_wide"
+    assert plan_run(load_config(toys, ["data=synthetic"]), 1, 1, "h100").config.model.name == "toy_wide"
 
 
 def test_the_model_command_knows_the_file(tmp_path: Path) -> None:

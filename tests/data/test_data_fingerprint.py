@@ -98,11 +98,11 @@ def pack_again(folder: Path, make: Make, samples: Callable) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (swap, ["2 of 3 shards hold other samples (number 0, 1, from 0)"]),
-        (relabel, ["1 of 3 shards hold other samples (number 0, from 0)"]),
-        (replace_image, ["1 of 3 shards hold other samples (number 0, from 0)"]),
-        (shrink, ["1 of 3 shards have other sizes (number 0: 6 samples, now 5)"]),
-        (reorder, ["2 of 3 shards hold other samples in another order (number 1, 2, from 0)"]),
+        (swap, ["2 of 3 shards hold other samples (counted from 0: 0, 1)"]),
+        (relabel, ["1 of 3 shards hold other samples (counted from 0: 0)"]),
+        (replace_image, ["1 of 3 shards hold other samples (counted from 0: 0)"]),
+        (shrink, ["1 of 3 shards have other sizes (shard 0: 6 samples before, 5 now)"]),
+        (reorder, ["2 of 3 shards hold other samples in another order (counted from 0: 1, 2)"]),
         (delete, ["3 shards before, 2 now"]),
         (rename_classes, ["the names or the order of the classes are others"]),
         (forget_indexes, []),
@@ -245,3 +245,10 @@ def test_arrays() -> None:
 def test_parts_that_one_version_lacks_do_not_count() -> None:
     assert changes({"blocks": [3], "new": 1}, {"blocks": [3], "other": 2}) == []
     assert changes({"blocks": [3], "new": 1}, {"blocks": [3], "new": 2}) == ["new is another"]
+
+
+@pytest.mark.parametrize("value", [None, 5, "text", [None, 1], [[1]], {"a": 1}])
+@pytest.mark.parametrize("key", ["blocks", "indexes", "columns", "values", "rows"])
+def test_a_damaged_part_is_a_change(key: str, value: Any) -> None:
+    now = {"blocks": [3, 4], "indexes": ["a", "b"], "columns": ["a"], "values": "0f", "rows": 7}
+    assert len(changes({**now, key: value}, now)) == 1

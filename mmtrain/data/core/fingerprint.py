@@ -75,7 +75,9 @@ def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
     found: list[str] = []
     both = [key for key in before if key in now and before[key] != now[key]]
     for key in both:
-        if key == "blocks" and "rows" not in both:
+        if isinstance(before[key], list) != isinstance(now[key], list):  # what was saved is damaged
+            found.append(f"{key} is another")
+        elif key == "blocks" and "rows" not in both:
             found.append(_blocks(before[key], now[key]))
         elif key == "indexes" and "blocks" not in both:
             found.append(_indexes(before[key], now[key]))
@@ -91,14 +93,15 @@ def _blocks(before: Sequence[int], now: Sequence[int]) -> str:
         return f"{len(before)} shards before, {len(now)} now"
     place = next(number for number, (old, new) in enumerate(zip(before, now, strict=True)) if old != new)
     many = sum(old != new for old, new in zip(before, now, strict=True))
-    return f"{many} of {len(now)} shards have other sizes (number {place}: {before[place]} samples, now {now[place]})"
+    first = f"shard {place}: {before[place]} samples before, {now[place]} now"
+    return f"{many} of {len(now)} shards have other sizes ({first})"
 
 
 def _indexes(before: Sequence[str], now: Sequence[str]) -> str:
     other = [number for number, (old, new) in enumerate(zip(before, now, strict=False)) if old != new]
-    same = " in another order" if sorted(before) == sorted(now) else ""
+    same = " in another order" if sorted(map(str, before)) == sorted(now) else ""
     shown = ", ".join(map(str, other[:_MOST])) + (", ..." if len(other) > _MOST else "")
-    return f"{len(other)} of {len(now)} shards hold other samples{same} (number {shown}, from 0)"
+    return f"{len(other)} of {len(now)} shards hold other samples{same} (counted from 0: {shown})"
 
 
 def _short(value: Any) -> str:

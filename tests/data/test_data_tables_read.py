@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,10 @@ REFUSED: dict[str, tuple[str | bytes, dict[str, Any], str]] = {
     "two separators": ("Zeit;a, kW\n" + "2022-01-01;1,5\n" * 3, {}, r"separated by ',' or ';': set data\.separator"),
     "two decimal marks": ("date;a;b\n2022-01-01;1,5;2.5\n", {}, r"both '1,5' and '2\.5': set data\.decimal"),
     "excel's first line": ("sep=;\ndate;a\n2022-01-01;1\n", {}, r"first line is 'sep=;'.*remove that line"),
+    "excel": (b"PK\3\4" + bytes(40), {}, r"Excel workbook.*save the other as CSV"),
+    "parquet": (b"PAR1" + bytes(40), {}, r"name it \.parquet"),
+    "a web page": ("\n<!doctype html>\n<html>", {}, r"a web page"),
+    "git lfs": ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", {}, r"git lfs pull"),
     "no utf-16 mark": (rows(HOURS).encode("utf-16-le"), {}, r"zero bytes.*save it as UTF-8"),
     "half an utf-16": (rows(HOURS).encode("utf-16")[:-1], {}, r"damaged utf-16"),
     "another code page": (b"date,a\n2022-01-01,1\n" + b"\x81\x8d\n", {}, r"neither UTF-8 nor Windows-1252"),
@@ -322,6 +327,13 @@ def test_zips_that_cannot_be_read(name: str, tmp_path: Path) -> None:
     for read in (read_table, describe_table):
         with pytest.raises(UserError, match=rf"t\.zip: cannot be read as a table \(.*{message}"):
             read(tmp_path / "t.zip")
+
+
+def test_a_zip_larger_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.zip").write_bytes(packed("t.csv"))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=500))
+    with pytest.raises(UserError, match=r"t\.zip: unpacks to .* GB of memory are free"):
+        read_table(tmp_path / "t.zip")
 
 
 def long(times: list[str], line: str = "{n},{t},{i}.5", header: str = "unique_id,ds,y") -> str:

@@ -19,6 +19,7 @@ from mmtrain.data.prepare.output import Prepared, existing
 from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.data.series.files import read_frame
 from mmtrain.data.series.order import regularity
+from mmtrain.data.series.table import read_times
 from mmtrain.errors import UserError, os_errors
 from mmtrain.files import write_atomically
 
@@ -79,8 +80,11 @@ def prepare_traffic(out: str | Path) -> TrafficReport:
     frame = read_frame(source)
     if missing := [name for name in ("datetime", *COLUMNS) if name not in frame.columns]:
         raise UserError(f"{source}: columns {', '.join(missing)} are missing: pip install 'AutoTS==1.0.4'")
-    stamps = pd.to_datetime(frame["datetime"])
-    even = regularity(stamps.to_numpy())
+    times = read_times(frame, source, "datetime")
+    if times is None:
+        raise UserError(f"{source}: datetime holds numbers, not dates: pip install 'AutoTS==1.0.4'")
+    stamps = pd.Series(times[0])
+    even = regularity(times[0])
     irregular = even.irregular + even.backward
     if even.duplicates or irregular or even.step != pd.Timedelta(1, unit="h"):
         raise UserError(

@@ -20,7 +20,7 @@ from mmtrain.data.prepare.panel_writer import Layout, Series, write_panel
 from mmtrain.data.prepare.tables import batches, numbers_of, rows_of, schema_of
 from mmtrain.data.series.files import read_frame
 from mmtrain.data.series.split import SplitRule
-from mmtrain.data.series.table import carry
+from mmtrain.data.series.table import carry, read_times
 from mmtrain.data.series.timeline import UNITS, Step, Timeline
 from mmtrain.errors import UserError
 from mmtrain.log import logger
@@ -52,14 +52,14 @@ def prepare_m5(root: str | Path, out: str | Path, *, days: int = 28, force: bool
     lacking = [name for name in FILES if not (root / name).is_file()]
     if lacking:
         raise UserError(f"--root {root}: it lacks {', '.join(lacking)} (wanted are {', '.join(FILES)})")
-    calendar = _calendar(root / FILES[2])
+    calendar, first = _calendar(root / FILES[2])
     layout = Layout(
         columns=["sales"],
         known=["price"],
         static=STATIC,
         shared_columns=["snap", *(f"event_{kind.lower()}" for kind in EVENTS)],
         shared=_shared(calendar),
-        timeline=Timeline(np.datetime64(calendar["date"].iloc[0], "us"), Step(UNITS["D"])),
+        timeline=Timeline(first, Step(UNITS["D"])),
     )
     split = SplitRule("last", last=(days, days))
     return write_panel(
@@ -73,17 +73,16 @@ def prepare_m5(root: str | Path, out: str | Path, *, days: int = 28, force: bool
     )
 
 
-def _calendar(file: Path) -> pd.DataFrame:
-    import pandas as pd
-
+def _calendar(file: Path) -> tuple[pd.DataFrame, np.datetime64]:
+    """The calendar and its first day."""
     frame = read_frame(file)
     wanted = ("date", "wm_yr_wk", "d", "event_type_1", "event_type_2", *(f"snap_{state}" for state in STATES))
     if lacking := [name for name in wanted if name not in frame.columns]:
         raise UserError(f"{file}: columns {', '.join(lacking)} are missing: not the calendar of M5")
-    stamps = pd.to_datetime(frame["date"], errors="coerce")
-    if stamps.isna().any() or (stamps.diff().dropna() != pd.Timedelta(days=1)).any():
+    times = read_times(frame, file, "date")
+    if times is None or (np.diff(times[0]) != np.timedelta64(1, "D")).any():
         raise UserError(f"{file}: its dates are not one day after the other: not the calendar of M5")
-    return frame
+    return frame, times[0][0]
 
 
 def _shared(calendar: pd.DataFrame) -> NDArray[np.float32]:

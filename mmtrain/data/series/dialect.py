@@ -28,6 +28,16 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+#: Beginnings of what is no CSV, whatever its name says.
+_OTHERS = {
+    b"PK\3\4": "a zip archive or an Excel workbook: name the one .zip, save the other as CSV",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook: save it as CSV",
+    b"PAR1": "a parquet file: name it .parquet",
+    b"\x1f\x8b": "packed by gzip: name it .csv.gz",
+    b"<!DOCTYPE": "a web page, and not the file behind it",
+    b"<html": "a web page, and not the file behind it",
+    b"version https://git-lfs": "a pointer of Git LFS: get the file with git lfs pull",
+}
 #: Bytes that Windows-1252 does not have.
 _NO_LETTERS = b"\x81\x8d\x8f\x90\x9d"
 _COMMA = re.compile(r"[+-]?\d*,\d+(?:[eE][+-]?\d+)?")
@@ -97,7 +107,10 @@ def examine(stream: BinaryIO, where: str, separator: str | None = None, decimal:
 def _encoding(stream: BinaryIO, where: str) -> str:
     """Of the whole stream: utf-8, utf-16 or utf-32 with a byte order mark, or else cp1252 (Windows, Latin-1)."""
     stream.seek(0)
-    start = stream.read(4)
+    start = stream.read(64)
+    for mark, what in _OTHERS.items():
+        if start.lstrip().lower().startswith(mark.lower()):
+            raise UserError(f"{where}: cannot be read as a table (it is {what})")
     found = next((name for mark, name in _MARKS if start.startswith(mark)), None)
     stream.seek(0)
     if found is not None:

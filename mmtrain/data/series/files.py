@@ -19,6 +19,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
+import psutil
+
 from mmtrain.data.series.dialect import UNNAMED, Dialect, examine
 from mmtrain.errors import UserError, nearest
 
@@ -166,6 +168,12 @@ def _unzip(path: Path) -> bytes:
             members = [member for member in archive.namelist() if not member.endswith("/")]
             if len(members) != 1:
                 raise UserError(f"{path}: a zip of one CSV is wanted, this one holds {len(members)} files")
+            size = archive.getinfo(members[0]).file_size  # no more than that is read
+            if size > (room := psutil.virtual_memory().available):
+                raise UserError(
+                    f"{path}: unpacks to {size / 1e9:.1f} GB, and {room / 1e9:.1f} GB of memory are free: unpack it, "
+                    "and save it as parquet"
+                )
             return archive.read(members[0])
     except NotImplementedError as error:
         cause = f"{error}: pack it with the usual compression"

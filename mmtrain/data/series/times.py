@@ -104,12 +104,6 @@ def find_reading(column: pd.Series, where: str, time_format: str | None = None) 
     return _zoned(_family(texts, where), texts, where)
 
 
-def times_of(column: pd.Series, where: str, time_format: str | None = None) -> Stamps | None:
-    """The times of a column, NaT for what is none; None for numbers that are no times. Raises as find_reading."""
-    reading = find_reading(column, where, time_format)
-    return None if reading is None else reading.stamps(column)
-
-
 def are_dates(column: pd.Series) -> bool:
     """Whether a column holds times although its name does not say so; numbers are none."""
     import pandas as pd

@@ -98,7 +98,10 @@ class TrainState:
 
     def note_evaluation(self, value: float, *, higher_is_better: bool) -> bool:
         """Take the result of an evaluation of this step; True if it is the best so far."""
-        better = self.best is None or (value > self.best if higher_is_better else value < self.best)
+        if self.best is None or math.isnan(self.best):  # anything is better than NaN, except NaN
+            better = self.best is None or not math.isnan(value)
+        else:
+            better = value > self.best if higher_is_better else value < self.best
         if better:
             self.best, self.best_step, self.evals_since_best = value, self.step, 0
         else:

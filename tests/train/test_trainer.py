@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from mmtrain.inference.trained import load_trained
 from mmtrain.train.checkpoint.store import verify
 from mmtrain.train.loop import Outcome
 from mmtrain.train.session import train
+from mmtrain.train.state import TrainState
 
 
 def run(config: Path, folder: Path, *overrides: str) -> Outcome:
@@ -171,6 +173,15 @@ def test_gradients_that_are_not_finite_are_skipped_then_stop_the_run(
 
 
 def test_patience_ends_a_run_early(series: Path, tmp_path: Path) -> None:
-    outcome = run(series, tmp_path / "run", "eval.every_steps=1", "eval.patience=2", "optim.lr=10", "train.epochs=10")
+    outcome = run(series, tmp_path / "run", "eval.every_steps=1", "eval.patience=2", "optim.lr=0.5", "train.epochs=10")
     assert outcome.finished
     assert outcome.step < 100
+
+
+def test_a_number_is_better_than_nan() -> None:
+    state = TrainState(dataset_length=1)
+    results = [(1, math.nan, True), (2, math.nan, False), (3, 0.5, True), (4, math.nan, False), (5, 0.4, False)]
+    for step, value, better in results:
+        state.step = step
+        assert state.note_evaluation(value, higher_is_better=True) is better
+    assert (state.best, state.best_step, state.evals_since_best) == (0.5, 3, 2)

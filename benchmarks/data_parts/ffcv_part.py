@@ -24,6 +24,7 @@ from mmtrain.data.core.loader import train_batches
 from mmtrain.data.ffcv.format import require_ffcv, torch_threads_kept
 from mmtrain.data.ffcv.source import open_beton
 from mmtrain.data.prepare.ffcv import prepare_beton
+from mmtrain.data.prepare.origin import Origin
 from mmtrain.data.prepare.writer import Item, write_dataset
 
 _CLASSES = 10
@@ -39,7 +40,7 @@ def measure(
     files = make_images(count, images)
     items = [Item(number % _CLASSES, content=content) for number, content in enumerate(files)]
     shards = write_dataset(
-        folder / "shards", {"train": items}, [str(n) for n in range(_CLASSES)], "benchmark", {}, shard_size=128
+        folder / "shards", {"train": items}, [str(n) for n in range(_CLASSES)], Origin("benchmark"), {}, shard_size=128
     )
     beton = prepare_beton(shards.out, folder / "beton", workers=1).out / "train.beton"
     how = f"{count} JPEG files of {WIDE} × {HIGH}, {np.mean([len(f) for f in files]) / 1e3:.0f} kB, {threads} threads"

@@ -27,6 +27,7 @@ from mmtrain.data.core.order import mix64
 from mmtrain.data.images.photo import Photo
 from mmtrain.data.images.shards import ImageShards
 from mmtrain.data.images.transforms import build_transform
+from mmtrain.data.prepare.origin import Origin
 from mmtrain.data.prepare.writer import Item, write_dataset
 from mmtrain.torchvision_compat import ensure_torchvision
 
@@ -106,7 +107,7 @@ def _children() -> list[int]:
 def _contenders(folder: Path, files: list[bytes], workers: int) -> dict[str, Batches]:
     items = [Item(number % CLASSES, content=content) for number, content in enumerate(files)]
     shards = write_dataset(
-        folder / "shards", {"train": items}, [str(n) for n in range(CLASSES)], "benchmark", {}, shard_size=128
+        folder / "shards", {"train": items}, [str(n) for n in range(CLASSES)], Origin("benchmark"), {}, shard_size=128
     )
     for number, content in enumerate(files):
         target = folder / "folder" / str(number % CLASSES)

@@ -15,6 +15,7 @@ from trainer_parts.figure import Figure
 
 from data_parts.photos import make_images
 from mmtrain.data.images.tar_index import ShardIndex, index_path, write_index
+from mmtrain.data.prepare.origin import Origin
 from mmtrain.data.prepare.writer import Item, write_dataset
 
 PART = "memory"
@@ -26,7 +27,9 @@ def measure(folder: Path, *, samples: int, shards: int, epoch: int) -> Iterator[
     folder.mkdir(parents=True, exist_ok=True)
     files = make_images(min(epoch, 64))
     items = [Item(0, content=files[number % len(files)]) for number in range(epoch)]
-    small = write_dataset(folder / "small", {"train": items}, ["0"], "benchmark", {}, shard_size=128).out / "train"
+    small = (
+        write_dataset(folder / "small", {"train": items}, ["0"], Origin("benchmark"), {}, shard_size=128).out / "train"
+    )
     found = _in_its_own_process("epochs", small, epoch, 2)
     growth = (found["rss"][-1] - found["rss"][0]) / (len(found["rss"]) - 1) / _MIB
     yield Figure(

@@ -184,10 +184,12 @@ def test_the_devkit_s_meta_mat(train: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("a b c\n", "line 1: 'a b c'"),
         ("1\n2\n3\n1\n2\n3\n", "give --devkit"),
         ("-1\n" * 6, "'-1' is none"),
+        ("²\n" * 6, "line 1: '²' is none"),
+        ("9" * 5000 + "\n" + "0\n" * 5, "line 1: '999"),
     ],
 )
 def test_bad_labels(tmp_path: Path, text: str, said: str) -> None:
-    (tmp_path / "labels.txt").write_text(text)
+    (tmp_path / "labels.txt").write_text(text, encoding="utf-8")
     files = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 7)]
     with pytest.raises(UserError, match=said):
         read_val_labels(tmp_path / "labels.txt", files, WNIDS, None)

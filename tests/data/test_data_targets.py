@@ -236,6 +236,9 @@ BOX = {"id": 1, "image_id": 10, "category_id": 7, "bbox": [1, 2, 3, 4]}
         ({"annotations": [BOX | {"bbox": [1, 2, 3, float("nan")]}]}, "finite numbers"),
         ({"annotations": [BOX | {"segmentation": [[1, 2, 3]]}]}, "neither polygons"),
         ({"annotations": [BOX | {"segmentation": {"size": [12, 10], "counts": []}}]}, "nor RLE of the image's size"),
+        ({"annotations": [BOX | {"iscrowd": float("inf")}]}, 'annotation 1: needs "bbox"'),
+        ({"categories": [{"id": float("inf"), "name": "dog"}]}, 'categories need "id"'),
+        ({"images": [{"id": 1, "file_name": "1.jpg", "width": float("inf"), "height": 10}]}, 'images need "id"'),
         ([], "no list 'images'"),
     ],
 )

@@ -184,10 +184,11 @@ class _Attempt:
             raise UserError(
                 f"{self.url}: sent as {headers['Content-Encoding']} although asked for as it is (by a proxy?)"
             )
-        length = int(headers["Content-Length"]) if headers.get("Content-Length", "").isdigit() else None
+        told = re.fullmatch(r"[0-9]{1,18}", headers.get("Content-Length", ""))
+        length = None if told is None else int(told[0])
         if code == 200 or state is None:
             return length
-        place = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
+        place = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)", headers.get("Content-Range", ""))
         total = None if place is None or place[2] == "*" else int(place[2])
         if (
             place is None

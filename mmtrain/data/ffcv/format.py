@@ -152,7 +152,7 @@ def _meta(file: Path) -> dict[str, Any]:
         meta["blocks"] = {str(split): [int(n) for n in sizes] for split, sizes in meta.get("blocks", {}).items()}
         if meta.get("classes") is not None:
             meta["classes"] = [str(name) for name in meta["classes"]]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{file}: not readable as the meta.json of a prepared dataset ({error}); prepare it again"
         ) from error

@@ -50,6 +50,11 @@ def _readable() -> dict[str, tuple[str, ...]]:
     return found
 
 
+@cache
+def _formats() -> tuple[str, ...]:
+    return tuple(_readable())
+
+
 def image_suffixes() -> frozenset[str]:
     """The endings, with their dots and in lower case, of the files that are taken for images."""
     return frozenset(suffix for suffixes in _readable().values() for suffix in suffixes)
@@ -63,7 +68,7 @@ def open_image(source: bytes | Path) -> Image:
     """
     from PIL import Image, UnidentifiedImageError
 
-    formats = tuple(_readable())
+    formats = _formats()
     try:
         image: Image.Image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
     except UnidentifiedImageError as error:

@@ -30,6 +30,7 @@ _LAYOUTS = (
     "ROOT/ILSVRC/Data/CLS-LOC/{train,val}"
 )
 _WANTED = "wanted is a WNID or a class index in each line, in the order of the file names, or a name and one of them"
+_NUMBER = re.compile(r"[0-9]{1,9}")  # isdigit is true of ² too
 WNID = re.compile(r"n\d{8}")
 
 
@@ -305,7 +306,7 @@ def read_val_labels(
     are the ids of the devkit (1, 2, ...). Raises UserError for labels that are missing, unknown or ambiguous.
     """
     rows = _rows(path)
-    numbers = {int(label) for _, label in rows if label.isdigit()}
+    numbers = {int(label) for _, label in rows if _NUMBER.fullmatch(label)}
     from_one = max(numbers, default=0) == len(classes) and 0 not in numbers
     # ILSVRC ids look like class indices, and would silently give wrong labels.
     if numbers and devkit is None and ("ground_truth" in path.name.lower() or from_one):
@@ -316,8 +317,8 @@ def read_val_labels(
     index = {name: number for number, name in enumerate(classes)}
     labels: list[int] = []
     for line, (_, label) in enumerate(rows, 1):
-        wnid = devkit.get(int(label), "") if devkit is not None and label.isdigit() else label
-        number = int(label) if devkit is None and label.isdigit() else index.get(wnid, -1)
+        wnid = devkit.get(int(label), "") if devkit is not None and _NUMBER.fullmatch(label) else label
+        number = int(label) if devkit is None and _NUMBER.fullmatch(label) else index.get(wnid, -1)
         if not 0 <= number < len(classes):
             raise UserError(
                 f"{path}, line {line}: {label[:40]!r} is none of the {len(classes)} classes that train has; {_WANTED}"

@@ -48,6 +48,10 @@ def run_jobs(work: Callable[[Job], Done], jobs: Sequence[Job], workers: int | No
                 "a worker process died: most often for lack of memory (use fewer --workers), or because a script calls "
                 "this outside of `if __name__ == '__main__':` (or use workers=1)"
             ) from error
+        except Exception:
+            # the jobs that run still write files, beside which the same command may begin again
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -241,7 +241,7 @@ def _read_annotations(file: Path) -> dict[str, Any]:
 def _categories(content: dict[str, Any], file: Path) -> list[tuple[int, str]]:
     try:
         found = sorted((int(entry["id"]), str(entry["name"])) for entry in content["categories"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f'{file}: categories need "id" and "name" ({error!r})') from error
     if len({number for number, _ in found}) != len(found) or not found:
         raise UserError(f"{file}: {'a category id is there twice' if found else 'no categories'}")
@@ -254,7 +254,7 @@ def _coco_items(content: dict[str, Any], folder: Path, file: Path, classes: Mapp
         try:
             number, name = int(entry["id"]), str(entry["file_name"])
             width, height = int(entry["width"]), int(entry["height"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f'{file}: images need "id", "file_name", "width" and "height" ({error!r})') from error
         if number in targets:
             raise UserError(f"{file}: image {number} is there twice")
@@ -285,7 +285,7 @@ def _add(entry: dict[str, Any], targets: dict[int, dict[str, Any]], file: Path, 
         x, y, width, height = (float(value) for value in entry["bbox"])
         area = float(entry.get("area", width * height))
         number, crowd = int(entry.get("id", 0)), int(entry.get("iscrowd", 0))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f'{where}: needs "bbox" with x, y, width and height in pixels ({error!r})') from error
     if not all(map(math.isfinite, (x, y, width, height, area))) or min(width, height) < 0:
         raise UserError(f"{where}: bbox {entry['bbox']}: finite numbers, and no negative width or height")

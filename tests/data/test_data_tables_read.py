@@ -9,6 +9,7 @@ import bz2
 import gzip
 import io
 import lzma
+import re
 import zipfile
 from collections.abc import Callable
 from datetime import date
@@ -391,6 +392,25 @@ def test_panels_that_are_refused(tmp_path: Path) -> None:
     stamps = open_panel(tmp_path / "p").stamps(0, 0, 2)
     assert stamps is not None
     assert stamps[1] == np.datetime64("2020-03-02")
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("2021-12-31 23:00:00,0.5,1", r"first line \(2021-12-31 23:00:00, 0\.5, 1\) is taken for the names"),
+        ("1,2.5,3", "is taken for the names"),
+        ("date,a,a", "several columns are called a"),
+        ("date,1,2", None),
+        ("0,1,2", None),
+        ("id,0.1,0.9", None),
+    ],
+)
+def test_odd_headers_are_questioned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, header: str, message: str | None
+) -> None:
+    with caplog.at_level("WARNING", "mmtrain"):
+        describe_table(put(tmp_path, rows(HOURS, header=header)))
+    assert re.search(message or "^$", caplog.text)
 
 
 def test_a_panel_keeps_the_zone(tmp_path: Path) -> None:

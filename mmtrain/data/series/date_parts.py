@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,16 +45,49 @@ _PIVOT = 69
 Days = NDArray[np.datetime64]
 
 
-def assemble(texts: pd.Series, family: str, order: str) -> tuple[Days, pd.DataFrame]:
-    """(T,) days, NaT for what is none, and what stands behind them (columns clock, half, zone)."""
-    parts = texts.str.extract(f"^{FAMILIES[family]}{TAIL}$", flags=re.ASCII)
+@dataclass(frozen=True)
+class DateTexts:
+    """Texts (T,) of one family, cut into dates and what stands behind them; each of these is looked at once."""
+
+    family: str
+    dates: pd.DataFrame  # the groups of the different dates
+    clocks: NDArray[np.timedelta64]  # of what stands behind
+    date_of: NDArray[np.int64]  # (T,) row in ``dates``
+    clock_of: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, texts: Iterable[str], family: str) -> DateTexts:
+        import pandas as pd
+
+        cut = [_cut(text) for text in texts]
+        date_of, dates = pd.factorize(np.array([date for date, _ in cut], dtype=object))
+        clock_of, tails = pd.factorize(np.array([tail for _, tail in cut], dtype=object))
+        groups = pd.Series(dates, dtype="string").str.extract(f"^{FAMILIES[family]}$", flags=re.ASCII)
+        behind = pd.Series(tails, dtype="string").str.extract(f"^{TAIL}$", flags=re.ASCII)
+        return cls(family, groups, _clocks(behind), date_of, clock_of)
+
+    def times(self, order: str) -> NDArray[np.datetime64]:
+        """(T,) times (datetime64[us]) with day, month and year in ``order``; NaT for what is none."""
+        days = _assemble(self.dates, self.family, order).astype("datetime64[us]")
+        return np.asarray(days[self.date_of] + self.clocks[self.clock_of])
+
+
+def _cut(text: str) -> tuple[str, str]:
+    """A date, and the time of day behind it."""
+    colon = text.find(":")
+    if colon < 0:
+        return text, ""
+    begin = max(text.rfind(" ", 0, colon), text.rfind("T", 0, colon), 0)
+    return text[:begin].rstrip(" ,"), text[begin:]
+
+
+def _assemble(parts: pd.DataFrame, family: str, order: str) -> Days:
     if family == "numbers":
         place = {letter: "abc"[number] for number, letter in enumerate(order)}
         year, month, day = (_number(parts[place[letter]]) for letter in "ymd")
         wide, *others = (_number(parts[place[letter]].str.len()) for letter in "ydm")
         fits = ((wide == 4) | (wide == 2)) & (np.maximum(*others) <= 2)
-        year = np.where(fits, _century(year, wide), np.nan)
-        return _days(year, month, day), parts
+        return _days(np.where(fits, _century(year, wide), np.nan), month, day)
     year_text = parts["c"] if "short" not in parts else parts["c"].fillna(parts["short"])
     year = _century(_number(year_text), _number(year_text.str.len()))
     if "word" in parts:
@@ -61,11 +96,10 @@ def assemble(texts: pd.Series, family: str, order: str) -> tuple[Days, pd.DataFr
         month = _number(parts["quarter"]) * 3 - 2
     else:
         month = _number(parts["b"])
-    day = _number(parts["a"]) if "a" in parts else np.ones(len(parts))
-    return _days(year, month, day), parts
+    return _days(year, month, _number(parts["a"]) if "a" in parts else np.ones(len(parts)))
 
 
-def clocks(parts: pd.DataFrame) -> NDArray[np.timedelta64]:
+def _clocks(parts: pd.DataFrame) -> NDArray[np.timedelta64]:
     """(T,) microseconds after midnight, less the UTC offset; NaT for what is no time of day."""
     import pandas as pd
 

@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -40,6 +41,7 @@ _OTHERS = {
 }
 #: Bytes that Windows-1252 does not have.
 _NO_LETTERS = b"\x81\x8d\x8f\x90\x9d"
+_DATE = re.compile(r"\d{1,4}[-/.]\d")
 _COMMA = re.compile(r"[+-]?\d*,\d+(?:[eE][+-]?\d+)?")
 _POINT = re.compile(r"[+-]?\d*\.\d+(?:[eE][+-]?\d+)?")
 #: Empty lines before the header.
@@ -91,6 +93,7 @@ def examine(stream: BinaryIO, where: str, separator: str | None = None, decimal:
     if mark == point:
         raise UserError(f"{where}: {mark!r} cannot be both data.separator and data.decimal")
     names = _unique(header)
+    _question(header, where)
     if _uneven(_blocks(stream, encoding), mark, b"\n" if "\n" in sample else b"\r", len(names)):
         surplus = _count_rows(stream, encoding, mark, len(names), lines, where)
         if surplus:
@@ -237,6 +240,23 @@ def _decimal(sample: str, mark: str, where: str) -> str:
             f"{where}: it holds both {comma!r} and {point!r}: set data.decimal (--decimal) to the mark of its decimals"
         )
     return "." if comma is None else ","
+
+
+def _question(header: list[str], where: str) -> None:
+    """Say where a header is not what it should be."""
+    twice = [name for name, count in Counter(header).items() if count > 1 and name]
+    if twice:
+        logger.warning("%s: several columns are called %s; the later ones become %s.1, ...", where, twice[0], twice[0])
+    names = [name.strip() for name in header if name.strip()]
+    numbers = [name for name in names if _COMMA.fullmatch(name) or _POINT.fullmatch(name) or name.isdigit()]
+    dated = len(names) > 1 and _DATE.match(names[0]) is not None and names[0] not in numbers
+    if len(numbers) == len(names) - dated and (dated or not all(name.isdigit() for name in numbers)):
+        logger.warning(
+            "%s: its first line (%s) is taken for the names of the columns; if it holds values, put a line with the "
+            "names before it",
+            where,
+            ", ".join(names[:4]),
+        )
 
 
 def _unique(header: list[str]) -> list[str]:

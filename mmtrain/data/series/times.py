@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmtrain.data.series.date_parts import FAMILIES, ORDERS, TAIL, assemble, clocks
+from mmtrain.data.series.date_parts import FAMILIES, ORDERS, TAIL, DateTexts
 from mmtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ _ISO = re.compile(r"\d{4}[-/]\d{1,2}([-/]\d|$)|\d{8}T\d")
 _ZONED = r"(?::\d\d|T\d{2,6})(?:[.,]\d+)?\s*(?:[AaPp]\.?[Mm]\.?)?\s*(?:Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)$"
 _OFFSET = re.compile(r"([+-])(\d\d):?(\d\d)?$")
 _SAMPLE = 50
+#: Texts that are looked at first; in them one order of day and month is usually the only one.
+_FIRST = 2000
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,9 @@ class Reading:
         import pandas as pd
 
         if self.kind == "parts":
-            texts = _texts(column)
-            days, tail = assemble(texts, self.family, self.detail)
-            return np.asarray(days.astype("datetime64[us]") + clocks(tail))
+            codes, unique = pd.factorize(_texts(column))  # -1 for what is missing, and so the last row
+            times = DateTexts.of([*map(str, unique), ""], self.family).times(self.detail)
+            return times[codes]
         options: dict[str, Any] = {
             "dates": {},
             "iso": {"format": "ISO8601"},
@@ -235,11 +237,16 @@ def _ordered(texts: pd.Series, family: str, where: str) -> Reading:
 
     Where several are, the one whose steps are even.
     """
+    orders = ORDERS.get(family, ("",))
+    if len(orders) == 1:
+        return Reading("parts", orders[0], family)
     unique = texts.drop_duplicates()
-    found: dict[str, Stamps] = {}
-    for order in ORDERS.get(family, ("",)):
-        found[order] = Reading("parts", order, family).stamps(unique)
-    bad = {order: int(np.isnat(stamps).sum()) for order, stamps in found.items()}
+    for some in (unique.iloc[:_FIRST], unique):
+        cut = DateTexts.of(map(str, some), family)
+        found = {order: cut.times(order) for order in orders}
+        bad = {order: int(np.isnat(stamps).sum()) for order, stamps in found.items()}
+        if list(bad.values()).count(0) == 1:
+            break  # the first rows have ruled out all orders except one
     left = {order: stamps for order, stamps in found.items() if bad[order] == min(bad.values())}
     for keep in (_distinct, _even, _rising):
         if len(left) > 1 and (keep is not _rising or "ymd" in left):

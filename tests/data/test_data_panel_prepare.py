@@ -273,6 +273,13 @@ def test_days_are_those_of_the_time_zone(tmp_path: Path, freq: str, start: str, 
         assert panel.shared[0, :, 0].tolist() == list(range(int(panel.shared[0, 0, 0]), 90))
 
 
+def test_days_whose_utc_offset_changes_are_refused_with_the_cure(tmp_path: Path) -> None:
+    days = pd.date_range("2023-10-01", periods=60, freq="D", tz="Europe/Berlin")
+    frame = pd.DataFrame({"id": "a", "date": [day.isoformat() for day in days], "y": np.arange(60.0)})
+    with pytest.raises(UserError, match=r"Days are counted at \+01:00: where the UTC offset .* changes .* without it"):
+        prepare_panel(write(frame, tmp_path / "t.csv"), tmp_path / "p", split=LAST)
+
+
 @pytest.mark.parametrize("layout", ["long", "wide", "files"])
 def test_what_a_counter_counts_is_not_lost_in_rounding(tmp_path: Path, layout: str) -> None:
     frame = long_frame([90, 60])[["id", "date", "y"]]

@@ -212,10 +212,15 @@ class _Sorter:
         place, on = self.timeline.places(stamps.astype("datetime64[us]"))
         if not on.all():
             row = int(np.argmin(on))
+            cure = "correct the times, give --step, or --time none to take the rows as they come"
+            if self.timeline.zone is not None:
+                cure += (
+                    f". Days are counted at {self.timeline.zone}: where the UTC offset of the rows changes with the"
+                    " season, write local times without it"
+                )
             raise UserError(
                 f"{file}: series {self.ids[int(numbers[row])]!r}: {_time(stamps[row])} is not a whole number of "
-                f"steps of {self.timeline.step} from {self.timeline.origin} ({int((~on).sum())} such rows here): "
-                "correct the times, give --step, or --time none to take the rows as they come"
+                f"steps of {self.timeline.step} from {self.timeline.origin} ({int((~on).sum())} such rows here): {cure}"
             )
         return place - self.first[numbers]
 

@@ -111,6 +111,23 @@ def exclusive(path: Path, *, wait: bool, tell: bool = True) -> Iterator[None]:
         lock.release()
 
 
+def read_json(path: Path, cure: str, *, kind: type[UserError] = UserError) -> dict[str, Any]:
+    """The object in the JSON file ``path``.
+
+    Raises:
+        UserError (or ``kind``): when the file cannot be read or holds no object; the message ends with ``cure``.
+    """
+    with os_errors(f"{path} cannot be read", cure, kind=kind):
+        content = path.read_bytes()
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise kind(f"{path} is damaged: it is no JSON ({str(error)[:100]}); {cure}") from None
+    if not isinstance(found, dict):
+        raise kind(f"{path} is damaged: it holds no JSON object; {cure}")
+    return found
+
+
 def parse_json_line(text: str) -> dict[str, Any] | None:
     """The object in a line, or None where the line is torn or holds no object."""
     try:

@@ -31,7 +31,7 @@ TimeFormat = Annotated[
         help="How dates are written: dmy, mdy, ymd, codes such as %d/%m/%Y, or s, ms, us, ns (default: found out)."
     ),
 ]
-Checkpoint = Annotated[str, typer.Option(help="best, last or a step.")]
+Checkpoint = Annotated[str, typer.Option(help="selected (as eval.select says), best, last or a step.")]
 
 #: Of every typer application: no completion, no rich markup, no tracebacks of typer's own.
 SETTINGS: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}

@@ -15,7 +15,7 @@ from rich.table import Table
 from mmtrain.cli.common import Checkpoint, Config, Overrides
 from mmtrain.config import ForecasterConfig, load_config
 from mmtrain.errors import UserError, os_errors
-from mmtrain.inference.trained import TrainedModel, load_trained
+from mmtrain.inference.trained import SELECTED, TrainedModel, load_trained
 from mmtrain.inspect.learned import averaging_matrices, image_selection, window_selection
 from mmtrain.inspect.stages import NOT_COUNTED, StageRow, Subject, resolve, stage_table, total
 from mmtrain.log import logger
@@ -37,7 +37,7 @@ def model_command(
     out: Annotated[Path | None, typer.Option(help="Where a folder's pictures go (default: into it).")] = None,
     series: Annotated[Path | None, typer.Option(help="Draw the selection at the end of this table.")] = None,
     image: Annotated[Path | None, typer.Option(help="Draw the selection in this image.")] = None,
-    checkpoint: Checkpoint = "best",
+    checkpoint: Checkpoint = SELECTED,
 ) -> None:
     """Show parameters and FLOPs stage by stage; of a run or export folder also draw averaging.png and selection.png."""
     subject = resolve(name, overrides or [])

@@ -19,6 +19,7 @@ from mmtrain.export import export_trained
 from mmtrain.inference import TrainedModel, classify, forecast, forecast_panel, load_trained
 from mmtrain.inference.panels import PanelForecast
 from mmtrain.inference.predict import Forecast
+from mmtrain.inference.trained import SELECTED
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.tasks import build_task
 from mmtrain.train.evaluate import evaluate
@@ -46,7 +47,7 @@ def predict_command(
     separator: Separator = None,
     decimal: Decimal = None,
     time_format: TimeFormat = None,
-    checkpoint: Checkpoint = "best",
+    checkpoint: Checkpoint = SELECTED,
 ) -> None:
     """Classify images (top 5 with probabilities), or forecast a series (CSV and a picture)."""
     trained = load_trained(model, checkpoint)
@@ -90,7 +91,7 @@ def eval_command(
     run: Run,
     overrides: Overrides = None,
     split: Annotated[str, typer.Option(help="val or test.")] = "test",
-    checkpoint: Checkpoint = "best",
+    checkpoint: Checkpoint = SELECTED,
 ) -> None:
     """Measure a trained run on a whole split of its data (overrides such as data.root=… may move the data)."""
     trained = load_trained(run, checkpoint)
@@ -120,7 +121,7 @@ def export_command(
     format: Annotated[
         str, typer.Option(help="safetensors, onnx or torch (a program without mmtrain).")
     ] = "safetensors",
-    checkpoint: Checkpoint = "best",
+    checkpoint: Checkpoint = SELECTED,
 ) -> None:
     """Write a trained model, with the configuration and what prediction needs beside it."""
     path = export_trained(load_trained(run, checkpoint), out, format)

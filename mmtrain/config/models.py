@@ -11,6 +11,8 @@ from mmtrain.config.section import Section, replace, require
 from mmtrain.errors import UserError, nearest
 
 Count = Annotated[int, Field(ge=1)]
+#: Of one stage. Far more than anybody trains, and few enough for a model with them to be built in seconds.
+MOST_MIXERS = 1000
 
 
 class ModelConfig(Section):
@@ -76,7 +78,7 @@ class ViM2Config(ImageModelConfig):
 
     patch_size: int = Field(4, ge=1, description="Side in pixels of the patches that the stem embeds.")
     dims: list[Count] = Field([96, 192, 384, 768], min_length=1, description="Width C of each stage.")
-    token_mixers: list[int] = Field(
+    token_mixers: list[Annotated[int, Field(le=MOST_MIXERS)]] = Field(
         [2, 2, 6, 2], description="Token mixers of each stage, an even number: a channel mixer follows every two."
     )
     channel_expand: list[Count] = Field(
@@ -120,7 +122,7 @@ class TSM2Config(ForecasterConfig):
     patch_size: int = Field(16, ge=1, description="Steps of a patch.")
     patch_stride: int = Field(8, ge=1, description="Steps from one patch to the next.")
     dim: int = Field(32, ge=1, description="Width of the embedding of a patch.")
-    depth: int = Field(2, ge=1, description="Blocks of a time mixer and a variate mixer.")
+    depth: int = Field(2, ge=1, le=MOST_MIXERS, description="Blocks of a time mixer and a variate mixer.")
     expand: int = Field(2, ge=1, description="Width of the mixers, in multiples of dim.")
     state: int = Field(16, ge=1, le=64, description="States of each channel of the selective scan.")
     conv: int = Field(4, ge=1, description="Length of the mixers' convolution.")

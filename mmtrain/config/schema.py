@@ -174,7 +174,9 @@ class EvalConfig(Section):
     every_epochs: float = Field(1.0, gt=0, description="Epochs from one evaluation to the next.")
     every_steps: int | None = Field(None, ge=1, description="The same in steps; wins over every_epochs.")
     batch_size: int = Field(256, ge=1, description="Samples of an evaluation batch.")
-    select: Literal["best", "last"] = Field("best", description="The checkpoint that is tested at the end.")
+    select: Literal["best", "last"] = Field(
+        "best", description="The checkpoint that is tested at the end, and that eval, predict and export use."
+    )
     patience: int | None = Field(None, ge=1, description="Stop after so many evaluations without a better one.")
 
 

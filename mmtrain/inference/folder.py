@@ -12,18 +12,22 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmtrain.config import ModelConfig, RunConfig, load_config, replace, to_yaml
-from mmtrain.errors import UserError
+from mmtrain.errors import UserError, os_errors
 from mmtrain.files import new_path
+from mmtrain.log import logger
+from mmtrain.models import build_model
 
 WEIGHTS, CONFIG, ASSETS = FILES = ("model.safetensors", "config.yaml", "assets.json")
 #: Where the parameters of a head are: the classifier of ViM2; the maps to the horizon of TSM2.
 _HEADS = ("head.", "linear.", "spread.")
 _SHOWN = 5
+_AGAIN = "export or download it again"
 
 
 def save_pretrained(model: nn.Module, config: RunConfig, assets: dict[str, Any], folder: str | Path) -> Path:
@@ -58,16 +62,30 @@ def read_pretrained(folder: Path, source: str | Path) -> tuple[RunConfig, dict[s
             f"{source} holds no model of mmtrain: it lacks {' and '.join(lacking)} (write one with `mmtrain export`)"
         )
     try:
-        weights = load_file(folder / WEIGHTS)
+        with os_errors(f"{folder / WEIGHTS} cannot be read", _AGAIN):
+            weights = load_file(folder / WEIGHTS)
     except SafetensorError as error:
-        raise UserError(f"{folder / WEIGHTS} cannot be read ({error}): export or download it again") from None
+        raise UserError(f"{folder / WEIGHTS} cannot be read ({error}): {_AGAIN}") from None
     return load_config(folder / CONFIG), weights
 
 
-def fit_weights(
-    model: nn.Module, weights: dict[str, Tensor], source: str | Path, overrides: Collection[str] = ()
-) -> list[str]:
-    """Load ``weights`` into ``model``; returns the parameters of the head that keep their initialisation.
+def check_finite(model: nn.Module, source: str | Path) -> None:
+    """Refuse weights that are not finite numbers.
+
+    Raises:
+        UserError: with the first of them.
+    """
+    for name, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise UserError(
+                f"{source}: {name} has values that are NaN or infinite: use another checkpoint, or {_AGAIN}"
+            )
+
+
+def fitted_model(
+    config: ModelConfig, weights: dict[str, Tensor], source: str | Path, overrides: Collection[str] = ()
+) -> nn.Module:
+    """The model of ``config`` with ``weights``. Parameters of another head keep their initialisation, and are logged.
 
     Args:
         overrides: arguments of the model that the user has changed; without any, the head must fit too.
@@ -75,9 +93,29 @@ def fit_weights(
     Raises:
         UserError: for parameters that do not fit, with both shapes.
     """
+    with torch.device("meta"):  # so that wrong shapes take no memory
+        fresh = _unfit(build_model(config), weights, source, overrides)
+    model = build_model(config)
+    there = {key: tensor for key, tensor in weights.items() if key not in fresh}
+    model.load_state_dict(there, strict=False)
+    check_finite(model, source)
+    kept = [key for key in fresh if key in model.state_dict()]
+    if kept:
+        logger.warning("%s: these start fresh, since the head is another one: %s", source, ", ".join(kept))
+    return model
+
+
+def _unfit(
+    model: nn.Module, weights: dict[str, Tensor], source: str | Path, overrides: Collection[str] = ()
+) -> list[str]:
+    """The parameters of the head, in ``model`` or in ``weights``, that do not fit; UserError for any others."""
     own = model.state_dict()
     wrong = [key for key in sorted({*own, *weights}) if key not in own or key not in weights]
     wrong += [key for key in own if key in weights and own[key].shape != weights[key].shape]
+    kinds = [key for key in own if key in weights and own[key].is_floating_point() != weights[key].is_floating_point()]
+    if kinds:
+        there, wanted = weights[kinds[0]].dtype, own[kinds[0]].dtype
+        raise UserError(f"{source}: {kinds[0]} is {there} in the file and {wanted} in the model: {_AGAIN}")
     faults = [key for key in wrong if not (overrides and key.startswith(_HEADS))]
     if faults:
 
@@ -92,5 +130,4 @@ def fit_weights(
             else "the file and its configuration are not of one model: export it again"
         )
         raise UserError(f"{source}: {len(faults)} parameters do not fit: {', '.join(shown)}{more}. Cure: {cure}")
-    model.load_state_dict({key: tensor for key, tensor in weights.items() if key not in wrong}, strict=False)
-    return [key for key in wrong if key in own]
+    return wrong

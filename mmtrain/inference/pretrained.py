@@ -10,16 +10,14 @@ from torch import nn
 
 from mmtrain.config import replace
 from mmtrain.errors import UserError, nearest
-from mmtrain.inference.folder import CONFIG, FILES, fit_weights, read_pretrained
-from mmtrain.inference.trained import load_trained
-from mmtrain.log import logger
-from mmtrain.models import build_model
+from mmtrain.inference.folder import CONFIG, FILES, fitted_model, read_pretrained
+from mmtrain.inference.trained import SELECTED, load_trained
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def from_pretrained(
-    source: str | Path, *, revision: str | None = None, checkpoint: str = "best", **overrides: Any
+    source: str | Path, *, revision: str | None = None, checkpoint: str = SELECTED, **overrides: Any
 ) -> nn.Module:
     """The trained model in ``source``, in evaluation mode.
 
@@ -29,7 +27,7 @@ def from_pretrained(
         source: a folder written by ``mmtrain export`` or :func:`save_pretrained`, a run folder, or the id of a model on
             the Hugging Face hub ("user/name"); a folder of that name goes first.
         revision: branch, tag or commit, for the hub.
-        checkpoint: ``best``, ``last`` or a step, for a run folder.
+        checkpoint: for a run folder, as :func:`load_trained` takes it.
         overrides: arguments of the model's configuration. Parameters of the head that then have another shape, or that
             the file lacks, start fresh, which is logged; all others must fit.
 
@@ -54,11 +52,7 @@ def from_pretrained(
     for key in overrides:
         if key not in known:
             raise UserError(f"{source}: model '{config.name}' has no argument '{key}'{nearest(key, known)}")
-    model = build_model(replace(config, **overrides))
-    fresh = fit_weights(model, weights, source, overrides)
-    if fresh:
-        logger.warning("%s: these start fresh, since the head is another one: %s", source, ", ".join(fresh))
-    return model.eval()
+    return fitted_model(replace(config, **overrides), weights, source, overrides).eval()
 
 
 def _download(name: str, revision: str | None) -> Path:

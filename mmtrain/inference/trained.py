@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,23 @@ from torch import nn
 from mmtrain.config import RunConfig
 from mmtrain.data.series.timeline import Step
 from mmtrain.errors import UserError
-from mmtrain.inference.folder import ASSETS, WEIGHTS, fit_weights, read_pretrained, save_pretrained
+from mmtrain.inference.assets import read_assets
+from mmtrain.inference.folder import (
+    ASSETS,
+    WEIGHTS,
+    check_finite,
+    fitted_model,
+    read_pretrained,
+    save_pretrained,
+)
 from mmtrain.log import logger
 from mmtrain.models import build_model
 from mmtrain.parallel.ranks import Ranks
+from mmtrain.runs.checkpoints import checkpoints_in
 from mmtrain.runs.folder import RunFolder
-from mmtrain.train.checkpoint.store import CheckpointStore, load_state, verify
-from mmtrain.train.checkpoint.tensor_files import read_weights
+from mmtrain.train.checkpoint.store import CheckpointStore, verify
+from mmtrain.train.checkpoint.tensor_files import check_weights, read_weights
+from mmtrain.train.state import TrainState
 
 
 @dataclass
@@ -46,21 +56,25 @@ class TrainedModel:
             )
 
 
-def load_trained(folder: str | Path, checkpoint: str = "best") -> TrainedModel:
+#: The checkpoint that is used unless another is asked for.
+SELECTED = "selected"
+
+
+def load_trained(folder: str | Path, checkpoint: str = SELECTED) -> TrainedModel:
     """Load from a run folder, or from a folder that :func:`export` wrote.
 
     Args:
-        checkpoint: ``best``, ``last`` or a step, for a run folder. Averaged weights are used where they were kept.
+        checkpoint: for a run folder: ``selected`` (that which the run tested at its end; before, what ``eval.select``
+            says), ``best``, ``last`` or a step. Averaged weights are used where they were kept.
 
     Raises:
-        UserError: when there is no model in ``folder``, or no such checkpoint.
+        UserError: when there is no model in ``folder``, no such checkpoint, or one that is damaged.
     """
     folder = Path(folder)
     if (folder / WEIGHTS).is_file():
         config, weights = read_pretrained(folder, folder)
-        model = build_model(config.model)
-        fit_weights(model, weights, folder)
-        return TrainedModel(model.eval(), config, json.loads((folder / ASSETS).read_text()), folder, None)
+        model = fitted_model(config.model, weights, folder)
+        return TrainedModel(model.eval(), config, read_assets(folder / ASSETS, config), folder, None)
     if any(folder.glob("model.*")) and not (folder / "checkpoints").is_dir():
         raise UserError(
             f"{folder} holds an export that runs without mmtrain: load it with onnxruntime or torch.export.load, or"
@@ -68,27 +82,36 @@ def load_trained(folder: str | Path, checkpoint: str = "best") -> TrainedModel:
         )
     run = RunFolder.existing(folder)
     config = run.config()
+    path = _checkpoint(run, checkpoint, config.eval.select)
+    averaged = config.train.ema_decay is not None
+    with torch.device("meta"):  # so that wrong shapes take no memory
+        check_weights(build_model(config.model), path, averaged=averaged)
     model = build_model(config.model)
-    path = _checkpoint(run, checkpoint)
-    read_weights(model, path, averaged=config.train.ema_decay is not None)
-    return TrainedModel(model.eval(), config, run.assets(), folder, load_state(path)["step"])
+    read_weights(model, path, averaged=averaged)
+    check_finite(model, path)
+    return TrainedModel(model.eval(), config, read_assets(run.assets_file, config), folder, TrainState.read(path).step)
 
 
-def _checkpoint(run: RunFolder, which: str) -> Path:
-    alone = Ranks(0, 1, torch.device("cpu"))
-    store = CheckpointStore(run.checkpoints, alone, clean=False)
+def _checkpoint(run: RunFolder, which: str, select: str) -> Path:
+    if which not in (SELECTED, "best", "last") and not re.fullmatch("[0-9]{1,18}", which):
+        raise UserError(f"--checkpoint {which}: give {SELECTED}, best, last or a step")
+    store = CheckpointStore(run.checkpoints, Ranks(0, 1, torch.device("cpu")), clean=False)
     newest = store.newest()
     if newest is None:
         raise UserError(f"{run.path} has no checkpoint yet: train it first, or wait for its first evaluation")
-    if which == "last":
-        return newest
-    if which != "best" and not which.isdigit():
-        raise UserError(f"--checkpoint {which}: give best, last or a step")
-    step = load_state(newest)["best_step"] if which == "best" else int(which)
-    path = store.at(step) if step is not None else newest
+    step = None
+    if which == SELECTED:
+        result = run.result()
+        step = result.get("tested_step") if result is not None else None
+        which = select if step is None else which
+    if which == "best":
+        step = TrainState.read(newest).best_step
+    elif which.isdigit():
+        step = int(which)
+    path = store.at(step) if isinstance(step, int) else newest
     fault = verify(path)
     if fault:
-        there = ", ".join(sorted(p.name for p in run.checkpoints.glob("step_*")))
+        there = ", ".join(found.name for found in checkpoints_in(run.checkpoints).values())
         raise UserError(f"{path} cannot be used: {fault} (there are: {there}); choose with --checkpoint")
     return path
 

@@ -13,7 +13,8 @@ from mmtrain.config import RunConfig, load_config, to_yaml
 from mmtrain.config.load import differences
 from mmtrain.config.schema import FREE_ON_RESUME
 from mmtrain.errors import UserError, os_errors
-from mmtrain.files import write_atomically
+from mmtrain.files import read_json, write_atomically
+from mmtrain.runs.checkpoints import checkpoints_in
 from mmtrain.runs.code import ROOT, code_diff, code_version
 from mmtrain.runs.reader import check_run_folder
 
@@ -53,20 +54,27 @@ class RunFolder:
     def config(self) -> RunConfig:
         return load_config(self.config_file)
 
-    def check(self, config: RunConfig) -> None:
+    def check(self, config: RunConfig, saved: Path | None = None) -> None:
         """Refuse a folder that holds a run of another configuration.
+
+        ``saved``: the file to compare with; ``config.yaml`` if None, or that of the newest checkpoint where it is gone.
 
         Raises:
             UserError: with the keys that differ.
         """
-        if not self.config_file.is_file():
-            return
+        if saved is None:
+            kept = [path / "config.yaml" for path in checkpoints_in(self.checkpoints).values()]
+            there = [file for file in (self.config_file, *reversed(kept)) if file.is_file()]
+            if not there:
+                return
+            saved = there[0]
         # a table or a panel may lie at another place where the fingerprint says whether it is the same data
         moved = ("data.path",) if self.data_file.is_file() else ()
-        changed = differences(self.config(), config, (*FREE_ON_RESUME, *moved))
+        changed = differences(load_config(saved), config, (*FREE_ON_RESUME, *moved))
         if changed:
+            where = f"{self.path}" if saved == self.config_file else f"{self.path} (see {saved})"
             raise UserError(
-                f"{self.path} holds a run of another configuration:\n  "
+                f"{where} holds a run of another configuration:\n  "
                 + "\n  ".join(changed)
                 + "\nGo on with the old one by leaving these out, or start a new run with name=… or --run-dir"
             )
@@ -118,14 +126,29 @@ class RunFolder:
             ) from error
 
     def result(self) -> dict[str, Any] | None:
-        """What a finished run came to, or None while it is not finished."""
-        return json.loads(self.result_file.read_text()) if self.result_file.is_file() else None
+        """What a finished run came to, or None while it is not finished.
+
+        Raises:
+            UserError: for a file that is damaged.
+        """
+        if not self.result_file.is_file():
+            return None
+        cure = "remove it, and the same command tests the run again"
+        found = read_json(self.result_file, cure)
+        if not (isinstance(found.get("step"), int) and isinstance(found.get("test", 0), dict | None)):
+            raise UserError(f"{self.result_file} is damaged: it has no step and test figures; {cure}")
+        return found
 
     def write_result(self, result: dict[str, Any]) -> None:
         write_atomically(self.result_file, json.dumps(result, indent=1))
 
     def assets(self) -> dict[str, Any]:
-        return json.loads(self.assets_file.read_text())
+        """What a prediction needs to know of the training data.
+
+        Raises:
+            UserError: for a file that is missing or damaged.
+        """
+        return read_json(self.assets_file, "restore it, or start a new run with name=…")
 
     def write_assets(self, assets: dict[str, Any]) -> None:
         write_atomically(self.assets_file, json.dumps(assets, indent=1))
@@ -138,13 +161,7 @@ class RunFolder:
         """
         if not self.data_file.is_file():
             return None
-        try:
-            found = json.loads(self.data_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.data_file}: cannot be read ({error}): restore it, or delete it") from None
-        if not isinstance(found, dict):
-            raise UserError(f"{self.data_file}: not the fingerprint of the data: restore it, or delete it")
-        return found
+        return read_json(self.data_file, "restore it, or delete it")
 
     def write_data(self, data: dict[str, Any]) -> None:
         write_atomically(self.data_file, json.dumps(data))

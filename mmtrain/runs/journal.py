@@ -69,12 +69,6 @@ class JobAttempt:
         return signal
 
 
-def newest_step(run: Path) -> int:
-    """The step of the newest checkpoint folder, 0 without one."""
-    steps = [path.name.removeprefix("step_") for path in (run / "checkpoints").glob("step_*")]
-    return max((int(step) for step in steps if step.isdigit()), default=0)
-
-
 #: Why a job ended: the run was finished; a signal announced a preemption, a time limit; somebody asked it to stop; a
 #: rank raised an error; a rank or a node was lost without a word; nodes could not work together.
 REASONS = ("finished", "preempted", "timeout", "stopped", "failed", "lost", "bad_nodes")

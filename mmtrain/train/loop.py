@@ -341,6 +341,7 @@ class Trainer:
                 {
                     "step": state.step,
                     "tested_step": chosen,
+                    "checkpoint": store.at(chosen).name,
                     "val": {self.task.metric: state.best},
                     "test": results,
                     "skipped_steps": state.skipped,

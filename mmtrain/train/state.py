@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 
 from mmtrain.config import RunConfig, to_yaml
-from mmtrain.errors import SharedError, UserError
+from mmtrain.errors import SharedError
 from mmtrain.models.initialise import initial_weights
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.parallel.strategy import StateDict, Strategy
+from mmtrain.runs.checkpoints import checkpoint_name
 from mmtrain.runs.folder import RunFolder
 from mmtrain.train.checkpoint.store import CheckpointStore, load_state
 from mmtrain.train.checkpoint.tensor_files import read_tensors
@@ -47,6 +50,9 @@ class Schedule:
         return cls(steps, warmup, every, per_epoch, samples)
 
 
+Count = Annotated[int, Field(ge=0)]
+
+
 @dataclass
 class TrainState:
     """Where a run stands: a few numbers, saved as JSON with every checkpoint.
@@ -58,21 +64,21 @@ class TrainState:
     ``recent_losses``: what the next loss is compared with, where ``train.spike_factor`` asks for it.
     """
 
-    step: int = 0
-    samples: int = 0
-    updates: int = 0
+    step: Count = 0
+    samples: Count = 0
+    updates: Count = 0
     best: float | None = None
-    best_step: int | None = None
-    evals_since_best: int = 0
-    skipped: int = 0
-    bad_in_a_row: int = 0
-    rollbacks: int = 0
-    left_out: int = 0
+    best_step: Count | None = None
+    evals_since_best: Count = 0
+    skipped: Count = 0
+    bad_in_a_row: Count = 0
+    rollbacks: Count = 0
+    left_out: Count = 0
     evaluation_due: bool = False
     recent_losses: list[float] = field(default_factory=list)
-    loss_scale: float = 1.0
-    good_in_a_row: int = 0
-    dataset_length: int = 0
+    loss_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    good_in_a_row: Count = 0
+    dataset_length: Count = 0
     data: dict[str, Any] | None = None
     tracker_id: str | None = None
 
@@ -81,16 +87,23 @@ class TrainState:
         """The state in a checkpoint.
 
         Raises:
-            UserError: for one of another version of mmtrain.
+            SharedError: for one of another version of mmtrain, or one that is damaged.
         """
         found = load_state(checkpoint)
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(found) - known):
-            raise UserError(
+            raise SharedError(
                 f"{checkpoint} is of another version of mmtrain: its state has {', '.join(unknown)}, unknown here"
                 " (see code.json in the run folder)"
             )
-        return cls(**found)
+        try:
+            state = TypeAdapter(cls).validate_json(json.dumps(found), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise _damaged(checkpoint, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        if checkpoint.name != checkpoint_name(state.step):
+            raise _damaged(checkpoint, f"it says step {found.get('step')}")
+        return state
 
     @property
     def trained_on(self) -> TrainedOn:
@@ -107,6 +120,13 @@ class TrainState:
         else:
             self.evals_since_best += 1
         return better
+
+
+def _damaged(checkpoint: Path, fault: str) -> SharedError:
+    return SharedError(
+        f"{checkpoint / 'state.json'} is damaged ({fault}): restore it, or remove {checkpoint.name} to use the"
+        " checkpoint before it"
+    )
 
 
 class Snapshots:
@@ -131,9 +151,11 @@ class Snapshots:
         ``assets``: of the task, for a run that accepts other data.
 
         Raises:
-            UserError: when the data is not what the run was trained on.
+            UserError: when the data or the configuration is not what the run was trained with.
         """
         newest = self.store.newest()
+        if newest is not None:
+            self.run.check(self.config, newest / "config.yaml")
         state = fresh if newest is None else TrainState.read(newest)
         found = None if newest is None else state.trained_on
         self.strategy.ranks.on_main(

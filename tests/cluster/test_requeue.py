@@ -9,7 +9,8 @@ import pytest
 
 from mmtrain.cluster import requeue
 from mmtrain.runs import journal
-from mmtrain.runs.journal import JobAttempt, newest_step
+from mmtrain.runs.checkpoints import newest_step
+from mmtrain.runs.journal import JobAttempt
 from mmtrain.runs.slurm import parse_duration
 
 HERE = JobAttempt("7", 1)

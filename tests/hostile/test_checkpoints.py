@@ -1,12 +1,10 @@
-"""Checkpoints made to attack, and checkpoints that were damaged with a manifest that fits: one message, nothing run."""
+"""Checkpoints made to attack: every way of using one refuses it with one message, and nothing in it is run."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,43 +17,8 @@ from hypothesis import strategies as st
 from mmtrain.errors import UserError
 from mmtrain.inference import from_pretrained
 from mmtrain.train.checkpoint.metadata import INDEX, PICKLED, read_index, write_index
-from tests.compat import reading
 from tests.conftest import Cli
-
-RUN = "runs/forecast_none"
-TABLE = "data/waves.csv"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of version 0.1.0 that was stopped in the middle, and its data."""
-    folder = tmp_path_factory.mktemp("made")
-    reading.unpack(folder, "data", RUN)
-    return folder
-
-
-@pytest.fixture
-def here(made: Path, tmp_path: Path) -> Path:
-    """A copy of ``made`` in the folder that ``cli`` runs in."""
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
-    return tmp_path
-
-
-@pytest.fixture
-def checkpoint(here: Path) -> Path:
-    return newest(here)
-
-
-def newest(folder: Path) -> Path:
-    return max((folder / RUN / "checkpoints").glob("step_*"))
-
-
-def sign(checkpoint: Path) -> None:
-    """Make the manifest fit the files that are there."""
-    file = checkpoint / "manifest.json"
-    paths = [path for path in checkpoint.iterdir() if path.is_file() and path != file]
-    digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
-    file.write_text(json.dumps({p.name: {"size": p.stat().st_size, "sha256": digests[p.name]} for p in paths}))
+from tests.hostile.made import RUN, USES, newest, sign
 
 
 def attack(folder: Path, content: bytes) -> None:
@@ -126,15 +89,6 @@ def test_a_pickle_runs_nothing(name: str, tmp_path: Path, monkeypatch: pytest.Mo
         read_index(tmp_path)
     assert str(tmp_path / PICKLED) in str(refused.value)
     assert not (tmp_path / "executed").exists()
-
-
-USES = {
-    "predict": ("predict", RUN, TABLE),
-    "eval": ("eval", RUN),
-    "export": ("export", RUN, "--out", "exported"),
-    "model": ("model", RUN),
-    "resume": ("train", "--config", f"{RUN}/config.yaml", "--run-dir", RUN),
-}
 
 
 @pytest.mark.parametrize("use", [*USES, "from_pretrained"])

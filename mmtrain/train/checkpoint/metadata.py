@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from mmtrain.errors import UserError, os_errors
+from mmtrain.errors import SharedError, os_errors
 from mmtrain.files import sync
 
 #: The file that new checkpoints have, and the one of version 0.1.0.
@@ -62,16 +62,16 @@ def read_index(folder: Path) -> Metadata:
     """What the checkpoint in ``folder`` holds, for DCP.
 
     Raises:
-        UserError: for a file that is missing, damaged, or no index of a checkpoint of ours. Nothing in it is executed.
+        SharedError: for a file that is missing, damaged, or no index of ours. Nothing in it is executed.
     """
     path = folder / (INDEX if (folder / INDEX).exists() else PICKLED)
-    with os_errors(f"{path}: the checkpoint cannot be read", "use another one, or restore the file"):
+    with os_errors(f"{path}: the checkpoint cannot be read", "use another one, or restore the file", kind=SharedError):
         content = path.read_bytes()
     try:
         tensors = _from_json(content) if path.name == INDEX else _from_records(_values(content))
         metadata = _checked(tensors)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, MemoryError) as error:
-        raise UserError(
+        raise SharedError(
             f"{path} is not the index of a checkpoint ({_short(error)}): use another checkpoint, or restore the file"
         ) from None
     return metadata
@@ -105,7 +105,7 @@ def _checked(tensors: dict[str, Any]) -> Metadata:
             _require(inside, "a part outside of its tensor")
             file = part["file"]
             _require(
-                isinstance(file, str) and DATA_FILE.fullmatch(file) is not None, "a part in a file of another name"
+                isinstance(file, str) and DATA_FILE.fullmatch(file) is not None, "a part in a file of a wrong name"
             )
             at, length = _sizes([part["at"], part["bytes"]])
             index = MetadataIndex(name, offset)

@@ -25,11 +25,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from mmtrain.errors import SharedError
-from mmtrain.files import sync
+from mmtrain.files import read_json, sync
 from mmtrain.log import logger
 from mmtrain.parallel.ranks import PATIENT, Ranks
 from mmtrain.parallel.strategy import StateDict
-from mmtrain.train.checkpoint.metadata import INDEX
+from mmtrain.runs.checkpoints import checkpoint_name, checkpoints_in, unfinished_in
+from mmtrain.train.checkpoint.metadata import DATA_FILE, INDEX, PICKLED
 from mmtrain.train.checkpoint.tensor_files import Stage, write_tensors
 
 MANIFEST, _STATE, _CONFIG = "manifest.json", "state.json", "config.yaml"
@@ -59,15 +60,24 @@ def verify(folder: Path, share: int = 0, of: int = 1) -> str | None:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
+        names = set(manifest)
+        for name in (_STATE, _CONFIG):
+            if name not in names:
+                return f"its {MANIFEST} does not name {name}"
+        if not names & {INDEX, PICKLED}:
+            return f"its {MANIFEST} does not name {INDEX}"
+        strange = sorted(name for name in names - {_STATE, _CONFIG, INDEX, PICKLED} if not DATA_FILE.fullmatch(name))
+        if strange:
+            return f"its {MANIFEST} names {strange[0]!r}, which is no file of a checkpoint"
         for number, (name, entry) in enumerate(manifest.items()):
             file = folder / name
-            if not file.exists():
+            if not file.is_file():
                 return f"{name} is missing"
             if file.stat().st_size != entry["size"]:
                 return f"{name} has {file.stat().st_size} bytes instead of {entry['size']}"
             if number % of == share and _digest(file) != entry["sha256"]:
                 return f"{name} does not match its checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__})"
     return None
 
@@ -114,7 +124,7 @@ class CheckpointStore:
 
     def _clean(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for torn in self.folder.glob("*.partial"):
+        for torn in unfinished_in(self.folder):
             shutil.rmtree(torn, ignore_errors=True)
 
     # ------------------------------------------------------------------ saving
@@ -225,9 +235,10 @@ class CheckpointStore:
         )
 
     def _prune(self, best: int | None) -> None:
-        there = {p for p in self.folder.glob("step_*") if p.suffix != ".partial" and (p / MANIFEST).exists()}
-        for path in sorted(there - self._torn)[: -self.keep]:
-            step = int(path.name.removeprefix("step_"))
+        found = checkpoints_in(self.folder)
+        good = [step for step, path in found.items() if path not in self._torn and (path / MANIFEST).exists()]
+        for step in good[: -self.keep]:
+            path = found[step]
             if step != best and not (self.keep_every and step % self.keep_every == 0):
                 _, error = _attempt(partial(self._drop, path))
                 if error is not None:  # the new one stands all the same
@@ -247,9 +258,9 @@ class CheckpointStore:
 
         The ranks share the work of hashing, and all come to the same answer.
         """
-        names = self.ranks.gather([p.name for p in self.folder.glob("step_*") if p.suffix != ".partial"])[0]
-        for name in sorted(names, reverse=True):
-            path = self.folder / name
+        steps = self.ranks.gather(list(checkpoints_in(self.folder)))[0]
+        for step in reversed(steps):
+            path = self.at(step)
             fault = self._fault(path)
             if fault is None:
                 self._newest_valid = path
@@ -270,12 +281,16 @@ class CheckpointStore:
 
     def at(self, step: int) -> Path:
         """The folder of the checkpoint of ``step``, which may not exist."""
-        return self.folder / f"step_{step:08d}"
+        return self.folder / checkpoint_name(step)
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """The JSON part of checkpoint ``path``."""
-    return json.loads((path / _STATE).read_text())
+    """The JSON part of checkpoint ``path``.
+
+    Raises:
+        SharedError: when it is missing or damaged.
+    """
+    return read_json(path / _STATE, f"use another checkpoint than {path.name}, or restore the file", kind=SharedError)
 
 
 def _attempt(action: Callable[[], Any]) -> tuple[Any, BaseException | None]:

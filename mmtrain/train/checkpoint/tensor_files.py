@@ -145,7 +145,19 @@ def read_tensors(folder: Path, tensors: StateDict, *, alone: bool) -> None:
     Raises:
         UserError: for an index or files that no checkpoint of ours has, or weights of another model.
     """
-    index = read_index(folder)  # here, since DCP would bury what is wrong with it
+    index = _fitting_index(folder, tensors)  # here, since DCP would bury what is wrong with it
+    try:
+        with _no_group_warning():
+            dcp.load(tensors, storage_reader=_Reader(folder, index), planner=_TensorsOnly(), no_dist=alone)
+    except dcp.api.CheckpointException as error:  # the same on all ranks that read together
+        raise SharedError(
+            f"{folder} cannot be read ({_cause(error)}): use another checkpoint, or restore its files"
+        ) from error
+
+
+def _fitting_index(folder: Path, tensors: StateDict) -> Metadata:
+    """The index of ``folder``, which has all of ``tensors`` in their shapes."""
+    index = read_index(folder)
     there = index.state_dict_metadata
     wrong = []
     for (part, name), tensor in _flat(tensors):
@@ -163,13 +175,7 @@ def read_tensors(folder: Path, tensors: StateDict, *, alone: bool) -> None:
             f"{folder} holds another model than its configuration describes: {'; '.join(wrong[:5])}{more}."
             " It may be of another version of mmtrain (see code.json in the run folder)"
         )
-    try:
-        with _no_group_warning():
-            dcp.load(tensors, storage_reader=_Reader(folder, index), planner=_TensorsOnly(), no_dist=alone)
-    except dcp.api.CheckpointException as error:  # the same on all ranks that read together
-        raise SharedError(
-            f"{folder} cannot be read ({_cause(error)}): use another checkpoint, or restore its files"
-        ) from error
+    return index
 
 
 def _cause(error: dcp.api.CheckpointException) -> str:
@@ -181,9 +187,16 @@ def _cause(error: dcp.api.CheckpointException) -> str:
 
 def read_weights(model: nn.Module, folder: Path, *, averaged: bool) -> None:
     """Give ``model`` the trained weights in ``folder``, or their average; on this process's own."""
-    part = AVERAGE if averaged else MODEL
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    read_tensors(folder, {part: weights}, alone=True)
+    read_tensors(folder, _weights(model, averaged), alone=True)
+
+
+def check_weights(model: nn.Module, folder: Path, *, averaged: bool) -> None:
+    """Raise UserError where the shapes in ``folder`` are not those of ``model``, which may be on the meta device."""
+    _fitting_index(folder, _weights(model, averaged))
+
+
+def _weights(model: nn.Module, averaged: bool) -> StateDict:
+    return {AVERAGE if averaged else MODEL: {name: p.detach() for name, p in model.named_parameters()}}
 
 
 class _no_group_warning(warnings.catch_warnings):

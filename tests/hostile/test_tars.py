@@ -59,6 +59,8 @@ CASES: dict[str, tuple[bytes, str, bool]] = {
     "an image of 2**63 bytes": (header("b.png", 2**63), r"ends within 'b\.png'", False),
     "an image of 2**80 bytes": (header("b.png", 2**80), r"ends within 'b\.png'", False),
     "a size below zero": (header("b.png", -(2**40)), "ends before it begins", False),
+    "a size just below zero": (header("b.png", -5), "ends before it begins", False),
+    "attributes of a size just below zero": (pax(size="-5") + header("b.cls", 1), "ends before it begins", False),
     "a size that leads back to the start": (header("b.png", -1536), "ends before it begins", False),
     "a long name of 2**40 bytes": (header("x", 2**40, b"L"), "a header claims", False),
     "a long name of -1024 bytes": (header("x", -1024, b"L"), "a header claims", False),
@@ -201,7 +203,7 @@ def test_changed_shards_are_read_or_refused(target: Path, data: st.DataObject, k
     target.write_bytes(_checksummed(_mutated(data, SOUND[kind]())))
     [found] = index_shards([target], skip=True, rebuild=True)
     size = target.stat().st_size
-    assert all(offset + length <= size for offset, length in zip(found.offsets, found.sizes, strict=True))
+    assert all(0 <= offset <= offset + length <= size for offset, length in zip(found.offsets, found.sizes, strict=True))
     if found.fault:
         with pytest.raises(UserError, match=r"^.*shard\.tar: "):
             index_shard(target, rebuild=True)

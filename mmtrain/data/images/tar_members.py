@@ -72,7 +72,7 @@ def read_members(
             before = -1
             while (member := archive.next()) is not None:
                 archive.members = []  # tarfile keeps every header otherwise
-                if not before < archive.offset:
+                if not before < archive.offset or member.size < 0 or member.offset_data < 0:
                     raise tarfile.ReadError("a member ends before it begins")
                 before = archive.offset
                 if fault := _fault(member):

@@ -7,15 +7,18 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
 
 from mmtrain.data.images import formats
 from mmtrain.data.images.formats import open_image
-from mmtrain.data.images.photo import Photo, decode
+from mmtrain.data.images.photo import Box, Photo, decode
 from mmtrain.data.images.shards import ImageShards
 from mmtrain.data.images.targets import read_mask
 from mmtrain.data.prepare.images import prepare_images
@@ -119,3 +122,18 @@ def test_a_large_photo_is_opened_without_a_warning(recwarn: pytest.WarningsRecor
     formats._readable()
     assert open_image(png(10_000, 10_000)).size == (10_000, 10_000)
     assert not recwarn.list
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(data=st.data(), kind=st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP"]))
+def test_changed_images_are_decoded_or_refused(data: st.DataObject, kind: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(40 * 30 * 3, dtype=np.uint8).reshape(30, 40, 3)).save(buffer, kind)
+    content = bytearray(buffer.getvalue())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, min(len(content) - 1, 300)))
+        content[place : place + 1] = data.draw(st.sampled_from((b"", b"\0", b"\x02", b"\xff", b"\xff\xff\xff\xff")))
+    with suppress(ValueError):
+        photo = Photo(bytes(content))
+        photo.part(Box(0, 0, *photo.size), 8)
+        photo.whole()

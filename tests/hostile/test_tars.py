@@ -203,7 +203,7 @@ def test_changed_shards_are_read_or_refused(target: Path, data: st.DataObject, k
     target.write_bytes(_checksummed(_mutated(data, SOUND[kind]())))
     [found] = index_shards([target], skip=True, rebuild=True)
     size = target.stat().st_size
-    assert all(0 <= offset <= offset + length <= size for offset, length in zip(found.offsets, found.sizes, strict=True))
+    assert all(0 <= at <= at + length <= size for at, length in zip(found.offsets, found.sizes, strict=True))
     if found.fault:
         with pytest.raises(UserError, match=r"^.*shard\.tar: "):
             index_shard(target, rebuild=True)

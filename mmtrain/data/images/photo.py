@@ -153,7 +153,7 @@ class Photo:
                 min_width=width if halvings else 0,
                 min_height=height if halvings else 0,
             )
-        except ValueError:
+        except (ValueError, KeyError):  # KeyError: of simplejpeg, for a colour space without a name
             return None  # also for stray bytes, which harm nothing
         return pixels
 
@@ -177,7 +177,7 @@ def _jpeg_size(content: bytes) -> tuple[int, int] | None:
 
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(content, strict=False)
-    except ValueError:
+    except (ValueError, KeyError):  # KeyError: for a colour space without a name
         return None
     if space not in _SPACES or width * height > MOST_PIXELS:
         return None

@@ -262,6 +262,10 @@ def test_no_step_of_a_calendar_is_irregular() -> None:
 
     for freq in ("h", "MS", "ME", "QS", "B", "W"):
         assert odd(pd.date_range("2020-01-01", periods=50, freq=freq)) == (0, 0, 0)
+    days = pd.date_range("2023-10-20", periods=30, tz="Europe/Berlin")
+    utc = days.tz_convert("UTC").tz_localize(None).to_numpy()
+    assert regularity(utc).irregular == 1
+    assert regularity(utc, "Europe/Berlin").irregular == 0
     assert odd(HOURS[::-1]) == (0, 0, 39)
     assert odd(HOURS.delete(7)) == (0, 1, 0)
 

@@ -66,7 +66,7 @@ def describe_table(
         return TableReport(file, len(frame), time_name, "", "", "", 0, 0, 0, columns, note=note)
     stamps = reading.stamps(frame[time_name])
     known = stamps[~np.isnat(stamps)]
-    even = regularity(known)
+    even = regularity(known, reading.zone)
     first, last = (str(shown(known, reading.zone)[row]) for row in (0, -1)) if len(known) else ("", "")
     return TableReport(
         file,

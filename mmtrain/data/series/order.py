@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmtrain.data.series.files import DUPLICATES, place
+from mmtrain.data.series.timeline import to_local
 from mmtrain.data.series.times import has_frequency
 from mmtrain.errors import UserError, nearest
 from mmtrain.log import logger
@@ -35,8 +36,18 @@ class Regularity:
     step: pd.Timedelta | None
 
 
-def regularity(stamps: Stamps) -> Regularity:
-    """How even the times (T,) are, wherever in the table they stand."""
+def regularity(stamps: Stamps, zone: str | None = None) -> Regularity:
+    """How even the times (T,) are, wherever in the table they stand.
+
+    ``zone``: the times are in UTC, and days and longer steps may be those of this zone, of 23 or 25 hours.
+    """
+    found = _regularity(stamps)
+    if zone is None or not found.irregular:
+        return found
+    return replace(found, irregular=min(found.irregular, _regularity(to_local(stamps, zone)).irregular))
+
+
+def _regularity(stamps: Stamps) -> Regularity:
     import pandas as pd
 
     us = stamps.astype("datetime64[us]").astype(np.int64)
@@ -80,12 +91,13 @@ class Order:
         return np.where(alone, sorted_values[self.starts], means)
 
 
-def arrange(stamps: Stamps, file: Path, duplicates: str) -> Order | None:
+def arrange(stamps: Stamps, file: Path, duplicates: str, zone: str | None = None) -> Order | None:
     """The order in which the rows of a table are used; None for the order that they have. What is done is said.
 
     Args:
         duplicates: of rows with one time: error, keep_first, keep_last, mean, or keep_all, which leaves the rows as
             they come (but turns a table round that has its newest row first).
+        zone: see :func:`regularity`.
 
     Raises:
         UserError: for repeated times with duplicates "error".
@@ -94,7 +106,7 @@ def arrange(stamps: Stamps, file: Path, duplicates: str) -> Order | None:
         raise UserError(
             f"data.duplicates={duplicates!r}: one of {', '.join(DUPLICATES)}{nearest(duplicates, DUPLICATES)}"
         )
-    found = regularity(stamps)
+    found = regularity(stamps, zone)
     rows = np.arange(len(stamps))
     if not found.duplicates and not found.irregular and not found.backward:
         return None

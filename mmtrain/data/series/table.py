@@ -83,7 +83,7 @@ def read_table(
     if known:
         beside = numbers_in(frame, file, known, cure)
     rows = np.arange(len(values))
-    order = None if stamps is None else arrange(stamps, file, form.duplicates or "error")
+    order = None if stamps is None else arrange(stamps, file, form.duplicates or "error", zone)
     if stamps is not None and order is not None:
         rows, values = order.first, order.apply(values)
         stamps, beside = stamps[rows], None if beside is None else order.apply(beside)

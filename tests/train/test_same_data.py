@@ -137,6 +137,20 @@ def test_changes_are_accepted_and_recorded(here: Path, caplog: pytest.LogCapture
         start(here)
 
 
+def test_another_number_of_samples_is_accepted(tmp_path: Path) -> None:
+    """The run goes on at its place in the stream of samples, with the length of the new epoch."""
+    table().to_csv(tmp_path / "t.csv", index=False)
+    start(tmp_path, "eval.every_steps=2")
+    stopped(tmp_path)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000004")
+    table(260).to_csv(tmp_path / "t.csv", index=False)
+    start(tmp_path, "eval.every_steps=2", "data.accept_changes=true")
+    (line,) = data_lines(tmp_path)
+    assert line["step"] == 2
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["step"] == 4
+    assert line["changes"][0] == "it was trained on 113 samples, the data now has 155"
+
+
 def test_a_run_of_an_earlier_version_gets_a_fingerprint(here: Path, caplog: pytest.LogCaptureFixture) -> None:
     as_earlier_versions_wrote(here)
     start(here)

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mmtrain.config import ImageModelConfig
+from mmtrain.config import ForecasterConfig, ImageModelConfig, RunConfig
 from mmtrain.errors import UserError, nearest
 from mmtrain.files import new_path
 from mmtrain.inference import TrainedModel, export
@@ -77,12 +77,27 @@ def example_input(trained: TrainedModel) -> Inputs:
         inputs = example_inputs(config, batch=2, image_size=(assets["image_size"],) * 2)
     else:
         inputs = example_inputs(config, batch=2, variates=len(assets["columns"]))
+        if takes_mask(trained.config) and inputs[1] is None:
+            inputs = (inputs[0], torch.ones_like(cast(Tensor, inputs[0]), dtype=torch.bool), *inputs[2:])
     noise = torch.Generator().manual_seed(0)
-    # no mask of missing values
-    given = [None if x is None or x.dtype == torch.bool else torch.randn(x.shape, generator=noise) for x in inputs]
+    given = [None if x is None else _random(x, noise) for x in inputs]
     while given[-1] is None:
         given.pop()
     return tuple(given)
+
+
+def takes_mask(config: RunConfig) -> bool:
+    """Whether a forecast of the model may be given a mask of what was observed: it was made for one, or saw holes."""
+    model = config.model
+    masked = isinstance(model, ForecasterConfig) and model.auxiliary.mask
+    return masked or getattr(config.data, "missing", None) == "mask"
+
+
+def _random(like: Tensor, noise: torch.Generator) -> Tensor:
+    """Standard normal numbers, or for a mask True in four of five places."""
+    if like.dtype == torch.bool:
+        return torch.rand(like.shape, generator=noise) < 0.8
+    return torch.randn(like.shape, generator=noise)
 
 
 @dataclass(frozen=True)
@@ -139,6 +154,7 @@ def export_onnx(model: nn.Module, example: Example, path: str | Path) -> Exporte
                 verbose=False,
             )
         assert program is not None
+        _forget_sources(program.model)
         program.save(partial, external_data=False)
         session = _session(partial)
 
@@ -148,6 +164,13 @@ def export_onnx(model: nn.Module, example: Example, path: str | Path) -> Exporte
 
         error = check(model, run, inputs)
     return Exported(path, error)
+
+
+def _forget_sources(model: Any) -> None:
+    """Take the source lines and paths of this machine from every node."""
+    for graph in (model.graph, *model.functions.values()):
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
 
 
 def _session(path: Path) -> Any:
@@ -167,6 +190,7 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", "# The axis name: batch will not be used")  # two inputs share the batch
         log.setLevel(logging.ERROR)
         try:
             yield
@@ -203,7 +227,8 @@ def export_torch(model: nn.Module, example: Example, path: str | Path) -> Export
         for node in graph.nodes:  # source lines and paths of this machine
             node.meta.pop("stack_trace", None)
         program.example_inputs = None
-        torch.export.save(program, partial)
+        with partial.open("wb") as stream:  # given a path, torch names the archive after it
+            torch.export.save(program, stream)
         loaded = torch.export.load(partial).module()
         error = check(model, lambda batch: loaded(*batch), inputs)
     return Exported(path, error)

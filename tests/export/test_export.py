@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from mmtrain import export
 from mmtrain.config import RunConfig, to_yaml
-from mmtrain.config.data import DATA
+from mmtrain.config.data import DATA, DataConfig
 from mmtrain.config.schema import TASKS
 from mmtrain.errors import UserError
-from mmtrain.export import export_onnx, export_torch, export_trained
+from mmtrain.export import example_input, export_onnx, export_torch, export_trained
 from mmtrain.inference.trained import TrainedModel, load_trained
 from mmtrain.models import create_model
 
@@ -30,6 +30,16 @@ def tiny(family: str) -> tuple[nn.Module, Tensor]:
     if family == "vim2":
         return create_model("vim2_nano", **TINY_VIM2), torch.randn(2, 3, 8, 8)
     return create_model("tsm2", **TINY_TSM2), torch.randn(2, 32, 3)
+
+
+def write_run(model: Any, data: DataConfig, folder: Path) -> TrainedModel:
+    """The files of a run of ``model`` that an export reads."""
+    folder.mkdir()
+    config = RunConfig(name="r", model=model.config, data=data, task=TASKS["forecasting"]())
+    assets = {"columns": ["a", "b", "c"], "lookback": 32, "horizon": 8}
+    (folder / "config.yaml").write_text(to_yaml(config))
+    (folder / "assets.json").write_text(json.dumps(assets))
+    return TrainedModel(model, config, assets, folder, None)
 
 
 @torch.no_grad()
@@ -79,6 +89,8 @@ def test_an_onnx_graph_equals_the_model_for_any_batch(family: str, tmp_path: Pat
         found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
         torch.testing.assert_close(torch.from_numpy(found), answer(model, x), rtol=1e-4, atol=1e-5)
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    content = made.path.read_bytes()
+    assert not [trace for trace in (b"site-packages", b"mmtrain", str(tmp_path).encode()) if trace in content]
 
 
 @pytest.mark.slow
@@ -101,6 +113,37 @@ def test_auxiliary_inputs_are_exported_for_any_batch(tmp_path: Path) -> None:
         with torch.no_grad():
             expected = model.eval()(past[:batch], None, static[:batch])
             torch.testing.assert_close(run(past[:batch], None, static[:batch]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_was_trained_on_holes_takes_a_mask(trained: TrainedModel) -> None:
+    assert [x.dtype for x in example_input(trained)] == [torch.float32]
+    trained.config = trained.config.model_copy(update={"data": DATA["series"](missing="mask")})
+    past, mask = example_input(trained)
+    assert (past.dtype, mask.dtype, mask.shape) == (torch.float32, torch.bool, past.shape)
+    assert 0.7 < mask.float().mean() < 0.9
+
+
+@pytest.mark.parametrize("kind", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_holes_are_forecast_as_mmtrain_does(kind: str, tmp_path: Path) -> None:
+    """The mask is an input of the file, and what stands in a hole does not matter."""
+    torch.manual_seed(0)
+    model = create_model("tsm2", **TINY_TSM2, mask_input=True).eval()
+    out = export_trained(write_run(model, DATA["series"](), tmp_path / "run"), tmp_path / "out", kind)
+    past = torch.randn(3, 32, 3)
+    mask = torch.rand(past.shape) < 0.7
+    with torch.no_grad():
+        expected = model(past, mask)
+        assert (expected - model(past)).abs().max() > 0.01
+    for hole in (0.0, torch.nan):
+        given = past.masked_fill(~mask, hole)
+        if kind == "torch":
+            found = torch.export.load(out / "model.pt2").module()(given, mask)
+        else:
+            onnxruntime = pytest.importorskip("onnxruntime")
+            session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+            (array,) = session.run(None, {"past": given.numpy(), "mask": mask.numpy()})
+            found = torch.from_numpy(array)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 class Doubling(nn.Module):
@@ -148,13 +191,7 @@ def trained(tmp_path: Path) -> TrainedModel:
     """An untrained TSM2 as a run leaves it."""
     torch.manual_seed(0)
     model = create_model("tsm2", **TINY_TSM2).eval()
-    folder = tmp_path / "run"
-    folder.mkdir()
-    config = RunConfig(name="r", model=model.config, data=DATA["series"](), task=TASKS["forecasting"]())
-    assets = {"columns": ["a", "b", "c"], "lookback": 32, "horizon": 8}
-    (folder / "config.yaml").write_text(to_yaml(config))
-    (folder / "assets.json").write_text(json.dumps(assets))
-    return TrainedModel(model, config, assets, folder, None)
+    return write_run(model, DATA["series"](), tmp_path / "run")
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch", pytest.param("onnx", marks=pytest.mark.slow)])

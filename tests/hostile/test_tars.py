@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mmtrain.data.images.shards import find_shards
 from mmtrain.data.images.tar_index import index_path, index_shard, index_shards
 from mmtrain.data.images.targets import read_samples
 from mmtrain.errors import UserError
@@ -233,3 +234,20 @@ def test_what_is_well_formed_and_rare_is_still_read(tmp_path: Path) -> None:
                 tar.addfile(info, io.BytesIO(content))
     (tmp_path / "a.tar").write_bytes(buffer.getvalue())
     assert index_shard(tmp_path / "a.tar").labels.tolist() == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("s-{01..9999999999}.tar", "more than 1,000,000 names"),
+        ("s-{0..999}{0..999}{0..9}.tar", "more than 1,000,000 names"),
+        ("s-" + "{1,2}" * 40 + ".tar", "more than 1,000,000 names"),
+        ("{" * 2000 + "a" + "}" * 2000, "not a brace pattern"),
+        ("{" * 5000, "more than 4096 characters"),
+        ("{a{1..9999999999},b}", "more than 1,000,000 names"),
+        ("{a,b", "not a brace pattern"),
+    ],
+)
+def test_brace_patterns_that_name_too_much(tmp_path: Path, pattern: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        find_shards(pattern)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import islice
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ from mmtrain.log import logger
 
 #: Samples after a faulty one that are tried in its place.
 _STAND_INS = 64
+#: The longest brace pattern, in characters, and the most names that one may have.
+_LONGEST_PATTERN, _MOST_SHARDS = 4096, 1_000_000
 #: Seconds before the second attempt to list a folder or to read meta.json behind an address.
 _PAUSE = 1.0
 Shard = Path | str  # a str is an address
@@ -41,14 +46,35 @@ def find_shards(path: str | Path | Sequence[str | Path], *, missing: bool = Fals
         return [shard for part in path for shard in find_shards(part, missing=missing)]
     text = os.path.expanduser(str(path))
     if "{" in text:
-        from braceexpand import braceexpand
-
-        try:
-            parts = list(braceexpand(text))
-        except ValueError as error:
-            raise UserError(f"{text}: not a brace pattern ({error}); write shard-{{000000..000003}}.tar") from error
+        parts = _braces(text)
         return _all_there(text, [shard for part in parts for shard in _expanded(part)], missing)
     return _all_there(text, _expanded(text), missing)
+
+
+def _braces(text: str) -> list[str]:
+    """What a brace pattern names. Raises UserError for one that is none, or that names too much to be meant."""
+    from braceexpand import braceexpand
+
+    cure = "write shard-{000000..000003}.tar"
+    if len(text) > _LONGEST_PATTERN:
+        raise UserError(f"{text[:60]}...: a brace pattern of more than {_LONGEST_PATTERN} characters; {cure}")
+    innermost = re.findall(r"\{([^{}]*)\}", text)
+    counts = [_names(group) for group in innermost]
+    nested = text.count("{") > len(innermost)  # the product is then more than the pattern names
+    try:
+        most = max(counts, default=1) if nested else prod(counts)
+        parts = [] if most > _MOST_SHARDS else list(islice(braceexpand(text), _MOST_SHARDS + 1))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{text}: not a brace pattern ({error}); {cure}") from error
+    if not parts or len(parts) > _MOST_SHARDS:
+        raise UserError(f"{text}: a brace pattern of more than {_MOST_SHARDS:,} names; {cure}")
+    return parts
+
+
+def _names(group: str) -> int:
+    """How many names there are within one pair of braces: ``0..9``, or ``a,b``."""
+    numbers = re.fullmatch(r"(-?\d+)\.\.(-?\d+)(\.\.-?\d+)?", group)
+    return abs(int(numbers[2]) - int(numbers[1])) + 1 if numbers else group.count(",") + 1
 
 
 def _expanded(text: str) -> list[Shard]:

@@ -39,7 +39,7 @@ def test_too_many_are_refused(call: Callable[[], Any], said: str) -> None:
 
 @pytest.mark.parametrize("key", ["threads", "data.workers"])
 def test_a_run_leaves_nothing_behind(key: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"{key}=100000|{key}.*less than or equal"):
+    with pytest.raises(UserError, match=f"{key}(=| is )100000"):
         train(load_config("vim2_digits", ["data=synthetic", f"{key}=100000"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,21 @@ def nearest(word: str, candidates: Iterable[str], *, label: str = "did you mean"
     """Return ``"; did you mean 'x'?"`` for the closest candidate, or an empty string if none is close."""
     found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
     return f"; {label} '{found[0]}'?" if found else ""
+
+
+def environment_number(name: str, default: int, least: int = 0) -> int:
+    """The whole number in the environment variable ``name``; ``default`` where it is not set, or empty.
+
+    Raises:
+        UserError: for what is no whole number, or one below ``least``.
+    """
+    text = os.environ.get(name, "").strip()
+    if text and not (text.isascii() and text.isdecimal() and least <= int(text)):
+        raise UserError(
+            f"the environment variable {name} is {text!r}: it must be a whole number, at least {least}; torchrun and"
+            f" srun set it, and a process that trains alone needs none (unset {name})"
+        )
+    return int(text) if text else default
 
 
 @contextmanager

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from pathlib import Path
+
+from mmtrain.errors import environment_number
 
 #: The logger of every module.
 logger = logging.getLogger("mmtrain")
@@ -15,9 +16,12 @@ def log_to_console() -> None:
     """Write lines of INFO and above to standard error; on ranks other than 0 (environment RANK), warnings only.
 
     The handlers of an earlier call, and of :func:`log_to_file`, are removed.
+
+    Raises:
+        UserError: for a RANK that is no number.
     """
     handler = logging.StreamHandler(sys.stderr)
-    rank = int(os.environ.get("RANK", 0))
+    rank = environment_number("RANK", 0)
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.handlers[:] = [handler]

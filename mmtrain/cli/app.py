@@ -76,17 +76,19 @@ def run_app(app: Callable[[], object]) -> None:
 
     Exit status: 2 for bad input, 130 or 143 after a signal asked a run to save and stop.
     """
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding shows a character as its code
             stream.reconfigure(errors="backslashreplace")
-    log_to_console()
     try:
+        log_to_console()
         try:
             app()
         finally:
             sys.stdout.flush()  # a full disk is noticed here, not while the interpreter ends
     except UserError as error:
         rank = os.environ.get("RANK", "0")
+        rank = rank if rank.isdecimal() else "0"
         if rank == "0":
             print(f"error: {_shortened(str(error))}", file=sys.stderr)
         elif not isinstance(error, SharedError):
@@ -102,6 +104,21 @@ def run_app(app: Callable[[], object]) -> None:
         name = _shortened(str(error.filename or "the output"))
         print(f"error: {name}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
+
+
+def _open_closed_streams() -> None:
+    """Give standard streams that the caller has closed (``2>&-``) to the null device.
+
+    Python has none of them then, and the next file that is opened would get the number of the closed one, and with it
+    whatever libraries write there.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
 
 
 def _shortened(message: str) -> str:

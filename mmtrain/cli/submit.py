@@ -18,7 +18,7 @@ import typer
 from mmtrain.cli.common import Overrides, RunDir
 from mmtrain.cli.train import debug_run
 from mmtrain.cluster import job
-from mmtrain.cluster.local import print_dry_run, run_local
+from mmtrain.cluster.local import leave_ranks, print_dry_run, run_local
 from mmtrain.cluster.task import run_training
 from mmtrain.config import ClusterConfig, RunConfig, load_config
 from mmtrain.config.text import read_mapping
@@ -64,6 +64,7 @@ def submit_command(
 ) -> None:
     """Train a configuration. Starting a run in a folder that has checkpoints resumes it."""
     options = locals()
+    leave_ranks()
     given = list(overrides or []) + ([f"name={name}"] if name is not None else [])
     site = job_settings({key: options[key] for key in ClusterConfig.model_fields if key in options})
     resolved, source, given, run_dir = resolve_run(config, resume, given, site, run_dir)

@@ -21,6 +21,7 @@ from mmtrain.errors import UserError
 from mmtrain.log import logger
 from mmtrain.runs import journal, slurm
 from mmtrain.runs.folder import RunFolder, run_path
+from mmtrain.runs.hold import live_holder, refusal
 
 if TYPE_CHECKING:
     from mmtrain.plan import Plan
@@ -201,6 +202,8 @@ def _check(config: RunConfig, path: Path) -> None:
         raise UserError(
             f"{path}: job {job} of this run is still in the queue: end it first with mmtrain runs stop {path}"
         )
+    if (holder := live_holder(path)) is not None:
+        raise refusal(path, holder)
     limit = slurm.parse_duration(cluster.time)
     if limit is None:
         raise UserError(

@@ -13,13 +13,27 @@ from collections.abc import Sequence
 from mmtrain.cluster.task import run_training
 from mmtrain.config import RunConfig, to_yaml
 from mmtrain.errors import UserError
+from mmtrain.log import log_to_console
 from mmtrain.runs.folder import run_path
+
+#: Variables by which torchrun and srun's tasks tell a process which rank it is.
+_OF_RANKS = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK"),
+    *("ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+)
 
 #: How long the other processes may take to end after one has failed or rank 0 has finished, in seconds.
 _GRACE = 10.0
 
 #: The exit status of a rank whose input is wrong, or whose disk is full (mmtrain.errors.UserError).
 _USER_ERROR = 2
+
+
+def leave_ranks() -> None:
+    """Forget that this process may be a rank of something else: a launcher starts ranks, and is none."""
+    for name in [name for name in os.environ if name in _OF_RANKS or name.startswith("TORCHELASTIC_")]:
+        del os.environ[name]
+    log_to_console()
 
 
 def run_local(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmtrain.config import RunConfig
-from mmtrain.errors import UserError
+from mmtrain.errors import UserError, environment_number
 from mmtrain.log import log_to_console, logger
 from mmtrain.runs import journal, slurm
 from mmtrain.runs.checkpoints import newest_step
@@ -45,7 +45,7 @@ def run_training(config: RunConfig, run_dir: str | Path | None = None, debug: bo
 
 def _note_end(run: Path, reason: str) -> None:
     """Note how a run without Slurm ended; what a Slurm job comes to is noted when all its tasks have ended."""
-    if os.environ.get("RANK", "0") == "0" and "SLURM_JOB_ID" not in os.environ and (run / journal.NAME).exists():
+    if journal.began_here(run):
         with contextlib.suppress(OSError):  # a folder that cannot be written was why the run ended, and was told
             journal.record(run, "ended", job=None, restart=0, reason=reason, step=newest_step(run), requeued=False)
 
@@ -63,7 +63,7 @@ class SlurmTask:
 
     def __call__(self) -> int:
         attempt, run = JobAttempt.current(), Path(self.run_dir)
-        rank = int(os.environ.get("SLURM_PROCID", "0"))
+        rank = environment_number("SLURM_PROCID", 0)
         with StopRequest(self._seconds(attempt, rank)) as stop:
             try:
                 self._train(run)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
-from mmtrain.errors import SharedError, UserError
+from mmtrain.errors import SharedError, UserError, environment_number
 from mmtrain.log import logger
 
 T = TypeVar("T")
@@ -80,6 +80,15 @@ class Ranks:
             self.sum(torch.zeros(1))
 
 
+def world_size() -> int:
+    """The number of ranks, from the environment variable WORLD_SIZE; 1 without it.
+
+    Raises:
+        UserError: where it holds no whole number, or 0.
+    """
+    return environment_number("WORLD_SIZE", 1, least=1)
+
+
 @contextmanager
 def init_distributed(device: str = "auto", timeout: float = 1800.0, group: bool = False) -> Iterator[Ranks]:
     """Join the process group described by RANK, WORLD_SIZE, LOCAL_RANK (torchrun's variables); alone without them.
@@ -90,13 +99,21 @@ def init_distributed(device: str = "auto", timeout: float = 1800.0, group: bool 
         group: make a process group even for one process.
 
     Raises:
-        UserError: when CUDA is asked for and there is none.
+        UserError: when CUDA is asked for and there is none, or a variable makes no sense.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is 'cuda', but torch sees no CUDA device: use device=cpu, or see `mmtrain doctor`")
     cuda = device != "cpu" and torch.cuda.is_available()
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    world, rank = world_size(), environment_number("RANK", 0)
+    local_rank, local_world = environment_number("LOCAL_RANK", 0), environment_number("LOCAL_WORLD_SIZE", 1)
+    if world > 1:
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if missing or rank >= world:
+            fault = f"{', '.join(missing)} is not set" if missing else f"RANK is {rank}"
+            raise UserError(
+                f"WORLD_SIZE is {world}, but {fault}: start the ranks with torchrun, srun or `mmtrain submit --local"
+                " N`, or unset WORLD_SIZE to train in one process"
+            )
     if cuda:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
         here = torch.device("cuda", torch.cuda.current_device())

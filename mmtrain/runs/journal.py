@@ -23,6 +23,7 @@ from pathlib import Path
 from socket import gethostname
 from typing import Any
 
+from mmtrain.errors import UserError
 from mmtrain.files import append_json_line, read_json_lines
 from mmtrain.runs import slurm
 
@@ -36,7 +37,7 @@ class JobAttempt:
 
     @classmethod
     def current(cls) -> JobAttempt:
-        return cls(os.environ.get("SLURM_JOB_ID", "0"), int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+        return cls(os.environ.get("SLURM_JOB_ID", "0"), slurm.restart_count())
 
     def failure_folder(self, run: Path) -> Path:
         """The folder with a file for each rank that raised an error."""
@@ -87,8 +88,20 @@ def record_start(run: Path, world: int) -> None:
         host = gethostname()
         record(run, "started", job=None, restart=0, hosts=[host], world=world, pid=os.getpid(), host=host)
     else:
-        attempt, hosts = JobAttempt.current(), slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
+        attempt = JobAttempt.current()
+        try:
+            hosts = slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
+        except (KeyError, UserError):  # in a container Slurm's programs may be missing: that must not stop a run
+            hosts = [gethostname()]
         record(run, "started", job=attempt.job, restart=attempt.restart, hosts=hosts, world=world)
+
+
+def began_here(run: Path) -> bool:
+    """True where the journal's last word is that this process, outside of Slurm, began to train."""
+    lines = [line for line in read(run) if line.get("kind") in ("submitted", "started", "ended")]
+    begin = lines[-1] if lines else {}
+    mine = begin.get("pid") == os.getpid() and begin.get("host") == gethostname()
+    return mine and begin.get("kind") == "started" and begin.get("job") is None
 
 
 def read(run: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ def query_states(jobs: Sequence[str]) -> dict[str, str] | None:
         return None
     known = {}
     # an unknown id makes squeue refuse the whole list, so that it is asked for all jobs of everyone's that it knows
-    asked = subprocess.run(["squeue", "-h", "-t", "all", "-o", "%i|%T"], capture_output=True, text=True, timeout=30)
+    asked = subprocess.run(["squeue", "-h", "-t", "all", "-o", "%A|%T"], capture_output=True, text=True, timeout=30)
     if asked.returncode:
         return None
     for line in asked.stdout.splitlines():
@@ -43,8 +44,16 @@ def is_live(job: str) -> bool:
     return states([job]).get(job) in LIVE
 
 
+def restart_count() -> int:
+    """How often Slurm had started this job before; 0 outside a job."""
+    found = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return int(found) if found.isdecimal() else 0
+
+
 def seconds_left(job: str) -> float | None:
     """Seconds until the time limit of the running ``job``; None where there is no limit or Slurm does not tell."""
+    if shutil.which("squeue") is None:
+        return None
     asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%L"], capture_output=True, text=True, timeout=30)
     return parse_duration(asked.stdout.strip())
 
@@ -83,7 +92,13 @@ def parse_duration(text: str) -> float | None:
 
 
 def hostnames(nodes: str) -> list[str]:
-    """The names in Slurm's short form ``node[1-4]``."""
+    """The names in Slurm's short form ``node[1-4]``.
+
+    Raises:
+        UserError: where there is a range, and no scontrol to expand it.
+    """
+    if "[" not in nodes:
+        return nodes.split(",")
     return scontrol("show", "hostnames", nodes).split()
 
 
@@ -93,9 +108,11 @@ def scontrol(*words: str) -> str:
     The signals that announce the end of the job are kept from it: a requeue sends them, and must not die of them.
 
     Raises:
-        UserError: with Slurm's own words, where it refuses.
+        UserError: with Slurm's own words, where it refuses, or where there is no scontrol.
     """
     quiet = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+    if shutil.which("scontrol") is None:
+        raise UserError("there is no scontrol on this machine (or in this container): Slurm cannot be asked")
     done = subprocess.run(
         ["scontrol", *words],
         capture_output=True,

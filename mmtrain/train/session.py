@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -13,10 +12,11 @@ from mmtrain.data.core.counts import WORKERS, check_count, set_threads
 from mmtrain.log import log_to_file, logger
 from mmtrain.parallel.build import check_strategy, needs_group, strategy_name
 from mmtrain.parallel.preflight import check_ranks
-from mmtrain.parallel.ranks import Ranks, collective_timeout, init_distributed, is_collective_error
+from mmtrain.parallel.ranks import Ranks, collective_timeout, init_distributed, is_collective_error, world_size
 from mmtrain.parallel.watchdog import Watchdog
 from mmtrain.runs import journal
 from mmtrain.runs.folder import RunFolder, run_path
+from mmtrain.runs.hold import hold_folder
 from mmtrain.tasks import Task, build_task
 from mmtrain.train.build import build_meta_model, micro_batches
 from mmtrain.train.loop import Outcome, Trainer
@@ -37,12 +37,13 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
         check: see first that the nodes can work together in the run folder.
 
     Raises:
-        UserError: for bad data, a folder of another configuration, a batch that does not divide, a full disk.
+        UserError: for bad data, a folder of another configuration, a batch that does not divide, a full disk, and a
+            folder in which another process trains.
     """
     run = RunFolder(run_path(config, run_dir))
     set_threads(config.threads)
     check_count("data.workers", config.data.workers, WORKERS)
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = world_size()
     check_strategy(config, world)
     micros = micro_batches(config, world)
     set_up_arithmetic(config.train)
@@ -50,6 +51,7 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
     with (
         init_distributed(config.device, collective_timeout(parallel.start_timeout), group) as ranks,
         torch.autograd.set_detect_anomaly(debug),
+        ExitStack() as held,
     ):
         if check:
             seen = check_ranks(ranks, run.path, config.device)
@@ -65,7 +67,7 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
         task.check_batch(config.train.batch_size // (world * micros))
         if debug:
             task.shorten(_DEBUG_SAMPLES)
-        ranks.on_main(lambda: _prepare(run, config, task, world))
+        ranks.on_main(lambda: _prepare(run, config, task, world, held))
         with Watchdog(ranks, parallel.start_timeout, parallel.step_timeout, run.hangs) as watch:
             try:
                 return _fit(config, task, run, ranks, watch, micros)
@@ -83,8 +85,10 @@ def _fit(config: RunConfig, task: Task, run: RunFolder, ranks: Ranks, watch: Wat
         return trainer.fit()
 
 
-def _prepare(run: RunFolder, config: RunConfig, task: Task, world: int) -> None:
+def _prepare(run: RunFolder, config: RunConfig, task: Task, world: int, held: ExitStack) -> None:
+    """Take the folder, which is given back when ``held`` ends, and make or check what is in it."""
     run.make()
+    held.enter_context(hold_folder(run.path))
     known = run.config_file.is_file() and run.assets_file.is_file()
     if known and run.data() is None and not config.data.accept_changes:  # of an earlier version: no fingerprint
         task.check_assets(run.assets(), run.path)

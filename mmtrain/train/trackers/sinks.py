@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import secrets
 import shutil
 import time
@@ -22,6 +21,7 @@ from mmtrain.data.images.formats import open_image
 from mmtrain.errors import SharedError
 from mmtrain.files import read_json_lines, write_atomically
 from mmtrain.log import logger
+from mmtrain.runs import slurm
 from mmtrain.runs.folder import RunFolder
 
 #: How long W&B may keep the run waiting for its server, in seconds: at the start, and for the last of its data at the
@@ -134,7 +134,7 @@ class JsonLines(MetricSink):
         Slurm's starts from 0 for a job that is submitted anew; the lines miss what ended before its first checkpoint.
         """
         resumed = sum(line["kind"] == "resume" for line in read_json_lines(self.file))
-        return max(int(os.environ.get("SLURM_RESTART_COUNT") or 0), resumed)
+        return max(slurm.restart_count(), resumed)
 
 
 class TensorBoard(BestEffortSink):

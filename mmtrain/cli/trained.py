@@ -21,6 +21,7 @@ from mmtrain.inference.panels import PanelForecast
 from mmtrain.inference.predict import Forecast
 from mmtrain.inference.trained import SELECTED
 from mmtrain.parallel.ranks import Ranks
+from mmtrain.plotting import try_to_draw
 from mmtrain.tasks import build_task
 from mmtrain.train.evaluate import evaluate
 
@@ -79,8 +80,9 @@ def _forecast(trained: TrainedModel, path: Path, out: Path, back: int, missing: 
     with os_errors(f"--out {out}: cannot be written"):
         out.mkdir(parents=True, exist_ok=True)
         made.table().to_csv(f"{stem}.csv", index=False, float_format=_DIGITS)
-        made.draw(Path(f"{stem}.png"))
-    print(f"{made.values.shape[-2]} steps of {what}: {stem}.csv, {stem}.png")
+    picture = Path(f"{stem}.png")
+    drawn = f", {picture}" if try_to_draw(picture, lambda: made.draw(picture)) else ""
+    print(f"{made.values.shape[-2]} steps of {what}: {stem}.csv{drawn}")
     if made.truth is not None and np.isfinite(made.truth).any():
         errors = np.nanmean(np.abs(made.values - made.truth).reshape(-1, len(made.columns)), axis=0)
         for column, mean in zip(made.columns, errors, strict=True):

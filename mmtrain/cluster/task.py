@@ -19,7 +19,7 @@ from mmtrain.errors import UserError, environment_number
 from mmtrain.log import log_to_console, logger
 from mmtrain.runs import journal, slurm
 from mmtrain.runs.checkpoints import newest_step
-from mmtrain.runs.folder import run_path
+from mmtrain.runs.folder import RunFolder, run_path
 from mmtrain.runs.journal import JobAttempt
 from mmtrain.train.preemption import StopRequest
 
@@ -40,7 +40,9 @@ def run_training(config: RunConfig, run_dir: str | Path | None = None, debug: bo
         sys.exit(128 + outcome.stopped_by)
     shown = ", ".join(f"{k} {v:.4g}" for k, v in (outcome.test or {}).items())
     logger.info("done: %s at step %d%s", path, outcome.step, f", test: {shown}" if shown else "")
-    logger.info("curves: %s   use it: mmtrain predict %s FILE", path / "curves.png", path)
+    curves = RunFolder(path).curves_file
+    drawn = f"curves: {curves}   " if curves.is_file() else ""
+    logger.info("%suse it: mmtrain predict %s FILE", drawn, path)
 
 
 def _note_end(run: Path, reason: str) -> None:

@@ -30,7 +30,7 @@ def draw_curves(path: Path, lines: Sequence[dict[str, Any]], metrics: Sequence[s
             loss_axis.plot(at, [p["loss"] for p in points], marker, ms=3, color=color, label=split)
         for i, name in enumerate(metrics):
             label = f"{split} {name}" + (f" {points[-1][name]:.4g}" if split == "test" else "")
-            metric_axis.plot(at, [p[name] for p in points], marker, color=color, alpha=1 - 0.5 * i, ms=5, label=label)
+            metric_axis.plot(at, [p[name] for p in points], marker, color=color, alpha=max(1 - 0.5 * i, 0.2), ms=5, label=label)
     for line in lines:
         if line["kind"] == "resume":
             for axis in axes:
@@ -98,9 +98,8 @@ def draw_confusion(path: Path, classes: Sequence[str], counts: NDArray[np.intege
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     names = [name if len(name) <= 16 else f"{name[:15]}…" for name in classes]
-    # a name may hold the dollar that matplotlib takes for the start of a formula
-    axis.set_xticks(range(size), names, fontsize=8, rotation=90 if size > 10 else 30, parse_math=False)
-    axis.set_yticks(range(size), names, fontsize=8, parse_math=False)
+    axis.set_xticks(range(size), names, fontsize=8, rotation=90 if size > 10 else 30)
+    axis.set_yticks(range(size), names, fontsize=8)
     axis.set_xlabel("taken for")
     axis.set_ylabel("class")
     axis.set_title(note, fontsize=10)

@@ -36,7 +36,7 @@ class Line:
 def draw_series(path: Path, title: str, lines: Sequence[Line]) -> None:
     """Draw the series one above the other, each in its own axes."""
     figure = new_figure(13, 1.5 * len(lines) + 0.8)
-    figure.suptitle(title, fontsize=10, parse_math=False)
+    figure.suptitle(title, fontsize=10)
     for axis, line in zip(line_axes(figure, len(lines)), lines, strict=True):
         _draw(axis, line)
     save(figure, path)
@@ -52,7 +52,7 @@ def _draw(axis: Axes, line: Line) -> None:
         begin = end
     x, y = _thin(time, line.values)
     axis.plot(x, y, color=HISTORY, lw=0.7)
-    axis.set_title(line.title, fontsize=9, loc="left", pad=2, parse_math=False)
+    axis.set_title(line.title, fontsize=9, loc="left", pad=2)
     axis.tick_params(labelsize=7)
     axis.legend(loc="lower right", bbox_to_anchor=(1, 0.97), ncols=3, fontsize=7, frameon=False, borderpad=0.2)
     axis.margins(x=0)

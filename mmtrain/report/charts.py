@@ -8,10 +8,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import matplotlib
 from markupsafe import Markup
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+
+from mmtrain.plotting import load_matplotlib, new_figure
 
 Points = Sequence[tuple[float, float]]
 
@@ -42,9 +41,13 @@ class Chart:
 
 def draw_chart(chart: Chart) -> Markup:
     """The chart as an ``<svg>`` element. Its text stays text; nothing in it points outside of the page."""
+    from matplotlib.ticker import MaxNLocator
+
     # the salt makes the identifiers within the page differ from chart to chart, but not from one report to the next
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.title, "font.family": "sans-serif"}):
-        figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+    with load_matplotlib().rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": chart.title, "font.family": "sans-serif"}
+    ):
+        figure = new_figure(_WIDTH, _HEIGHT)
         axis = figure.subplots()
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
@@ -61,7 +64,7 @@ def draw_chart(chart: Chart) -> Markup:
         values = [y for series in chart.series for _, y in series.points if math.isfinite(y)]
         if chart.log and values and min(values) > 0 and max(values) / min(values) > 30:
             axis.set_yscale("log")
-        axis.set_title(chart.title, fontsize=10, loc="left")
+        axis.set_title(chart.title, fontsize=10, loc="left", parse_math=False)
         axis.set_xlabel("step", fontsize=9)
         axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axis.tick_params(labelsize=8)

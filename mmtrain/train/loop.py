@@ -28,6 +28,7 @@ from mmtrain.models.stochastic import sample_keys
 from mmtrain.parallel.ranks import Ranks, collective_timeout, set_collective_timeout
 from mmtrain.parallel.strategy import to_local
 from mmtrain.parallel.watchdog import Watchdog
+from mmtrain.plotting import try_to_draw
 from mmtrain.runs.folder import RunFolder
 from mmtrain.tasks import Batch, StepKey, Task
 from mmtrain.train.build import build_meta_model, parallelize_model
@@ -335,7 +336,7 @@ class Trainer:
         if results is None and self.task.test is not None:
             return self._stopped()  # the weights are safe; the next job comes straight here
         self._refuse_broken(chosen, results or {})
-        pictures = self._illustrate(store.at(chosen)) if self.ranks.main else []
+        pictures = self._illustrate(store.at(chosen)) if self.ranks.main and self.config.tracking.plots else []
         if self.ranks.main:
             self.run.write_result(
                 {
@@ -366,9 +367,15 @@ class Trainer:
 
     def _illustrate(self, checkpoint: Path) -> list[Path]:
         """Let the task draw, with a whole model of this rank's own: the trained one may be split."""
-        model = self.task.build_model()
-        read_weights(model, checkpoint, averaged=self.snapshots.average is not None)
-        return self.task.illustrate(model.eval().to(self.ranks.device), self.run.path)
+        made: list[Path] = []
+
+        def draw() -> None:
+            model = self.task.build_model()
+            read_weights(model, checkpoint, averaged=self.snapshots.average is not None)
+            made.extend(self.task.illustrate(model.eval().to(self.ranks.device), self.run.path))
+
+        try_to_draw(self.run.path / "pictures of the test", draw)
+        return made
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from mmtrain.config import RunConfig
 from mmtrain.files import read_json_lines
 from mmtrain.log import logger
 from mmtrain.parallel.ranks import Ranks
+from mmtrain.plotting import try_to_draw
 from mmtrain.plotting.runs import draw_curves
 from mmtrain.runs.folder import RunFolder
 from mmtrain.tasks import Batch
@@ -216,7 +217,8 @@ class Tracker:
 
     def _draw(self) -> None:
         if self.config.tracking.plots:
-            draw_curves(self.run.curves_file, read_json_lines(self.run.metrics_file), self.plotted)
+            lines, curves = read_json_lines(self.run.metrics_file), self.run.curves_file
+            try_to_draw(curves, lambda: draw_curves(curves, lines, self.plotted))
             self._curves_at = time.monotonic()
 
     def _write(self, line: dict[str, Any]) -> None:

@@ -132,7 +132,7 @@ def parse_json_line(text: str) -> dict[str, Any] | None:
     """The object in a line, or None where the line is torn or holds no object."""
     try:
         line = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return line if isinstance(line, dict) else None
 

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from mmtrain.cli.common import SETTINGS, Run
@@ -98,7 +99,13 @@ def _table(root: Path, width: int | None = None) -> Table:
     if not root.is_dir():
         hint = nearest(str(root), ("list", "watch", "stop", "logs", "sync"), label="or did you mean the command")
         raise UserError(f"{root}: there is no such folder; runs go to run_root (default: runs){hint}")
-    return table(run_statuses(find_runs(root)), width or _console().width)
+    found = run_statuses(find_runs(root))
+    made = table(found, width or _console().width)
+    if damaged := [status for status in found if status.damaged is not None]:
+        names = ", ".join(f"{status.path / 'metrics.jsonl'} (line {status.damaged})" for status in damaged)
+        made.caption = Text(f"damaged lines were left out: {names}")
+        made.caption_justify = "left"
+    return made
 
 
 app.command("sync")(sync_command)

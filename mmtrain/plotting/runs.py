@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,25 @@ def draw_curves(path: Path, lines: Sequence[dict[str, Any]], metrics: Sequence[s
     train = [line for line in lines if line["kind"] == "train"]
     figure = new_figure(13, 3.6)
     loss_axis, metric_axis, rate_axis = axes = line_axes(figure, 1, 3)
-    steps = [line["step"] for line in train]
-    loss_axis.plot(steps, [line["loss"] for line in train], color=FORECAST, label="train")
-    rate_axis.plot(steps, [line["lr"] for line in train], color=HISTORY)
+    steps = [line.get("step", nan) for line in train]
+    loss_axis.plot(steps, [line.get("loss", nan) for line in train], color=FORECAST, label="train")
+    rate_axis.plot(steps, [line.get("lr", nan) for line in train], color=HISTORY)
     for split, color in (("val", TRUTH), ("test", "black")):
-        points = [line for line in lines if line["kind"] == "eval" and line["split"] == split]
+        points = [line for line in lines if line["kind"] == "eval" and line.get("split") == split]
         if not points:
             continue
         marker = "o-" if split == "val" else "*"
-        at = [p["step"] for p in points]
+        at = [p.get("step", nan) for p in points]
         if split == "val":
-            loss_axis.plot(at, [p["loss"] for p in points], marker, ms=3, color=color, label=split)
+            loss_axis.plot(at, [p.get("loss", nan) for p in points], marker, ms=3, color=color, label=split)
         for i, name in enumerate(metrics):
-            label = f"{split} {name}" + (f" {points[-1][name]:.4g}" if split == "test" else "")
-            metric_axis.plot(at, [p[name] for p in points], marker, color=color, alpha=max(1 - 0.5 * i, 0.2), ms=5, label=label)
+            label = f"{split} {name}" + (f" {points[-1].get(name, nan):.4g}" if split == "test" else "")
+            values, alpha = [p.get(name, nan) for p in points], max(1 - 0.5 * i, 0.2)
+            metric_axis.plot(at, values, marker, color=color, alpha=alpha, ms=5, label=label)
     for line in lines:
         if line["kind"] == "resume":
             for axis in axes:
-                axis.axvline(line["step"], ls=":", lw=0.8, color="gray")
+                axis.axvline(line.get("step", nan), ls=":", lw=0.8, color="gray")
     for axis, title in zip(axes, ("loss", ", ".join(metrics), "learning rate"), strict=True):
         axis.set_title(title)
         axis.set_xlabel("step")

@@ -113,7 +113,14 @@ def collect(paths: Sequence[Path]) -> Report:
         title=names[0] if len(names) == 1 else f"{len(names)} runs",
         runs=runs,
         charts=_charts(runs),
-        remarks="; ".join(text for kind, text in remarks.items() if any(run.record.of_kind(kind) for run in runs)),
+        remarks="; ".join(
+            [text for kind, text in remarks.items() if any(run.record.of_kind(kind) for run in runs)]
+            + [
+                f"damaged lines were left out of {run.record.path / 'metrics.jsonl'}, the first is line {line}"
+                for run in runs
+                if (line := run.record.damaged) is not None
+            ]
+        ),
         pictures=[picture for run in runs for picture in _pictures(run)],
         speed=speed,
         speed_names=[name for name in _SPEED_NAMES if any(name in figures for _, figures in speed)],

@@ -24,8 +24,9 @@ from socket import gethostname
 from typing import Any
 
 from mmtrain.errors import UserError
-from mmtrain.files import append_json_line, read_json_lines
+from mmtrain.files import append_json_line
 from mmtrain.runs import slurm
+from mmtrain.runs.lines import read_lines
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def began_here(run: Path) -> bool:
 
 def read(run: Path) -> list[dict[str, Any]]:
     """The lines of the journal of ``run``, oldest first; none where there is no journal."""
-    return read_json_lines(run / NAME)
+    return read_lines(run / NAME).lines
 
 
 def last_job(run: Path) -> str | None:

@@ -10,10 +10,8 @@ from typing import Any
 import yaml
 
 from mmtrain.errors import UserError
-from mmtrain.files import parse_json_line
 from mmtrain.runs import journal
-
-Line = dict[str, Any]
+from mmtrain.runs.lines import Line, sound_line
 
 #: So many of the newest training lines are read for a table; a run may have written millions.
 RECENT = 200
@@ -27,6 +25,7 @@ class RunRecord:
     """The contents of a run folder. ``written``: when it was last written to, in Unix seconds.
 
     ``waits``: how long each line of metrics that is not of training came after the line before it, in seconds.
+    ``damaged``: the number of the first line of metrics that cannot be used.
     """
 
     path: Path
@@ -36,10 +35,17 @@ class RunRecord:
     result: Line | None = None
     written: float = 0.0
     waits: list[float] = field(default_factory=list)
+    damaged: int | None = None
 
     def of_kind(self, kind: str) -> list[Line]:
         """The lines of metrics of one kind, oldest first."""
         return [line for line in self.metrics if line.get("kind") == kind]
+
+    def amount(self, dotted: str) -> float | None:
+        """A value of the configuration that is a number above 0; None for others."""
+        value = self.setting(dotted)
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 2**53
+        return float(value) if fits else None
 
     def setting(self, dotted: str) -> Any:
         """A value of the configuration, such as ``train.epochs``; None where it is not there."""
@@ -79,47 +85,52 @@ def read_run(path: Path, recent: int | None = RECENT) -> RunRecord:
 
     What is torn or missing is left out: a run may be writing, or was killed while it did.
     """
-    metrics, waits = _metrics(path / "metrics.jsonl", recent)
+    metrics, waits, damaged = _metrics(path / "metrics.jsonl", recent)
     return RunRecord(
         path=path,
         settings=_settings(path / "config.yaml"),
-        journal=[line for line in journal.read(path) if "kind" in line],
+        journal=journal.read(path),
         metrics=metrics,
         result=_result(path / "result.json"),
         written=max(_modified(path / name) for name in ("metrics.jsonl", "config.yaml", journal.NAME)),
         waits=waits,
+        damaged=damaged,
     )
 
 
-def _metrics(file: Path, recent: int | None) -> tuple[list[Line], list[float]]:
+def _metrics(file: Path, recent: int | None) -> tuple[list[Line], list[float], int | None]:
     try:
-        texts = file.read_text(errors="replace").splitlines()
+        content = file.read_text(errors="replace")
     except OSError:
-        return [], []
+        return [], [], None
+    texts = content.splitlines()
     # by their text, which is quicker than to parse them: Tracker writes "kind" first
     train = [text.startswith('{"kind": "train"') for text in texts]
     first = len(texts) - recent if recent is not None else 0
     lines, waits = [], []
     before: Line | None = None
+    damaged: int | None = None
     for i, text in enumerate(texts):
         wanted = i >= first or not train[i]
         if not wanted and train[i + 1]:
             continue
-        line = parse_json_line(text)
-        if line is None or "kind" not in line:
+        line = sound_line(text)
+        if line is None:
+            being_written = i == len(texts) - 1 and not content.endswith("\n")
+            damaged = damaged or (i + 1 if text.strip() and not being_written else None)
             continue
         if line["kind"] == "eval" and before is not None:
             waits.append(float(line.get("time", 0)) - float(before.get("time", 0)))
         before = line
         if wanted:
             lines.append(line)
-    return lines, waits
+    return lines, waits, damaged
 
 
 def _settings(file: Path) -> dict[str, Any]:
     try:
         found = yaml.load(file.read_text(), _Loader)
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -127,7 +138,7 @@ def _settings(file: Path) -> dict[str, Any]:
 def _result(file: Path) -> Line | None:
     try:
         found = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

@@ -54,7 +54,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Status:
-    """What the table shows of a run; None where it is not known."""
+    """What the table shows of a run; None where it is not known. ``damaged``: as in the record."""
 
     path: Path
     model: str
@@ -70,6 +70,7 @@ class Status:
     best: float | None
     test: float | None
     written: float
+    damaged: int | None = None
 
 
 def run_statuses(paths: Sequence[Path]) -> list[Status]:
@@ -83,7 +84,8 @@ def observe(records: Sequence[RunRecord]) -> Environment:
     """Ask Slurm and the system for what the journals of ``records`` name."""
     host, starts = socket.gethostname(), [last_launch(record) for record in records]
     jobs = sorted({str(line["job"]) for line in starts if line and line.get("job")})
-    pids = {line["pid"] for line in starts if line and isinstance(line.get("pid"), int) and line.get("host") == host}
+    own = [line["pid"] for line in starts if line and line.get("host") == host and isinstance(line.get("pid"), int)]
+    pids = {pid for pid in own if 0 < pid < 2**31}
     try:
         states = slurm.query_states(jobs) if jobs else None
     except (OSError, subprocess.SubprocessError):  # a silent controller makes no run lost
@@ -114,8 +116,9 @@ def status(record: RunRecord, environment: Environment) -> Status:
         restarts=restarts(record),
         metric=name,
         best=better(values) if values else None,
-        test=number((record.result or {}).get("test") or {}, name),
+        test=number(test, name) if isinstance(test := (record.result or {}).get("test"), dict) else None,
         written=record.written,
+        damaged=record.damaged,
     )
 
 
@@ -190,9 +193,9 @@ def is_quiet(record: RunRecord, begin: Line, now: float) -> bool:
     own = [line for line in record.metrics if float(line.get("time", 0)) >= started]
     step = step_seconds(record)
     if not any(line["kind"] == "train" for line in own) or step is None:
-        return now - max(record.written, started) > float(record.setting("parallel.start_timeout") or _START_TIMEOUT)
+        return now - max(record.written, started) > (record.amount("parallel.start_timeout") or _START_TIMEOUT)
     # a line comes every log_every steps; and an evaluation, which writes none before its end, takes what it took
-    due = (int(record.setting("train.log_every") or 1) + _QUIET_STEPS) * step
+    due = ((record.amount("train.log_every") or 1) + _QUIET_STEPS) * step
     evaluation = 2 * max(record.waits, default=0.0)
     return now - float(own[-1].get("time", 0)) > max(_QUIET, due, evaluation)
 
@@ -203,7 +206,9 @@ def is_quiet(record: RunRecord, begin: Line, now: float) -> bool:
 def number(line: Line, name: str) -> float | None:
     """The value ``name`` of a line where it is a number."""
     value = line.get(name)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or (isinstance(value, int) and abs(value) > 2**63):
+        return None
+    return float(value)
 
 
 def last_step(record: RunRecord) -> int:
@@ -220,12 +225,12 @@ def step_seconds(record: RunRecord) -> float | None:
 
 def total_steps(record: RunRecord) -> int | None:
     """How many steps the run takes: from its lengths and, since the size of the data is not kept, its last line."""
-    epochs, batch, most = (record.setting(f"train.{key}") for key in ("epochs", "batch_size", "max_steps"))
+    epochs, batch, most = (record.amount(f"train.{key}") for key in ("epochs", "batch_size", "max_steps"))
     for line in reversed(record.of_kind("train")):
         samples, epoch = number(line, "samples"), number(line, "epoch")
         if samples and epoch and epochs and batch:
             steps = math.ceil(epochs * (round(samples / epoch) / batch))
-            return min(steps, most) if most else steps
+            return min(steps, int(most)) if most else steps
     return None
 
 

@@ -19,10 +19,11 @@ from typing import Any
 from mmtrain.config import RunConfig
 from mmtrain.data.images.formats import open_image
 from mmtrain.errors import SharedError
-from mmtrain.files import read_json_lines, write_atomically
+from mmtrain.files import write_atomically
 from mmtrain.log import logger
 from mmtrain.runs import slurm
 from mmtrain.runs.folder import RunFolder
+from mmtrain.runs.lines import read_lines
 
 #: How long W&B may keep the run waiting for its server, in seconds: at the start, and for the last of its data at the
 #: end. The end is the shorter: a job that is preempted has little time. What is left stays in the run folder.
@@ -125,7 +126,10 @@ class JsonLines(MetricSink):
 
     def drop_after(self, step: int) -> None:
         """Leave out what was noted after ``step``: those steps are taken again, and come out the same."""
-        kept = [line for line in read_json_lines(self.file) if line.get("step", 0) <= step]
+        found = read_lines(self.file)
+        if warning := found.warning(self.file):
+            logger.warning("%s", warning)
+        kept = [line for line in found.lines if line.get("step", 0) <= step]
         write_atomically(self.file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def restarts(self) -> int:
@@ -133,7 +137,7 @@ class JsonLines(MetricSink):
 
         Slurm's starts from 0 for a job that is submitted anew; the lines miss what ended before its first checkpoint.
         """
-        resumed = sum(line["kind"] == "resume" for line in read_json_lines(self.file))
+        resumed = sum(line["kind"] == "resume" for line in read_lines(self.file).lines)
         return max(slurm.restart_count(), resumed)
 
 

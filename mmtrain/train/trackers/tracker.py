@@ -18,12 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 from mmtrain.config import RunConfig
-from mmtrain.files import read_json_lines
 from mmtrain.log import logger
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.plotting import try_to_draw
 from mmtrain.plotting.runs import draw_curves
 from mmtrain.runs.folder import RunFolder
+from mmtrain.runs.lines import read_lines
 from mmtrain.tasks import Batch
 from mmtrain.train.meter import Meter
 from mmtrain.train.state import Schedule, TrainState
@@ -217,7 +217,7 @@ class Tracker:
 
     def _draw(self) -> None:
         if self.config.tracking.plots:
-            lines, curves = read_json_lines(self.run.metrics_file), self.run.curves_file
+            lines, curves = read_lines(self.run.metrics_file).lines, self.run.curves_file
             try_to_draw(curves, lambda: draw_curves(curves, lines, self.plotted))
             self._curves_at = time.monotonic()
 

@@ -35,7 +35,7 @@ with hold_folder(Path(sys.argv[1])):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hold, "STALE", 0.6)
+    monkeypatch.setattr(hold, "STALE", 600)  # a test that waits for it where it should not never ends
     monkeypatch.setattr(hold, "_LOOK", 0.05)
     for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
@@ -84,7 +84,7 @@ def test_the_folder_of_a_killed_process_is_free_at_once(tmp_path: Path, other: s
     other.wait()
     assert (tmp_path / hold.NAME).exists()
     assert live_holder(tmp_path) is None
-    assert _take(tmp_path) < 0.5
+    _take(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -99,21 +99,23 @@ def test_without_file_locks_the_holders_file_tells(
         _take(tmp_path)
     other.kill()
     other.wait()
-    assert _take(tmp_path) < 0.5
+    _take(tmp_path)
 
 
 def test_another_process_of_the_same_number_is_not_the_holder(tmp_path: Path) -> None:
     _left(tmp_path, replace(Holder.here(), began=1.0))
-    assert _take(tmp_path) < 0.5
+    _take(tmp_path)
 
 
-def test_where_nobody_can_be_asked_the_beat_tells(tmp_path: Path) -> None:
+def test_where_nobody_can_be_asked_the_beat_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _left(tmp_path, ELSEWHERE)
     assert live_holder(tmp_path) == ELSEWHERE
-    assert 0.3 < _take(tmp_path) < 5
-    _left(tmp_path, ELSEWHERE, age=1)
+    monkeypatch.setattr(hold, "STALE", 0.6)
+    assert _take(tmp_path) > 0.3
+    _left(tmp_path, ELSEWHERE, age=10)
     assert live_holder(tmp_path) is None
-    assert _take(tmp_path) < 0.5
+    _take(tmp_path)
+    monkeypatch.setattr(hold, "STALE", 600)
     _left(tmp_path, ELSEWHERE)
     beat = threading.Timer(0.2, os.utime, args=(tmp_path / hold.NAME,))
     beat.start()
@@ -136,7 +138,7 @@ def test_a_job_that_does_not_run_has_left_its_folder(
 ) -> None:
     monkeypatch.setattr(slurm, "query_states", lambda jobs: {"7": state})
     _left(tmp_path, replace(ELSEWHERE, job="7"))
-    assert _take(tmp_path) < 0.5
+    _take(tmp_path)
 
 
 @pytest.mark.parametrize("states", [None, {}, {"7": "COMPLETING"}])
@@ -145,20 +147,21 @@ def test_of_a_job_that_slurm_does_not_tell_of_the_beat_tells(
 ) -> None:
     monkeypatch.setattr(slurm, "query_states", lambda jobs: states)
     _left(tmp_path, replace(ELSEWHERE, job="7"))
-    assert 0.3 < _take(tmp_path) < 5
+    monkeypatch.setattr(hold, "STALE", 0.6)
+    assert _take(tmp_path) > 0.3
 
 
 def test_a_job_that_is_started_again_takes_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     _left(tmp_path, replace(ELSEWHERE, job="7"))
-    assert _take(tmp_path) < 0.5
+    _take(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": "x"}', "null", "\x00"])
 def test_a_damaged_file_holds_nothing(tmp_path: Path, text: str) -> None:
     (tmp_path / hold.NAME).write_text(text)
-    assert _take(tmp_path) < 0.5
+    _take(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -193,9 +196,9 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
     run_training(config, tmp_path / "run")
     kinds = [line["kind"] for line in journal.read(tmp_path / "run")]
     assert kinds == ["started", "ended"]
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.name != "log.txt"}
     run_training(config, tmp_path / "run")
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.name != "log.txt"} == before
 
 
 def _until(reached: Callable[[], bool]) -> None:

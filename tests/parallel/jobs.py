@@ -71,8 +71,8 @@ def sick(config: RunConfig, folder: Path) -> None:
 def _after_loading(action: Callable[[Snapshots], None]) -> Iterator[None]:
     begin = Snapshots.begin
 
-    def wrapped(snapshots: Snapshots, fresh: TrainState, meta_model: nn.Module) -> TrainState:
-        state = begin(snapshots, fresh, meta_model)
+    def wrapped(snapshots: Snapshots, *arguments: Any) -> TrainState:
+        state = begin(snapshots, *arguments)
         action(snapshots)
         return state
 

@@ -174,7 +174,7 @@ def test_pictures_reach_wandb(
         return [folder / "forecast.png"]
 
     monkeypatch.setattr(Forecasting, "illustrate", illustrate)
-    outcome = run(series, tmp_path / "run", "tracking.wandb=offline", "tracking.tensorboard=true")
+    outcome = run(series, tmp_path / "run", "tracking.wandb=offline", "tracking.plots=true")
     (row,) = [row for row in wandb_run.rows if "forecast" in row]
     assert type(row["forecast"]).__name__ == "Image"
     assert 0 < row["step"] <= outcome.step

@@ -12,7 +12,7 @@ from typing import Any
 from mmtrain.config import RunConfig, load_config, to_yaml
 from mmtrain.config.load import differences
 from mmtrain.config.schema import FREE_ON_RESUME
-from mmtrain.errors import UserError, os_errors
+from mmtrain.errors import SharedError, UserError, os_errors
 from mmtrain.files import read_json, write_atomically
 from mmtrain.runs.checkpoints import checkpoints_in
 from mmtrain.runs.code import ROOT, code_diff, code_version
@@ -114,16 +114,30 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Within the context a full disk is the user's error; others keep their traceback."""
+        """Within the context a full disk or a folder that is gone is the user's error; others keep their traceback."""
         try:
             yield
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        except (OSError, SharedError) as error:
+            self.check_there(SharedError if isinstance(error, SharedError) else UserError)
+            if isinstance(error, SharedError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                 raise
             raise UserError(
                 f"{self.path}: the run folder could not be written ({error.strerror}). Free or grow the disk, or give"
                 " another folder with --run-dir; the same command goes on from the last good checkpoint"
             ) from error
+
+    def check_there(self, kind: type[UserError] = UserError) -> None:
+        """See that the folder of a run that trains still holds its configuration.
+
+        Raises:
+            UserError: of the given kind, where it was deleted or moved.
+        """
+        if not self.config_file.is_file():
+            raise kind(
+                f"{self.path}: the run folder was deleted or moved while the run trained: {self.config_file} is gone,"
+                " and nothing can be saved there. If it was moved, its last checkpoint is safe: give the new place with"
+                " --run-dir"
+            )
 
     def result(self) -> dict[str, Any] | None:
         """What a finished run came to, or None while it is not finished.

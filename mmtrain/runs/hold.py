@@ -38,6 +38,10 @@ _START_SLACK = 2.0
 _NOT_STARTED = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD")
 
 
+#: The tokens of the folders that this process holds.
+_held_here: set[str] = set()
+
+
 @dataclass(frozen=True)
 class Holder:
     """The process that trains in a run folder.
@@ -109,6 +113,7 @@ def hold_folder(run: Path) -> Iterator[None]:
         me = Holder.here()
         with os_errors(f"{run}: the run folder cannot be written", "choose another with --run-dir"):
             write_atomically(run / NAME, json.dumps(asdict(me)))
+        _held_here.add(me.token)
         over = threading.Event()
         beats = threading.Thread(target=_beat, args=(run, me, over), name="holder", daemon=True)
         beats.start()
@@ -117,6 +122,7 @@ def hold_folder(run: Path) -> Iterator[None]:
         finally:
             over.set()
             beats.join()
+            _held_here.discard(me.token)
             if Holder.of(run) == me:
                 with suppress(OSError):
                     (run / NAME).unlink()
@@ -172,6 +178,8 @@ def _wait_until_free(run: Path) -> None:
 def _alive(holder: Holder, restart: int) -> bool | None:
     """Whether the process of ``holder`` is there; None where only its beats tell."""
     if holder.machine == _machine():
+        if holder.pid == os.getpid():  # a folder that was moved away while this process held it is free
+            return holder.token in _held_here
         try:
             began = psutil.Process(holder.pid).create_time()
         except psutil.Error:

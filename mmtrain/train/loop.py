@@ -309,6 +309,8 @@ class Trainer:
 
     def _save(self) -> None:
         self._beat("save")
+        if self.ranks.main:
+            self.run.check_there()
         with self.timer.paused():
             self.state.tracker_id = self.tracker.run_id
             self.snapshots.save(self.state)
@@ -338,6 +340,7 @@ class Trainer:
         self._refuse_broken(chosen, results or {})
         pictures = self._illustrate(store.at(chosen)) if self.ranks.main and self.config.tracking.plots else []
         if self.ranks.main:
+            self.run.check_there()
             self.run.write_result(
                 {
                     "step": state.step,

@@ -77,7 +77,7 @@ def made_batches(
     """``make`` of each of ``arrays()``, in order, without those that hold no sample; 0 workers: in this process.
 
     ``on_fault`` is told of the source's faults. With it workers that die are started again; without it their death is
-    a RuntimeError. Raises UserError for what the source reports.
+    a UserError, as is what the source reports.
     """
     slots = prefetch + 2  # a worker has ``prefetch`` batches on their way, makes one, and one is being read
     dataset = _Batches(source, make, Ring(slots) if workers else None)
@@ -143,8 +143,8 @@ class _Batches(Dataset):
         return self.__getitems__(np.asarray([number], dtype=np.int64))
 
 
-class _WorkerDied(RuntimeError):
-    pass
+class _WorkerDied(UserError, RuntimeError):
+    """Its message says all: a traceback of the training process would not tell why a worker was killed."""
 
 
 def _survive(begin: Callable[[int], Iterator[_Made | UserError]], on_fault: OnFault | None) -> Iterator[Batch]:

@@ -52,7 +52,9 @@ def submit_command(
     constraint: Annotated[str | None, typer.Option(help="Slurm: features that nodes must have.")] = None,
     exclude: Annotated[str | None, typer.Option(help="Slurm: nodes to leave out, such as node3,node7.")] = None,
     reservation: Annotated[str | None, typer.Option(help="Slurm: reservation.")] = None,
-    array_seeds: Annotated[str | None, typer.Option(help="One run for each seed, such as 0,1,2.")] = None,
+    array_seeds: Annotated[
+        str | None, typer.Option(help="A run for each seed, such as 0,1,2; --local: in turn.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The run's name (default: the configuration's).")] = None,
     run_dir: RunDir = None,
     cluster: Annotated[str, typer.Option(help="auto (Slurm where it is), slurm, local or debug.")] = "auto",
@@ -69,15 +71,19 @@ def submit_command(
     site = job_settings({key: options[key] for key in ClusterConfig.model_fields if key in options})
     resolved, source, given, run_dir = resolve_run(config, resume, given, site, run_dir)
     where, seeds = choose_launcher(cluster, local, debug, nodes), seeds_of(array_seeds)
+    if seeds and (where == "debug" or follow):
+        raise UserError(f"--array-seeds makes several runs: leave out {'--debug' if where == 'debug' else '--follow'}")
     if where == "debug":
         if dry_run:
             print_dry_run(resolved, run_dir, "in this process, two steps of a shrunken model")
         else:
             run_training(*debug_run(resolved), debug=True)
     elif where == "local":
-        run_local(resolved, 1 if local is None else local, source, given, run_dir, dry_run=dry_run, restarts=restarts)
+        for one, folder in job.of_seeds(resolved, run_dir, seeds):  # in turn; the first failure ends the row
+            own = [*given, f"seed={one.seed}", f"name={one.name}"] if seeds else given
+            run_local(one, 1 if local is None else local, source, own, folder, dry_run=dry_run, restarts=restarts)
     elif dry_run:
-        print(job.describe(resolved, run_dir))
+        print("\n\n".join(job.describe(one, folder) for one, folder in job.of_seeds(resolved, run_dir, seeds)))
     elif not has_slurm():
         raise UserError(
             "there is no sbatch on this machine, so nothing was submitted: run on a Slurm login node, or use"

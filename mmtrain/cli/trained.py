@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Annotated
@@ -34,7 +35,9 @@ def predict_command(
     files: Annotated[
         list[Path], typer.Argument(help="Image files, or one CSV or parquet file of a series, or a prepared panel.")
     ],
-    out: Annotated[Path | None, typer.Option(help="For a forecast: where the CSV and PNG go (default: here).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the CSV and a forecast's PNG (forecasts: default here).")
+    ] = None,
     back: Annotated[int, typer.Option(help="Forecast from so many rows before the end; they are the truth.")] = 0,
     missing: Annotated[
         str, typer.Option(help="Holes in the series: error, ffill, interpolate, zero or mask.")
@@ -56,15 +59,32 @@ def predict_command(
         if not path.exists():
             raise UserError(f"{path}: there is no such file")
     if trained.config.task.kind == "classification":
-        for path, ranking in zip(files, classify(trained, files), strict=True):
-            print(path)
-            for name, probability in ranking:
-                print(f"  {probability:7.2%}  {name}")
+        _classify(trained, files, out)
     else:
         if len(files) != 1:
             raise UserError(f"a forecast takes one file, not {len(files)}")
         form = TableFormat(separator, decimal, time_format, duplicates)
         _forecast(trained, files[0], out or Path(), back, missing, form)
+
+
+def _classify(trained: TrainedModel, files: list[Path], out: Path | None) -> None:
+    """Print the rankings; with ``out`` also write them to ``classes.csv`` there."""
+    rankings = list(zip(files, classify(trained, files), strict=True))
+    for path, ranking in rankings:
+        print(path)
+        for name, probability in ranking:
+            print(f"  {probability:7.2%}  {name}")
+    if out is None:
+        return
+    table = out / "classes.csv"
+    with os_errors(f"--out {out}: cannot be written"):
+        out.mkdir(parents=True, exist_ok=True)
+        with table.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            rows = csv.writer(file)
+            rows.writerow(["file", "rank", "class", "probability"])
+            for path, ranking in rankings:
+                rows.writerows([path, rank, name, f"{p:.6g}"] for rank, (name, p) in enumerate(ranking, 1))
+    print(f"written: {table}")
 
 
 def _forecast(trained: TrainedModel, path: Path, out: Path, back: int, missing: str, form: TableFormat) -> None:

@@ -152,6 +152,19 @@ def _plan(config: RunConfig) -> Plan | str:
         return f"plan: none, since {error}"
 
 
+def of_seeds(config: RunConfig, run_dir: str | None, seeds: Sequence[int]) -> list[tuple[RunConfig, str | None]]:
+    """The configuration and the run folder of each seed; those that are given without seeds."""
+    if not seeds:
+        return [(config, run_dir)]
+    return [
+        (
+            replace(config, seed=seed, name=f"{config.name}_seed{seed}"),
+            None if run_dir is None else f"{run_dir}_seed{seed}",
+        )
+        for seed in seeds
+    ]
+
+
 def submit(config: RunConfig, run_dir: str | None, seeds: Sequence[int] = ()) -> str:
     """Submit the job, or one a seed; returns what to tell the user.
 
@@ -159,9 +172,7 @@ def submit(config: RunConfig, run_dir: str | None, seeds: Sequence[int] = ()) ->
         UserError: for what Slurm, or the run folder, would refuse, and what could never finish.
     """
     if seeds:
-        variants = [replace(config, seed=seed, name=f"{config.name}_seed{seed}") for seed in seeds]
-        folders = [None if run_dir is None else f"{run_dir}_seed{seed}" for seed in seeds]
-        return "\n\n".join(submit(one, folder) for one, folder in zip(variants, folders, strict=True))
+        return "\n\n".join(submit(one, folder) for one, folder in of_seeds(config, run_dir, seeds))
     path = run_path(config, run_dir).resolve()
     asked = parameters(config, path)
     _check(config, path)

@@ -69,7 +69,9 @@ def run_local(
     for left in range(restarts, -1, -1):
         status, killed = _together(command, processes)
         if not (killed and left):
-            sys.exit(status)
+            if status:
+                sys.exit(status)
+            return
         print(f"the ranks are started again from the newest checkpoint ({left - 1} restarts left)", file=sys.stderr)
 
 

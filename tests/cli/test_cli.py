@@ -182,9 +182,12 @@ def test_predict_names_the_digit(cli: Cli, vision_run: Path, tmp_path: Path) -> 
         pixels = (shown.images[i] / 16 * 255).astype(np.uint8)
         files.append(tmp_path / f"{i}.png")
         Image.fromarray(pixels).resize((16, 16), Image.Resampling.BICUBIC).save(files[-1])
-    done = cli("predict", vision_run, *files)
+    done = cli("predict", vision_run, *files, "--out", tmp_path / "made")
     assert done.returncode == 0, done.stderr
-    blocks = done.stdout.split(str(tmp_path))[1:]
+    written = (tmp_path / "made" / "classes.csv").read_text().splitlines()
+    assert written[0] == "file,rank,class,probability"
+    assert [line.split(",")[:2] for line in written[1:]] == [[str(f), str(rank)] for f in files for rank in range(1, 6)]
+    blocks = done.stdout.partition("written: ")[0].split(str(tmp_path))[1:]
     for i, block in enumerate(blocks):
         rows = [line.split() for line in block.splitlines()[1:]]
         assert len(rows) == 5

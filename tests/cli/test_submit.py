@@ -8,6 +8,8 @@ from types import ModuleType
 import pytest
 
 from mmtrain.cli import submit
+from mmtrain.cluster import local
+from mmtrain.config import RunConfig
 from mmtrain.errors import UserError
 
 
@@ -81,6 +83,33 @@ def test_either_a_configuration_or_a_run(where: ModuleType, tmp_path: Path) -> N
             where.resolve_run(config, resume, [], [], None)
     with pytest.raises(UserError, match="there is no run to go on with"):
         where.resolve_run(None, tmp_path, [], [], None)
+
+
+def test_seeds_are_trained_in_turn_here(
+    where: ModuleType, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[tuple[int, str, str]] = []
+
+    def train(config: RunConfig, run_dir: str) -> None:
+        trained.append((config.seed, config.name, run_dir))
+
+    monkeypatch.setattr(local, "run_training", train)
+    asked = {"config": "vim2_digits", "array_seeds": "3,5", "cluster": "auto", "restarts": 0}
+    where.submit_command(["name=x"], local=1, run_dir=str(tmp_path / "r"), **asked)
+    assert trained == [(3, "x_seed3", f"{tmp_path}/r_seed3"), (5, "x_seed5", f"{tmp_path}/r_seed5")]
+    commands: list[list[str]] = []
+    monkeypatch.setattr(local, "_together", lambda command, processes: (commands.append(list(command)) or 0, False))
+    where.submit_command([], local=2, **asked)
+    assert [[word for word in command if word.startswith(("seed=", "name="))] for command in commands] == [
+        ["seed=3", "name=vim2_digits_seed3"],
+        ["seed=5", "name=vim2_digits_seed5"],
+    ]
+    monkeypatch.setattr(local, "_together", lambda command, processes: (commands.append([]) or 3, False))
+    with pytest.raises(SystemExit):
+        where.submit_command([], local=2, **asked)
+    assert len(commands) == 3
+    with pytest.raises(UserError, match="leave out --debug"):
+        where.submit_command([], debug=True, **asked)
 
 
 def test_seeds(where: ModuleType) -> None:

@@ -19,6 +19,10 @@ class SharedError(UserError):
     """A :class:`UserError` that every rank of a job raises alike: rank 0 says it for all."""
 
 
+class LostConnection(RuntimeError):
+    """Another rank is gone or late. The command line prints the message alone and exits with status 1."""
+
+
 def nearest(word: str, candidates: Iterable[str], *, label: str = "did you mean") -> str:
     """Return ``"; did you mean 'x'?"`` for the closest candidate, or an empty string if none is close."""
     found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)

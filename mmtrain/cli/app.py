@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from mmtrain.cli.common import lazy_app
-from mmtrain.errors import SharedError, UserError
+from mmtrain.errors import LostConnection, SharedError, UserError
 from mmtrain.log import log_to_console
 from mmtrain.version import __version__
 
@@ -74,7 +74,7 @@ def main() -> None:
 def run_app(app: Callable[[], object]) -> None:
     """Run an application; the user's errors become one message.
 
-    Exit status: 2 for bad input, 130 or 143 after a signal asked a run to save and stop.
+    Exit status: 2 for bad input, 1 after another rank was lost, 130 or 143 after a signal asked a run to save and stop.
     """
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
@@ -94,6 +94,9 @@ def run_app(app: Callable[[], object]) -> None:
         elif not isinstance(error, SharedError):
             print(f"[rank {rank}] error: {_shortened(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except LostConnection as error:
+        print(f"error: {_shortened(str(error))}", file=sys.stderr)
+        sys.exit(1)
     except BrokenPipeError:
         _discard_stdout()
         sys.exit(1)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
-from mmtrain.errors import SharedError, UserError, environment_number
+from mmtrain.errors import LostConnection, SharedError, UserError, environment_number
 from mmtrain.log import logger
 
 T = TypeVar("T")
@@ -166,7 +166,9 @@ def keep_freed_memory() -> None:
 
 def is_collective_error(error: BaseException) -> bool:
     """True for what torch raises when a peer is gone or late. Gloo throws a plain RuntimeError that names itself."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    return isinstance(error, dist.DistError | LostConnection) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
 
 
 def collective_timeout(seconds: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from mmtrain.config import RunConfig
 from mmtrain.data.core.counts import WORKERS, check_count, set_threads
+from mmtrain.errors import LostConnection
 from mmtrain.log import log_to_file, logger
 from mmtrain.parallel.build import check_strategy, needs_group, strategy_name
 from mmtrain.parallel.preflight import check_ranks
@@ -74,7 +76,27 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
             except RuntimeError as error:
                 if is_collective_error(error):
                     logger.error("a collective operation failed: %s", watch.describe())
+                    _raise_briefly(run, ranks, error)
                 raise
+
+
+def _raise_briefly(run: RunFolder, ranks: Ranks, error: RuntimeError) -> None:
+    """Raise one message, with the traceback in a file: where this rank waited for another says little of the cause.
+
+    Returns if the file cannot be written.
+    """
+    file = run.hangs / f"traceback_rank{ranks.rank:05d}.txt"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(traceback.format_exception(error)))
+    except OSError:
+        return
+    # "[…/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:26834. This is typically caused by …"
+    said = str(error).partition("] ")[2].partition(". ")[0] or type(error).__name__
+    raise LostConnection(
+        f"rank {ranks.rank} lost its connection to another rank ({said[:120]}): the same command"
+        f" continues from the last checkpoint; the traceback is in {file}"
+    ) from error
 
 
 def _fit(config: RunConfig, task: Task, run: RunFolder, ranks: Ranks, watch: Watchdog, micros: int) -> Outcome:

@@ -34,6 +34,9 @@ def test_a_killed_rank_is_started_again(tmp_path: Path) -> None:
     os.kill(job.ranks()[1], signal.SIGKILL)
     assert job.process.wait(120) == 0, job.said
     assert "started again from the newest checkpoint (0 restarts left)" in job.said
+    assert "lost its connection to another rank (" in job.said
+    assert "Traceback" not in job.said
+    assert "Traceback" in (tmp_path / "killed" / "hangs" / "traceback_rank00000.txt").read_text()
     whole = Launched(config, tmp_path / "whole", 4, "train.max_steps=120")
     assert whole.process.wait(120) == 0, whole.said
     assert same_end(tmp_path / "killed", tmp_path / "whole")

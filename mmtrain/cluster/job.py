@@ -90,7 +90,7 @@ def _around(config: RunConfig, run: Path) -> list[str]:
 def _refuse_what_breaks_a_line(config: RunConfig, run: Path) -> None:
     """Refuse characters that would end a line of the batch script, or that cannot be written to it.
 
-    Quoting does not help: Slurm reads its options line by line.
+    Quoting does not help: Slurm reads its options line by line, and drops a backslash wherever it stands.
 
     Raises:
         UserError: with the key and the character.
@@ -98,7 +98,7 @@ def _refuse_what_breaks_a_line(config: RunConfig, run: Path) -> None:
     values = {f"cluster.{key}": value for key, value in config.cluster if isinstance(value, str)}
     for key, value in {**values, "name": config.name, "the run folder": str(run)}.items():
         for character in value:
-            if unicodedata.category(character) in _NOT_IN_A_LINE:
+            if character == "\\" or unicodedata.category(character) in _NOT_IN_A_LINE:
                 raise UserError(f"{key} is {value!r}: {character!r} must not be in what is given to Slurm; remove it")
     if "%" in str(run):
         raise UserError(

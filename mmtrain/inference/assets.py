@@ -8,9 +8,10 @@ from typing import Annotated, Any, NotRequired
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from mmtrain.config import ForecasterConfig, ImageModelConfig, RunConfig
+from mmtrain.config import ForecasterConfig, ImageModelConfig, ModelConfig, RunConfig
 from mmtrain.errors import UserError
 from mmtrain.files import read_json
+from mmtrain.inference.folder import ASSETS
 
 _CURE = "restore it, or train or export again"
 _Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -68,7 +69,7 @@ def read_assets(file: Path, config: RunConfig) -> Assets:
     """What a prediction with the model of ``config`` needs to know of the training data.
 
     Raises:
-        UserError: for a file that is missing or damaged, or that belongs to another model.
+        UserError: for a file that is missing or damaged.
     """
     found = Assets(read_json(file, _CURE), file)
     kinds = {"shards": _Images, "ffcv": _Images, "synthetic": _Images, "series": _Table, "panel": _Panel}
@@ -81,14 +82,21 @@ def read_assets(file: Path, config: RunConfig) -> Assets:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"{file} is damaged ({where}: {first['msg']}): {_CURE}") from None
-    model = config.model
+    return found
+
+
+def check_fits(assets: dict[str, Any], model: ModelConfig, folder: Path) -> None:
+    """Refuse a prediction with assets of another model: names of classes, or windows, would be wrong.
+
+    Raises:
+        UserError: with both numbers.
+    """
     wanted: dict[str, Any] = {}
     if isinstance(model, ForecasterConfig):
         wanted = {"lookback": model.lookback, "horizon": model.horizon}
     for name, value in wanted.items():
-        if found.get(name, value) != value:
-            raise UserError(f"{file} is of another model: {name} is {found[name]} there and {value} here: {_CURE}")
-    if isinstance(model, ImageModelConfig) and len(found.get("classes", ())) not in (0, model.num_classes):
-        count = len(found["classes"])
-        raise UserError(f"{file} is of another model: it names {count} classes of {model.num_classes}: {_CURE}")
-    return found
+        if assets[name] != value:
+            raise UserError(f"{folder / ASSETS} is of another model: {name} is {assets[name]} there and {value} here")
+    if isinstance(model, ImageModelConfig) and len(assets["classes"]) != model.num_classes:
+        count = len(assets["classes"])
+        raise UserError(f"{folder / ASSETS} is of another model: it names {count} classes of {model.num_classes}")

@@ -16,6 +16,7 @@ from mmtrain.data.series.panel_inputs import PanelInputs, PanelScalers, StaticCo
 from mmtrain.data.series.split import Scaler, check_scaler
 from mmtrain.data.series.times import shown
 from mmtrain.errors import UserError
+from mmtrain.inference.assets import check_fits
 from mmtrain.inference.folder import ASSETS
 from mmtrain.inference.trained import TrainedModel
 from mmtrain.log import logger
@@ -73,6 +74,7 @@ def forecast_panel(trained: TrainedModel, folder: Path, back: int = 0, missing: 
     assets, model = trained.assets, cast(TSM2Config, trained.config.model)
     if trained.config.data.kind != "panel":
         raise UserError(f"{trained.folder} was not trained on a panel: give one CSV or parquet file")
+    check_fits(assets, model, trained.folder)
     panel = open_panel(find_panel(folder))
     if panel.columns != assets["columns"]:
         raise UserError(f"{folder}: its columns are {panel.columns}, the model was trained on {assets['columns']}")

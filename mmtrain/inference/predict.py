@@ -23,6 +23,7 @@ from mmtrain.data.series.timeline import continued
 from mmtrain.data.series.times import shown
 from mmtrain.data.series.windows import known_batch
 from mmtrain.errors import UserError
+from mmtrain.inference.assets import check_fits
 from mmtrain.inference.folder import ASSETS
 from mmtrain.inference.trained import TrainedModel
 from mmtrain.plotting.runs import draw_forecast
@@ -41,6 +42,7 @@ def classify(trained: TrainedModel, paths: Sequence[Path], top: int = 5) -> list
     if trained.config.task.kind != "classification":
         raise UserError(f"{trained.folder} holds a model for {trained.config.task.kind}, which takes no images")
     assets = trained.assets
+    check_fits(assets, trained.config.model, trained.folder)
     transform = build_transform(
         False, assets["image_size"], mean=assets["mean"], std=assets["std"], crop_pct=assets["crop_pct"]
     )
@@ -102,6 +104,7 @@ def forecast(
         raise UserError(f"{trained.folder} holds a model for {trained.config.task.kind}, which makes no forecasts")
     if trained.config.data.kind == "panel":
         raise UserError(f"{trained.folder} was trained on a panel: give a folder made by mmtrain data prepare panel")
+    check_fits(trained.assets, trained.config.model, trained.folder)
     known, beside = trained.assets["columns"], trained.assets.get("known", {"columns": []})
     data = cast(SeriesDataConfig, trained.config.data)
     try:

@@ -98,7 +98,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "assets of another kind": (_written("assets.json", "[1]"), "assets.json is damaged: it holds no JSON object"),
     "assets that are not text": (_written("assets.json", b"\xff\xfe\x00"), "assets.json is damaged"),
     "deep assets": (_written("assets.json", "[" * 100_000), "assets.json is damaged"),
-    "assets without anything": (_written("assets.json", "{}"), "assets.json has no 'columns'"),
+    "assets without anything": (_written("assets.json", "{}"), "assets.json has no 'lookback'"),
     "assets of other types": (_asset(columns=5), "assets.json is damaged (columns: Input should be a valid list)"),
     "a look-back of another model": (
         _asset(lookback=10**12),
@@ -204,3 +204,13 @@ def test_every_command_uses_the_checkpoint_that_was_tested(select: str, here: Pa
         assert figures == pytest.approx(result["test"], rel=1e-5)
     (here / RUN / "result.json").unlink()  # as before the end
     assert load_trained(here / RUN).step == tested
+
+
+def test_names_of_classes_of_another_model_are_refused_where_they_are_used(tmp_path: Path, cli: Cli) -> None:
+    reading.unpack(tmp_path, "data", "exports/vision_safetensors")
+    folder = tmp_path / "exports" / "vision_safetensors"
+    _asset(classes=["a", "b"])(folder)
+    assert load_trained(folder).assets["classes"] == ["a", "b"]
+    ended = cli("predict", "exports/vision_safetensors", reading.IMAGES[0])
+    assert ended.returncode == 2
+    assert "assets.json is of another model: it names 2 classes of 4" in ended.stderr

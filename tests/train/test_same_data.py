@@ -57,8 +57,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(made: Path, tmp_path: Path) -> Path:
     """A run that was stopped, and its table."""
     shutil.copytree(made, tmp_path / "copy")
-    config = tmp_path / "copy" / "run" / "config.yaml"
-    config.write_text(config.read_text().replace(str(made), str(tmp_path / "copy")))
+    run = tmp_path / "copy" / "run"
+    for config in (run / "config.yaml", *run.glob("checkpoints/step_*/config.yaml")):
+        config.write_text(config.read_text().replace(str(made), str(tmp_path / "copy")))
+    for folder in run.glob("checkpoints/step_*"):
+        write_manifest(folder, entries_of(file for file in folder.iterdir() if file.name != MANIFEST))
     return tmp_path / "copy"
 
 
@@ -179,7 +182,7 @@ def test_a_damaged_fingerprint_is_named(here: Path, content: str) -> None:
     (here / "run" / "data.json").write_text(content, encoding="latin-1")
     for folder in (here / "run" / "checkpoints").glob("step_*"):
         shutil.rmtree(folder)
-    with pytest.raises(UserError, match=r"data\.json: .*restore it, or delete it"):
+    with pytest.raises(UserError, match=r"data\.json is damaged: .*restore it, or delete it"):
         start(here)
 
 

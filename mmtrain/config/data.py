@@ -113,7 +113,9 @@ class SeriesDataConfig(DataConfig):
         " numbers since 1970; null: found out from the whole column.",
     )
     duplicates: Literal["error", "keep_first", "keep_last", "mean", "keep_all"] = Field(
-        "error", description="Several rows with one time are an error, become one row, or all stay as they come."
+        "error",
+        description="Several rows with one time become one row, or all stay as they come. error: they stay if they are"
+        " neighbours, otherwise they are refused.",
     )
     missing: Literal["error", "ffill", "interpolate", "zero", "mask"] = Field(
         "error",

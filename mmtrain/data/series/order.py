@@ -95,12 +95,12 @@ def arrange(stamps: Stamps, file: Path, duplicates: str, zone: str | None = None
     """The order in which the rows of a table are used; None for the order that they have. What is done is said.
 
     Args:
-        duplicates: of rows with one time: error, keep_first, keep_last, mean, or keep_all, which leaves the rows as
-            they come (but turns a table round that has its newest row first).
+        duplicates: of rows with one time: keep_first, keep_last, mean, or keep_all, which leaves the rows as they come
+            (but turns a table round that has its newest row first); error is keep_all where such rows are neighbours.
         zone: see :func:`regularity`.
 
     Raises:
-        UserError: for repeated times with duplicates "error".
+        UserError: for repeated times that are not neighbours, with duplicates "error".
     """
     if duplicates not in DUPLICATES:
         raise UserError(
@@ -111,6 +111,8 @@ def arrange(stamps: Stamps, file: Path, duplicates: str, zone: str | None = None
     if not found.duplicates and not found.irregular and not found.backward:
         return None
     falling = found.backward * 2 > len(stamps) - 1 - found.duplicates
+    if duplicates == "error" and found.duplicates == int((stamps[1:] == stamps[:-1]).sum()):
+        duplicates = "keep_all"  # all are neighbours, as one in the published Weather table: no rows were appended
     if duplicates == "keep_all" and found.duplicates:
         order = Order(rows[::-1] if falling else rows)
     else:

@@ -43,6 +43,14 @@ def _named_too(name: str) -> Callable[[Path], None]:
     return change
 
 
+def _not_named(name: str) -> Callable[[Path], None]:
+    def change(checkpoint: Path) -> None:
+        file = checkpoint / "manifest.json"
+        file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != name}))
+
+    return change
+
+
 #: What makes a checkpoint count as damaged: the one before it is used, and the fault is told.
 DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an empty manifest": (_manifest("{}"), "does not name state.json"),
@@ -53,6 +61,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no state": (_without("state.json"), "does not name state.json"),
     "no configuration": (_without("config.yaml"), "does not name config.yaml"),
     "no index": (_without(PICKLED), "does not name tensors.json"),
+    "a file of tensors that is not listed": (_not_named("__0_0.distcp"), "does not name __0_0.distcp"),
     "a file elsewhere": (_named_too("/dev/zero"), "'/dev/zero', which is no file of a checkpoint"),
     "a file above": (_named_too("../../config.yaml"), "'../../config.yaml', which is no file of a checkpoint"),
 }

@@ -77,6 +77,9 @@ def verify(folder: Path, share: int = 0, of: int = 1) -> str | None:
                 return f"{name} has {file.stat().st_size} bytes instead of {entry['size']}"
             if number % of == share and _digest(file) != entry["sha256"]:
                 return f"{name} does not match its checksum"
+        present = {file.name for file in folder.iterdir() if file.name == INDEX or DATA_FILE.fullmatch(file.name)}
+        if unnamed := sorted(present - names):  # it would be read without a check
+            return f"its {MANIFEST} does not name {unnamed[0]}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__})"
     return None

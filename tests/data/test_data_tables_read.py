@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import io
 import lzma
 import re
-import zipfile
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -297,50 +293,6 @@ def test_times_in_the_index_of_a_parquet_file(tmp_path: Path) -> None:
             assert found.stamps[-1] == np.datetime64("2022-01-02 15:00")
 
 
-def packed(name: str, method: int = zipfile.ZIP_DEFLATED) -> bytes:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", method) as archive:
-        archive.writestr(name, rows(HOURS))
-    return stream.getvalue()
-
-
-def changed(content: bytes, *at: tuple[int, bytes]) -> bytes:
-    made = bytearray(content)
-    for place, new in at:
-        made[place : place + len(new)] = new
-    return bytes(made)
-
-
-def _directory() -> int:
-    return packed("t.csv").rfind(b"PK\1\2")
-
-
-ZIPS: dict[str, tuple[Callable[[], bytes], str]] = {
-    "encrypted": (lambda: changed(packed("t.csv"), (6, b"\x01"), (_directory() + 8, b"\x01")), "encrypted"),
-    "unknown": (lambda: changed(packed("t.csv"), (8, b"\x63"), (_directory() + 10, b"\x63")), "compression"),
-    "damaged": (lambda: changed(packed("t.csv"), (60, b"\xff" * 40)), "damaged"),
-    "lzma": (lambda: changed(packed("t.csv", zipfile.ZIP_LZMA), (60, b"\xff" * 40)), "damaged"),
-    "bz2": (lambda: changed(packed("t.csv", zipfile.ZIP_BZIP2), (60, b"\xff" * 40)), "Invalid data"),
-    "cut": (lambda: packed("t.csv")[:-30], "damaged"),
-}
-
-
-@pytest.mark.parametrize("name", ZIPS)
-def test_zips_that_cannot_be_read(name: str, tmp_path: Path) -> None:
-    make, message = ZIPS[name]
-    (tmp_path / "t.zip").write_bytes(make())
-    for read in (read_table, describe_table):
-        with pytest.raises(UserError, match=rf"t\.zip: cannot be read as a table \(.*{message}"):
-            read(tmp_path / "t.zip")
-
-
-def test_a_zip_larger_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "t.zip").write_bytes(packed("t.csv"))
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=500))
-    with pytest.raises(UserError, match=r"t\.zip: unpacks to .* GB of memory are free"):
-        read_table(tmp_path / "t.zip")
-
-
 def long(times: list[str], line: str = "{n},{t},{i}.5", header: str = "unique_id,ds,y") -> str:
     return header + "\n" + "".join(line.format(n=n, t=t, i=i) + "\n" for n in "xy" for i, t in enumerate(times))
 
@@ -382,9 +334,6 @@ def test_panels_that_are_refused(tmp_path: Path) -> None:
         (long([*HOURLY[:9], "soon"]), {}, r"'soon' is no date"),
         (long([str(n) for n in range(1, 9)]), {"time_column": "ds"}, r"is no date|holds numbers, not dates"),
         (long(HOURLY) + "x,2023-01-01,1,2\n", {}, r"line 82 has 4 fields"),
-        (long(HOURLY), {"columns": ["y", "unique_id"]}, r"--columns unique_id: it is the id column"),
-        (long(HOURLY), {"columns": ["ds"], "time_column": "ds"}, r"--columns ds: it is the time column"),
-        (long(HOURLY), {"known": ["ds"], "columns": ["y"], "time_column": "ds"}, r"--known ds: it is the time column"),
     ):
         with pytest.raises(UserError, match=message):
             prepare_panel(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -134,7 +135,13 @@ def eval_command(
     if split == "train":
         raise UserError("--split train: training samples are augmented; give val or test")
     found = evaluate(task, trained.model.to(device), source, config, Ranks(0, 1, device))
+    assert found is not None  # it is given up only where a rank is asked to stop
     print(json.dumps(found, indent=1))
+    wrong = [name for name, value in found.items() if not math.isfinite(value)]
+    if wrong:
+        raise UserError(
+            f"{run}: {', '.join(wrong)} not finite: the weights diverged in training; use another checkpoint"
+        )
 
 
 def export_command(

@@ -152,6 +152,13 @@ class PanelDataConfig(SeriesDataConfig):
     missing: Literal["error", "mask"] = Field("error", description="As for a table; fills are a matter of preparing.")
     static: list[str] = Field([], description="Columns that are constant within a series.")
 
+    @model_validator(mode="after")
+    def _reads_no_table(self) -> Self:
+        for key in ("separator", "decimal", "time_format", "duplicates"):
+            cure = "a panel is read when it is prepared: give this to `mmtrain data prepare panel`"
+            require(getattr(self, key) == type(self).model_fields[key].default, f"data.{key}", getattr(self, key), cure)
+        return self
+
 
 @DATA.section("ffcv")
 class FFCVDataConfig(StoredImagesConfig):

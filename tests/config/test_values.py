@@ -58,6 +58,12 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_its_source(override: st
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["separator=;", "decimal=comma", "time_format=dmy", "duplicates=mean"])
+def test_a_panel_takes_no_key_of_a_table(key: str) -> None:
+    with pytest.raises(UserError, match=rf"data\.{key.partition('=')[0]} is .*a panel is read when it is prepared"):
+        load_config("tsm2_m5", [f"data.{key}"])
+
+
 def test_a_section_made_in_python_is_checked_too() -> None:
     with pytest.raises(UserError, match=r"train\.epochs is inf"):
         TrainConfig(epochs=float("inf"))

@@ -208,8 +208,7 @@ def draw_run(run: Path, out: Path) -> list[Path]:
     """The averaging weights and the selection of one finished run."""
     from mmtrain.inference.trained import load_trained
     from mmtrain.inspect.learned import averaging_matrices, image_selection, window_selection
-    from mmtrain.plotting.averaging import draw_averaging
-    from mmtrain.plotting.selection import draw_image_selection, draw_window_selection
+    from mmtrain.plotting.selection import draw_averaging, draw_image_selection, draw_window_selection
 
     trained = load_trained(run)
     images = trained.config.task.kind == "classification"

@@ -24,7 +24,7 @@ from mmtrain.data.core.loader import train_batches
 from mmtrain.data.ffcv.format import require_ffcv, torch_threads_kept
 from mmtrain.data.ffcv.source import open_beton
 from mmtrain.data.prepare.ffcv import prepare_beton
-from mmtrain.data.prepare.origin import Origin
+from mmtrain.data.prepare.output import Origin
 from mmtrain.data.prepare.writer import Item, write_dataset
 
 _CLASSES = 10

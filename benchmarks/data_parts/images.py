@@ -27,7 +27,7 @@ from mmtrain.data.core.order import mix64
 from mmtrain.data.images.photo import Photo
 from mmtrain.data.images.shards import ImageShards
 from mmtrain.data.images.transforms import build_transform
-from mmtrain.data.prepare.origin import Origin
+from mmtrain.data.prepare.output import Origin
 from mmtrain.data.prepare.writer import Item, write_dataset
 from mmtrain.torchvision_compat import ensure_torchvision
 

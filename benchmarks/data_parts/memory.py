@@ -15,7 +15,7 @@ from trainer_parts.figure import Figure
 
 from data_parts.photos import make_images
 from mmtrain.data.images.tar_index import ShardIndex, index_path, write_index
-from mmtrain.data.prepare.origin import Origin
+from mmtrain.data.prepare.output import Origin
 from mmtrain.data.prepare.writer import Item, write_dataset
 
 PART = "memory"

@@ -22,7 +22,7 @@ from trainer_parts.overhead import BareLoop
 from data_parts.made import write_m5, write_table
 from mmtrain.config import load_config
 from mmtrain.data.core.loader import train_batches
-from mmtrain.data.series.calendar import calendar_features
+from mmtrain.data.series.panel_inputs import calendar_features
 from mmtrain.data.series.table_source import SeriesData, SeriesWindows, load_series
 from mmtrain.models.stochastic import sample_keys
 from mmtrain.parallel.ranks import keep_freed_memory

@@ -20,8 +20,7 @@ from mmtrain.inspect.learned import averaging_matrices, image_selection, window_
 from mmtrain.inspect.stages import NOT_COUNTED, StageRow, Subject, resolve, stage_table, total
 from mmtrain.log import logger
 from mmtrain.plan import plan_run, render
-from mmtrain.plotting.averaging import draw_averaging
-from mmtrain.plotting.selection import draw_image_selection, draw_window_selection
+from mmtrain.plotting.selection import draw_averaging, draw_image_selection, draw_window_selection
 
 
 def model_command(

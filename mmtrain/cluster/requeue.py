@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mmtrain.errors import UserError
 from mmtrain.runs import journal, slurm
-from mmtrain.runs.checkpoints import newest_step
+from mmtrain.runs.folder import newest_step
 from mmtrain.runs.journal import JobAttempt
 
 #: A file in the run folder by which a user says that the run shall not come back.

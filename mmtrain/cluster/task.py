@@ -18,8 +18,7 @@ from mmtrain.config import RunConfig
 from mmtrain.errors import UserError, environment_number
 from mmtrain.log import log_to_console, logger
 from mmtrain.runs import journal, slurm
-from mmtrain.runs.checkpoints import newest_step
-from mmtrain.runs.folder import RunFolder, run_path
+from mmtrain.runs.folder import RunFolder, newest_step, run_path
 from mmtrain.runs.journal import JobAttempt
 from mmtrain.train.preemption import StopRequest
 

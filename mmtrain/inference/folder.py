@@ -3,6 +3,8 @@
 It holds three files: ``model.safetensors`` (the weights), ``config.yaml`` (the whole resolved configuration) and
 ``assets.json`` (classes and image scaling, or columns and scaler). ``mmtrain export`` and :func:`save_pretrained` write
 it. Uploaded as it is, it is a model repository of the Hugging Face hub. Nothing is ever unpickled.
+
+What ``assets.json`` may hold is checked once, when a model is loaded, and told by name where a prediction lacks it.
 """
 
 from __future__ import annotations
@@ -10,16 +12,18 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, NotRequired, cast
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
-from mmtrain.config import ModelConfig, RunConfig, load_config, replace, to_yaml
+from mmtrain.config import ForecasterConfig, ImageModelConfig, ModelConfig, RunConfig, load_config, replace, to_yaml
 from mmtrain.errors import UserError, os_errors
-from mmtrain.files import new_path
+from mmtrain.files import new_path, read_json
 from mmtrain.log import logger
 from mmtrain.models import build_model
 
@@ -131,3 +135,92 @@ def _unfit(
         )
         raise UserError(f"{source}: {len(faults)} parameters do not fit: {', '.join(shown)}{more}. Cure: {cure}")
     return wrong
+
+
+_CURE = "restore it, or train or export again"
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+#: Far beyond any model of images; an image is resized to it before the model sees it.
+_Pixels = Annotated[int, Field(ge=1, le=2**14)]
+
+
+class _Images(TypedDict, total=False):
+    classes: list[str]
+    image_size: _Pixels
+    mean: list[_Number]
+    std: list[_Positive]
+    crop_pct: Annotated[float, Field(gt=0, le=1)]
+
+
+class _Known(TypedDict):
+    columns: list[str]
+    calendar: Any
+    scaler: NotRequired[dict[str, Any]]
+
+
+class _Series(TypedDict, total=False):
+    columns: Annotated[list[str], Field(min_length=1)]
+    lookback: int
+    horizon: int
+    step: str | None
+
+
+class _Table(_Series, total=False):
+    scaler: dict[str, Any]  # Scaler checks it
+    known: _Known
+
+
+class _Panel(_Series, total=False):
+    ids: list[str]
+    mean: dict[str, Any]
+    std: dict[str, Any]
+    known: _Known
+    static: list[dict[str, Any]]
+
+
+class Assets(dict[str, Any]):
+    """The assets in ``file``. A key that is not there is a UserError."""
+
+    def __init__(self, found: dict[str, Any], file: Path) -> None:
+        super().__init__(found)
+        self.file = file
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self.file} has no '{key}', which is needed here: {_CURE}")
+
+
+def read_assets(file: Path, config: RunConfig) -> Assets:
+    """What a prediction with the model of ``config`` needs to know of the training data.
+
+    Raises:
+        UserError: for a file that is missing or damaged.
+    """
+    found = Assets(read_json(file, _CURE), file)
+    kinds = {"shards": _Images, "ffcv": _Images, "synthetic": _Images, "series": _Table, "panel": _Panel}
+    kind: Any = kinds.get(config.data.kind)
+    if kind is None:  # of a source of the user's own
+        return found
+    try:
+        TypeAdapter(kind).validate_python(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{file} is damaged ({where}: {first['msg']}): {_CURE}") from None
+    return found
+
+
+def check_fits(assets: dict[str, Any], model: ModelConfig, folder: Path) -> None:
+    """Refuse a prediction with assets of another model: names of classes, or windows, would be wrong.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    wanted: dict[str, Any] = {}
+    if isinstance(model, ForecasterConfig):
+        wanted = {"lookback": model.lookback, "horizon": model.horizon}
+    for name, value in wanted.items():
+        if assets[name] != value:
+            raise UserError(f"{folder / ASSETS} is of another model: {name} is {assets[name]} there and {value} here")
+    if isinstance(model, ImageModelConfig) and len(assets["classes"]) != model.num_classes:
+        count = len(assets["classes"])
+        raise UserError(f"{folder / ASSETS} is of another model: it names {count} classes of {model.num_classes}")

@@ -16,8 +16,7 @@ from mmtrain.data.series.panel_inputs import PanelInputs, PanelScalers, StaticCo
 from mmtrain.data.series.split import Scaler, check_scaler
 from mmtrain.data.series.times import shown
 from mmtrain.errors import UserError
-from mmtrain.inference.assets import check_fits
-from mmtrain.inference.folder import ASSETS
+from mmtrain.inference.folder import ASSETS, check_fits
 from mmtrain.inference.trained import TrainedModel
 from mmtrain.log import logger
 from mmtrain.plotting.runs import draw_forecast

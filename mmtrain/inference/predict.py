@@ -23,8 +23,7 @@ from mmtrain.data.series.timeline import continued
 from mmtrain.data.series.times import shown
 from mmtrain.data.series.windows import known_batch
 from mmtrain.errors import UserError
-from mmtrain.inference.assets import check_fits
-from mmtrain.inference.folder import ASSETS
+from mmtrain.inference.folder import ASSETS, check_fits
 from mmtrain.inference.trained import TrainedModel
 from mmtrain.plotting.runs import draw_forecast
 

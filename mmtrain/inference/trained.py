@@ -13,20 +13,19 @@ from torch import nn
 from mmtrain.config import RunConfig
 from mmtrain.data.series.timeline import Step
 from mmtrain.errors import UserError
-from mmtrain.inference.assets import read_assets
 from mmtrain.inference.folder import (
     ASSETS,
     WEIGHTS,
     check_finite,
     fitted_model,
+    read_assets,
     read_pretrained,
     save_pretrained,
 )
 from mmtrain.log import logger
 from mmtrain.models import build_model
 from mmtrain.parallel.ranks import Ranks
-from mmtrain.runs.checkpoints import checkpoints_in
-from mmtrain.runs.folder import RunFolder
+from mmtrain.runs.folder import RunFolder, checkpoints_in
 from mmtrain.train.checkpoint.store import CheckpointStore, verify
 from mmtrain.train.checkpoint.tensor_files import check_weights, read_weights
 from mmtrain.train.state import TrainState

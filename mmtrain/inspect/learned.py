@@ -29,8 +29,7 @@ from mmtrain.models.mixers import ImageTokenMixer
 from mmtrain.models.s6 import S6
 from mmtrain.models.tsm2 import TimeMixer, VariateMixer
 from mmtrain.ops.mix import Direction, convolved, observed
-from mmtrain.plotting.averaging import AveragingMatrix
-from mmtrain.plotting.selection import ImageSelection, StepMap, WindowSelection
+from mmtrain.plotting.selection import AveragingMatrix, ImageSelection, StepMap, WindowSelection
 from mmtrain.tasks import build_task
 
 #: Mixers with a map. A channel mixer of images scans windows of channels, an MLP has no steps.

@@ -1,9 +1,14 @@
-"""A run is a folder: resolved configuration, code version, metrics, checkpoints, logs, pictures, result."""
+"""A run is a folder: resolved configuration, code version, metrics, checkpoints, logs, pictures, result.
+
+Among the entries of its folder ``checkpoints`` only exact names count: whatever else lies there (a copy named
+``step_00000020.bak``) is never read and never deleted.
+"""
 
 from __future__ import annotations
 
 import errno
 import json
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -14,7 +19,6 @@ from mmtrain.config.load import differences
 from mmtrain.config.schema import FREE_ON_RESUME
 from mmtrain.errors import SharedError, UserError, os_errors
 from mmtrain.files import read_json, write_atomically
-from mmtrain.runs.checkpoints import checkpoints_in
 from mmtrain.runs.code import ROOT, code_diff, code_version
 from mmtrain.runs.reader import check_run_folder
 
@@ -179,3 +183,32 @@ class RunFolder:
 
     def write_data(self, data: dict[str, Any]) -> None:
         write_atomically(self.data_file, json.dumps(data))
+
+
+_CHECKPOINT = re.compile(r"step_(\d{8,18})")
+_UNFINISHED = re.compile(r"step_\d{8,18}(\.old)?\.partial")
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of the checkpoint of ``step``."""
+    return f"step_{step:08d}"
+
+
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """The checkpoints in ``folder`` by their steps, the oldest first. Whether they are whole is not looked at."""
+    found = {}
+    for path in folder.glob("step_*"):
+        match = _CHECKPOINT.fullmatch(path.name)
+        if match and path.name == checkpoint_name(int(match[1])) and path.is_dir():
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def unfinished_in(folder: Path) -> list[Path]:
+    """What an interrupted save, or an interrupted deletion, left in ``folder``."""
+    return [path for path in folder.glob("step_*.partial") if _UNFINISHED.fullmatch(path.name)]
+
+
+def newest_step(run: Path) -> int:
+    """The step of the newest checkpoint of the run folder ``run``, 0 without one."""
+    return max(checkpoints_in(run / "checkpoints"), default=0)

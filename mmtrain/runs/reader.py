@@ -11,7 +11,7 @@ import yaml
 
 from mmtrain.errors import UserError
 from mmtrain.runs import journal
-from mmtrain.runs.lines import Line, sound_line
+from mmtrain.runs.journal import Line, sound_line
 
 #: So many of the newest training lines are read for a table; a run may have written millions.
 RECENT = 200

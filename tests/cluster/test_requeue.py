@@ -9,7 +9,7 @@ import pytest
 
 from mmtrain.cluster import requeue
 from mmtrain.runs import journal
-from mmtrain.runs.checkpoints import newest_step
+from mmtrain.runs.folder import newest_step
 from mmtrain.runs.journal import JobAttempt
 from mmtrain.runs.slurm import parse_duration
 

@@ -43,7 +43,7 @@ class Made:
 
 
 def make_shards(folder: Path, splits: dict[str, list[bytes]], shard_size: int) -> Path:
-    from mmtrain.data.prepare.origin import Origin
+    from mmtrain.data.prepare.output import Origin
     from mmtrain.data.prepare.writer import Item, write_dataset
 
     items = {split: [Item(n % 3, content=c) for n, c in enumerate(contents)] for split, contents in splits.items()}

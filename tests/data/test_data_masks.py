@@ -15,9 +15,8 @@ from PIL import Image
 
 from mmtrain.data.images.photo import decode
 from mmtrain.data.images.targets import read_detection, read_mask, read_samples
-from mmtrain.data.prepare.masks import MaskValues, implausible
+from mmtrain.data.prepare.masks import MaskValues, implausible, turn_array, turn_points
 from mmtrain.data.prepare.targets import prepare_coco, prepare_segmentation
-from mmtrain.data.prepare.turned import turn_array, turn_points
 from mmtrain.errors import UserError
 
 Mask = NDArray[np.uint8]

@@ -12,9 +12,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from mmtrain.data.prepare import origin as module
+from mmtrain.data.prepare import output as module
 from mmtrain.data.prepare.images import prepare_images
-from mmtrain.data.prepare.origin import Origin, same_path
+from mmtrain.data.prepare.output import Origin, same_path
 from mmtrain.data.prepare.panel import prepare_panel
 from mmtrain.data.prepare.targets import prepare_segmentation
 from mmtrain.errors import UserError

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmtrain.data.core.source import Source
-from mmtrain.data.series.calendar import calendar_features
 from mmtrain.data.series.panel import open_panel
+from mmtrain.data.series.panel_inputs import calendar_features
 from mmtrain.data.series.panel_source import PanelData
 from mmtrain.data.series.split import SplitRule
 from mmtrain.errors import UserError

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from mmtrain.data.prepare import writer
 from mmtrain.data.prepare.encode import ClassEncoder, Item
 from mmtrain.data.prepare.images import prepare_images
-from mmtrain.data.prepare.origin import Origin
+from mmtrain.data.prepare.output import Origin
 from mmtrain.data.prepare.writer import Finished, Ledger, write_dataset
 from mmtrain.errors import UserError
 from mmtrain.files import exclusive

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmtrain.data.series.calendar import FEATURES, calendar_features, calendar_names
+from mmtrain.data.series.panel_inputs import FEATURES, calendar_features, calendar_names
 from mmtrain.data.series.timeline import (
     Step,
     Steps,

@@ -13,7 +13,7 @@ import pytest
 from mmtrain.config import load_config, to_yaml
 from mmtrain.errors import UserError
 from mmtrain.inference import load_trained
-from mmtrain.runs.checkpoints import checkpoints_in, newest_step
+from mmtrain.runs.folder import checkpoints_in, newest_step
 from mmtrain.train.checkpoint.metadata import PICKLED
 from mmtrain.train.state import TrainState
 from tests.conftest import Cli

@@ -13,7 +13,7 @@ from mmtrain.plotting.runs import draw_curves
 from mmtrain.report import write_report
 from mmtrain.runs import journal
 from mmtrain.runs.folder import RunFolder
-from mmtrain.runs.lines import read_lines
+from mmtrain.runs.journal import read_lines
 from mmtrain.runs.reader import read_run
 from mmtrain.runs.status import run_statuses
 from mmtrain.train.trackers.sinks import JsonLines

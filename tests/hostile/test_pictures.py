@@ -16,7 +16,7 @@ from mmtrain.cli.trained import predict_command
 from mmtrain.cluster.task import run_training
 from mmtrain.config import load_config
 from mmtrain.plotting import runs, selection, series, try_to_draw
-from mmtrain.plotting.averaging import AveragingMatrix, draw_averaging
+from mmtrain.plotting.selection import AveragingMatrix, draw_averaging
 from mmtrain.report.charts import Chart, Series, draw_chart
 from mmtrain.tasks.forecasting import Forecasting
 

@@ -22,7 +22,7 @@ from mmtrain.models import build_model, create_model
 from mmtrain.models.averaging import WeightedAverage
 from mmtrain.models.mixers import ImageTokenMixer, SequenceMixer
 from mmtrain.models.s6 import S6
-from mmtrain.plotting.averaging import draw_averaging
+from mmtrain.plotting.selection import draw_averaging
 
 Picture = Callable[[Path], NDArray[np.uint8]]
 

@@ -198,7 +198,7 @@ def test_the_table_may_grow_behind_fixed_splits(tmp_path: Path) -> None:
 
 def test_every_rank_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison is made of what each rank knows by itself; what rank 0 alone does is shared."""
-    from mmtrain.train import same_data
+    from mmtrain.train import state as same_data
 
     table(b=3.0).to_csv(here / "t.csv", index=False)
     full: Callable[..., None] = journal.record

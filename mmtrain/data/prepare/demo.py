@@ -14,8 +14,7 @@ import numpy as np
 
 from mmtrain.data.prepare.encode import Item, package_file, to_bytes
 from mmtrain.data.prepare.images import stratify
-from mmtrain.data.prepare.origin import Origin
-from mmtrain.data.prepare.output import Prepared, existing
+from mmtrain.data.prepare.output import Origin, Prepared, existing
 from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.data.series.files import read_frame
 from mmtrain.data.series.order import regularity

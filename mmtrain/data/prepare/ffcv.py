@@ -22,8 +22,7 @@ from mmtrain.data.images.photo import decode, orientation, uniform
 from mmtrain.data.images.shards import find_shards, read_classes
 from mmtrain.data.images.tar_index import ShardIndex, index_shards
 from mmtrain.data.images.tar_members import open_shard
-from mmtrain.data.prepare.origin import Origin
-from mmtrain.data.prepare.output import FORMAT, Prepared, check_root, existing, prepared_folder, write_meta
+from mmtrain.data.prepare.output import FORMAT, Origin, Prepared, check_root, existing, prepared_folder, write_meta
 from mmtrain.data.prepare.pool import progress, run_jobs
 from mmtrain.errors import UserError
 

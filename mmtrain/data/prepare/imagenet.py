@@ -16,8 +16,7 @@ from typing import Any
 
 from mmtrain.data.prepare.encode import QUALITY, ClassEncoder, Item, check_encoding, package_file, read_lines
 from mmtrain.data.prepare.folders import LeftOut, check_classes, class_folders, files_in, note_beside
-from mmtrain.data.prepare.origin import Origin
-from mmtrain.data.prepare.output import Prepared, check_root, existing
+from mmtrain.data.prepare.output import Origin, Prepared, check_root, existing
 from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.errors import UserError
 from mmtrain.log import logger

@@ -17,8 +17,7 @@ from mmtrain.data.prepare.folders import (
     note_beside,
     split_folders,
 )
-from mmtrain.data.prepare.origin import Origin
-from mmtrain.data.prepare.output import Prepared, check_root, existing
+from mmtrain.data.prepare.output import Origin, Prepared, check_root, existing
 from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.errors import UserError
 from mmtrain.log import logger

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmtrain.data.prepare.origin import Origin
-from mmtrain.data.prepare.output import Prepared
+from mmtrain.data.prepare.output import Origin, Prepared
 from mmtrain.data.prepare.panel_writer import Layout, Series, write_panel
 from mmtrain.data.prepare.tables import batches, numbers_of, rows_of, schema_of
 from mmtrain.data.series.files import read_frame

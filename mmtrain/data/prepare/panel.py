@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmtrain.data.prepare.origin import Origin
-from mmtrain.data.prepare.output import Prepared
-from mmtrain.data.prepare.panel_long import open_long
-from mmtrain.data.prepare.panel_times import find_dates
+from mmtrain.data.prepare.output import Origin, Prepared
+from mmtrain.data.prepare.panel_long import find_dates, open_long
 from mmtrain.data.prepare.panel_writer import Layout, Series, write_panel
 from mmtrain.data.prepare.tables import Columns, batches, is_number, numbers_of, schema_of, table_files
 from mmtrain.data.series.files import TableFormat, listed

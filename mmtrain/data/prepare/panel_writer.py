@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mmtrain.data.prepare.origin import Origin
-from mmtrain.data.prepare.output import Prepared, existing, prepared_folder, write_meta
+from mmtrain.data.prepare.output import Origin, Prepared, existing, prepared_folder, write_meta
 from mmtrain.data.series.panel import FORMAT, KIND, open_panel
 from mmtrain.data.series.panel_inputs import fit_scalers
 from mmtrain.data.series.split import NOISE, SplitRule

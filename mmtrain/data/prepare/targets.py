@@ -22,10 +22,17 @@ from mmtrain.data.prepare.encode import (
     read_lines,
 )
 from mmtrain.data.prepare.folders import SPLIT_NAMES, LeftOut, image_files, split_folders
-from mmtrain.data.prepare.masks import VOID, MaskEncoder, MaskValues, parse_values, question_masks
-from mmtrain.data.prepare.origin import Origin
-from mmtrain.data.prepare.output import Prepared, check_root, existing
-from mmtrain.data.prepare.turned import check_choice, turn_annotations, turn_wanted
+from mmtrain.data.prepare.masks import (
+    VOID,
+    MaskEncoder,
+    MaskValues,
+    check_choice,
+    parse_values,
+    question_masks,
+    turn_annotations,
+    turn_wanted,
+)
+from mmtrain.data.prepare.output import Origin, Prepared, check_root, existing
 from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.errors import UserError
 
@@ -147,7 +154,7 @@ def _pairs(images: Path, masks: Path, left: LeftOut) -> list[Item]:
 class BoxEncoder:
     """An image and the annotations of that image (``.json``, see ``mmtrain.data.images.targets.read_detection``).
 
-    ``turned``: see ``mmtrain.data.prepare.turned``.
+    ``turned``: see ``mmtrain.data.prepare.masks``.
     """
 
     turned: str | None = None

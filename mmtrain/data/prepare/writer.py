@@ -21,8 +21,7 @@ import numpy as np
 from mmtrain.data.core.order import mix64
 from mmtrain.data.images.tar_index import index_shard
 from mmtrain.data.prepare.encode import BadSample, ClassEncoder, Encoder, Item
-from mmtrain.data.prepare.origin import Origin
-from mmtrain.data.prepare.output import FORMAT, Prepared, prepared_folder, write_meta
+from mmtrain.data.prepare.output import FORMAT, Origin, Prepared, prepared_folder, write_meta
 from mmtrain.data.prepare.pool import progress, run_jobs
 from mmtrain.errors import UserError, os_errors
 from mmtrain.files import append_json_line, read_json_lines, write_atomically

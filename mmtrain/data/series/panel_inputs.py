@@ -2,6 +2,9 @@
 
 Each series and column is standardised by its own training rows, known columns by those of all series. Static columns
 become numbers: categories one-hot (many of them as one code), numbers standardised.
+
+Calendar features are what a date says, as numbers in [-0.5, 0.5], as in Informer. They follow from the date alone, so
+they are known for any future; tables have them too.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmtrain.data.series.calendar import calendar_features, calendar_names
 from mmtrain.data.series.panel import Panel, load_array
 from mmtrain.data.series.split import NOISE, Scaler, check_scaler
 from mmtrain.data.series.windows import Floats, Int64s, Numbers, known_batch, runs
@@ -23,6 +25,8 @@ from mmtrain.log import logger
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+from mmtrain.data.series.timeline import UNITS, Stamps, Step
 
 #: A category of more values than this becomes one number, its code, instead of a column for each value.
 MOST_ONE_HOT = 64
@@ -301,3 +305,37 @@ def unpack(saved: dict[str, Any]) -> NDArray[np.float64]:
     kind = "float64" if "float64" in saved else "float32"
     raw = np.frombuffer(base64.b64decode(saved[kind], validate=True), dtype=np.dtype(kind).newbyteorder("<"))
     return raw.reshape(saved["shape"]).astype(np.float64)
+
+
+#: Each feature with the span (µs) after which it comes round; a step of whole spans never changes it.
+_PERIODS = {"second": UNITS["min"], "minute": UNITS["h"], "hour": UNITS["D"], "weekday": UNITS["W"]}
+FEATURES = (*_PERIODS, "day", "yearday", "month")
+
+
+def calendar_names(step: Step) -> list[str]:
+    """The features that vary over steps of ``step``: hour, weekday, day, yearday and month for hourly data."""
+    if step.months:
+        return ["month"] if step.count % 12 else []
+    length = step.count * UNITS["D"] if step.business else step.count
+    return [name for name in FEATURES if name not in _PERIODS or length % _PERIODS[name]]
+
+
+def calendar_features(stamps: Stamps, names: list[str]) -> NDArray[np.float32]:
+    """(T,) times → (T, len(names)) float32: the first value of each feature is -0.5, the last 0.5."""
+    us = stamps.astype("datetime64[us]")
+    days, months, years = (us.astype(f"datetime64[{unit}]") for unit in "DMY")
+    seconds = (us - days).astype(np.int64) // UNITS["s"]
+    scaled = {
+        "second": lambda: seconds % 60 / 59,
+        "minute": lambda: seconds // 60 % 60 / 59,
+        "hour": lambda: seconds // 3600 / 23,
+        # 1970-01-01 was a Thursday; Monday is 0
+        "weekday": lambda: (days.astype(np.int64) + 3) % 7 / 6,
+        "day": lambda: (days - months).astype(np.int64) / 30,
+        "yearday": lambda: (days - years).astype(np.int64) / 365,
+        "month": lambda: months.astype(np.int64) % 12 / 11,
+    }
+    made = np.empty((len(stamps), len(names)), dtype=np.float32)
+    for place, name in enumerate(names):
+        made[:, place] = scaled[name]() - 0.5
+    return made

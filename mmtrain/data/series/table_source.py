@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmtrain.data.core.fingerprint import Fingerprint, digest
-from mmtrain.data.series.calendar import calendar_features, calendar_names
 from mmtrain.data.series.files import TableFormat
+from mmtrain.data.series.panel_inputs import calendar_features, calendar_names
 from mmtrain.data.series.split import Scaler, Split, SplitRule, guess_split
 from mmtrain.data.series.table import SeriesTable, read_table
 from mmtrain.data.series.windows import (

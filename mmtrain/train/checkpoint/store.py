@@ -29,7 +29,7 @@ from mmtrain.files import read_json, sync
 from mmtrain.log import logger
 from mmtrain.parallel.ranks import PATIENT, Ranks
 from mmtrain.parallel.strategy import StateDict
-from mmtrain.runs.checkpoints import checkpoint_name, checkpoints_in, unfinished_in
+from mmtrain.runs.folder import checkpoint_name, checkpoints_in, unfinished_in
 from mmtrain.train.checkpoint.metadata import DATA_FILE, INDEX, PICKLED
 from mmtrain.train.checkpoint.tensor_files import Stage, write_tensors
 

@@ -23,7 +23,7 @@ from mmtrain.files import write_atomically
 from mmtrain.log import logger
 from mmtrain.runs import slurm
 from mmtrain.runs.folder import RunFolder
-from mmtrain.runs.lines import read_lines
+from mmtrain.runs.journal import read_lines
 
 #: How long W&B may keep the run waiting for its server, in seconds: at the start, and for the last of its data at the
 #: end. The end is the shorter: a job that is preempted has little time. What is left stays in the run folder.

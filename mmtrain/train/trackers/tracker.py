@@ -23,7 +23,7 @@ from mmtrain.parallel.ranks import Ranks
 from mmtrain.plotting import try_to_draw
 from mmtrain.plotting.runs import draw_curves
 from mmtrain.runs.folder import RunFolder
-from mmtrain.runs.lines import read_lines
+from mmtrain.runs.journal import read_lines
 from mmtrain.tasks import Batch
 from mmtrain.train.meter import Meter
 from mmtrain.train.state import Schedule, TrainState

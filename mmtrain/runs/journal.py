@@ -12,8 +12,8 @@ Kinds of lines, all with ``time`` (Unix seconds):
 - ``ended``: ``job``, ``restart``, ``reason`` (one of :data:`REASONS`), ``requeued``, ``step`` (of the newest
   checkpoint).
 
-A line of it, or of ``metrics.jsonl``, may be torn by a kill, or damaged by a disk or a hand. One such line must not hide
-the others, let alone other runs: readers leave it out and count it.
+A line of it, or of ``metrics.jsonl``, may be torn by a kill, or damaged by a disk or a hand. One such line must not
+hide the others, let alone other runs: readers leave it out and count it.
 """
 
 from __future__ import annotations

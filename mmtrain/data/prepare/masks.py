@@ -1,8 +1,8 @@
 """Mask files → class numbers for each pixel, and whether these can be what was meant.
 
-Photos that their camera marked as turned (EXIF) are turned upright when they are decoded. Their masks and boxes may have
-been made on the photo as it is shown, or on the pixels as they are stored: which of the two is found out or asked for,
-and targets are turned with the photo.
+Photos that their camera marked as turned (EXIF) are turned upright when they are decoded. Their masks and boxes may
+have been made on the photo as it is shown, or on the pixels as they are stored: which of the two is found out or asked
+for, and targets are turned with the photo.
 """
 
 from __future__ import annotations

@@ -60,6 +60,13 @@ class Cluster:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
+    def resume(self, node: str) -> None:
+        """Bring a node back that was set down. Its own daemon may have done so before, and Slurm refuses it then."""
+        command = ["scontrol", "update", f"nodename={node}", "state=resume"]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
+        state = self.ask("sinfo", "-h", "-N", "-n", node, "-p", "low", "-o", "%T").strip()
+        assert done.returncode == 0 or not state.startswith(("down", "drain")), f"{node} is {state}: {done.stderr}"
+
     def free(self) -> None:
         """End what runs and wait for all nodes; one that does not come back (a step of Slurm's own that hangs) is
         started anew, with a warning: it must not fail the tests that follow."""

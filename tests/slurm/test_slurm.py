@@ -85,7 +85,7 @@ def test_a_run_comes_back_from_whatever_ends_its_job(cluster: Cluster, undisturb
     run.wait_for_start(4)
     cluster.ask("scontrol", "update", "nodename=node4", "state=down", "reason=test")
     run.wait(lambda: run.restarts() == 4, what="the requeue for a lost node")
-    cluster.ask("scontrol", "update", "nodename=node4", "state=resume")
+    cluster.resume("node4")
     run.wait_for_start(5)
     os.kill(run.tasks()[-1], signal.SIGKILL)
     run.wait_for_start(6)

@@ -142,7 +142,7 @@ def compare(config: RunConfig, folder: Path, block: int, pairs: int, models: int
 def _compare_two(config: RunConfig, folder: Path, block: int, pairs: int, *, bare_first: bool) -> tuple[Blocks, Blocks]:
     ranks, run = Ranks(0, 1, torch.device("cpu")), RunFolder(folder)
     task = build_task(config)
-    run.prepare(config, task.assets())
+    run.prepare(config, task.assets(), task.fingerprint)
     log_to_file(run.log_file)
     loss = _image_loss(config) if "image" in task.train.fetch(np.zeros(1, dtype=np.int64), None) else _series_loss
     batch_size, window = config.train.batch_size, config.data.shuffle_window

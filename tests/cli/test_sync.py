@@ -89,7 +89,7 @@ def test_a_record_that_is_being_written_is_left_for_later(
     sync_command([recorded])
     assert "still being written" in capsys.readouterr().out
     assert [Path(part).name for part in calls[0][4:]] == ["offline-run-20260101_000000-abcd1234"]
-    (recorded / "result.json").write_text("{}")
+    (recorded / "result.json").write_text('{"step": 1, "test": null}')
     sync_command([recorded])
     assert len(calls) == 2
 

@@ -60,6 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.send_header("Connection", "close")  # as it does, or a client may ask again on a connection that is gone
         self.end_headers()
         try:
             if not pause:

@@ -59,6 +59,7 @@ import torch
 from model_steps import as_it_is, plain, unfused
 from mmtrain.models import create_model
 tsm2 = {{"lookback": 96, "dropout": 0.0}}
+torch.manual_seed(6)  # the first average scales the input of a norm: its gradient is rounding, of a size that varies
 for name, shape, options in (("vim2_nano", (2, 3, 40, 56), {{}}), ("tsm2", (2, 96, 3), tsm2)):
     model = create_model(name, **options)
     x, found = torch.randn(shape), []

@@ -62,7 +62,7 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         merged = _add_layer(merged, layer)
         sources |= dict.fromkeys(_flat(layer.values), layer.source)
     merged.setdefault("name", path.stem)
-    if not merged["name"]:
+    if merged["name"] in ("", None):
         raise UserError(f"{sources['name']}: name is empty: give one, or leave it out for '{path.stem}'")
     for section, registry in REGISTRIES.items():
         if not merged.get(section, {}).get(registry.key):
@@ -163,7 +163,7 @@ def _typed_values(values: dict[str, Any]) -> dict[str, Any]:
     result = typed(RunConfig, values)
     for name, default in RunConfig():
         registry, section = REGISTRIES.get(name), values.get(name)
-        if isinstance(section, Mapping):
+        if isinstance(section, Mapping) and isinstance(default, Section):
             cls = registry.choose(section[registry.key]) if registry else type(default)
             result[name] = typed(cls, section)
     return result

@@ -14,7 +14,7 @@ import typer
 
 from mmtrain.cli.common import Checkpoint, Decimal, Overrides, Run, Separator, TimeFormat
 from mmtrain.config import load_config
-from mmtrain.data.core.workers import set_threads
+from mmtrain.data.core.counts import set_threads
 from mmtrain.data.series.files import TableFormat
 from mmtrain.errors import UserError, os_errors
 from mmtrain.export import export_trained

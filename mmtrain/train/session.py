@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mmtrain.config import RunConfig
-from mmtrain.data.core.workers import WORKERS, check_count, set_threads
+from mmtrain.data.core.counts import WORKERS, check_count, set_threads
 from mmtrain.errors import LostConnection
 from mmtrain.log import log_to_file, logger
 from mmtrain.parallel.build import check_strategy, needs_group, strategy_name

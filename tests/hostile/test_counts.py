@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mmtrain.config import load_config
+from mmtrain.data.core.counts import set_threads
 from mmtrain.data.core.loader import eval_batches, train_batches
-from mmtrain.data.core.workers import set_threads
 from mmtrain.data.images.synthetic import SyntheticImages
 from mmtrain.data.prepare.pool import run_jobs
 from mmtrain.errors import UserError

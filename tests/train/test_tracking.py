@@ -17,7 +17,7 @@ from ranks_apart import run_ranks
 from mmtrain.config import load_config
 from mmtrain.errors import UserError
 from mmtrain.runs import folder as run_folder
-from mmtrain.runs.code import LIMIT, code_diff
+from mmtrain.runs.folder import LIMIT, code_diff
 from mmtrain.tasks.forecasting import Forecasting
 from mmtrain.train.loop import Outcome
 from mmtrain.train.session import train

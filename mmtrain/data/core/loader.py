@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import torch
 
+from mmtrain.data.core.counts import WORKERS, check_count
 from mmtrain.data.core.order import Order, local_positions
 from mmtrain.data.core.source import Batch, OnFault, Source, Staged, Streaming
-from mmtrain.data.core.workers import WORKERS, Ring, check_count, made_batches
+from mmtrain.data.core.workers import Ring, made_batches
 from mmtrain.errors import UserError
 
 

@@ -3,14 +3,11 @@
 A worker gets the numbers of a whole micro-batch and returns it collated, so workers share nothing and hold no state.
 Large tensors travel in shared memory that is used again, because fresh pages would cost more than what is written to
 them. A worker that dies is started again where faults are to be survived.
-
-The numbers of workers and threads are bounded here: one that no machine can run ends in a crash of its libraries.
 """
 
 from __future__ import annotations
 
 import multiprocessing.util
-import os
 import signal
 import threading
 from collections import OrderedDict
@@ -260,39 +257,3 @@ def _stop(iterator: Any) -> None:
 
 def _as_is(made: Any) -> Any:
     return made
-
-
-#: The most threads or processes for each processor, and the most on a machine with few of them.
-_EACH, _LEAST = 16, 256
-#: What ``data.workers`` counts.
-WORKERS = "loader processes or threads of a rank"
-
-
-def processors() -> int:
-    """The processors that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def check_count(key: str, count: int, what: str) -> None:
-    """Raise UserError for more threads or processes (``what``) than this machine could run; ``key`` sets ``count``."""
-    most = max(_LEAST, _EACH * (os.cpu_count() or 1))
-    if count > most:
-        equals = " " if key.startswith("--") else "="
-        raise UserError(
-            f"{key}{equals}{count}: no more than {most} {what} are started here, and as many as there are processors "
-            f"({processors()}) is usually best"
-        )
-
-
-def set_threads(threads: int | None) -> None:
-    """Let torch compute with so many threads (None: its own number).
-
-    Raises:
-        UserError: for a number that this machine could not run.
-    """
-    if threads is None:
-        return
-    import torch  # light commands read this module
-
-    check_count("threads", threads, "threads")
-    torch.set_num_threads(threads)

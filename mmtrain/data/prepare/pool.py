@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from multiprocessing import connection
 from typing import Protocol, TypeVar
 
-from mmtrain.data.core.workers import check_count
+from mmtrain.data.core.counts import check_count
 from mmtrain.errors import UserError
 from mmtrain.log import logger
 

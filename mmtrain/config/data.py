@@ -24,7 +24,7 @@ class DataConfig(Section):
     )
     max_faults: float = Field(0.001, ge=0, le=1, description="The part of a split that faults=skip may leave out.")
     accept_changes: bool = Field(
-        False, description="Continue a run although its training data is no longer what it was; the journal says so."
+        False, description="Continue a run although its training data has changed; the journal records the changes."
     )
 
 

@@ -26,8 +26,6 @@ _SPECIAL = re.compile(r"[-+]?\.(inf|nan)", re.IGNORECASE)
 _BOOLEANS = {"true": True, "false": False}
 _ENV = re.compile(r"oc\.env\s*:\s*([^\s,}]+)")
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
-
-
 _NULL_TAG, _MERGE_TAG = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"
 
 
@@ -35,9 +33,7 @@ class _TextLoader(yaml.SafeLoader):
     """Safe YAML in which plain scalars are text or null, and a key may stand once."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML declares it
-        first: [
-            (tag, pattern) for tag, pattern in pairs if tag in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
-        ]
+        first: [(tag, pattern) for tag, pattern in pairs if tag in (_NULL_TAG, _MERGE_TAG)]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 

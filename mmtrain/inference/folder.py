@@ -26,6 +26,7 @@ from mmtrain.errors import UserError, os_errors
 from mmtrain.files import new_path, read_json
 from mmtrain.log import logger
 from mmtrain.models import build_model
+from mmtrain.train.guards import is_finite
 
 WEIGHTS, CONFIG, ASSETS = FILES = ("model.safetensors", "config.yaml", "assets.json")
 #: Where the parameters of a head are: the classifier of ViM2; the maps to the horizon of TSM2.
@@ -80,7 +81,7 @@ def check_finite(model: nn.Module, source: str | Path) -> None:
         UserError: with the first of them.
     """
     for name, weight in model.named_parameters():
-        if not bool(torch.isfinite(weight).all()):
+        if not is_finite(weight):
             raise UserError(
                 f"{source}: {name} has values that are NaN or infinite: use another checkpoint, or {_AGAIN}"
             )

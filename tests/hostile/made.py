@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 RUN = "runs/forecast_none"
+EXPORT = "exports/forecast_safetensors"
 TABLE = "data/waves.csv"
 
 

@@ -27,9 +27,7 @@ from mmtrain.train.checkpoint.metadata import write_index as write_tensor_index
 from mmtrain.train.checkpoint.store import verify
 from mmtrain.train.state import TrainState
 from tests.compat import reading
-from tests.hostile.made import RUN, newest, sign
-
-EXPORT = "exports/forecast_safetensors"
+from tests.hostile.made import EXPORT, RUN, newest, sign
 
 # ------------------------------------------------------------------ inputs
 

@@ -19,9 +19,7 @@ from mmtrain.train.checkpoint.tensor_files import write_tensors
 from mmtrain.train.state import TrainState
 from tests.compat import reading
 from tests.conftest import Cli
-from tests.hostile.made import RUN, TABLE, sign
-
-EXPORT = "exports/forecast_safetensors"
+from tests.hostile.made import EXPORT, RUN, TABLE, sign
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ def check_count(key: str, count: int, what: str) -> None:
 
 
 def set_threads(threads: int | None) -> None:
-    """Let torch compute with so many threads (None: its own number).
+    """Set the number of threads that torch computes with (None: keep its default).
 
     Raises:
         UserError: for a number that this machine could not run.

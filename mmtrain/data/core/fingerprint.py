@@ -1,8 +1,8 @@
-"""The fingerprint of training data: whether a run goes on with the samples that it began with, in their order.
+"""Fingerprints of training data, which show whether a run resumes with the same samples in the same order.
 
-A fingerprint is a dict of JSON values. It is made of indexes, names and numbers, not of the bytes of images, and it
-holds no path: data that was moved is the same data. A source with more to tell than its blocks has a method
-``fingerprint``.
+A fingerprint is a dict of JSON values. It contains indexes, names and digests of numbers, but not the bytes of images.
+It contains no path, so data that was moved is the same data. A source that knows more than the sizes of its blocks has
+a method ``fingerprint``.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def digest(*parts: str | Iterable[str] | NDArray[Any], size: int = 16) -> str:
 
 
 def changes(before: Fingerprint, now: Fingerprint) -> list[str]:
-    """What differs between two fingerprints, a text for each part; parts that one of them lacks do not count."""
+    """Return the differences between two fingerprints, one text for each part; a part must be in both to count."""
     found: list[str] = []
     both = [key for key in before if key in now and before[key] != now[key]]
     for key in both:

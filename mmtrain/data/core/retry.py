@@ -17,7 +17,7 @@ _LONGEST = 120.0
 
 
 class Unreachable(UserError):
-    """What an address holds cannot be had."""
+    """The file at an address cannot be fetched."""
 
 
 class Absent(Unreachable):

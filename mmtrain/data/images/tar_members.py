@@ -24,8 +24,6 @@ _MOST_HEADER = 1 << 16
 _MOST_NAME = 1024
 #: No name has so many digits in a row. tarfile's patterns take the square of their number.
 _DIGITS = re.compile(rb"\d{256}")
-
-
 #: What tarfile raises for wrong numbers and names, its own errors aside.
 _RAISED = (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 
@@ -87,15 +85,7 @@ def read_members(
         raise
     except OSError as error:
         raise Damaged(f"{shard}: cannot read the shard ({error.strerror or error})") from error
-    except (
-        tarfile.TarError,
-        ArithmeticError,
-        LookupError,
-        MemoryError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except (tarfile.TarError, *_RAISED) as error:
         what = "is empty" if size == 0 else f"is truncated, damaged or not an uncompressed tar ({_said(error)})"
         after = f"after the member {_short(last)} the shard" if last else "the shard"
         raise Damaged(f"{shard}: {after} {what}; {CURE_SHARD}") from error

@@ -7,7 +7,7 @@ All files of a panel have one way of reading times, found before the first row i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,17 +17,11 @@ from numpy.typing import NDArray
 
 from mmtrain.data.prepare.panel_writer import Layout, Series
 from mmtrain.data.prepare.tables import Columns, batches, is_number, numbers_of, schema_of
+from mmtrain.data.series.files import TableFormat
 from mmtrain.data.series.timeline import Int64s, Step, Steps, Timeline, to_local
+from mmtrain.data.series.times import Reading, are_dates, find_reading
 from mmtrain.errors import UserError
 from mmtrain.log import logger
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from mmtrain.data.series.files import TableFormat
-from mmtrain.data.series.times import Reading, are_dates, find_reading
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -19,14 +19,13 @@ from numpy.typing import NDArray
 
 from mmtrain.data.series.panel import Panel, load_array
 from mmtrain.data.series.split import NOISE, Scaler, check_scaler
+from mmtrain.data.series.timeline import UNITS, Stamps, Step
 from mmtrain.data.series.windows import Floats, Int64s, Numbers, known_batch, runs
 from mmtrain.errors import UserError, nearest
 from mmtrain.log import logger
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-from mmtrain.data.series.timeline import UNITS, Stamps, Step
 
 #: A category of more values than this becomes one number, its code, instead of a column for each value.
 MOST_ONE_HOT = 64

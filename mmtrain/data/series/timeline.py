@@ -7,7 +7,6 @@ and longer steps are counted by the calendar of the zone.
 from __future__ import annotations
 
 import re
-import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmtrain.data.series.times import frequency
 from mmtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -341,7 +341,7 @@ def _next(index: pd.DatetimeIndex, count: int) -> tuple[pd.DatetimeIndex, bool] 
     """The next ``count`` times, and whether the step is counted in days or longer."""
     import pandas as pd
 
-    offset = _inferred(index)
+    offset = frequency(index)
     if offset is not None:
         short = isinstance(offset, pd.offsets.Tick) and pd.Timedelta(offset) < pd.Timedelta(days=1)
         return pd.date_range(index[-1], periods=count + 1, freq=offset)[1:], not short
@@ -352,18 +352,3 @@ def _next(index: pd.DatetimeIndex, count: int) -> tuple[pd.DatetimeIndex, bool] 
     day = str(int((stamps[-1].astype("datetime64[D]") - stamps[-1].astype("datetime64[M]")).astype(np.int64)) + 1)
     following = Timeline(stamps[-1], line.step, line.anchor or day).stamps(1, count)
     return pd.DatetimeIndex(following), line.step.whole_days
-
-
-def _inferred(index: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
-    """The frequency that pandas infers; None where the times are too few, uneven, repeated or not in order."""
-    import pandas as pd
-    from pandas.tseries.frequencies import to_offset
-
-    if len(index) < 3:
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its result, which later versions of pandas give as an offset
-        found = to_offset(pd.infer_freq(index))
-    if found is None or found.n < 1:
-        return None
-    return found

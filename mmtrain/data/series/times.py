@@ -129,15 +129,27 @@ def are_dates(column: pd.Series) -> bool:
     )
 
 
-def has_frequency(times: Stamps) -> bool:
-    """Whether pandas knows how the times, sorted, go on: hours, months from their start or end, business days."""
-    import pandas as pd
+def frequency(index: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
+    """The frequency that pandas infers: hours, months from their start or end, business days and so on.
 
-    if len(times) < 3:
-        return False
+    None where the times are too few, uneven, repeated or not in order.
+    """
+    import pandas as pd
+    from pandas.tseries.frequencies import to_offset
+
+    if len(index) < 3:
+        return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the type of its result, which later versions of pandas change
-        return pd.infer_freq(pd.DatetimeIndex(times)) is not None
+        found = to_offset(pd.infer_freq(index))
+    return found if found is not None and found.n >= 1 else None
+
+
+def has_frequency(times: Stamps) -> bool:
+    """Whether :func:`frequency` knows one for the times, which are sorted."""
+    import pandas as pd
+
+    return frequency(pd.DatetimeIndex(times)) is not None
 
 
 def shown(stamps: Stamps, zone: str | None) -> pd.DatetimeIndex:

@@ -88,7 +88,7 @@ def test_masks_that_cannot_be_meant_are_refused(tmp_path: Path, case: str) -> No
         (level(1), {}, ["0", "1"]),
         (level(7), {}, [str(number) for number in range(8)]),
     ],
-    ids=str,
+    ids=["0 and 255", "255 and 0", "four shades", "ignored shades", "0 and 1", "0 to 7"],
 )
 def test_values_are_mapped(tmp_path: Path, make: Callable[[int], Mask], options: Any, classes: list[str]) -> None:
     root = scene(tmp_path / "in", make)

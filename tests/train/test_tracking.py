@@ -47,7 +47,10 @@ def forget_key() -> None:
     if importlib.util.find_spec("wandb"):
         import wandb
 
-        wandb.teardown()
+        try:
+            wandb.teardown()
+        except ConnectionError:  # its service was killed with the process group of an earlier test
+            wandb.teardown()  # the first call dropped the connection; this one forgets the rest
 
 
 @pytest.fixture(autouse=True)

@@ -110,10 +110,8 @@ kill_node() {
 idle() { sinfo -h -N -p low -o '%N %T' 2>/dev/null | grep -c ' idle$' || true; }
 
 wait_until_idle() {
-  for ((i = 0; i < 200; i++)); do
-    [ "$(idle)" = "$nodes" ] && break
-    sleep 0.1
-  done
+  local end=$((SECONDS + 90))
+  until [ "$(idle)" = "$nodes" ] || [ "$SECONDS" -ge "$end" ]; do sleep 0.1; done
   echo "$(idle) of $nodes nodes are idle"
   [ "$(idle)" = "$nodes" ]
 }

@@ -22,6 +22,30 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 
+#: Folders whose tests share a cluster or gangs of processes. They stay on one worker of pytest-xdist.
+_TOGETHER = ("tests/slurm", "tests/parallel")
+
+#: Groups that take minutes. They start first, so that no worker is left with one of them at the end.
+_LONGEST = (*_TOGETHER, "tests/train/test_chaos.py")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Group the tests by file for pytest-xdist (``--dist loadgroup``)."""
+    item.add_marker(pytest.mark.xdist_group(_group(item)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the groups with slow tests first, and the longest before them."""
+    slow = {_group(item) for item in items if item.get_closest_marker("slow")}
+    order = {name: rank for rank, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: (order.get(_group(item), len(order)), _group(item) not in slow))
+
+
+def _group(item: pytest.Item) -> str:
+    file = item.location[0]  # the name of the test has a suffix under pytest-xdist
+    return next((folder for folder in _TOGETHER if file.startswith(f"{folder}/")), file)
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """scikit-learn's digits as shards, 16 × 16 pixels."""

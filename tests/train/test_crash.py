@@ -6,26 +6,15 @@ import time
 from pathlib import Path
 
 import pytest
-from launched import ROOT, Launched, alive, notes
-
-#: Read by Python at its start, in a folder of PYTHONPATH: builds the fault into the ranks, not into the launcher.
-_AT_START = """
-import os, sys
-if "RANK" in os.environ:
-    sys.path.append({tests!r})
-    from faults import Crash
-    Crash(on=1, step=5)(int(os.environ["RANK"]))
-"""
+from faults import Crash
+from launched import Launched, alive, notes
 
 
 @pytest.mark.slow
 def test_a_defect_on_one_rank_ends_the_job(series: Path, tmp_path: Path) -> None:
     """With a checkpoint being written after every step, and loader workers at work."""
-    patched = tmp_path / "patched"
-    patched.mkdir()
-    (patched / "sitecustomize.py").write_text(_AT_START.format(tests=str(ROOT / "tests" / "train")))
     options = ("data.workers=1", "checkpoint.every_steps=1", "tracking.samples=true", "tracking.plots=false")
-    job = Launched(series, tmp_path / "run", 2, *options, path=f"{patched}:{ROOT}")
+    job = Launched(series, tmp_path / "run", 2, *options, fault=Crash(on=1, step=5))
     processes: set[int] = set()
     begin = time.monotonic()
     while job.running and 4 not in notes(tmp_path / "run", 0) and time.monotonic() < begin + 120:

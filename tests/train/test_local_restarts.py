@@ -32,13 +32,13 @@ def test_a_killed_rank_is_started_again(tmp_path: Path) -> None:
     job = Launched(config, tmp_path / "killed", 4, "train.max_steps=120", "--restarts", "1")
     _wait_for_step(job, 30)
     os.kill(job.ranks()[1], signal.SIGKILL)
-    assert job.process.wait(120) == 0, job.said
+    assert job.end(120) == 0, job.said
     assert "started again from the newest checkpoint (0 restarts left)" in job.said
     assert "lost its connection to another rank (" in job.said
     assert "Traceback" not in job.said
     assert "Traceback" in (tmp_path / "killed" / "hangs" / "traceback_rank00000.txt").read_text()
     whole = Launched(config, tmp_path / "whole", 4, "train.max_steps=120")
-    assert whole.process.wait(120) == 0, whole.said
+    assert whole.end(120) == 0, whole.said
     assert same_end(tmp_path / "killed", tmp_path / "whole")
 
 
@@ -47,6 +47,6 @@ def test_a_stopped_run_is_not_started_again(tmp_path: Path) -> None:
     config.write_text(TINY)
     job = Launched(config, tmp_path / "run", 2, "train.max_steps=5000", "--restarts", "3")
     _wait_for_step(job, 3)
-    job.process.send_signal(signal.SIGTERM)
-    assert job.process.wait(60) == 128 + signal.SIGTERM
+    job.send_signal(signal.SIGTERM)
+    assert job.end() == 128 + signal.SIGTERM
     assert "started again" not in job.said

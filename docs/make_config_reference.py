@@ -1,13 +1,14 @@
-"""Write docs/config.md from the schema: ``python docs/make_config_reference.py``."""
+"""Write docs/config.md from the schema: ``python docs/make_config_reference.py [--check]``."""
 
 from __future__ import annotations
 
 import inspect
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from reference_page import main, markdown, table
 
 from mmtrain.config import DATA, MODELS, TASKS, ForecasterConfig, ImageDataConfig, ImageModelConfig, RunConfig
 from mmtrain.config.data import StoredImagesConfig
@@ -63,30 +64,23 @@ def _section(title: str, cls: type[Section], titles: dict[type[Section], str] | 
     """A heading, the docstring, and a table of the keys that ``cls`` adds to the classes above it."""
     above = next((parent for parent in cls.__mro__[1:] if parent in (titles or {})), None)
     yield f"## {title}\n"
-    yield re.sub(r"``([^`]*)``", r"`\1`", inspect.getdoc(cls) or "") + "\n"
+    yield markdown(inspect.getdoc(cls) or "") + "\n"
     if above is not None and titles is not None:
         yield f"Beside the keys of {titles[above]}:\n"
     inherited = above.model_fields if above is not None else {}
-    yield "| key | type | default | allowed | description |"
-    yield "|---|---|---|---|---|"
+    yield from table(("key", "type", "default", "allowed", "description"), _rows(cls, inherited))
+    yield ""
+
+
+def _rows(cls: type[Section], inherited: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     for key, schema in key_schemas(cls).items():
         field = cls.model_fields[key]
         new = key not in inherited or repr(field) != repr(inherited[key])
         if new and field.description is not None:
-            yield _row(f"{cls.prefix}{key}", schema, field.get_default(call_default_factory=True), field.description)
-    yield ""
-
-
-def _row(key: str, schema: dict[str, Any], default: object, description: str) -> str:
-    text = default if isinstance(default, str) and default else json.dumps(default)
-    cells = (
-        f"`{key}`",
-        _type(schema),
-        f"`{text}`",
-        allowed(schema, typed=False).removesuffix(", or null"),
-        description,
-    )
-    return "| " + " | ".join(cell.strip().replace("|", "\\|") for cell in cells) + " |"
+            default = field.get_default(call_default_factory=True)
+            shown = default if isinstance(default, str) and default else json.dumps(default)
+            limits = allowed(schema, typed=False).removesuffix(", or null")
+            yield f"`{cls.prefix}{key}`", _type(schema), f"`{shown}`", limits, field.description
 
 
 def _type(schema: dict[str, Any]) -> str:
@@ -96,4 +90,4 @@ def _type(schema: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    main(PAGE, page)

@@ -1,7 +1,7 @@
-"""The command line, one module for each group of commands.
+"""The command line, with one module for each group of commands.
 
-A module is imported when one of its commands is called, so that ``mmtrain --help`` is quick. What a command does
-belongs in the layers below; here are its arguments, what it prints, and its exit status.
+A module is imported only when one of its commands is called, which keeps ``mmtrain --help`` fast. These modules define
+the arguments, the printed output and the exit status. The work itself belongs in the layers below.
 """
 
 from mmtrain.cli.app import main, run_app

@@ -1,4 +1,4 @@
-"""The commands of ``mmtrain``, and how a command's errors reach the user."""
+"""The commands of ``mmtrain``, and the conversion of their errors into messages and exit statuses."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mmtrain.errors import LostConnection, SharedError, UserError
 from mmtrain.log import log_to_console
 from mmtrain.version import __version__
 
-#: Errors of the system whose cause is a path, a permission or a disk: they become a message, whoever meets them.
-_USERS = {
+#: System errors caused by a path, a permission or a disk. The user gets a message instead of a traceback.
+_USER_ERRORS = {
     errno.ENAMETOOLONG,
     errno.EACCES,
     errno.EPERM,
@@ -32,35 +32,49 @@ _USERS = {
 }
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"mmtrain {__version__}")
         raise typer.Exit
 
 
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None: ...
 
 
 app = lazy_app(
     "mmtrain",
-    "Train and use MambaMixer models: ViM2 for images, TSM2 for time series.",
+    """Train and use MambaMixer models: ViM2 for images, TSM2 for time series.
+
+    \b
+    Examples:
+      mmtrain configs                                          # list the configurations
+      mmtrain submit --config vim2_digits --local 1            # train on this machine
+      mmtrain submit --config vim2_base_in1k --nodes 4         # train on Slurm
+      mmtrain submit --resume runs/vim2_base_in1k --nodes 2    # resume, on fewer nodes
+      mmtrain runs                                             # list the runs with their results
+      mmtrain report runs/vim2_digits                          # write an HTML report of a run
+      mmtrain eval runs/vim2_digits --split val                # evaluate a trained model
+      mmtrain predict runs/vim2_digits digit.png               # classify an image
+      mmtrain export runs/vim2_digits --out exported           # write weights and configuration
+      mmtrain doctor                                           # check this installation
+    """,
     {
         "train": ("mmtrain.cli.train:train_command", "Train in this process, or as one rank of torchrun or Slurm."),
-        "submit": ("mmtrain.cli.submit:submit_command", "Train on Slurm, in several processes here, or in front."),
+        "submit": ("mmtrain.cli.submit:submit_command", "Start or resume a run on Slurm or on this machine."),
         "configs": ("mmtrain.cli.train:configs_command", "List the configurations that --config takes by name."),
-        "runs": ("mmtrain.cli.runs:app", "List the runs with their state and results, watch, stop and read them."),
-        "report": ("mmtrain.cli.runs:report_command", "Write one HTML file about one or several runs."),
-        "predict": ("mmtrain.cli.trained:predict_command", "Classify images, or forecast a series."),
-        "eval": ("mmtrain.cli.trained:eval_command", "Measure a trained run on a whole split of its data."),
-        "export": ("mmtrain.cli.trained:export_command", "Write a trained model as safetensors, ONNX or a program."),
-        "model": ("mmtrain.cli.model:model_command", "Show a model's parameters and FLOPs, and what it selects."),
-        "plan": ("mmtrain.cli.model:plan_command", "Plan a run: memory, traffic, step time and GPU-hours."),
-        "data": ("mmtrain.cli.data:app", "Fetch, prepare and look at datasets; index shards."),
-        "doctor": ("mmtrain.cli.doctor:doctor_command", "Say what this machine and installation offer."),
+        "runs": ("mmtrain.cli.runs:app", "List, watch and stop runs, and read their logs."),
+        "report": ("mmtrain.cli.runs:report_command", "Write an HTML report of one or several runs."),
+        "predict": ("mmtrain.cli.trained:predict_command", "Classify images or forecast series."),
+        "eval": ("mmtrain.cli.trained:eval_command", "Evaluate a trained model on the val or test split."),
+        "export": ("mmtrain.cli.trained:export_command", "Export a trained model (safetensors, ONNX or torch)."),
+        "model": ("mmtrain.cli.model:model_command", "Show a model's parameters, FLOPs and learned selection."),
+        "plan": ("mmtrain.cli.model:plan_command", "Estimate memory, traffic, step time and GPU-hours of a run."),
+        "data": ("mmtrain.cli.data:app", "Download, prepare, index and describe data sets."),
+        "doctor": ("mmtrain.cli.doctor:doctor_command", "Show what this machine and installation support."),
     },
     callback=_options,
 )
@@ -72,20 +86,21 @@ def main() -> None:
 
 
 def run_app(app: Callable[[], object]) -> None:
-    """Run an application; the user's errors become one message.
+    """Run an application and turn expected errors into one message on standard error.
 
-    Exit status: 2 for bad input, 1 after another rank was lost, 130 or 143 after a signal asked a run to save and stop.
+    The exit status is 2 for bad input, 1 after another rank was lost, and 130 or 143 after a signal made a run save and
+    stop.
     """
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding shows a character as its code
+        if isinstance(stream, io.TextIOWrapper):  # print an escape code where the encoding lacks a character
             stream.reconfigure(errors="backslashreplace")
     try:
         log_to_console()
         try:
             app()
         finally:
-            sys.stdout.flush()  # a full disk is noticed here, not while the interpreter ends
+            sys.stdout.flush()  # report a full disk here, not during interpreter shutdown
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         rank = rank if rank.isdecimal() else "0"
@@ -101,7 +116,7 @@ def run_app(app: Callable[[], object]) -> None:
         _discard_stdout()
         sys.exit(1)
     except OSError as error:
-        if error.errno not in _USERS:
+        if error.errno not in _USER_ERRORS:
             raise
         _discard_stdout()
         name = _shortened(str(error.filename or "the output"))
@@ -110,10 +125,9 @@ def run_app(app: Callable[[], object]) -> None:
 
 
 def _open_closed_streams() -> None:
-    """Give standard streams that the caller has closed (``2>&-``) to the null device.
+    """Connect standard streams that the caller has closed (``2>&-``) to the null device.
 
-    Python has none of them then, and the next file that is opened would get the number of the closed one, and with it
-    whatever libraries write there.
+    Otherwise the next opened file would get the descriptor of the closed stream, and libraries would write into it.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -121,15 +135,15 @@ def _open_closed_streams() -> None:
         except OSError:
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
         if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 - for good
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 - stays open
 
 
 def _shortened(message: str) -> str:
-    """``message`` with words of thousands of characters cut."""
+    """Return ``message`` with very long words cut."""
     return re.sub(r"\S{300,}", lambda word: f"{word[0][:100]}... ({len(word[0])} characters)", message)
 
 
 def _discard_stdout() -> None:
-    """Let the interpreter end without another attempt to write what standard output did not take."""
+    """Redirect standard output to the null device, so that the interpreter does not flush it again at exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""``mmtrain doctor``: what is there, what is missing, and the command that would make it better."""
+"""``mmtrain doctor``: show what is installed, what is missing, and how to install it."""
 
 from __future__ import annotations
 
@@ -18,24 +18,30 @@ from mmtrain.parallel.preflight import check_ranks
 from mmtrain.parallel.ranks import init_distributed
 from mmtrain.version import __version__
 
-# what each optional package is for, and how to get it
+#: Maps each optional package to its purpose and to the way to install it.
 _OPTIONAL = {
-    "mamba-ssm": ("CUDA scan kernels", "docs/install.md has the commands (they need CUDA and nvcc)"),
-    "triton": ("GPU kernels of ours", "comes with the CUDA build of torch"),
+    "mamba-ssm": ("CUDA scan kernels", "see docs/install.md (requires CUDA and nvcc)"),
+    "triton": ("mmtrain's GPU kernels", "included in the CUDA build of torch"),
     "wandb": ("experiment tracking", "pip install 'mmtrain[wandb]'"),
-    "scikit-learn": ("the demo's digits", "pip install 'mmtrain[demo]'"),
-    "AutoTS": ("the demo's series", "pip install 'mmtrain[demo]'"),
+    "scikit-learn": ("digits of the demo", "pip install 'mmtrain[demo]'"),
+    "AutoTS": ("series of the demo", "pip install 'mmtrain[demo]'"),
     "deepspeed": ("parallel.strategy=zero1, zero2, zero3", "pip install 'mmtrain[deepspeed]'"),
-    "ffcv": ("data.kind=ffcv", "pip install 'mmtrain[ffcv]' (it needs OpenCV and libturbojpeg)"),
+    "ffcv": ("data.kind=ffcv", "pip install 'mmtrain[ffcv]' (requires OpenCV and libturbojpeg)"),
 }
 
 
 def doctor_command(
-    scan: bool = typer.Option(True, help="Load the scan kernel and say which backend runs."),
-    ranks: bool = typer.Option(False, help="As each task of srun or torchrun: see that they can work together."),
-    run_dir: str = typer.Option("runs", help="With --ranks: a folder that all nodes must share."),
+    scan: bool = typer.Option(True, help="Load the scan kernel and show which backend is used."),
+    ranks: bool = typer.Option(False, help="Check that the tasks of srun or torchrun can work together."),
+    run_dir: str = typer.Option("runs", help="With --ranks: folder that all nodes must share."),
 ) -> None:
-    """Say what this machine and installation offer, and what would make them faster."""
+    """Show what this machine and installation support, and what would make training faster.
+
+    \b
+    Examples:
+      mmtrain doctor
+      srun --ntasks-per-node=8 mmtrain doctor --ranks    # inside a Slurm allocation
+    """
     if ranks:
         _check_ranks(Path(run_dir))
         return
@@ -43,7 +49,7 @@ def doctor_command(
     _line("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     _line("torch", f"{torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} CPUs")
     cuda = torch.cuda.is_available()
-    _line("cuda", torch.cuda.get_device_name() if cuda else "none: models run on the CPU")
+    _line("cuda", torch.cuda.get_device_name() if cuda else "none (models run on the CPU)")
     if scan:
         for key, value in backend_report().items():
             _line(f"scan {key}", str(value))
@@ -52,20 +58,20 @@ def doctor_command(
             _line(name, f"{version(name)} ({purpose})")
         except PackageNotFoundError:
             _line(name, f"missing ({purpose}): {cure}")
-    _line("slurm", shutil.which("sbatch") or "no sbatch here: use --local or --debug")
-    _line("g++", shutil.which(os.environ.get("CXX", "g++")) or "missing: apt install g++ (builds the CPU scan kernel)")
+    _line("slurm", shutil.which("sbatch") or "no sbatch found: use --local or --debug")
+    _line("g++", shutil.which(os.environ.get("CXX", "g++")) or "missing: apt install g++ (it compiles the CPU kernels)")
     if importlib.util.find_spec("wandb") and not os.environ.get("WANDB_API_KEY"):
-        _line("W&B key", "WANDB_API_KEY is not set: tracking.wandb=offline works without")
+        _line("W&B key", "WANDB_API_KEY is not set; tracking.wandb=offline needs no key")
 
 
 def _check_ranks(folder: Path) -> None:
-    """``srun mmtrain doctor --ranks``: the checks that a job makes before its first step, on their own."""
+    """Run the checks that a job makes before its first step (``srun mmtrain doctor --ranks``)."""
     if "SLURM_PROCID" in os.environ and "RANK" not in os.environ:
         os.environ.update(torch_variables(os.environ))
     with init_distributed(timeout=120.0) as here:
         seen = check_ranks(here, folder, "auto")
         if here.main:
-            print(f"{seen}: each sees its device, {folder} is shared, clocks agree, a reduction adds up")
+            print(f"{seen}: every rank has its device, {folder} is shared, clocks agree, all-reduce is correct")
 
 
 def _line(name: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""``mmtrain model``: what a model costs, and what a trained one selects. ``mmtrain plan``: what a run would need."""
+"""``mmtrain model``: cost and learned selection of a model. ``mmtrain plan``: estimated cost of a run."""
 
 from __future__ import annotations
 
@@ -24,28 +24,39 @@ from mmtrain.plotting.selection import draw_averaging, draw_image_selection, dra
 
 
 def model_command(
-    name: Annotated[str, typer.Argument(help="A model (vim2_small, tsm2), a configuration, a run or export folder.")],
+    name: Annotated[str, typer.Argument(help="Model (vim2_small, tsm2), configuration, run folder or export.")],
     overrides: Overrides = None,
     input_size: Annotated[
-        str | None, typer.Option(help="Pixels, 224 or 224x160 (height x width); default: the run's, or 224.")
+        str | None,
+        typer.Option(help="Image size in pixels, 224 or 224x160 (height x width; default: the run's, or 224)."),
     ] = None,
     variates: Annotated[
-        int | None, typer.Option(help="Series in a forecast's input; default: the run's, or 7.")
+        int | None, typer.Option(help="Number of variates of a forecaster's input (default: the run's, or 7).")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Samples in the input.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Where a folder's pictures go (default: into it).")] = None,
-    series: Annotated[Path | None, typer.Option(help="Draw the selection at the end of this table.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Draw the selection in this image.")] = None,
+    batch: Annotated[int, typer.Option(help="Batch size of the input.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Folder for the plots (default: the run or export folder).")] = None,
+    series: Annotated[Path | None, typer.Option(help="Plot the selection on the last window of this table.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Plot the selection on this image.")] = None,
     checkpoint: Checkpoint = SELECTED,
 ) -> None:
-    """Show parameters and FLOPs stage by stage; of a run or export folder also draw averaging.png and selection.png."""
+    """Show the parameters and FLOPs of each stage of a model.
+
+    For a run folder or an export, also plot the weights of the weighted averaging (averaging.png) and the step sizes Δ
+    that the selective scans have learned (selection.png).
+
+    \b
+    Examples:
+      mmtrain model vim2_small --input-size 224x160
+      mmtrain model tsm2 --variates 21
+      mmtrain model runs/vim2_digits                  # with averaging.png and selection.png
+    """
     subject = resolve(name, overrides or [])
     if subject.folder is None and (out or series or image):
-        cure = f" (for the folder write ./{name})" if Path(name).is_dir() else ""
-        raise UserError(f"--out, --series and --image are for a run or export folder, not for '{name}'{cure}")
+        cure = f" (if you mean the folder, write ./{name})" if Path(name).is_dir() else ""
+        raise UserError(f"--out, --series and --image need a run folder or an export, but '{name}' is neither{cure}")
     for path in (series, image):
         if path is not None and not path.is_file():
-            raise UserError(f"{path}: there is no such file")
+            raise UserError(f"{path}: no such file")
     _show_stages(subject, input_size, variates, batch)
     if subject.folder is not None:
         _draw(subject, subject.folder, out or subject.folder, series, image, checkpoint)
@@ -55,15 +66,17 @@ def _show_stages(subject: Subject, input_size: str | None, variates: int | None,
     model = subject.model
     if isinstance(model, ForecasterConfig):
         if input_size is not None:
-            raise UserError(f"--input-size is for images: '{model.name}' takes series (set lookback, or --variates)")
+            raise UserError(
+                f"--input-size applies to images, but '{model.name}' takes series: use --variates or set model.lookback"
+            )
         series = variates if variates is not None else _variates(subject)
         rows = stage_table(model, batch=batch, variates=series)
         shown = f"{batch} × {model.lookback} rows × {series} variates"
     else:
         if variates is not None:
-            raise UserError(f"--variates is for series: '{model.name}' takes images (give --input-size)")
-        own = getattr(subject.run.data, "image_size", 224) if subject.run is not None else 224
-        size = _size(input_size) if input_size is not None else (own, own)
+            raise UserError(f"--variates applies to series, but '{model.name}' takes images: use --input-size")
+        side = getattr(subject.run.data, "image_size", 224) if subject.run is not None else 224
+        size = _size(input_size) if input_size is not None else (side, side)
         rows = stage_table(model, batch=batch, image_size=size)
         shown = f"{batch} × {size[0]}×{size[1]} pixels"
     table = Table("stage", box=None, title=f"{model.name}, input {shown}", title_justify="left")
@@ -86,7 +99,9 @@ def _show_stages(subject: Subject, input_size: str | None, variates: int | None,
         f"total: {whole.parameters / 1e6:.2f} M parameters, {whole.flops / 1e9:.4g} GFLOPs forward"
         f" ({_share(whole)} in scans), {whole.token_mixers} token and {whole.channel_mixers} channel mixers"
     )
-    print("A multiply-add is 2 FLOPs; a scan is 9·B·L·D·N + B·L·D; linear maps and convolutions are all counted.")
+    print(
+        "A multiply-add counts as 2 FLOPs, a scan as 9·B·L·D·N + B·L·D. All linear maps and convolutions are counted."
+    )
     print(f"Not counted: {NOT_COUNTED}.")
 
 
@@ -97,7 +112,7 @@ def _share(row: StageRow) -> str:
 def _size(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)(?:[x×](\d+))?", text)
     if not found:
-        raise UserError(f"--input-size {text}: give pixels as 224, or height x width as 224x160")
+        raise UserError(f"--input-size {text}: not a size. Write pixels as 224, or height x width as 224x160")
     height = int(found[1])
     return height, int(found[2] or height)
 
@@ -113,24 +128,24 @@ def _variates(subject: Subject) -> int:
 
 def _draw(subject: Subject, folder: Path, out: Path, series: Path | None, image: Path | None, checkpoint: str) -> None:
     trained = load_trained(folder, checkpoint)
-    with os_errors(f"{out}: the pictures cannot be written", "choose another --out"):
+    with os_errors(f"{out}: the plots cannot be written", "choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
         matrices = averaging_matrices(trained.model)
         if matrices:
             draw_averaging(out / "averaging.png", matrices)
-            print(f"{out / 'averaging.png'}: the weights of the averaging")
+            print(f"{out / 'averaging.png'}: weights of the weighted averaging")
         else:
-            logger.warning("no averaging.png: this model was made with averaging=false")
+            logger.warning("no averaging.png: this model has no weighted averaging (model.averaging=false)")
         drawing = _selection(trained, subject, series, image)
         if drawing is not None:
             drawing(out / "selection.png")
-            print(f"{out / 'selection.png'}: what was selected, the mean steps Δ")
+            print(f"{out / 'selection.png'}: mean step size Δ at each position of the input")
 
 
 def _selection(
     trained: TrainedModel, subject: Subject, series: Path | None, image: Path | None
 ) -> Callable[[Path], None] | None:
-    """How to draw the selection, or None, with a warning, where there is nothing to draw it from."""
+    """Return a function that draws the selection to a file, or log a warning and return None if there is no input."""
     forecaster = trained.config.task.kind == "forecasting"
     forecasts = image is None if series is not None or image is not None else forecaster
     flag = "--series FILE" if forecasts else "--image FILE"
@@ -146,7 +161,7 @@ def _selection(
     except UserError as error:
         if series is not None or image is not None:
             raise
-        logger.warning("no selection.png, since the run's data cannot be read: %s\nGive %s", error, flag)
+        logger.warning("no selection.png: the run's data cannot be read: %s\nUse %s", error, flag)
         return None
     logger.warning("no selection.png: this model has no selective token, time or variate mixers")
     return None
@@ -155,12 +170,22 @@ def _selection(
 def plan_command(
     config: Config,
     overrides: Overrides = None,
-    nodes: Annotated[int | None, typer.Option(help="Nodes (default: cluster.nodes).")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs a node (default: cluster.gpus_per_node).")] = None,
-    gpu: Annotated[str | None, typer.Option(help="Which GPU, such as h100 (default: cluster.gpu).")] = None,
-    samples: Annotated[int | None, typer.Option(help="Training samples, where the data is not at hand.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Number of nodes (default: cluster.nodes).")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs per node (default: cluster.gpus_per_node).")] = None,
+    gpu: Annotated[str | None, typer.Option(help="GPU model, such as h100 (default: cluster.gpu).")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Number of training samples, if the data is not on this machine.")
+    ] = None,
 ) -> None:
-    """Plan a run without any GPU: memory, traffic and step time under each strategy, data rate, GPU-hours."""
+    """Estimate memory, traffic and step time of a run under each strategy, its data rate and its GPU-hours.
+
+    The estimate needs no GPU.
+
+    \b
+    Examples:
+      mmtrain plan --config vim2_base_in1k --nodes 4 --gpus-per-node 8
+      mmtrain plan --config vim2_base_in1k --gpu h100 --samples 1281167 train.batch_size=2048
+    """
     resolved = load_config(config, overrides or [])
     cluster = resolved.cluster
     plan = plan_run(

@@ -1,10 +1,4 @@
-"""``mmtrain submit``: start a run on Slurm, as several processes here, or as one in the foreground.
-
-mmtrain submit --config vim2_base_in1k --nodes 4 --dry-run
-mmtrain submit --config tsm2_etth1 --local 2 optim.lr=2e-4
-mmtrain submit --config vim2_base_in1k --debug data=synthetic
-mmtrain submit --resume runs/vim2_base_in1k --nodes 2
-"""
+"""``mmtrain submit``: start a run on Slurm, in several processes on this machine, or as one in the foreground."""
 
 from __future__ import annotations
 
@@ -27,44 +21,67 @@ from mmtrain.runs.folder import run_path
 from mmtrain.runs.logs import follow_job
 from mmtrain.runs.slurm import has_slurm
 
-#: What all runs of a user ask of the site's cluster: the keys of the section ``cluster``, in YAML.
+#: The user's settings for the cluster of the site: a YAML file with keys of the section ``cluster``.
 SITE_FILE = Path("~/.config/mmtrain/cluster.yaml")
 
 
 def submit_command(
     overrides: Overrides = None,
     config: Annotated[
-        str | None, typer.Option("--config", "-c", help="A shipped configuration's name, or a YAML file.")
+        str | None,
+        typer.Option("--config", "-c", help="Name of a configuration (see mmtrain configs), or a YAML file."),
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder, on other nodes too.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Resume the run in this folder; the number of nodes may differ.")
+    ] = None,
     nodes: Annotated[int | None, typer.Option(help="Slurm: number of nodes.")] = None,
-    min_nodes: Annotated[int | None, typer.Option(help="Slurm may choose: this many nodes at least.")] = None,
-    max_nodes: Annotated[int | None, typer.Option(help="Slurm may choose: this many nodes at most.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(help="Slurm: GPUs and tasks a node; 0 for CPU nodes.")] = None,
-    tasks_per_node: Annotated[int | None, typer.Option(help="Slurm: tasks on a node without GPUs.")] = None,
-    gpu: Annotated[str | None, typer.Option(help="Slurm: which GPU the plan reckons with, such as h100.")] = None,
-    cpus_per_task: Annotated[int | None, typer.Option(help="Slurm: CPUs for each task.")] = None,
-    mem: Annotated[str | None, typer.Option(help="Slurm: memory of a node, such as 200G.")] = None,
+    min_nodes: Annotated[int | None, typer.Option(help="Slurm: smallest number of nodes.")] = None,
+    max_nodes: Annotated[int | None, typer.Option(help="Slurm: largest number of nodes.")] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(help="Slurm: GPUs per node, with one task each; 0 for CPU nodes.")
+    ] = None,
+    tasks_per_node: Annotated[int | None, typer.Option(help="Slurm: tasks per node without GPUs.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="GPU model that the plan assumes, such as h100.")] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(help="Slurm: CPUs per task.")] = None,
+    mem: Annotated[str | None, typer.Option(help="Slurm: memory per node, such as 200G.")] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm: partition.")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm: account.")] = None,
     qos: Annotated[str | None, typer.Option(help="Slurm: quality of service.")] = None,
     time: Annotated[str | None, typer.Option(help="Slurm: time limit of a job, such as 24:00:00.")] = None,
-    constraint: Annotated[str | None, typer.Option(help="Slurm: features that nodes must have.")] = None,
-    exclude: Annotated[str | None, typer.Option(help="Slurm: nodes to leave out, such as node3,node7.")] = None,
+    constraint: Annotated[str | None, typer.Option(help="Slurm: features that the nodes must have.")] = None,
+    exclude: Annotated[str | None, typer.Option(help="Slurm: nodes not to use, such as node3,node7.")] = None,
     reservation: Annotated[str | None, typer.Option(help="Slurm: reservation.")] = None,
     array_seeds: Annotated[
-        str | None, typer.Option(help="A run for each seed, such as 0,1,2; --local: in turn.")
+        str | None,
+        typer.Option(help="Start one run per seed, such as 0,1,2 (a Slurm array; with --local one after the other)."),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="The run's name (default: the configuration's).")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run (default: that of the configuration).")] = None,
     run_dir: RunDir = None,
-    cluster: Annotated[str, typer.Option(help="auto (Slurm where it is), slurm, local or debug.")] = "auto",
-    local: Annotated[int | None, typer.Option(help="Run so many processes on this machine.")] = None,
-    restarts: Annotated[int, typer.Option(help="With --local: start again so often after a rank was killed.")] = 0,
-    debug: Annotated[bool, typer.Option("--debug", help="One process, 2 steps, shrunken model, in front.")] = False,
-    follow: Annotated[bool, typer.Option("--follow", help="Slurm: show the log until the job ends.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run; touch nothing.")] = False,
+    cluster: Annotated[
+        str, typer.Option(help="Where to run: slurm, local, debug, or auto (slurm unless --local or --debug is given).")
+    ] = "auto",
+    local: Annotated[int | None, typer.Option(help="Number of processes to run on this machine.")] = None,
+    restarts: Annotated[int, typer.Option(help="With --local: number of restarts after a rank was killed.")] = 0,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Run two steps of a shrunken model, in one process in the foreground.")
+    ] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Slurm: print the log until the job ends.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and change nothing.")] = False,
 ) -> None:
-    """Train a configuration. Starting a run in a folder that has checkpoints resumes it."""
+    """Start or resume a run: on Slurm, with --local on this machine, or with --debug in the foreground.
+
+    A run whose folder contains checkpoints is resumed from the newest one.
+
+    \b
+    Examples:
+      mmtrain submit --config vim2_digits --local 1 optim.lr=1e-3 name=my_run    # this machine
+      mmtrain submit --config tsm2_etth1 --local 2                               # two processes, same result
+      mmtrain submit --config vim2_digits --local 2 parallel.strategy=fsdp       # or ddp, hsdp, zero1, zero2, zero3
+      mmtrain submit --config vim2_base_in1k --debug data=synthetic              # two steps of a shrunken model
+      mmtrain submit --config vim2_base_in1k --nodes 4 --dry-run                 # print the Slurm job and its plan
+      mmtrain submit --config vim2_base_in1k --nodes 4                           # submit it; requeued until done
+      mmtrain submit --resume runs/vim2_base_in1k --nodes 2                      # resume, on fewer nodes
+    """
     options = locals()
     leave_ranks()
     given = list(overrides or []) + ([f"name={name}"] if name is not None else [])
@@ -72,22 +89,22 @@ def submit_command(
     resolved, source, given, run_dir = resolve_run(config, resume, given, site, run_dir)
     where, seeds = choose_launcher(cluster, local, debug, nodes), seeds_of(array_seeds)
     if seeds and (where == "debug" or follow):
-        raise UserError(f"--array-seeds makes several runs: leave out {'--debug' if where == 'debug' else '--follow'}")
+        raise UserError(f"--array-seeds starts several runs: leave out {'--debug' if where == 'debug' else '--follow'}")
     if where == "debug":
         if dry_run:
             print_dry_run(resolved, run_dir, "in this process, two steps of a shrunken model")
         else:
             run_training(*debug_run(resolved), debug=True)
     elif where == "local":
-        for one, folder in job.of_seeds(resolved, run_dir, seeds):  # in turn; the first failure ends the row
-            own = [*given, f"seed={one.seed}", f"name={one.name}"] if seeds else given
-            run_local(one, 1 if local is None else local, source, own, folder, dry_run=dry_run, restarts=restarts)
+        for one, folder in job.of_seeds(resolved, run_dir, seeds):  # in turn, until one fails
+            used = [*given, f"seed={one.seed}", f"name={one.name}"] if seeds else given
+            run_local(one, 1 if local is None else local, source, used, folder, dry_run=dry_run, restarts=restarts)
     elif dry_run:
         print("\n\n".join(job.describe(one, folder) for one, folder in job.of_seeds(resolved, run_dir, seeds)))
     elif not has_slurm():
         raise UserError(
-            "there is no sbatch on this machine, so nothing was submitted: run on a Slurm login node, or use"
-            " --local N (processes here), --debug (two steps in front) or --dry-run (what would run)"
+            "sbatch was not found on this machine, so nothing was submitted. Run this on a Slurm login node, or use"
+            " --local N (processes on this machine), --debug (two steps in the foreground) or --dry-run"
         )
     else:
         print(job.submit(resolved, run_dir, seeds))
@@ -95,12 +112,12 @@ def submit_command(
             follow_job(run_path(resolved, run_dir).resolve())
 
 
-def job_settings(asked: dict[str, Any]) -> list[str]:
-    """Overrides of the section ``cluster``: those of the site's file, then those of the command line."""
+def job_settings(flags: dict[str, Any]) -> list[str]:
+    """Return overrides of the section ``cluster``: those of the site's file, replaced by flags that are not None."""
     site = _site()
-    if asked.get("nodes") is not None:  # a number on the command line replaces a range of the site
+    if flags.get("nodes") is not None:  # --nodes replaces a range of nodes in the site's file
         site = {key: value for key, value in site.items() if key not in ("min_nodes", "max_nodes")}
-    given = {key: value for key, value in asked.items() if value is not None}
+    given = {key: value for key, value in flags.items() if value is not None}
     return [f"cluster.{key}={value}" for key, value in (site | given).items()]
 
 
@@ -110,44 +127,56 @@ def _site() -> dict[str, Any]:
         return {}
     found = read_mapping(path)
     if any(isinstance(value, dict | list) for value in found.values()):
-        raise UserError(f"{path} must hold lines such as `partition: gpu`: the keys of the section cluster")
+        raise UserError(f"{path}: must contain keys of the section cluster only, such as `partition: gpu`")
     return found
 
 
 def resolve_run(
     config: str | None, resume: Path | None, given: list[str], cluster: list[str], run_dir: str | None
 ) -> tuple[RunConfig, str, list[str], str | None]:
-    """The configuration, its source and the overrides that make it from that, and the run folder where one is named.
+    """Resolve the configuration of a new or resumed run.
+
+    Args:
+        config: Value of ``--config``.
+        resume: Value of ``--resume``. Exactly one of the two is given.
+        given: Overrides from the command line.
+        cluster: Overrides from the flags and the site's file.
+        run_dir: Value of ``--run-dir``.
+
+    Returns:
+        The configuration, the name or file it was read from, all overrides, and the run folder if one was named.
 
     Raises:
-        UserError: for a contradiction, a folder without a run, or a change of what a resumed run must keep.
+        UserError: If the flags contradict each other, or the folder contains no run.
     """
     if (config is None) == (resume is None):
-        raise UserError("give --config NAME for a new run, or --resume RUN to go on with one (not both)")
-    # what is written out on the command line beats the flags, which beat the site's file
+        raise UserError("give either --config NAME for a new run, or --resume RUN to resume one")
+    # later overrides win: the command line over the flags, the flags over the site's file
     given = [*cluster, *given]
     if resume is None:
         return load_config(str(config), given), str(config), given, run_dir
     if run_dir is not None:
-        raise UserError("--resume names the run folder: leave out --run-dir")
+        raise UserError("--resume already names the run folder: leave out --run-dir")
     if not (resume / "config.yaml").is_file():
-        raise UserError(f"--resume {resume}: there is no run to go on with (no config.yaml): see mmtrain runs")
+        raise UserError(
+            f"--resume {resume}: this folder contains no run (no config.yaml). `mmtrain runs` lists the runs"
+        )
     source = str(resume / "config.yaml")
     return load_config(source, given), source, given, str(resume)
 
 
 def choose_launcher(cluster: str, local: int | None, debug: bool, nodes: int | None) -> str:
-    """slurm, local or debug.
+    """Return ``slurm``, ``local`` or ``debug``.
 
     Raises:
-        UserError: for flags that contradict each other.
+        UserError: If the flags contradict each other.
     """
     if cluster not in ("auto", "slurm", "local", "debug"):
         raise UserError(f"--cluster {cluster}: choose auto, slurm, local or debug")
     if debug and local is not None:
         raise UserError("--debug runs one process in the foreground: leave out --local")
     if local is not None and nodes is not None:
-        raise UserError("--nodes is for Slurm: leave it out with --local")
+        raise UserError("--nodes applies to Slurm: leave it out with --local")
     flags = ["debug"] * debug + ["local"] * (local is not None)
     if flags and cluster not in ("auto", flags[0]):
         raise UserError(f"--cluster {cluster} and --{flags[0]} contradict each other: leave one out")
@@ -155,17 +184,17 @@ def choose_launcher(cluster: str, local: int | None, debug: bool, nodes: int | N
 
 
 def seeds_of(text: str | None) -> Sequence[int]:
-    """The seeds of ``0,1,2``.
+    """Parse a list of seeds such as ``0,1,2``.
 
     Raises:
-        UserError: for anything else.
+        UserError: If the text is no such list, or a seed occurs twice.
     """
     if text is None:
         return ()
     try:
         seeds = [int(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--array-seeds {text}: write whole numbers with commas between, such as 0,1,2") from None
+        raise UserError(f"--array-seeds {text}: write integers separated by commas, such as 0,1,2") from None
     if len(set(seeds)) < len(seeds):
-        raise UserError(f"--array-seeds {text}: a seed comes twice")
+        raise UserError(f"--array-seeds {text}: a seed occurs twice. Name each seed once")
     return seeds

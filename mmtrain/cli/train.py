@@ -1,4 +1,7 @@
-"""``mmtrain train``, the command of every process of a run, and ``mmtrain configs``. Neither needs torch to start."""
+"""``mmtrain train``, the command of every process of a run, and ``mmtrain configs``.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,18 @@ def train_command(
     config: Config,
     overrides: Overrides = None,
     run_dir: RunDir = None,
-    slurm: bool = typer.Option(False, help="As one task of a Slurm job (srun): see slurm/train.sbatch."),
-    debug: bool = typer.Option(False, help="Two steps of a shrunken model, with anomaly detection."),
-    print_config: bool = typer.Option(False, help="Print the resolved configuration and stop."),
+    slurm: bool = typer.Option(False, help="Run as one task of a Slurm job (srun): see slurm/train.sbatch."),
+    debug: bool = typer.Option(False, help="Run two steps of a shrunken model, with anomaly detection."),
+    print_config: bool = typer.Option(False, help="Print the resolved configuration and exit."),
 ) -> None:
-    """Train in this process (or as one rank of torchrun), or go on with the run in its folder."""
+    """Start or resume a run in this process, or as one rank of torchrun or Slurm.
+
+    \b
+    Examples:
+      mmtrain train --config vim2_digits
+      mmtrain train --config vim2_digits --print-config optim.lr=1e-3
+      torchrun --nproc-per-node 2 -m mmtrain train --config vim2_digits
+    """
     resolved = load_config(config, overrides or ())
     if print_config:
         print(to_yaml(resolved), end="")
@@ -36,7 +46,7 @@ def train_command(
 
 
 def configs_command() -> None:
-    """List the configurations that --config takes by name: those of ./configs, and those that come with mmtrain."""
+    """List the configurations that --config takes by name: those in ./configs and those included in mmtrain."""
     listed: set[str] = set()
     for folder in config_folders():
         names = [name for name in config_names([folder]) if name not in listed]
@@ -51,17 +61,17 @@ def configs_command() -> None:
 
 
 def debug_run(config: RunConfig) -> tuple[RunConfig, Path]:
-    """The shrunken configuration and the fresh folder of a debug run."""
+    """Return the shrunken configuration of a debug run and its run folder, which is deleted first."""
     run_dir = Path(config.run_root) / "debug" / config.name
     shutil.rmtree(run_dir, ignore_errors=True)
-    logger.info("debug: a shrunken model, 2 steps, 64 samples of each split: no figure here means anything")
+    logger.info("debug: 2 steps of a shrunken model on 64 samples of each split. The results have no meaning")
     return shrink(config), run_dir
 
 
 def shrink(config: RunConfig) -> RunConfig:
-    """A small and short copy of ``config`` that takes the same code paths."""
-    parts = config.train.accumulation * 2
-    train = replace(config.train, max_steps=2, batch_size=max(parts, 4), log_every=1)
+    """Return a small and short copy of ``config`` that uses the same code paths."""
+    smallest = config.train.accumulation * 2
+    train = replace(config.train, max_steps=2, batch_size=max(smallest, 4), log_every=1)
     return replace(
         config,
         model=config.model.shrunk(),

@@ -59,7 +59,7 @@ def test_no_site_file_is_no_setting(where: ModuleType, site: Path) -> None:
     ("arguments", "said"),
     [
         (("auto", 2, True, None), "leave out --local"),
-        (("auto", 2, False, 2), "--nodes is for Slurm"),
+        (("auto", 2, False, 2), "--nodes applies to Slurm"),
         (("slurm", 2, False, None), "contradict"),
         (("local", None, True, None), "contradict"),
         (("grid", None, False, None), "choose auto"),
@@ -79,9 +79,9 @@ def test_the_place_follows_from_the_flags(where: ModuleType) -> None:
 
 def test_either_a_configuration_or_a_run(where: ModuleType, tmp_path: Path) -> None:
     for config, resume in ((None, None), ("vim2_digits", tmp_path)):
-        with pytest.raises(UserError, match="not both"):
+        with pytest.raises(UserError, match="give either --config"):
             where.resolve_run(config, resume, [], [], None)
-    with pytest.raises(UserError, match="there is no run to go on with"):
+    with pytest.raises(UserError, match="contains no run"):
         where.resolve_run(None, tmp_path, [], [], None)
 
 

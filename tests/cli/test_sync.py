@@ -63,7 +63,7 @@ def test_all_parts_go_in_one_call_oldest_first(
     assert "uploading 2 offline records" in capsys.readouterr().out
     sync_command([recorded])
     assert len(calls) == 1
-    assert "uploaded already" in capsys.readouterr().out
+    assert "already been uploaded" in capsys.readouterr().out
 
 
 def test_dry_run_lists_and_stops(recorded: Path, calls: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:

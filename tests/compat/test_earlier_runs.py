@@ -253,7 +253,7 @@ def test_an_exported_graph_is_run(kind: str, here: Path) -> None:
 def test_a_dataset_is_not_prepared_again(name: str, cli: Cli, here: Path) -> None:
     reading.unpack(here, "data")
     before = contents(here)
-    assert "was there already" in done(cli, *reading.PREPARE[name])
+    assert "already exists" in done(cli, *reading.PREPARE[name])
     assert contents(here) == before
 
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
+from importlib import import_module
+
+import pytest
 
 from mmtrain.config import DATA, MODELS, TASKS, RunConfig
 from mmtrain.config.section import Section
 from tests.conftest import ROOT
 
 
-def test_the_page_is_what_the_schema_gives() -> None:
-    file = ROOT / "docs" / "make_config_reference.py"
-    spec = importlib.util.spec_from_file_location("make_config_reference", file)
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    page = made.page()
+def test_the_page_is_what_the_schema_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    page = import_module("make_config_reference").page()
     assert page == (ROOT / "docs" / "config.md").read_text(encoding="utf-8"), "run python docs/make_config_reference.py"
     listed = set(re.findall(r"^\| `([\w.]+)` \|", page, re.MULTILINE))
     sections = [type(value) for _, value in RunConfig() if isinstance(value, Section)]

@@ -506,11 +506,11 @@ def test_commands(cli: Any, server: Server, tmp_path: Path, monkeypatch: pytest.
     assert f"data/toy.csv: 300 rows, 3 columns; from {server.url}" in got.stdout
     assert "on trust" in got.stdout
     assert "licence: free" in got.stdout
-    assert "as the first time" in cli("data", "get", "TOY.csv", "--verify", "--data-root", "data").stdout
+    assert "unchanged" in cli("data", "get", "TOY.csv", "--verify", "--data-root", "data").stdout
     digest = cli("data", "digest", "data/toy.csv")
     assert digest.stdout.split()[0] == read_content(tmp_path / "data" / "toy.csv").digest
     for words, said in (
-        (["get"], "name what to fetch"),
+        (["get"], "name at least one table"),
         (["get", "etth3"], "did you mean 'etth"),
         (["get", "toy", "ili", "--from-file", "x"], "one name"),
         (["digest", "none.csv"], "no such file"),

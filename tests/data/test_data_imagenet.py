@@ -340,4 +340,4 @@ def test_the_command(cli: Any, train: Path) -> None:
     done = cli(*words, "--skip-bad")
     assert done.returncode == 0, done.stderr
     assert "set: 12 train; 3 classes; written" in done.stdout
-    assert "1 could not be used and were left out: set/skipped.txt" in done.stderr
+    assert "1 unusable samples were left out: see set/skipped.txt" in done.stderr

@@ -14,8 +14,8 @@ def test_the_mixing_follows_the_window(cli: Any, make_tar: Callable, samples: Ca
     for number in range(8):
         folder = make_tar(samples(20, 20 * number), f"train/shard-{number:06d}.tar").parent
     said = [cli("data", "index", folder, "--window", window).stdout for window in (1, 8)]
-    assert all("8 shard(s), 160 samples, 3 classes: all in order" in text for text in said)
-    figures = [float(text.partition("neighbours in a shard come ")[2].split()[0]) for text in said]
+    assert all("8 shard(s), 160 samples, 3 classes: all valid" in text for text in said)
+    figures = [float(text.partition("neighbours in a shard are ")[2].split()[0]) for text in said]
     assert figures == [pytest.approx(1 / 8, rel=0.3), pytest.approx(1, rel=0.2)]
 
 
@@ -24,7 +24,7 @@ def test_indexes_of_one_name_do_not_replace_each_other(cli: Any, make_tar: Calla
     out = train.parents[1] / "indexes"
     done = cli("data", "index", train.parent, val.parent, "--out", out)
     assert done.returncode == 2
-    assert "two of the shards would be shard-000000.tar.idx: give a folder for each split" in done.stderr
+    assert "two shards would write shard-000000.tar.idx. Call the command once per split" in done.stderr
     assert not out.exists()
     assert cli("data", "index", train.parent, "--out", out).returncode == 0
     assert (out / "shard-000000.tar.idx").read_bytes() == index_path(train).read_bytes()

@@ -392,10 +392,10 @@ def test_the_commands(tmp_path: Path) -> None:
     assert "3 series of 12 to 30 rows, 62 in all, 1 shard(s); written" in done.output
     assert "nothing to do" in run.invoke(app, ["prepare", "panel", *options, "--last", "4,4"]).output
     for wrong, message in (
-        (["--last", "4,4", "--dates", "a,b"], "give one of --ratios"),
+        (["--last", "4,4", "--dates", "a,b"], "give only one of --ratios"),
         (["--split", "weekly"], "choose ratio, date or last"),
-        (["--last", "four"], "numbers with commas"),
-        (["--split", "date"], "give --dates A,B"),
+        (["--last", "four"], "numbers separated by commas"),
+        (["--split", "date"], "requires --dates A,B"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             run.invoke(app, ["prepare", "panel", *options, *wrong], catch_exceptions=False)
@@ -404,8 +404,8 @@ def test_the_commands(tmp_path: Path) -> None:
             app, ["describe", str(what), "--plot", str(tmp_path / "x" / "p.png")], catch_exceptions=False
         )
         text = " ".join(shown.output.split())
-        assert f"a panel of 3 series, 62 rows, columns {columns} rows of a series: 12 to 30, median 20" in text
+        assert f"a panel of 3 series, 62 rows, columns {columns} rows per series: 12 to 30, median 20" in text
         assert "2024-01-01T00:00:00 to 2024-02-01T00:00:00, step 1D" in text
-        assert "0 values missing, in 0 series; 0 series never change" in text
+        assert "0 values missing, in 0 series; 0 constant series" in text
         assert ("known in advance: price static: kind (2 values), size (number)" in text) == (columns == "y")
         assert (tmp_path / "x" / "p.png").read_bytes()[:4] == b"\x89PNG"

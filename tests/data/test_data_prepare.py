@@ -267,9 +267,9 @@ def test_commands(folder: Path, tmp_path: Path) -> None:
     assert made.exit_code == 0, made.output
     assert "48 train, 6 val, 6 test; 3 classes; written" in made.output
     again = run(app, ["prepare", "images", "--root", str(folder), "--out", out, "--workers", "1"])
-    assert "was there already" in again.output
+    assert "already exists" in again.output
     indexed = run(app, ["index", f"{out}/train", f"{out}/val"])
-    assert "2 shard(s), 54 samples, 3 classes: all in order" in indexed.output
+    assert "2 shard(s), 54 samples, 3 classes: all valid" in indexed.output
     failed = run(app, ["index", f"{out}/nowhere"])
     assert isinstance(failed.exception, UserError)
     table = hours(48)
@@ -302,7 +302,7 @@ def test_indexes_are_written_elsewhere_all_of_them_or_not_at_all(
     assert done.exit_code == 0, done.output
     assert [file.name for file in out.iterdir()] == ["shard-000000.tar.idx"]
     both = run(app, ["index", str(train), str(val), "--out", str(out)])
-    assert "two of the shards would be shard-000000.tar.idx" in str(both.exception)
+    assert "two shards would write shard-000000.tar.idx" in str(both.exception)
     (tmp_path / "file").touch()
     failed = run(app, ["index", str(train), "--out", str(tmp_path / "file")])
     assert isinstance(failed.exception, UserError)

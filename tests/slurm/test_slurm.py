@@ -302,4 +302,4 @@ def test_what_could_not_run_is_refused(cluster: Cluster, tmp_path: Path, words: 
 def test_there_is_nothing_to_resume(cluster: Cluster, tmp_path: Path) -> None:
     refused = cluster.try_to_submit("--resume", str(tmp_path))
     assert refused.returncode == 2
-    assert "there is no run to go on with" in refused.stderr
+    assert "contains no run" in refused.stderr

@@ -159,7 +159,7 @@ def test_the_commands_take_the_panel(panel_run: Path, cli: Cli, tmp_path: Path) 
     folder = panel_run.parent / "shops"
     done = cli("predict", panel_run, folder, "--checkpoint", "last", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert "4 steps of 4 series" in done.stdout
+    assert "4 time steps of 4 series" in done.stdout
     table = pd.read_csv(tmp_path / "out" / "shops_forecast.csv")
     assert list(table.columns) == ["id", "date", "y"]
     assert len(table) == 16
@@ -167,7 +167,7 @@ def test_the_commands_take_the_panel(panel_run: Path, cli: Cli, tmp_path: Path) 
     assert np.isfinite(table["y"]).all()
     assert (tmp_path / "out" / "shops_forecast.png").is_file()
     back = cli("predict", panel_run, folder, "--checkpoint", "last", "--back", 12, "--out", tmp_path / "out")
-    assert "4 steps of 3 series (1 too short for the look-back)" in back.stdout
+    assert "4 time steps of 3 series (1 left out: shorter than the lookback)" in back.stdout
     assert "mean absolute error" in back.stdout
     assert cli("eval", panel_run, "--checkpoint", "last").returncode == 0
     plan = cli("plan", "--config", panel_run / "config.yaml")

@@ -1,4 +1,4 @@
-"""``mmtrain data describe``: what is in a table or a panel, in figures and as a picture."""
+"""``mmtrain data describe``: describe a table or a panel, with an optional plot."""
 
 from __future__ import annotations
 
@@ -25,13 +25,17 @@ from mmtrain.errors import UserError, os_errors
 
 def describe_command(
     file: Annotated[
-        str, typer.Argument(help="CSV or parquet file, a name like ETTh1 in --root, or a folder: a panel.")
+        str, typer.Argument(help="CSV or parquet file, name of a table in --root such as ETTh1, or folder of a panel.")
     ],
-    root: Annotated[Path | None, typer.Option(help="Where names are looked up (default: MMTRAIN_DATA).")] = None,
-    id: Annotated[str | None, typer.Option(help="A panel's id column (default: id, unique_id, series_id...).")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the series, with the splits marked, to this PNG.")] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of the tables given by name (default: MMTRAIN_DATA).")
+    ] = None,
+    id: Annotated[str | None, typer.Option(help="Id column of a panel (default: id, unique_id, series_id...).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Plot the series, with the splits marked, to this PNG file.")
+    ] = None,
     time: Annotated[
-        str | None, typer.Option(help="The time column, or none (default: found by its name, or the first of dates).")
+        str | None, typer.Option(help="Time column, or none (default: found by name, else the first column of dates).")
     ] = None,
     separator: Separator = None,
     decimal: Decimal = None,
@@ -41,14 +45,20 @@ def describe_command(
     dates: Dates = None,
     last: Last = None,
 ) -> None:
-    """Columns, time step, holes and repeated stamps of a table; series, lengths and holes of a panel.
+    """Describe the content of a table or a panel.
 
-    A panel is a folder that `mmtrain data prepare panel` wrote, or files which that command can read: these are
-    prepared into a temporary folder first, so all of it is checked.
+    For a table: columns, time step, missing values and repeated times. For a panel: series, their lengths and missing
+    values. A panel is a folder written by `mmtrain data prepare panel`, or files that this command can read; these are
+    first converted in a temporary folder, which also checks them.
+
+    \b
+    Examples:
+      mmtrain data describe my_series.csv --plot my_series.png
+      mmtrain data describe data/sales
     """
     rule, form = split_rule(split, ratios, dates, last), TableFormat(separator, decimal, time_format)
     if plot is not None and plot.suffix.lower() != ".png":
-        raise UserError(f"--plot {plot}: the name of the picture must end in .png")
+        raise UserError(f"--plot {plot}: the file name must end in .png")
     path = Path(file).expanduser()
     if path.is_dir() or id is not None or _has_ids(path, form):
         _describe_panel(path, id, plot, rule, form, time)
@@ -74,12 +84,12 @@ def _describe_table(
         console.print(f"{report.time_column}: {report.note}", highlight=False)
     else:
         console.print(
-            f"{report.time_column}: {report.first} to {report.last}, step {report.step}; {report.duplicates} repeated, "
-            f"{report.irregular} irregular, {report.unreadable} unreadable"
-            + (f", {report.backward} before an earlier one" if report.backward else ""),
+            f"{report.time_column}: {report.first} to {report.last}, time step {report.step}; "
+            f"{report.duplicates} repeated, {report.irregular} irregular, {report.unreadable} unreadable"
+            + (f", {report.backward} out of order" if report.backward else ""),
             highlight=False,
         )
-    table = Table("column", "holds", "holes", "min", "mean", "max")
+    table = Table("column", "content", "missing", "min", "mean", "max")
     for column in report.columns:
         figures = ("" if value is None else f"{value:.6g}" for value in (column.low, column.mean, column.high))
         table.add_row(column.name, column.kind, str(column.holes), *figures)
@@ -108,20 +118,20 @@ def _describe_panel(
 def _print_panel(panel: Panel, report: PanelReport) -> None:
     console = Console()
 
-    def say(text: str) -> None:
+    def write(text: str) -> None:
         console.print(text, highlight=False)
 
     rows, holes = panel.lengths, report.holes
-    say(f"{report.path}: a panel of {len(panel)} series, {rows.sum()} rows, columns {', '.join(panel.columns)}")
-    say(f"rows of a series: {rows.min()} to {rows.max()}, median {np.median(rows):g}")
-    say(report.times or "no times")
-    say(f"{holes.sum()} values missing, in {(holes > 0).sum()} series; {report.constant.sum()} series never change")
+    write(f"{report.path}: a panel of {len(panel)} series, {rows.sum()} rows, columns {', '.join(panel.columns)}")
+    write(f"rows per series: {rows.min()} to {rows.max()}, median {np.median(rows):g}")
+    write(report.times or "no times")
+    write(f"{holes.sum()} values missing, in {(holes > 0).sum()} series; {report.constant.sum()} constant series")
     kinds = {name: f"{len(values)} values" for name, values in panel.categories.items()}
     static = [f"{name} ({kinds.get(name, 'number')})" for name in panel.statics]
-    for what, found in (("known in advance", [*panel.known_columns, *panel.shared_columns]), ("static", static)):
+    for kind, found in (("known in advance", [*panel.known_columns, *panel.shared_columns]), ("static", static)):
         if found:
-            say(f"{what}: {', '.join(found)}")
-    table = Table("series", "", "rows", "holes", "min", "mean", "max")
+            write(f"{kind}: {', '.join(found)}")
+    table = Table("series", "", "rows", "missing", "min", "mean", "max")
     for one in report.examples:
         figures = (f"{value:.6g}" for value in (one.low, one.mean, one.high))
         table.add_row(one.id, one.why, str(one.rows), str(one.holes), *figures)
@@ -132,4 +142,4 @@ def _draw(plot: Path, draw: Callable[[], None]) -> None:
     with os_errors(f"--plot {plot}: cannot be written"):
         plot.parent.mkdir(parents=True, exist_ok=True)
         draw()
-    typer.echo(f"drawn: {plot}")
+    typer.echo(f"plot: {plot}")

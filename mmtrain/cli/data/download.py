@@ -1,4 +1,4 @@
-"""``mmtrain data get`` and ``mmtrain data digest``: public tables, and the digest of a table."""
+"""``mmtrain data get`` and ``mmtrain data digest``: download public tables, and print the digest of a table."""
 
 from __future__ import annotations
 
@@ -19,53 +19,66 @@ from mmtrain.errors import UserError
 
 def get_command(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME...", help="What to fetch, such as etth1 weather (see --list).")
+        list[str] | None,
+        typer.Argument(metavar="NAME...", help="Tables to download, such as etth1 weather (see --list)."),
     ] = None,
     data_root: Annotated[
-        Path | None, typer.Option("--data-root", "--out", help="Where to put them (default: MMTRAIN_DATA, else data).")
+        Path | None, typer.Option("--data-root", "--out", help="Folder to write to (default: MMTRAIN_DATA, else data).")
     ] = None,
-    list_: Annotated[bool, typer.Option("--list", help="Show what can be fetched, and stop.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Only check what is there, without a network.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the available tables and exit.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Only verify existing files; needs no network.")] = False,
     from_file: Annotated[
-        Path | None, typer.Option(help="Take this file, fetched by other means (one name only).")
+        Path | None, typer.Option(help="Use this file, downloaded in another way (for one name only).")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Fetch again what is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Download files again that already exist.")] = False,
 ) -> None:
-    """Fetch public forecasting tables and check them; what is there already is only checked."""
+    """Download public forecasting tables and verify them. Files that already exist are only verified.
+
+    \b
+    Examples:
+      mmtrain data get --list
+      mmtrain data get etth1 weather
+      mmtrain data get etth1 --from-file ETTh1.csv
+    """
     if list_:
         _list(list(DATASETS.values()))
         return
     if not names:
-        raise UserError(f"name what to fetch: {', '.join(DATASETS)} (mmtrain data get --list)")
+        raise UserError(f"name at least one table: {', '.join(DATASETS)} (see mmtrain data get --list)")
     if from_file is not None and (len(names) > 1 or verify):
-        raise UserError("--from-file goes with one name, and not with --verify")
+        raise UserError("--from-file takes one name and excludes --verify")
     root = find_data_root(data_root)
-    faults = []
+    errors = []
     for dataset in [find_dataset(name) for name in names]:
         try:
             if verify:
                 _report(verify_dataset(dataset, root), dataset)
             else:
-                told = _Ticker(dataset.name)
+                told = _Progress(dataset.name)
                 _report(get_dataset(dataset, root, force=force, from_file=from_file, told=told), dataset)
         except UserError as error:
-            faults.append(str(error))
-    if faults:
-        raise UserError("\n".join(faults))
+            errors.append(str(error))
+    if errors:
+        raise UserError("\n".join(errors))
 
 
 def digest_command(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="CSV or parquet files.")],
 ) -> None:
-    """The digest of a table's columns, stamps and float32 values: the same for CSV and parquet."""
+    """Print the digest of a table's column names, times and float32 values. It is the same for CSV and parquet.
+
+    \b
+    Examples:
+      mmtrain data digest ETTh1.csv ETTh1.parquet
+    """
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: no such file")
         typer.echo(f"{read_content(file).digest}  {file}")
 
 
-class _Ticker:
-    """Bytes so far, on a terminal only."""
+class _Progress:
+    """Print the number of bytes downloaded so far, on a terminal only."""
 
     def __init__(self, name: str) -> None:
         self.name, self.shown = name, 0
@@ -80,10 +93,10 @@ class _Ticker:
 
 def _report(got: Fetched, dataset: Dataset) -> None:
     content = got.checked.content
-    origin = f"from {got.origin}" if got.origin else "was there already"
+    origin = f"from {got.origin}" if got.origin else "already exists"
     typer.echo(f"{got.path}: {content.rows} rows, {len(content.columns)} columns; {origin}")
-    typer.echo(f"  checked: {got.checked.how}")
-    kept = "as the first time" if got.known else f"kept in {got.path.name}.sha256 to compare with later"
+    typer.echo(f"  verified: {got.checked.how}")
+    kept = "unchanged" if got.known else f"written to {got.path.name}.sha256 for later comparison"
     typer.echo(f"  SHA-256 {got.checked.sha256} ({kept})")
     typer.echo(f"  licence: {dataset.licence}; {dataset.citation}")
     if dataset.note:
@@ -91,13 +104,13 @@ def _report(got: Fetched, dataset: Dataset) -> None:
 
 
 def _list(datasets: list[Dataset]) -> None:
-    table = Table("name", "file", "rows", "columns", "from", "to", "step", "checked by", "licence", "address")
+    table = Table("name", "file", "rows", "columns", "from", "to", "time step", "verified by", "licence", "address")
     for dataset in datasets:
-        sure = "digest" if dataset.digest else "shape"
+        check = "digest" if dataset.digest else "shape"
         if all(source.sha256 for source in dataset.sources):
-            sure = "SHA-256"
+            check = "SHA-256"
         step = f"{dataset.step // 86400} d" if dataset.step >= 86400 else f"{dataset.step // 60} min"
-        figures = (str(dataset.rows), str(len(dataset.columns)), dataset.first[:10], dataset.last[:10], step, sure)
+        figures = (str(dataset.rows), str(len(dataset.columns)), dataset.first[:10], dataset.last[:10], step, check)
         table.add_row(dataset.name, dataset.stem, *figures, dataset.licence, dataset.sources[0].url)
-    width = None if sys.stdout.isatty() else 320  # a pipe has no width: lines must not be cut
+    width = None if sys.stdout.isatty() else 320  # a pipe has no width, and its lines must not be cut
     Console(width=width).print(table, highlight=False)

@@ -1,6 +1,6 @@
 """``mmtrain data prepare`` for images, and ``mmtrain data index``.
 
-The options of ``prepare`` have the names of the arguments of the function that is called, which therefore gets
+The parameters of each ``prepare`` command have the names of the arguments of the function it calls, so that it can pass
 ``locals()``.
 """
 
@@ -26,17 +26,19 @@ from mmtrain.data.prepare.output import Prepared
 from mmtrain.data.prepare.targets import prepare_coco, prepare_segmentation
 from mmtrain.errors import UserError, os_errors
 
-Size = Annotated[int | None, typer.Option(help="Shrink images whose shorter side is longer than this (pixels).")]
-Quality = Annotated[int, typer.Option(help="Of the JPEGs that are made anew, 1 to 100.")]
-ShardSize = Annotated[int, typer.Option(help="Samples in a shard, at most.")]
+Size = Annotated[int | None, typer.Option(help="Shrink images whose shorter side exceeds this many pixels.")]
+Quality = Annotated[int, typer.Option(help="Quality of re-encoded JPEG images, 1 to 100.")]
+ShardSize = Annotated[int, typer.Option(help="Largest number of samples per shard.")]
 Turned = Annotated[
     str | None,
     typer.Option(
-        help="Targets of photos that EXIF marks as turned were made on the photo as it is shown (upright) or on the "
-        "pixels as they are stored (stored); needed where their size does not tell."
+        help="Orientation of the targets of photos with an EXIF rotation: upright (photo as displayed) or stored "
+        "(pixels as stored). Needed if the sizes do not tell."
     ),
 ]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be used: OUT/skipped.txt lists it.")]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Leave out unusable samples and list them in OUT/skipped.txt.")
+]
 
 
 def images_command(
@@ -45,48 +47,61 @@ def images_command(
     image_size: Size = None,
     shard_size: ShardSize = 1000,
     workers: Workers = None,
-    val_fraction: Annotated[float, typer.Option(help="Part to set aside if there is no val folder.")] = 0.1,
-    test_fraction: Annotated[float, typer.Option(help="Part to set aside if there are only class folders.")] = 0.1,
+    val_fraction: Annotated[float, typer.Option(help="Validation fraction, if there is no val folder.")] = 0.1,
+    test_fraction: Annotated[float, typer.Option(help="Test fraction, if there are only class folders.")] = 0.1,
     force: Force = False,
 ) -> None:
-    """Folders of images, one per class, into tar shards."""
+    """Pack folders of images, one per class, into tar shards.
+
+    \b
+    Examples:
+      mmtrain data prepare images --root photos --out data/photos
+      mmtrain submit --config vim2_digits --local 1 data.root=data/photos data.image_size=64 model.num_classes=3
+    """
     _report(prepare_images(**locals()))
 
 
 def imagenet_command(
-    root: Annotated[Path, typer.Option(help="Holds train/WNID and val, or Kaggle's ILSVRC/Data/CLS-LOC.")],
+    root: Annotated[Path, typer.Option(help="Folder with train/WNID and val, or Kaggle's ILSVRC/Data/CLS-LOC.")],
     out: Out,
     image_size: Size = None,
     quality: Quality = 95,
     shard_size: ShardSize = 1000,
     workers: Workers = None,
-    expect: Annotated[str, typer.Option(help="full: every image must be there; any: take what is.")] = "full",
+    expect: Annotated[str, typer.Option(help="full: every image must exist; any: pack the existing images.")] = "full",
     val_labels: Annotated[
-        Path | None, typer.Option(help="Classes of a flat val folder, a line an image, or Kaggle's list.")
+        Path | None, typer.Option(help="Classes of a flat val folder, one line per image, or Kaggle's list.")
     ] = None,
     devkit: Annotated[
-        Path | None, typer.Option(help="meta.mat of the devkit, if --val-labels holds its ILSVRC ids.")
+        Path | None, typer.Option(help="meta.mat of the devkit, if --val-labels contains its ILSVRC ids.")
     ] = None,
     skip_bad: SkipBad = False,
     force: Force = False,
 ) -> None:
-    """ImageNet (ILSVRC 2012) into tar shards; goes on where it was interrupted."""
+    """Pack ImageNet (ILSVRC 2012) into tar shards. An interrupted call continues where it stopped.
+
+    \b
+    Examples:
+      mmtrain data prepare imagenet --root ILSVRC2012 --out data/imagenet
+    """
     _report(prepare_imagenet(**locals()))
 
 
 def segmentation_command(
-    root: Annotated[Path, typer.Option(help="Holds images/train and annotations/train, or train and trainannot.")],
+    root: Annotated[
+        Path, typer.Option(help="Folder with images/train and annotations/train, or train and trainannot.")
+    ],
     out: Out,
-    classes: Annotated[Path | None, typer.Option(help="A file with the classes' names, one a line.")] = None,
+    classes: Annotated[Path | None, typer.Option(help="File with the class names, one per line.")] = None,
     ignore: Annotated[
-        list[int] | None, typer.Option(help="A number that is no class (default: 255); may be repeated.")
+        list[int] | None, typer.Option(help="Mask value that is not a class (default: 255); repeatable.")
     ] = None,
     zero_is_void: Annotated[
-        bool, typer.Option("--zero-is-void", help="0 becomes 255 and n becomes n - 1, as is usual for ADE20K.")
+        bool, typer.Option("--zero-is-void", help="Map 0 to 255 and n to n - 1, as is usual for ADE20K.")
     ] = False,
     mask_values: Annotated[
         str | None,
-        typer.Option(help="The values of class 0, 1, ... in the masks, where they are no class numbers: 0,255."),
+        typer.Option(help="Mask values of classes 0, 1, ... if they are not the class numbers, such as 0,255."),
     ] = None,
     turned: Turned = None,
     image_size: Size = None,
@@ -96,93 +111,128 @@ def segmentation_command(
     skip_bad: SkipBad = False,
     force: Force = False,
 ) -> None:
-    """Images and masks (a class number for each pixel) into tar shards."""
+    """Pack images and masks (one class number per pixel) into tar shards.
+
+    \b
+    Examples:
+      mmtrain data prepare segmentation --root ADEChallengeData2016 --out data/ade20k --zero-is-void
+    """
     _report(prepare_segmentation(**{**locals(), "ignore": ignore or [VOID]}))
 
 
 def coco_command(
     images: Annotated[Path, typer.Option(help="Folder of the training images.")],
-    annotations: Annotated[Path, typer.Option(help="Their annotations, such as instances_train2017.json.")],
+    annotations: Annotated[Path, typer.Option(help="Training annotations, such as instances_train2017.json.")],
     out: Out,
     val_images: Annotated[Path | None, typer.Option(help="Folder of the validation images.")] = None,
-    val_annotations: Annotated[Path | None, typer.Option(help="Their annotations.")] = None,
+    val_annotations: Annotated[Path | None, typer.Option(help="Validation annotations.")] = None,
     turned: Turned = None,
     shard_size: ShardSize = 1000,
     workers: Workers = None,
     skip_bad: SkipBad = False,
     force: Force = False,
 ) -> None:
-    """Images with boxes and outlines in COCO's format into tar shards."""
+    """Pack images with boxes and outlines in the COCO format into tar shards.
+
+    \b
+    Examples:
+      mmtrain data prepare coco --images train2017 --annotations instances_train2017.json --out data/coco
+    """
     _report(prepare_coco(**locals()))
 
 
 def digits_command(
-    out: Out, image_size: Annotated[int, typer.Option(help="Side in pixels.")] = 32, force: Force = False
+    out: Out, image_size: Annotated[int, typer.Option(help="Side length in pixels.")] = 32, force: Force = False
 ) -> None:
-    """The 1,797 real hand-written digits of scikit-learn."""
+    """Pack the 1,797 scanned digits of scikit-learn into tar shards.
+
+    \b
+    Examples:
+      mmtrain data prepare digits --out data/digits
+    """
     _report(prepare_digits(**locals()))
 
 
 def ffcv_command(
-    root: Annotated[Path, typer.Option(help="A dataset of tar shards: ROOT/train, and ROOT/val and ROOT/test.")],
+    root: Annotated[
+        Path, typer.Option(help="Data set of tar shards: ROOT/train, and optionally ROOT/val and ROOT/test.")
+    ],
     out: Out,
-    write_mode: Annotated[str, typer.Option(help="jpg, raw (pixels), or proportion (some of each).")] = "jpg",
+    write_mode: Annotated[
+        str, typer.Option(help="Storage of images: jpg, raw (pixels), or proportion (some of each).")
+    ] = "jpg",
     max_resolution: Annotated[
-        int | None, typer.Option(help="Shrink images whose longer side is longer than this (pixels).")
+        int | None, typer.Option(help="Shrink images whose longer side exceeds this many pixels.")
     ] = None,
     jpeg_quality: Annotated[
-        int | None, typer.Option(help="Encode all anew (default: keep JPEG files that fit as they are, others at 90).")
+        int | None,
+        typer.Option(help="Re-encode all images with this quality (default: copy JPEG files that fit, others at 90)."),
     ] = None,
-    compress_probability: Annotated[float, typer.Option(help="Part to store as JPEG, for proportion.")] = 0.5,
-    page_size: Annotated[int, typer.Option(help="MiB, a power of two; the largest image must fit in.")] = 8,
+    compress_probability: Annotated[
+        float, typer.Option(help="With --write-mode proportion: fraction stored as JPEG.")
+    ] = 0.5,
+    page_size: Annotated[int, typer.Option(help="Page size in MiB, a power of two; must fit the largest image.")] = 8,
     workers: Workers = None,
     force: Force = False,
 ) -> None:
-    """Tar shards into FFCV's files, one for each split: the same samples in the same order."""
+    """Convert tar shards to FFCV files, one per split, with the same samples in the same order.
+
+    \b
+    Examples:
+      mmtrain data prepare ffcv --root data/imagenet --out data/imagenet_ffcv
+      mmtrain submit --config vim2_base_in1k_ffcv --nodes 4
+    """
     options = locals()
-    from mmtrain.data.prepare.ffcv import prepare_beton  # brings torch
+    from mmtrain.data.prepare.ffcv import prepare_beton  # imports torch
 
     _report(prepare_beton(**options))
 
 
 def _report(done: Prepared) -> None:
-    """What is in the dataset, in a line; and what is not."""
+    """Print the numbers of samples and classes, and the number of skipped samples."""
     counts = ", ".join(f"{count} {split}" for split, count in done.meta["counts"].items())
-    state = "written" if done.fresh else "was there already, nothing to do"
+    state = "written" if done.fresh else "already exists, nothing to do"
     classes = f"{len(done.meta['classes'])} classes" if "classes" in done.meta else "classes without names"
     typer.echo(f"{done.out}: {counts}; {classes}; {state}")
     if skipped := done.meta.get("skipped"):
-        typer.echo(f"{skipped} could not be used and were left out: {done.out / 'skipped.txt'}", err=True)
+        typer.echo(f"{skipped} unusable samples were left out: see {done.out / 'skipped.txt'}", err=True)
 
 
 def index_command(
     shards: Annotated[
-        list[str], typer.Argument(help="Shards, folders of shards, shard-{000000..000009}.tar, or addresses of them.")
+        list[str],
+        typer.Argument(help="Shards, folders of shards, patterns such as shard-{000000..000009}.tar, or URLs."),
     ],
-    window: Annotated[int, typer.Option(help="The data.shuffle_window to show the mixing of.")] = 8,
+    window: Annotated[int, typer.Option(help="Value of data.shuffle_window whose mixing is printed.")] = 8,
     out: Annotated[
-        Path | None, typer.Option(help="Write the indexes here too: copy them beside the shards of an address.")
+        Path | None, typer.Option(help="Also write the indexes to this folder, to be copied next to remote shards.")
     ] = None,
 ) -> None:
-    """Make the indexes of tar shards afresh, with checksums, so that no run has to."""
+    """Rebuild the indexes of tar shards, with checksums, so that no run has to build them.
+
+    \b
+    Examples:
+      mmtrain data index data/photos/train data/photos/val
+      mmtrain data index 'https://example.org/shard-{000000..000009}.tar' --out indexes
+    """
     paths = find_shards(shards)
     targets = [] if out is None else [out / (str(path).rpartition("/")[2] + ".idx") for path in paths]
     if twice := [target.name for target, count in Counter(targets).items() if count > 1]:
-        raise UserError(f"--out {out}: two of the shards would be {twice[0]}: give a folder for each split, one by one")
+        raise UserError(f"--out {out}: two shards would write {twice[0]}. Call the command once per split")
     if out is not None:
-        with os_errors(f"--out {out}: cannot be written", "give another folder"):
+        with os_errors(f"--out {out}: cannot be written", "choose another folder"):
             out.mkdir(parents=True, exist_ok=True)
     found = index_shards(paths, rebuild=True, digest=True, cache=default_cache())
     samples = sum(len(index) for index in found)
     classes = len(np.unique(np.concatenate([index.labels for index in found])))
     mixing = mixing_figure(Order([len(index) for index in found], seed=0, window=window))
-    typer.echo(f"{len(found)} shard(s), {samples} samples, {classes} classes: all in order")
+    typer.echo(f"{len(found)} shard(s), {samples} samples, {classes} classes: all valid")
     typer.echo(
-        f"shuffled in windows of {window} shard(s) (data.shuffle_window), neighbours in a shard come {mixing:.3f} times"
-        " as far apart as in a full shuffle"
+        f"data.shuffle_window={window}: neighbours in a shard are {mixing:.3f} times as far apart in the order of"
+        " training as after a full shuffle"
     )
     if out is not None:
         for target, index in zip(targets, found, strict=True):
             if fault := write_index(index, target):
-                raise UserError(f"--out {out}: {target.name} cannot be written ({fault}); give another folder")
+                raise UserError(f"--out {out}: {target.name} cannot be written ({fault}). Choose another folder")
         typer.echo(f"{out}: {len(found)} index(es)")

@@ -1,7 +1,7 @@
-"""The M5 competition's daily sales of 30,490 Walmart products, with their prices, events and SNAP days.
+"""Prepare the M5 competition data: daily sales of 30,490 Walmart products, with prices, events and SNAP days.
 
-It reads three files: sales.parquet (six id columns, then d_1, d_2, ...), prices_cents_wide.parquet (one row
-for each row of the sales, one column for each week; 0: not on sale yet) and calendar.csv. The data is Kaggle's, for
+Three files are read: sales.parquet (six id columns, then d_1, d_2, ...), prices_cents_wide.parquet (one row for each
+row of the sales, one column for each week; 0: not on sale yet) and calendar.csv. The data is from Kaggle, for
 non-commercial and academic use.
 """
 
@@ -31,26 +31,30 @@ FILES = ("sales.parquet", "prices_cents_wide.parquet", "calendar.csv")
 STATIC = ("item_id", "dept_id", "cat_id", "store_id", "state_id")
 STATES = ("CA", "TX", "WI")
 EVENTS = ("Cultural", "National", "Religious", "Sporting")
-#: Rows read at once: products × days × 2 arrays of 8 bytes.
+#: Products read at a time; they need products × days × 2 arrays of 8 bytes.
 _BATCH = 512
 
 
 def prepare_m5(root: str | Path, out: str | Path, *, days: int = 28, force: bool = False) -> Prepared:
-    """Write the panel of ROOT's three files to OUT.
+    """Prepare a panel from the three M5 files in ``root``.
 
-    Target ``sales``; known in advance ``price`` (in dollars) of each product, and for its state ``snap`` and
-    ``event_cultural``, ``event_national``, ``event_religious``, ``event_sporting``, for all days of the calendar.
-    Static are the five ids. A series begins at its first price or sale: before that the product was not on sale. A day
-    without a price takes the one before, or else the next one; how many there are is said. The last ``days`` are the
-    test split, those before them validation.
+    The target is ``sales``. Known in advance, for all days of the calendar, are ``price`` (dollars) of each product,
+    and for its state ``snap``, ``event_cultural``, ``event_national``, ``event_religious`` and ``event_sporting``. The
+    five ids are static. A series begins at its first price or sale, since the product was not on sale before. A day
+    without a price takes the last price before it, or else the next one; the number of these days is logged.
+
+    Args:
+        out: the panel folder to write.
+        days: length of the test split (the last days of each series), and of the validation split before it.
+        force: replace an existing ``out``.
 
     Raises:
-        UserError: for a file that is missing, or not as described.
+        UserError: if a file is missing or has other content.
     """
     root = Path(root).expanduser()
     lacking = [name for name in FILES if not (root / name).is_file()]
     if lacking:
-        raise UserError(f"--root {root}: it lacks {', '.join(lacking)} (wanted are {', '.join(FILES)})")
+        raise UserError(f"--root {root}: {', '.join(lacking)} missing; the folder must contain {', '.join(FILES)}")
     calendar, first = _calendar(root / FILES[2])
     layout = Layout(
         columns=["sales"],
@@ -73,19 +77,19 @@ def prepare_m5(root: str | Path, out: str | Path, *, days: int = 28, force: bool
 
 
 def _calendar(file: Path) -> tuple[pd.DataFrame, np.datetime64]:
-    """The calendar and its first day."""
+    """Read the calendar; return it and its first day."""
     frame = read_frame(file)
     wanted = ("date", "wm_yr_wk", "d", "event_type_1", "event_type_2", *(f"snap_{state}" for state in STATES))
     if lacking := [name for name in wanted if name not in frame.columns]:
-        raise UserError(f"{file}: columns {', '.join(lacking)} are missing: not the calendar of M5")
+        raise UserError(f"{file}: columns {', '.join(lacking)} are missing; use the calendar.csv of M5")
     times = read_times(frame, file, "date")
     if times is None or (np.diff(times[0]) != np.timedelta64(1, "D")).any():
-        raise UserError(f"{file}: its dates are not one day after the other: not the calendar of M5")
+        raise UserError(f"{file}: the dates are not consecutive days; use the calendar.csv of M5")
     return frame, times[0][0]
 
 
 def _shared(calendar: pd.DataFrame) -> NDArray[np.float32]:
-    """(states, days, snap and kinds of events)."""
+    """Return the covariates of each state (states, days, snap and kinds of events)."""
     kinds = [
         ((calendar["event_type_1"] == kind) | (calendar["event_type_2"] == kind)).to_numpy(np.float32)
         for kind in EVENTS
@@ -95,23 +99,27 @@ def _shared(calendar: pd.DataFrame) -> NDArray[np.float32]:
 
 
 def _series(root: Path, calendar: pd.DataFrame) -> Iterator[Series]:
+    """Yield the products, a batch at a time, after checks of the two files."""
     sales, prices = (root / name for name in FILES[:2])
     there, weeks = set(schema_of(sales).names), schema_of(prices).names
     days = [name for name in calendar["d"] if name in there]
     if lacking := [name for name in ("id", *STATIC) if name not in there]:
-        raise UserError(f"{root / FILES[0]}: columns {', '.join(lacking)} are missing: not the sales of M5")
+        raise UserError(f"{root / FILES[0]}: columns {', '.join(lacking)} are missing; use the sales of M5")
     if days != list(calendar["d"][: len(days)]) or not days:
-        raise UserError(f"{root / FILES[0]}: its days are not d_1, d_2, ... without a gap")
-    week = {name: place for place, name in enumerate(weeks)}
+        raise UserError(f"{root / FILES[0]}: the day columns must be d_1, d_2, ... without gaps; use the sales of M5")
+    week = {name: column for column, name in enumerate(weeks)}
     of_day = [week.get(f"w{number}", -1) for number in calendar["wm_yr_wk"]]
     if -1 in of_day:
-        raise UserError(f"{root / FILES[1]}: a week of the calendar is missing: not the prices of M5")
+        raise UserError(f"{root / FILES[1]}: a week of the calendar is missing; use the prices of M5")
     if (sold_rows := rows_of(sales)) != (priced_rows := rows_of(prices)):
-        raise UserError(f"{root}: {sold_rows} rows of sales and {priced_rows} of prices")
-    state = {name: place for place, name in enumerate(STATES)}
-    both = batches(sales, ["id", *STATIC, *days], rows=_BATCH), batches(prices, weeks, rows=_BATCH)
+        raise UserError(
+            f"{root}: {FILES[0]} has {sold_rows} rows, but {FILES[1]} has {priced_rows}; use the files of M5, which "
+            "have the same rows"
+        )
+    state = {name: number for number, name in enumerate(STATES)}
+    pairs = batches(sales, ["id", *STATIC, *days], rows=_BATCH), batches(prices, weeks, rows=_BATCH)
     carried = 0
-    for sold, priced in zip(*both, strict=True):
+    for sold, priced in zip(*pairs, strict=True):
         price = numbers_of(priced, weeks, prices)[:, of_day] / 100
         values = np.full((sold.num_rows, len(calendar)), np.nan)
         values[:, : len(days)] = numbers_of(sold, days, sales)
@@ -131,4 +139,8 @@ def _series(root: Path, calendar: pd.DataFrame) -> Iterator[Series]:
                 ids,
                 state[text["state_id"][row]],
             )
-    logger.info("%s: %d days without a price have that of the nearest day before, else after", root / FILES[1], carried)
+    logger.info(
+        "%s: %d days without a price were filled with the last price before, or else the next one",
+        root / FILES[1],
+        carried,
+    )

@@ -1,7 +1,7 @@
-"""The output folder of a preparation: complete, or absent; what is there already is compared with what is asked for.
+"""Output folders of prepared datasets. A folder is either complete or absent.
 
-An :class:`Origin` says what a data set was prepared from. A folder that was moved, or is named by another path, is the
-same source: its content counts, not its place.
+An existing dataset is reused if it has the requested source and settings. An :class:`Origin` identifies the source by
+its content, so a source that was moved or is named by another path is still the same.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from mmtrain.errors import UserError, os_errors
 from mmtrain.files import exclusive, write_atomically
 from mmtrain.log import logger
 
-FORMAT = 1  # of datasets of shards and of betons
+FORMAT = 1  # format version of datasets of shards and of betons
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The folder, its meta.json, and whether it was written now (False: it was there already)."""
+    """A prepared dataset."""
 
-    out: Path
-    meta: dict[str, Any]
-    fresh: bool
+    out: Path  # its folder
+    meta: dict[str, Any]  # content of its meta.json
+    fresh: bool  # whether it was written by this call; False: it existed before
 
 
 def check_root(root: Path, out: Path | None = None) -> None:
-    """Raise UserError if there is no folder ``root``, or if it is ``out``."""
+    """Raise UserError if the folder ``root`` does not exist, or if ``out`` is the same folder."""
     if not root.is_dir():
         raise UserError(f"--root {root}: no such folder (looked for {root.absolute()})")
     if out is not None and out.absolute() == root.absolute():
-        raise UserError(f"--out {out} is the same folder as --root")
+        raise UserError(f"--out {out}: is the same folder as --root; give another --out")
 
 
 def existing(
@@ -50,13 +50,19 @@ def existing(
     kind: str | None = None,
     format: int = FORMAT,
 ) -> Prepared | None:
-    """The dataset at ``out`` if it is complete and was made from ``origin`` with these settings.
+    """Return the dataset at ``out`` if it is complete and was prepared from ``origin`` with these settings.
 
-    None without one, or with ``force``. ``kind`` and ``format``: what meta.json must say too. A source that lies at
-    another place by now is the same one if its content is.
+    A source that has been moved is the same source if its content is the same.
+
+    Args:
+        force: return None in any case, so that ``out`` is written again.
+        kind, format: values that meta.json must have in addition to the settings.
+
+    Returns:
+        The dataset; None if there is none.
 
     Raises:
-        UserError: for a dataset of another source or with other settings; it lists all that differs.
+        UserError: if the dataset has another source or other settings; the message lists all differences.
     """
     file = out / "meta.json"
     made_as = {"format": format} if kind is None else {"kind": kind, "format": format}
@@ -67,7 +73,7 @@ def existing(
         found = {**{key: meta.get(key) for key in made_as}, "source": meta["source"], **meta["settings"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{file}: not the meta.json of a prepared dataset ({error}); give --force or another --out"
+            f"{file}: not the meta.json of a prepared dataset ({error}); give --force to replace it, or another --out"
         ) from error
     wanted = {"source": origin.name, **settings, **made_as}
     other = [key for key in wanted if found.get(key) != wanted[key]]
@@ -75,23 +81,31 @@ def existing(
     moved = bool(other) and all(key in PATHS and found.get(key) is not None for key in other)
     if other and not (moved and origin.matches(meta)):
         different = "; ".join(f"{key} {found.get(key)!r}, not {wanted[key]!r}" for key in other)
-        raise UserError(f"{out}: holds a dataset made with {different}; give --force or another --out")
+        raise UserError(
+            f"{out}: contains a dataset prepared with {different}; give --force to replace it, or another --out"
+        )
     return Prepared(out, meta, fresh=False)
 
 
 def write_meta(folder: Path, meta: Mapping[str, Any]) -> None:
-    """Write meta.json, durably."""
+    """Write meta.json and flush it to disk."""
     write_atomically(folder / "meta.json", json.dumps(meta, indent=1) + "\n", durable=True)
 
 
 @contextmanager
 def prepared_folder(out: Path, *, force: bool, recipe: str | None = None, keep: bool = False) -> Iterator[Path]:
-    """A sibling of ``out`` to write into, renamed to ``out`` at the end.
+    """Yield a temporary folder next to ``out`` to write into; rename it to ``out`` at the end.
 
-    ``force`` replaces what is there, at the very end. ``recipe`` names the sibling: a process that is killed or
-    interrupted leaves it behind, and the next one with the same recipe gets it back with all that is in it; those of
-    other recipes are removed. Without a recipe it always starts empty. ``keep``: it stays after an error too. One
-    process at a time writes ``out``.
+    Only one process at a time can write ``out``.
+
+    Args:
+        force: replace an existing ``out``, after everything is written.
+        recipe: name of the temporary folder. A killed or interrupted process leaves the folder behind, and the next
+            one with the same recipe continues in it. Folders of other recipes are removed. None: start empty.
+        keep: also leave the folder behind after an error.
+
+    Raises:
+        UserError: if ``out`` exists and ``force`` is false, if another process is writing it, or if writing fails.
     """
     out = out.absolute()
     if _occupied(out) and not force:
@@ -101,22 +115,24 @@ def prepared_folder(out: Path, *, force: bool, recipe: str | None = None, keep: 
     try:
         with exclusive(out.with_name(f".{out.name}.lock"), wait=False):
             if _occupied(out) and not force:
-                raise UserError(f"{out}: another process has written it meanwhile; start again to check what it wrote")
+                raise UserError(f"{out}: another process has just written it; run the command again to check it")
             yield from _filled(out, recipe, keep)
     except BlockingIOError as error:
-        raise UserError(f"{out}: another process is writing it; wait for it, or give another --out") from error
+        raise UserError(f"{out}: another process is writing it; wait until it ends, or give another --out") from error
 
 
 def _occupied(out: Path) -> bool:
+    """Return whether ``out`` is a file or a folder that is not empty."""
     return out.exists() and (not out.is_dir() or any(out.iterdir()))
 
 
 def _filled(out: Path, recipe: str | None, keep: bool) -> Iterator[Path]:
+    """Yield the temporary folder and move it to ``out``; see :func:`prepared_folder`."""
     part = out.with_name(f".{out.name}.partial-{recipe or 'whole'}")
     with os_errors(f"{out}: cannot be written", "give another --out"):
         for left in out.parent.glob(f".{out.name}.partial-*"):
             if left != part or recipe is None:
-                logger.warning("%s: left by a preparation with other settings or images, removed", left)
+                logger.warning("%s: removed; it was left by a preparation with other settings or files", left)
                 shutil.rmtree(left, ignore_errors=True)
         part.mkdir(exist_ok=True)
     try:
@@ -131,51 +147,50 @@ def _filled(out: Path, recipe: str | None, keep: bool) -> Iterator[Path]:
     except BaseException as error:
         interrupted = not isinstance(error, Exception)
         if (keep or interrupted) and any(part.rglob("*.tar")):
-            logger.warning("what is finished stays in %s: the same command goes on from there", part)
+            logger.warning("finished shards are kept in %s; the same command resumes from them", part)
         else:
             shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError):
-            # What the source cannot give is reported where it is read; what is left is the target, above all a full
-            # disk.
+            # Errors of the source are reported where it is read, so this one is of the target, often a full disk.
             raise UserError(f"{out}: writing failed ({error.strerror or error})") from error
         raise
 
 
-#: Settings that are paths. Their files count as content, too.
+#: Settings that are paths. Their files are part of the content of the source.
 PATHS = ("source", "calendar", "val_labels")
-#: Files that are read whole for a digest, together; of more only the ends of some are read.
+#: Sources up to ``_READ`` bytes are digested whole; of larger ones, ``_END`` bytes of both ends of ``_SOME`` files.
 _READ, _SOME, _END = 256 << 20, 64, 64 << 10
 
 
 @dataclass(frozen=True)
 class Origin:
-    """``name``: as meta.json has it. ``paths``: the files and folders that it stands for, none for made-up data."""
+    """The source of a prepared dataset."""
 
-    name: str
-    paths: tuple[Path, ...] = ()
+    name: str  # as written to meta.json
+    paths: tuple[Path, ...] = ()  # its files and folders; none for synthetic data
 
     @classmethod
     def of(cls, *paths: str | Path | None) -> Origin:
-        """The first path is the one that is named; of the others only the content counts."""
+        """Build the origin from paths. The first one gives the name; the others count only by their content."""
         given = tuple(Path(os.path.realpath(Path(path).expanduser())) for path in paths if path is not None)
         return cls(str(given[0]), given)
 
     def to_meta(self) -> dict[str, Any]:
-        """The part of meta.json that :meth:`matches` looks at."""
+        """Return the entries of meta.json that :meth:`matches` compares."""
         return {"source": self.name, **({"content": self.content()} if self.paths else {})}
 
     def matches(self, meta: Mapping[str, Any]) -> bool:
-        """Whether ``meta`` is of a dataset with this content. One of version 0.1.0 does not say what its content is."""
+        """Return whether the dataset of ``meta`` has this content. False for version 0.1.0, which recorded none."""
         return bool(self.paths) and meta.get("content") == self.content()
 
     def content(self) -> str:
-        """A digest of the names below the paths and the sizes of the files, and of what is in the files.
+        """Return a digest of the names, sizes and content of all files in the paths.
 
-        All is read where that is little; else the beginnings and the ends of some files spread over all of them. Hidden
-        files and the indexes of shards are left out.
+        Small sources are read completely. For large ones the starts and ends of some evenly spread files are read.
+        Hidden files and the indexes of shards are ignored.
 
         Raises:
-            UserError: for files that cannot be read.
+            UserError: if a file cannot be read.
         """
         digest = hashlib.blake2b(digest_size=16)
         with os_errors(f"{self.name}: cannot be read"):
@@ -195,7 +210,7 @@ class Origin:
 
 
 def same_path(one: Any, other: Any) -> bool:
-    """Whether two values of meta.json name the same place; a source may be several paths (", " and "; ")."""
+    """Return whether two values of meta.json name the same paths; a source may be several, joined by ", " and "; "."""
     return isinstance(one, str) and isinstance(other, str) and _real(one) == _real(other)
 
 
@@ -204,7 +219,7 @@ def _real(name: str) -> list[list[str]]:
 
 
 def _files(path: Path) -> Iterator[tuple[str, Path, int]]:
-    """Name below ``path``, path and size of each file, in the order of the names."""
+    """Yield the name relative to ``path``, the path and the size of each file, sorted by folder and name."""
     if not path.is_dir():
         yield "", path, path.stat().st_size
         return

@@ -1,6 +1,6 @@
-"""``mmtrain data prepare panel``: tables of many series → a panel.
+"""Prepare a panel from tables of many series (``mmtrain data prepare panel``).
 
-The series come in one of three layouts, which are told apart by their columns: long, wide, or a file for each series.
+Three layouts are supported and recognised by their columns: long, wide, and one file for each series.
 """
 
 from __future__ import annotations
@@ -48,30 +48,34 @@ def prepare_panel(
     shard_mb: int = 64,
     force: bool = False,
 ) -> Prepared:
-    """Write the series in ``root`` to the new folder ``out``, for ``data.kind=panel``.
+    """Write the series in ``root`` as a panel to the folder ``out``, for ``data.kind=panel``.
 
-    ``root`` is a CSV or parquet file or a folder of them, in one of three layouts, told apart by their columns:
+    ``root`` is a CSV or parquet file, or a folder of them, in one of three layouts, recognised by the columns:
 
-    - long: a row for each series and time, with an id column and a time column;
-    - wide: a row for each series and a column for each step, with an id column and no time column;
-    - files: a folder with one file for each series, without an id column; the name of the file is the id.
+    - long: one row for each series and time, with an id column and a time column;
+    - wide: one row for each series and one column for each time step, with an id column and no time column;
+    - files: a folder with one file for each series and no id column; the name of a file is the id of its series.
 
     Args:
-        split: what the scalers are fitted for; another ``data.split`` fits them again at every start.
+        split: the split that the saved scalers are fitted for. Training with another ``data.split`` fits new scalers
+            at each start.
         id_column: default: the first column named id, unique_id, series_id or item_id.
-        time_column: "date": the first column named date, datetime, timestamp or time; None: rows as they come.
-        columns: the targets; default: all columns that are nothing else (of a wide panel: its steps).
-        known: columns known in advance; rows behind the last target that have them are kept for forecasts.
-        static: columns that do not change within a series: text (categories) or numbers.
-        calendar: a table of ``time_column`` and columns that are known in advance and shared by all series.
-        start, step: the times of a wide panel whose columns are not named by dates, such as 2011-01-29 and 1D.
-        missing: holes: keep them (train with data.missing=mask), or ffill, interpolate, zero.
-        duplicates: a time that comes twice in a series: error, or last (the last such row counts).
-        form: how the files are written, where it is not to be found out.
-        shard_mb: MiB of a shard, and about half of what preparing holds in memory.
+        time_column: "date": the first column named date, datetime, timestamp, time or ds, or else the only column that
+            contains dates. None: no times; the rows are used in the order of the file.
+        columns: target columns; default: all other columns of numbers (in a wide panel: its time steps).
+        known: columns known in advance. Rows after the last target that have them are kept for forecasts.
+        static: columns that are constant within a series: text (categories) or numbers.
+        calendar: table with a time column, and columns known in advance that all series share.
+        start, step: first time and time step of a wide panel whose columns are not named by dates, such as 2011-01-29
+            and 1D. ``step`` alone replaces the time step that is inferred from the times.
+        missing: handling of missing values: keep (train with data.missing=mask), ffill, interpolate or zero.
+        duplicates: handling of a time that a series has twice: error, or last (use the last of these rows).
+        form: how the files are written; None detects it.
+        shard_mb: size of a shard in MiB. Preparation needs about twice as much memory.
+        force: replace an existing ``out``.
 
     Raises:
-        UserError: with the file, the series and the cure.
+        UserError: for any fault of the files or arguments; the message names the file or argument, and the cure.
     """
     root = Path(root).expanduser()
     form = form or TableFormat()
@@ -90,9 +94,9 @@ def prepare_panel(
         **{key: value for key, value in vars(form).items() if value is not None},
     }
     if duplicates not in ("error", "last"):
-        raise UserError(f"--duplicates {duplicates}: error or last")
+        raise UserError(f"--duplicates {duplicates}: must be error or last")
     if shard_mb < 1:
-        raise UserError(f"--shard-mb {shard_mb}: MiB, 1 or more")
+        raise UserError(f"--shard-mb {shard_mb}: must be at least 1 (MiB)")
 
     def source(part: Path) -> tuple[Layout, Iterator[Series]]:
         files = table_files(root)
@@ -101,7 +105,10 @@ def prepare_panel(
         if wide:
             layout, series = _open_wide(files, found, start, given)
         elif start is not None:
-            raise UserError("--start is for a wide panel, one column a step; here the times come from the files")
+            raise UserError(
+                f"--start {start}: only for a wide panel (one column for each time step); leave it out, the files "
+                "contain the times"
+            )
         else:
             layout, series = open_long(files, found, part, given, duplicates)
         return (layout if calendar is None else _with_calendar(layout, calendar, form)), series
@@ -119,10 +126,10 @@ def prepare_panel(
 
 
 def _find_columns(file: Path, chosen: Columns, *, one_file: bool) -> tuple[bool, Columns]:
-    """Whether the panel is wide, and its columns by name.
+    """Return whether the panel is wide, and its columns by use.
 
     Raises:
-        UserError: for columns that are not there, or files that are no panel.
+        UserError: if a chosen column does not exist, or the file is not a panel.
     """
     schema = schema_of(file, chosen.form)
     names = schema.names
@@ -136,7 +143,8 @@ def _find_columns(file: Path, chosen: Columns, *, one_file: bool) -> tuple[bool,
         for name in wanted:
             if name not in names:
                 raise UserError(
-                    f"{file}: {flag} {name}: there is no such column{nearest(name, names)}; it has {listed(names)}"
+                    f"{file}: {flag} {name}: there is no such column{nearest(name, names)}; the columns are "
+                    f"{listed(names)}"
                 )
     lowered = {name.strip().lower(): name for name in reversed(names)}
     ids = chosen.id or next((lowered[name] for name in ID_NAMES if name in lowered), None)
@@ -150,42 +158,46 @@ def _find_columns(file: Path, chosen: Columns, *, one_file: bool) -> tuple[bool,
         texts = [f.name for f in schema if f.name not in used and not is_number(f.type)]
         time = find_dates(file, ids, texts, chosen.form) if texts else None
         if time is not None:
-            logger.info("%s: column %r holds dates: it is the time column (--time)", file, time)
+            logger.info("%s: column %r contains dates and is used as the time column (--time)", file, time)
     for flag, wanted in (("--known", chosen.known), ("--static", chosen.static), ("--columns", chosen.targets)):
         for name in wanted:
             if name in (ids, time):
-                what = "id" if name == ids else "time"
-                raise UserError(
-                    f"{file}: {flag} {name}: it is the {what} column; leave it out, or give another --{what}"
-                )
+                use = "id" if name == ids else "time"
+                raise UserError(f"{file}: {flag} {name}: it is the {use} column; leave it out, or give another --{use}")
     if ids is None and one_file:
         raise UserError(
-            f"{file}: no id column ({', '.join(ID_NAMES)}), so this is the table of one series: train on it with "
-            "data.kind=series, or name the column that tells series apart with --id"
+            f"{file}: there is no id column ({', '.join(ID_NAMES)}), so the table has one series: train on it with "
+            "data.kind=series, or name the id column with --id"
         )
     untimed = time is None and chosen.time is not None
     if ids is None and untimed:
-        raise UserError(f"{file}: no time column ({', '.join(TIME_NAMES)}): name it with --time, or give --time none")
+        raise UserError(
+            f"{file}: there is no time column ({', '.join(TIME_NAMES)}); name it with --time, or give --time none"
+        )
     targets = chosen.targets
     if not targets:
         free = [name for name in names if name not in (ids, time, *chosen.known, *chosen.static)]
         targets = [name for name in free if is_number(schema.field(name).type)]
         if text := [name for name in free if name not in targets]:
-            logger.warning("%s: %s hold no numbers and are left out (use them with --static)", file, ", ".join(text))
+            logger.warning(
+                "%s: ignored columns without numbers: %s (name them with --static to use them)", file, ", ".join(text)
+            )
     if not targets:
-        raise UserError(f"{file}: no column is left to forecast; its columns are {', '.join(names[:20])}")
+        raise UserError(f"{file}: there is no target column; its columns are {listed(names)}. Set --columns")
     if len({*targets, *chosen.known, *chosen.static}) < len(targets) + len(chosen.known) + len(chosen.static):
-        raise UserError(f"{file}: --columns, --known and --static name a column twice")
+        raise UserError(f"{file}: --columns, --known and --static name a column twice; name each column once")
     return untimed, replace(chosen, id=ids, time=time, targets=targets)
 
 
 def _open_wide(
     files: list[Path], columns: Columns, start: str | None, step: Step | None
 ) -> tuple[Layout, Iterator[Series]]:
+    """Return the layout of a wide panel and the stream of its series."""
     steps = columns.targets
     if columns.known:
         raise UserError(
-            "--known is for long tables and files of series: a wide panel has one value a step (--calendar)"
+            f"--known {', '.join(columns.known)}: not possible for a wide panel, which has one value for each time "
+            "step; use --calendar, or a long table"
         )
     layout = Layout(["value"], (), columns.static, timeline=_wide_timeline(files[0], steps, start, step, columns.form))
 
@@ -208,30 +220,33 @@ def _open_wide(
 def _wide_timeline(
     file: Path, steps: list[str], start: str | None, step: Step | None, form: TableFormat
 ) -> Timeline | None:
-    """The times of the columns ``steps``: ``start`` and ``step``, or else their names where these are dates."""
+    """Return the times of the columns ``steps``: by ``start`` and ``step``, or by their names if these are dates."""
     if start is not None and step is not None:
         try:
             return timeline_of(np.array([np.datetime64(start.strip().replace(" ", "T"), "us")]), step)
         except ValueError:
-            raise UserError(f"--start {start}: not a time, such as 2011-01-29 or 2011-01-29T06:00") from None
+            raise UserError(f"--start {start}: must be a time such as 2011-01-29 or 2011-01-29T06:00") from None
     stamps = _dates(steps, file, form.time_format)
     if start is not None or (step is not None and stamps is None):
-        raise UserError("--start and --step go together: the time of the first column, and how far the next is")
+        raise UserError("--start and --step: give both, the time of the first column and the time step between columns")
     if stamps is None:
-        logger.info("%s: its columns are not named by dates: no times, unless --start and --step say them", file)
+        logger.info("%s: the columns are not named by dates; without --start and --step the panel has no times", file)
         return None
     if (timeline := timeline_of(stamps, step)) is not None:
-        places, on = timeline.places(stamps)
-        if on.all() and (places == np.arange(len(places))).all():
+        positions, valid = timeline.places(stamps)
+        if valid.all() and (positions == np.arange(len(positions))).all():
             return timeline
-    raise UserError(f"{file}: the columns {steps[0]} to {steps[-1]} are dates without an even step: add those missing")
+    raise UserError(
+        f"{file}: the dates of the columns {steps[0]} to {steps[-1]} are not evenly spaced; add the missing columns"
+    )
 
 
 def _dates(names: list[str], file: Path, time_format: str | None) -> NDArray[np.datetime64] | None:
+    """Return the dates that are the names of columns; None if some name is not a date."""
     import pandas as pd
 
     if any(name.strip().isdigit() and len(name.strip()) < 6 for name in names):
-        return None  # 1, 2, 3: numbers of steps, and no years
+        return None  # names such as 1, 2, 3 number the time steps and are not years
     column = pd.Series(names)
     reading = find_reading(column, f"{file}: the names of the columns", time_format)
     made = None if reading is None else reading.stamps(column)
@@ -239,21 +254,25 @@ def _dates(names: list[str], file: Path, time_format: str | None) -> NDArray[np.
 
 
 def _with_calendar(layout: Layout, calendar: str | Path, form: TableFormat) -> Layout:
+    """Return ``layout`` with the columns of the table ``calendar`` as shared covariates."""
     table = read_table(calendar, form=replace(form, duplicates="keep_last"))
     if layout.timeline is None or table.stamps is None:
-        raise UserError(f"--calendar {calendar}: needs a time column, and a panel with times")
+        raise UserError(f"--calendar {calendar}: both the calendar and the data must have a time column")
     stamps = table.stamps
     if layout.zone is not None and table.zone is None:
-        stamps = to_utc(stamps, layout.zone)  # a calendar without a zone is that of the data
-    places, on = layout.timeline.places(stamps)
-    if not on.all():
-        raise UserError(f"--calendar {calendar}: {table.stamps[np.argmin(on)]} is not on the grid of the data's times")
-    kept = places >= 0
-    count = int(places.max()) + 1 if kept.any() else 0
+        stamps = to_utc(stamps, layout.zone)  # a calendar without a zone is in the zone of the data
+    positions, valid = layout.timeline.places(stamps)
+    if not valid.all():
+        raise UserError(
+            f"--calendar {calendar}: {table.stamps[np.argmin(valid)]} is not a whole number of time steps "
+            f"({layout.timeline.step}) from the first time of the data; correct it"
+        )
+    kept = positions >= 0
+    count = int(positions.max()) + 1 if kept.any() else 0
     shared = np.full((1, count, len(table.columns)), np.nan)
-    shared[0, places[kept]] = table.values[kept]
+    shared[0, positions[kept]] = table.values[kept]
     holes = np.flatnonzero(~np.isfinite(shared).all(axis=(0, 2)))
     if len(holes) or not count:
         lacking = layout.timeline.stamps(int(holes[0]) if len(holes) else 0, 1)[0]
-        raise UserError(f"--calendar {calendar}: it does not have {lacking}, which the data has: add that row")
+        raise UserError(f"--calendar {calendar}: there is no row for {lacking}, a time of the data; add it")
     return replace(layout, shared_columns=table.columns, shared=shared)

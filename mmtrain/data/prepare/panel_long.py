@@ -1,8 +1,7 @@
-"""Long tables of any size, and files of one series each, as a stream of series.
+"""Stream the series of long tables of any size, or of files with one series each.
 
-A first pass counts the series, their rows and their times; a second one puts every row into its place on disk.
-
-All files of a panel have one way of reading times, found before the first row is used.
+A first pass finds the series, their numbers of rows and their times. A second pass writes every row to its position in
+a temporary file. The format of the times is chosen before, once for all files.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-#: A grid of more times than this for each row is taken for a step that was guessed wrongly.
+#: If the grid has more times per row than this, the inferred time step is considered wrong.
 _MOST_GAPS = 4
 _NEVER = np.iinfo(np.int64).max
 
@@ -36,40 +35,46 @@ _NEVER = np.iinfo(np.int64).max
 def open_long(
     files: list[Path], columns: Columns, part: Path, step: Step | None, duplicates: str
 ) -> tuple[Layout, Iterator[Series]]:
-    """Scan ``files``; the stream of their series sorts their rows into temporary files in ``part`` first.
+    """Scan ``files`` and return the layout of the panel and the stream of its series.
+
+    Args:
+        part: folder for temporary files, into which the stream sorts all rows first.
+        step: the time step; None: the usual one.
+        duplicates: "error", or "last" to use the last of several rows with the same time.
 
     Raises:
-        UserError: for files without rows, columns that some file lacks, or times that are none.
+        UserError: if there are no rows, a file lacks a column, or a time cannot be read.
     """
     columns = with_reading(files, columns)
     scan = _Scan(files, columns)
     where = files[0].parent if len(files) > 1 else files[0]
     if not len(scan.rows):
-        raise UserError(f"{where}: there are no rows")
+        raise UserError(f"{where}: there are no rows; add the data below the header")
     timeline = None if columns.time is None else _timeline(where, scan, step)
     layout = Layout(columns.targets, columns.known, columns.static, timeline=timeline, zone=scan.zone)
     return layout, _Sorter(scan, part, timeline, duplicates).series(where)
 
 
 class _Scan:
-    """The first pass. By number of series: rows, and first and last time (µs)."""
+    """The first pass: for each series by number, its ``rows``, first time ``low`` and last time ``high`` (µs)."""
 
     def __init__(self, files: list[Path], columns: Columns) -> None:
         self.files, self.columns, self.numbers = files, columns, dict[str, int]()
         self.steps, self.local = Steps(), Steps()
         self.zone = None if columns.reading is None else columns.reading.zone
-        self._found = np.empty((4, 0), np.int64)  # rows, first time, last time, time of the latest row
+        self._found = np.empty((4, 0), np.int64)  # rows, earliest time, latest time, time of the last row read
         wanted = columns.keys or columns.targets[:1]
         for file in files:
             there = schema_of(file, columns.form).names
             needed = (*wanted, *columns.targets, *columns.known, *columns.static)
             if lacking := [name for name in needed if name not in there]:
-                raise UserError(f"{file}: columns {', '.join(lacking)} are missing, which the first file has")
+                raise UserError(f"{file}: columns {', '.join(lacking)} are missing; all files need the same columns")
             for batch in batches(file, wanted, columns.keys, form=columns.form):
                 self._add(_series_numbers(batch, file, columns, self.numbers), row_stamps(batch, file, columns))
         self.rows, self.low, self.high = self._found[:3, : len(self.numbers)]
 
     def _add(self, numbers: Int64s, stamps: Int64s | None) -> None:
+        """Take in rows, given by the number of their series and their time (µs)."""
         room = self._found.shape[1]
         if len(self.numbers) > room:
             more = np.repeat([[0], [_NEVER], [-_NEVER], [-_NEVER]], max(len(self.numbers) - room, room), axis=1)
@@ -78,47 +83,49 @@ class _Scan:
         np.add.at(rows, numbers, 1)
         if stamps is None:
             return
-        order, who, first = _by_series(numbers)
-        when = stamps[order]
-        before = np.where(first, latest[who], np.concatenate([[0], when[:-1]]))
-        both = before > -_NEVER
-        self.steps.add((when - before)[both])
+        order, series, first = _by_series(numbers)
+        times = stamps[order]
+        before = np.where(first, latest[series], np.concatenate([[0], times[:-1]]))
+        paired = before > -_NEVER
+        self.steps.add((times - before)[paired])
         end = np.ones(len(first), dtype=bool)
         end[:-1] = first[1:]
-        latest[who[end]] = when[end]
+        latest[series[end]] = times[end]
         self.steps.see(stamps)
         if self.zone is not None:
-            self.local.add(_local(when[both], self.zone) - _local(before[both], self.zone))
+            self.local.add(_local(times[paired], self.zone) - _local(before[paired], self.zone))
             self.local.see(_local(stamps, self.zone))
         np.minimum.at(low, numbers, stamps)
         np.maximum.at(high, numbers, stamps)
 
 
 def _local(microseconds: Int64s, zone: str) -> Int64s:
+    """Convert UTC times (µs) to local times of ``zone`` (µs)."""
     return to_local(microseconds.astype("datetime64[us]"), zone).astype(np.int64)
 
 
 def _by_series(numbers: Int64s) -> tuple[Int64s, Int64s, NDArray[np.bool_]]:
-    """The order of rows that sorts them by series, their series in that order, and which rows are a series' first."""
+    """Sort rows by series; return the order, the sorted series, and whether each row is the first of its series."""
     order = np.argsort(numbers, kind="stable")
-    who = numbers[order]
-    first = np.ones(len(who), dtype=bool)
-    first[1:] = who[1:] != who[:-1]
-    return order, who, first
+    series = numbers[order]
+    first = np.ones(len(series), dtype=bool)
+    first[1:] = series[1:] != series[:-1]
+    return order, series, first
 
 
 def _series_numbers(batch: pa.RecordBatch, file: Path, columns: Columns, known: dict[str, int]) -> Int64s:
-    """The number of the series of each row; new ids get the next one."""
+    """Return the number of the series of each row. Ids that are new are added to ``known`` with the next number."""
     if columns.id is None:
         return np.full(batch.num_rows, known.setdefault(file.stem, len(known)), dtype=np.int64)
     encoded = batch.column(columns.id).dictionary_encode()
     if encoded.null_count:
-        raise UserError(f"{file}: the id column {columns.id!r} is empty in {encoded.null_count} row(s)")
+        raise UserError(f"{file}: id column {columns.id!r}: empty in {encoded.null_count} row(s); fill them in")
     numbers = [known.setdefault(str(name), len(known)) for name in encoded.dictionary.to_pylist()]
     return np.array(numbers, dtype=np.int64)[encoded.indices.to_numpy(zero_copy_only=False)]
 
 
 def _timeline(where: Path, scan: _Scan, step: Step | None) -> Timeline:
+    """Return the grid of the scanned times; UserError if the time step is unknown, or most of the grid is empty."""
     origin = np.datetime64(int(scan.low.min()), "us")
     timeline = scan.steps.timeline(origin, step)
     if scan.zone is not None:
@@ -126,46 +133,48 @@ def _timeline(where: Path, scan: _Scan, step: Step | None) -> Timeline:
         if local is not None and local.step.whole_days:
             timeline = replace(local, zone=scan.zone)
     if timeline is None:
-        raise UserError(f"{where}: no series has two times, so there is no step: give --step, or --time none")
+        raise UserError(f"{where}: no series has two times to show the time step; give --step, or --time none")
     if scan.steps.backward:
-        logger.info("%s: %d rows come before earlier ones of their series; they are sorted", where, scan.steps.backward)
-    grid = int((_places(timeline, scan.high) - _places(timeline, scan.low) + 1).sum())
+        logger.info("%s: sorting by time; %d rows are out of order in their series", where, scan.steps.backward)
+    grid = int((_positions(timeline, scan.high) - _positions(timeline, scan.low) + 1).sum())
     if grid > _MOST_GAPS * int(scan.rows.sum()):
         raise UserError(
-            f"{where}: at a step of {timeline.step} its {int(scan.rows.sum())} rows would be {grid}, most of them "
-            "holes: give the right --step, or --time none to take the rows as they come"
+            f"{where}: with a time step of {timeline.step}, {int(scan.rows.sum())} rows become {grid}, most of them "
+            "without values; give the right --step, or --time none to use the rows in the order of the file"
         )
     return timeline
 
 
-def _places(timeline: Timeline, microseconds: Int64s) -> Int64s:
+def _positions(timeline: Timeline, microseconds: Int64s) -> Int64s:
+    """Return the positions of times (µs) on the grid."""
     return timeline.places(microseconds.astype("datetime64[us]"))[0]
 
 
 class _Sorter:
-    """The second pass. By number of series: the first place on the timeline, the length, and the first row on disk."""
+    """The second pass: sorts all rows into a file on disk, then reads the series from it."""
 
     def __init__(self, scan: _Scan, part: Path, timeline: Timeline | None, duplicates: str) -> None:
         self.scan, self.part, self.timeline, self.duplicates = scan, part, timeline, duplicates
         self.ids = list(scan.numbers)
-        self.first = _places(timeline, scan.low) if timeline else np.zeros_like(scan.rows)
-        self.length = _places(timeline, scan.high) - self.first + 1 if timeline else scan.rows
+        # For each series: first position on the timeline, number of rows on the grid, first row on disk.
+        self.first = _positions(timeline, scan.low) if timeline else np.zeros_like(scan.rows)
+        self.length = _positions(timeline, scan.high) - self.first + 1 if timeline else scan.rows
         self.offset = np.cumsum(self.length) - self.length
         self.static = _Static(scan.columns.static, len(self.ids))
         self._next = np.zeros_like(scan.rows)
 
     def series(self, where: Path) -> Iterator[Series]:
-        """Sort the rows, say what was found on the way, and read the series one after the other."""
+        """Sort the rows, log repeated rows and gaps, and yield the series one after another."""
         rows, length, targets = self.scan.rows, self.length, len(self.scan.columns.targets)
         table = _Table(self.part, int(length.sum()), targets + len(self.scan.columns.known))
         try:
             repeated = self._sort(table)
             if repeated:
-                logger.warning("%s: %d rows come a second time in their series: the last one counts", where, repeated)
+                logger.warning("%s: %d repeated times within a series; the last row of each is used", where, repeated)
             gaps = int(length.sum() - rows.sum()) + repeated
             if self.timeline is not None and gaps:
                 logger.warning(
-                    "%s: %d steps of %s are not there between others, in %d series: they become holes",
+                    "%s: %d time steps of %s are missing, in %d series; their values are missing values",
                     where,
                     gaps,
                     self.timeline.step,
@@ -181,7 +190,7 @@ class _Sorter:
             table.remove()
 
     def _sort(self, table: _Table) -> int:
-        """Write every row to its place in ``table``; return how many came a second time."""
+        """Write every row to its position in ``table``; return how many rows repeat a time of their series."""
         columns, repeated = self.scan.columns, 0
         data = [*columns.targets, *columns.known]
         for file in self.scan.files:
@@ -190,52 +199,54 @@ class _Sorter:
             for batch in batches(file, [*columns.keys, *columns.static, *data], text, form=columns.form):
                 numbers = _series_numbers(batch, file, columns, self.scan.numbers)
                 stamps = row_stamps(batch, file, columns)
-                where = self.offset[numbers] + self._place(numbers, stamps, file)
-                twice = table.taken(where)
+                where = self.offset[numbers] + self._position(numbers, stamps, file)
+                twice = table.mark_written(where)
                 if twice.any() and self.duplicates == "error":
                     row = int(np.argmax(twice))
                     raise UserError(
                         f"{file}: series {self.ids[int(numbers[row])]!r} has "
                         f"{_time(stamps[row]) if stamps is not None else ''} more than once ({int(twice.sum())} such "
-                        "rows here): remove them, or give --duplicates last"
+                        "rows in this part of the file); remove them, or give --duplicates last"
                     )
                 repeated += int(twice.sum())
                 self.static.add(batch, numbers, file, self.ids)
                 table.write(where, numbers_of(batch, data, file))
         return repeated
 
-    def _place(self, numbers: Int64s, stamps: Int64s | None, file: Path) -> Int64s:
-        """The place of each row in its series: by its time, or without times in the order of the rows."""
+    def _position(self, numbers: Int64s, stamps: Int64s | None, file: Path) -> Int64s:
+        """Return the position of each row in its series: by time, or without times in the order of the rows."""
         if self.timeline is None or stamps is None:
-            order, who, first = _by_series(numbers)
+            order, series, first = _by_series(numbers)
             begins = np.flatnonzero(first)
-            counts = np.diff(np.append(begins, len(who)))
-            place = np.empty_like(numbers)
-            place[order] = np.arange(len(who)) - np.repeat(begins, counts) + self._next[who]
-            self._next[who[begins]] += counts
-            return place
-        place, on = self.timeline.places(stamps.astype("datetime64[us]"))
-        if not on.all():
-            row = int(np.argmin(on))
-            cure = "correct the times, give --step, or --time none to take the rows as they come"
+            counts = np.diff(np.append(begins, len(series)))
+            position = np.empty_like(numbers)
+            position[order] = np.arange(len(series)) - np.repeat(begins, counts) + self._next[series]
+            self._next[series[begins]] += counts
+            return position
+        position, valid = self.timeline.places(stamps.astype("datetime64[us]"))
+        if not valid.all():
+            row = int(np.argmin(valid))
+            cure = "correct the times, give --step, or --time none to use the rows in the order of the file"
             if self.timeline.zone is not None:
                 cure += (
-                    f". Days are counted at {self.timeline.zone}: where the UTC offset of the rows changes with the"
-                    " season, write local times without it"
+                    f". Days are counted in local time at {self.timeline.zone}: if the UTC offset of the rows changes"
+                    " with the season, write local times without an offset"
                 )
             raise UserError(
-                f"{file}: series {self.ids[int(numbers[row])]!r}: {_time(stamps[row])} is not a whole number of "
-                f"steps of {self.timeline.step} from {self.timeline.origin} ({int((~on).sum())} such rows here): {cure}"
+                f"{file}: series {self.ids[int(numbers[row])]!r}: {_time(stamps[row])} is not a whole number of time "
+                f"steps of {self.timeline.step} from {self.timeline.origin} ({int((~valid).sum())} such rows in this "
+                f"part of the file); {cure}"
             )
-        return place - self.first[numbers]
+        return position - self.first[numbers]
 
 
 def _time(microseconds: Any) -> str:
+    """Format a time (µs) for a message."""
     return str(np.datetime64(int(microseconds), "us").astype("datetime64[s]"))
 
 
 class _Static:
-    """The value of each static column by number of series; it must never change."""
+    """The value of each static column for each series by number; raises UserError if a value changes."""
 
     def __init__(self, names: list[str], series: int) -> None:
         self.names = names
@@ -243,24 +254,26 @@ class _Static:
         self.of_series = np.full((len(names), series), -1, dtype=np.int64)
 
     def add(self, batch: pa.RecordBatch, numbers: Int64s, file: Path, ids: list[str]) -> None:
-        for name, known, mine in zip(self.names, self.codes, self.of_series, strict=True):
+        """Take in the rows of a batch."""
+        for name, known, stored in zip(self.names, self.codes, self.of_series, strict=True):
             encoded = batch.column(name).dictionary_encode(null_encoding="encode")
-            values = (None if value != value else value for value in encoded.dictionary.to_pylist())  # NaN is no key
+            # None replaces NaN, which is not equal to itself and thus not usable as a key.
+            values = (None if value != value else value for value in encoded.dictionary.to_pylist())
             local = [known.setdefault(value, len(known)) for value in values]
             codes = np.array(local, dtype=np.int64)[encoded.indices.to_numpy(zero_copy_only=False)]
-            new = mine[numbers] < 0
-            mine[numbers[new]] = codes[new]
-            wrong = mine[numbers] != codes
+            new = stored[numbers] < 0
+            stored[numbers[new]] = codes[new]
+            wrong = stored[numbers] != codes
             if wrong.any():
                 series = ids[int(numbers[int(np.argmax(wrong))])]
                 raise UserError(
-                    f"{file}: static column {name!r} changes within series {series!r}: leave it out of --static, or "
-                    "name it with --known if it is known in advance"
+                    f"{file}: static column {name!r} is not constant within series {series!r}; leave it out of "
+                    "--static, or name it with --known if it is known in advance"
                 )
 
 
 class _Table:
-    """Rows (n, width) float64 on disk, NaN until they are written; mapped only for as long as it takes."""
+    """A file of rows (n, width) float64, NaN until written. It is mapped into memory only during each access."""
 
     def __init__(self, folder: Path, rows: int, width: int) -> None:
         self.data, self.mark, self.shape = folder / "rows.tmp", folder / "taken.tmp", (rows, width)
@@ -271,8 +284,8 @@ class _Table:
         with open(self.mark, "wb") as stream:
             stream.truncate(max(rows, 1))
 
-    def taken(self, where: Int64s) -> NDArray[np.bool_]:
-        """Mark the rows ``where`` as written; tells which were marked before, or come again in ``where``."""
+    def mark_written(self, where: Int64s) -> NDArray[np.bool_]:
+        """Mark the rows ``where`` as written; return which were marked before or earlier in ``where``."""
         mark = np.memmap(self.mark, dtype=np.bool_, mode="r+")
         again = mark[where].copy()
         _, first = np.unique(where, return_index=True)
@@ -282,7 +295,7 @@ class _Table:
         return again | later
 
     def write(self, where: Int64s, rows: NDArray[np.float64]) -> None:
-        """Write ``rows`` to the places ``where``; of several rows for one place the last stays."""
+        """Write ``rows`` to the positions ``where``; of several rows for one position, the last is kept."""
         if not len(where):
             return
         table = np.memmap(self.data, dtype=np.float64, mode="r+", shape=self.shape)
@@ -290,6 +303,7 @@ class _Table:
         table[where[last]] = rows[last]
 
     def read(self, begin: int, count: int) -> NDArray[np.float64]:
+        """Return rows [begin, begin + count)."""
         width = self.shape[1]
         found = np.fromfile(self.data, dtype=np.float64, count=count * width, offset=8 * begin * width)
         return found.reshape(count, width)
@@ -300,10 +314,10 @@ class _Table:
 
 
 def with_reading(files: list[Path], columns: Columns) -> Columns:
-    """``columns`` with the way in which their times are read. Only dates that are no ISO 8601 need all rows for it.
+    """Return ``columns`` with ``reading`` set. All rows are read for this, except if the dates are ISO 8601.
 
     Raises:
-        UserError: for numbers that are no times, and dates that could be read in two ways.
+        UserError: if the time column contains numbers that are not times, or ambiguous dates.
     """
     if columns.time is None:
         return columns
@@ -320,20 +334,21 @@ def with_reading(files: list[Path], columns: Columns) -> Columns:
         reading = find_reading(pd.concat(found).drop_duplicates(), where, columns.form.time_format)
     if reading is None:
         raise UserError(
-            f"{where} holds numbers, not dates: correct it, set --time-format (s, ms, us or ns for numbers since "
-            "1970), or give --time none to take the rows as they come"
+            f"{where}: it contains numbers, not dates; correct it, set --time-format (s, ms, us or ns for numbers "
+            "since 1970), or give --time none to use the rows in the order of the file"
         )
     return replace(columns, reading=reading)
 
 
 def _parts(files: list[Path], name: str, form: TableFormat) -> Iterator[pd.Series]:
+    """Yield the column ``name`` of all files, a batch at a time."""
     for file in files:
         for batch in batches(file, [name], [name], form=form):
             yield batch.column(name).to_pandas()
 
 
 def _plain(column: pd.Series, where: str, form: TableFormat) -> Reading | None:
-    """The reading of times that cannot be misread, whatever rows follow; else None."""
+    """Return the reading if the first batch settles it, whatever rows follow; else None."""
     import pandas as pd
 
     if form.time_format is not None or pd.api.types.is_datetime64_any_dtype(column):
@@ -348,7 +363,7 @@ def _plain(column: pd.Series, where: str, form: TableFormat) -> Reading | None:
 
 
 def row_stamps(batch: pa.RecordBatch, file: Path, columns: Columns) -> Int64s | None:
-    """Times in µs, or None where there are none."""
+    """Return the times of a batch (µs); None without a time column. UserError if a value is not a time."""
     if columns.time is None or columns.reading is None:
         return None
     column = batch.column(columns.time).to_pandas()
@@ -357,14 +372,17 @@ def row_stamps(batch: pa.RecordBatch, file: Path, columns: Columns) -> Int64s | 
     if bad.any():
         value = column.iloc[int(np.argmax(bad))]
         raise UserError(
-            f"{file}: time column {columns.time!r}: {value!r} is no date: correct it, or give --time-format, "
+            f"{file}: time column {columns.time!r}: {value!r} is not a date; correct it, or give --time-format, "
             "or --time none"
         )
     return stamps.astype(np.int64)
 
 
 def find_dates(file: Path, ids: str | None, names: Sequence[str], form: TableFormat) -> str | None:
-    """The only one of the columns ``names`` that holds dates, of a table whose series have more rows than one."""
+    """Return the only one of the columns ``names`` that contains dates; None if there is none or several.
+
+    None also if no series has more than one row in the first batch, since the table is then wide.
+    """
     wanted = [*names, *([] if ids is None else [ids])]
     batch = next(iter(batches(file, wanted, wanted, form=form)), None)
     if batch is None or (ids is not None and len(batch.column(ids).unique()) == batch.num_rows):

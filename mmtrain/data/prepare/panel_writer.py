@@ -1,4 +1,4 @@
-"""Writing a panel: series come one after the other and go to shards; never more than a shard is in memory."""
+"""Write a panel from a stream of series. At most one shard is in memory at a time."""
 
 from __future__ import annotations
 
@@ -21,63 +21,64 @@ from mmtrain.data.series.windows import Numbers
 from mmtrain.errors import UserError, nearest
 
 MISSING = ("keep", *FILLS)
-#: What rounding to float32 may change, as a part of the range of a column.
+#: Largest accepted rounding error of float32, relative to the range of a column.
 _TOLERATED = 1e-5
 
 
 class Series(NamedTuple):
-    """One series as its source gives it: ``values`` (T, C) and ``known`` (T, K), NaN where there is nothing.
-
-    ``first``: the place of row 0 on the timeline. ``static``: a text or a number for each static column.
-    """
+    """One series of a source."""
 
     id: str
-    values: Numbers
-    known: Numbers
-    first: int = 0
-    static: tuple[Any, ...] = ()
-    group: int = 0
+    values: Numbers  # (T, C) targets, NaN where missing
+    known: Numbers  # (T, K) columns known in advance, NaN where missing
+    first: int = 0  # position of row 0 on the timeline
+    static: tuple[Any, ...] = ()  # a text or a number for each static column
+    group: int = 0  # index of the group of series in ``Layout.shared``
 
 
 @dataclass
 class Counts:
-    """Counts of what was written and what was filled, for meta.json."""
+    """Counts for meta.json."""
 
     series: int = 0
-    rows: int = 0
-    ahead: int = 0  # rows behind the last target in which only the known columns hold anything
-    holes: int = 0  # values missing, and left so
-    filled: int = 0
-    known_filled: int = 0
-    empty: int = 0  # series without a single value, left out
-    shortest: int = 0
+    rows: int = 0  # rows with targets
+    ahead: int = 0  # rows after the last target, with known columns only
+    holes: int = 0  # missing values that were kept
+    filled: int = 0  # missing values that were filled
+    known_filled: int = 0  # missing values of known columns, which are always filled
+    empty: int = 0  # series without any value, which are left out
+    shortest: int = 0  # rows of the shortest series
     longest: int = 0
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The columns of a panel, and what its series share. ``shared`` (G, T, K2)."""
+    """The columns of a panel, and the data that its series share."""
 
-    columns: Sequence[str]
+    columns: Sequence[str]  # targets
     known: Sequence[str] = ()
     static: Sequence[str] = ()
     shared_columns: Sequence[str] = ()
-    shared: Numbers = field(default_factory=lambda: np.empty((1, 0, 0)))
+    shared: Numbers = field(default_factory=lambda: np.empty((1, 0, 0)))  # (G, T, K2), for each group of series
     timeline: Timeline | None = None
     zone: str | None = None  # the time zone that the files name; the times of ``timeline`` are in UTC then
 
 
 class PanelWriter:
-    """Collects series into ``folder``; :meth:`finish` writes the rest and the scalers, and opens it.
+    """Writes series into shards in ``folder``; :meth:`finish` writes the other files and the scalers.
 
-    ``missing``: keep holes (for data.missing=mask), or fill them. Rows before a series' first value and behind its last
-    are cut off, except those behind in which all known columns are given. Holes in known columns are filled with the
-    last value before, at the beginning with the first after.
+    Rows before the first value and after the last value of a series are removed, except rows after the last value in
+    which all known columns have values. Missing values of known columns are filled with the last value before, or else
+    the first value after.
+
+    Args:
+        missing: "keep" keeps missing values (train with data.missing=mask); ffill, interpolate or zero fills them.
+        shard_bytes: about the size of a shard.
     """
 
     def __init__(self, folder: Path, layout: Layout, *, missing: str = "keep", shard_bytes: int = 64 << 20) -> None:
         if missing not in MISSING:
-            raise UserError(f"--missing {missing}: one of {', '.join(MISSING)}{nearest(missing, MISSING)}")
+            raise UserError(f"--missing {missing}: must be one of {', '.join(MISSING)}{nearest(missing, MISSING)}")
         self.folder, self.layout, self.missing = folder, layout, missing
         width = 4 * (len(layout.columns) + len(layout.known))
         self.shard_rows = max(1, shard_bytes // width)
@@ -89,13 +90,13 @@ class PanelWriter:
         self._held = 0
 
     def add(self, series: Series) -> None:
-        """Take a series; its arrays are copied."""
+        """Add a series; its arrays are copied."""
         seen: NDArray[np.bool_] = np.asarray(np.isfinite(series.values).any(axis=1))
         if not seen.any():
             self.counts.empty += 1
             return
         begin, end = int(np.argmax(seen)), len(seen) - int(np.argmax(seen[::-1]))
-        stop = end  # of the rows behind, those from the first on that have all known columns stay
+        stop = end  # plus the rows after the last value, up to the first one without all known columns
         if series.known.shape[1]:
             given: NDArray[np.bool_] = np.asarray(np.isfinite(series.known[end:]).all(axis=1))
             stop += len(given) if given.all() else int(np.argmin(given))
@@ -121,48 +122,54 @@ class PanelWriter:
         self._held += len(values)
 
     def _fill(self, name: str, values: Numbers, known: Numbers) -> None:
+        """Count and fill the missing values of the series ``name`` in place."""
         bad = ~np.isfinite(values)
         values[bad] = np.nan
         if self.missing == "keep":
             self.counts.holes += int(bad.sum())
         else:
             self.counts.filled += int(bad.sum())
-            for place in np.flatnonzero(bad.any(axis=0)).tolist():
-                if not fill_column(values[:, place], bad[:, place], self.missing):
+            for number in np.flatnonzero(bad.any(axis=0)).tolist():
+                if not fill_column(values[:, number], bad[:, number], self.missing):
                     raise UserError(
-                        f"series {name!r}: column {self.layout.columns[place]!r} begins with a hole, so --missing "
-                        f"{self.missing} has nothing to fill it with; use --missing zero, or keep with "
-                        "data.missing=mask"
+                        f"series {name!r}: the first value of column {self.layout.columns[number]!r} is missing, and "
+                        f"--missing {self.missing} cannot fill it; use --missing zero, or --missing keep and train "
+                        "with data.missing=mask"
                     )
         bad = ~np.isfinite(known)
-        for place in np.flatnonzero(bad.any(axis=0)).tolist():
-            column = bad[:, place]
+        for number in np.flatnonzero(bad.any(axis=0)).tolist():
+            column = bad[:, number]
             if column.all():
                 raise UserError(
-                    f"series {name!r}: the known column {self.layout.known[place]!r} holds nothing at all: leave the "
-                    "column out of --known, or the series out of the data"
+                    f"series {name!r}: the known column {self.layout.known[number]!r} has no values; leave the column "
+                    "out of --known, or the series out of the data"
                 )
-            carry(known[:, place], column)
+            carry(known[:, number], column)
         self.counts.known_filled += int(bad.sum())
 
     def _flush(self) -> None:
+        """Write the collected series as one shard."""
         number = len(self._numbers["shards"])
-        for name, place in (("values", 0), ("known", 1)):
-            width = len(self.layout.known if place else self.layout.columns)
+        for name, kind in (("values", 0), ("known", 1)):
+            width = len(self.layout.known if kind else self.layout.columns)
             if width:
-                whole = np.concatenate([arrays[place] for arrays in self._shard])
+                whole = np.concatenate([arrays[kind] for arrays in self._shard])
                 _save(self.folder / f"{name}-{number:05d}.npy", whole)
         self._numbers["shards"].append(len(self._shard))
         self._shard, self._held = [], 0
 
     def finish(self, split: SplitRule, made_of: Mapping[str, Any]) -> dict[str, Any]:
-        """Write what is left; the content of meta.json, in which ``made_of`` says what the panel was made of.
+        """Write the last shard, the other arrays, meta.json and the scalers; return the content of meta.json.
+
+        Args:
+            split: the split that the scalers are fitted for.
+            made_of: entries of meta.json on the source and the settings.
 
         Raises:
-            UserError: no series, an id that comes twice, a split that does not fit.
+            UserError: if there are no series, an id occurs twice, or the split leaves no training rows.
         """
         if not self._ids:
-            raise UserError(f"{made_of.get('source')}: no series with a single value in it")
+            raise UserError(f"{made_of.get('source')}: no series has any value; check the target columns (--columns)")
         if self._shard:
             self._flush()
         ids = np.array(self._ids, dtype=np.str_)
@@ -170,7 +177,8 @@ class PanelWriter:
         if len(known) < len(ids):
             twice = known[int(np.argmax(counts))]
             raise UserError(
-                f"{made_of.get('source')}: {len(ids) - len(known)} ids come more than once, such as {twice}"
+                f"{made_of.get('source')}: {len(ids) - len(known)} ids are repeated, such as {twice}; give each series "
+                "its own id"
             )
         lengths = self._numbers["lengths"]
         self.counts.shortest, self.counts.longest = min(lengths), max(lengths)
@@ -182,8 +190,8 @@ class PanelWriter:
         needed = max(f + n for f, n in zip(self._numbers["first"], self._numbers["rows"], strict=True))
         if shared.shape[2] and shared.shape[1] < needed:
             raise UserError(
-                f"--calendar: it has {shared.shape[1]} steps from the first of the data on, and the series go on for "
-                f"{needed}: give a longer one"
+                f"--calendar: covers {shared.shape[1]} time steps from the first time of the data on, but the series "
+                f"need {needed}; give a longer calendar"
             )
         _save(self.folder / "shared.npy", shared)
         meta = {
@@ -206,7 +214,7 @@ class PanelWriter:
         panel = open_panel(self.folder)
         borders = split.cut_panel(panel.lengths, panel.first, panel.timeline, panel.zone)
         if not borders[:, 0].any():
-            raise UserError(f"--split: {split} leaves no rows to train on in any series")
+            raise UserError(f"--split: {split} leaves no training rows in any series; give another split")
         scalers = fit_scalers(panel, borders[:, 0])
         _save(self.folder / "scaler-mean.npy", scalers.mean)
         _save(self.folder / "scaler-std.npy", scalers.std)
@@ -215,7 +223,7 @@ class PanelWriter:
         return meta
 
     def _write_static(self) -> dict[str, list[str]]:
-        """The categories of the text columns; each column is written as codes or numbers."""
+        """Write each static column as codes or numbers; return the categories of the text columns."""
         categories: dict[str, list[str]] = {}
         for number, (name, kept) in enumerate(zip(self.layout.static, self._static, strict=True)):
             array: NDArray[Any]
@@ -229,7 +237,7 @@ class PanelWriter:
 
 
 def _stored(values: Numbers) -> Numbers:
-    """(..., C): in float32, unless that would lose what changes in a column, such as a counter with a large offset."""
+    """Return ``values`` (..., C) as float32, or unchanged if float32 would lose the changes of a large value."""
     small = values.astype(np.float32)
     if np.array_equal(small, values, equal_nan=True):
         return small
@@ -243,7 +251,7 @@ def _stored(values: Numbers) -> Numbers:
 
 
 def _save(file: Path, array: NDArray[Any]) -> None:
-    """Write, make durable, and let the system forget the pages: a panel may be larger than memory."""
+    """Write an array and flush it to disk."""
     with open(file, "wb") as stream:
         np.save(stream, array, allow_pickle=False)
         stream.flush()
@@ -261,9 +269,14 @@ def write_panel(
     shard_bytes: int = 64 << 20,
     force: bool = False,
 ) -> Prepared:
-    """Write ``out`` complete or not at all; a panel made of the same source with the same settings is left alone.
+    """Write a panel to ``out``, completely or not at all. An existing panel of the same source and settings is reused.
 
-    ``open_source``: from a folder for temporary files, what the panel has, and its series as a stream.
+    Args:
+        open_source: function that takes a folder for temporary files, and returns the layout and a stream of series.
+        origin, settings: source and settings for meta.json.
+        split: the split that the scalers are fitted for.
+        missing, shard_bytes: see :class:`PanelWriter`.
+        force: replace an existing ``out``.
     """
     settings = {**settings, "split": split.to_json()}
     if (done := existing(out, origin, settings, force=force, kind=KIND, format=FORMAT)) is not None:

@@ -1,4 +1,4 @@
-"""Processes that work for a preparation, and its progress: a bar on a terminal, lines elsewhere (log files)."""
+"""Worker processes and progress output of data preparation: a bar on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -24,19 +24,24 @@ Done = TypeVar("Done")
 
 
 def run_jobs(work: Callable[[Job], Done], jobs: Sequence[Job], workers: int | None, *, ordered: bool) -> Iterator[Done]:
-    """``work`` of each job in ``workers`` processes: in order, or as they are finished.
+    """Yield ``work(job)`` for each of ``jobs``, computed in worker processes.
 
-    ``workers`` None: one per core, at most 8. Up to 1: in this process. Raises what ``work`` raises, and UserError if a
-    process dies; jobs that have not begun are dropped then.
+    Args:
+        workers: number of processes; None: one per core, at most 8. 0 or 1: run in this process.
+        ordered: yield results in the order of the jobs; otherwise as they finish.
+
+    Raises:
+        UserError: if a process dies. Exceptions of ``work`` are raised unchanged. Jobs that have not begun are dropped
+            in both cases.
     """
     if workers is not None and workers < 0:
-        raise UserError(f"--workers {workers}: processes, 0 or 1 for none but this one")
+        raise UserError(f"--workers {workers}: must be a number of processes, 0 or more")
     check_count("--workers", workers or 0, "processes")
     workers = min(min(8, os.cpu_count() or 1) if workers is None else workers, len(jobs))
     if workers <= 1:
         yield from map(work, jobs)
         return
-    # spawn: a fork would inherit the threads' locks of whatever this process has loaded.
+    # Not fork: a forked process inherits locks that are held by threads of this process.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent) as pool:
         try:
@@ -45,11 +50,11 @@ def run_jobs(work: Callable[[Job], Done], jobs: Sequence[Job], workers: int | No
                 yield done.result()
         except BrokenProcessPool as error:
             raise UserError(
-                "a worker process died: most often for lack of memory (use fewer --workers), or because a script calls "
-                "this outside of `if __name__ == '__main__':` (or use workers=1)"
+                "a worker process died, most often for lack of memory: use fewer --workers. In a script, call this "
+                "inside `if __name__ == '__main__':`, or use workers=1"
             ) from error
         except Exception:
-            # the jobs that run still write files, beside which the same command may begin again
+            # Running jobs still write files, which would conflict with a new start of the same command.
             pool.shutdown(wait=True, cancel_futures=True)
             raise
         finally:
@@ -57,7 +62,7 @@ def run_jobs(work: Callable[[Job], Done], jobs: Sequence[Job], workers: int | No
 
 
 def _die_with_parent() -> None:
-    """End this worker with its parent, which may be killed; an interrupt is left to the parent."""
+    """Make this worker exit when its parent dies, and ignore interrupts, which the parent handles."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is None:
@@ -71,18 +76,20 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-_PAUSE = 60.0  # seconds
+_PAUSE = 60.0  # longest time between two log lines, in seconds
 
 
 class Advance(Protocol):
+    """The function that reports progress."""
+
     def __call__(self, count: int, *, fresh: bool = True) -> None:
-        """``count`` more are done; not ``fresh``: they were done before, and say nothing about the rate."""
+        """Report ``count`` more finished items. With ``fresh`` False the rate ignores them: they were done before."""
         ...
 
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Advance]:
-    """Yields ``advance(count)``; shows the rate and the time left."""
+    """Show progress, rate and remaining time of ``total`` items; yields the function that reports finished items."""
     meter = _Meter(title, total)
     if not sys.stderr.isatty():
         yield meter.log
@@ -103,10 +110,12 @@ def progress(title: str, total: int) -> Iterator[Advance]:
 
 
 class _Meter:
+    """Counts finished items and measures their rate."""
+
     def __init__(self, title: str, total: int) -> None:
         self.title, self.total = title, total
         self.done = self.fresh = 0
-        self.began = self.said = time.monotonic()
+        self.began = self.logged = time.monotonic()
 
     def count(self, count: int, fresh: bool) -> None:
         self.done += count
@@ -117,15 +126,15 @@ class _Meter:
 
     @property
     def rate(self) -> float:
-        """Fresh ones a second; 0 before the first."""
+        """Fresh items per second; 0 before the first."""
         return self.fresh / max(time.monotonic() - self.began, 1e-6)
 
     def log(self, count: int, *, fresh: bool = True) -> None:
-        """Count, and log a line for every tenth or minute."""
+        """Count items, and log a line after each tenth of the total or each minute."""
         before, now = self.done, time.monotonic()
         self.count(count, fresh)
-        if (self.total and before * 10 // self.total != self.done * 10 // self.total) or now - self.said > _PAUSE:
-            self.said = now
+        if (self.total and before * 10 // self.total != self.done * 10 // self.total) or now - self.logged > _PAUSE:
+            self.logged = now
             logger.info("%s", self)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""CSV and parquet as streams of Arrow batches: only what is asked for, only a piece at a time."""
+"""Stream chosen columns of CSV and parquet files as Arrow batches, so that large files need little memory."""
 
 from __future__ import annotations
 
@@ -26,24 +26,28 @@ _BLOCK = 4 << 20
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a panel's files by their use. ``time`` None: rows as they come; no ``targets``: all the others."""
+    """The columns of a panel's files by their use, and how the files are written."""
 
     id: str | None = None
-    time: str | None = "date"
-    targets: list[str] = field(default_factory=list)
+    time: str | None = "date"  # None: no times
+    targets: list[str] = field(default_factory=list)  # empty: all other columns
     known: list[str] = field(default_factory=list)
     static: list[str] = field(default_factory=list)
     form: TableFormat = field(default_factory=TableFormat)
-    reading: Reading | None = None  # of the times
+    reading: Reading | None = None  # how the times are read
 
     @property
     def keys(self) -> list[str]:
-        """The id and the time, as far as there are any."""
+        """Names of the id and the time column, if there are any."""
         return [name for name in (self.id, self.time) if name is not None]
 
 
 def table_files(root: Path) -> list[Path]:
-    """The CSV and parquet files that ``root`` is, or has directly in it, sorted by name."""
+    """Return the CSV and parquet files in the folder ``root`` sorted by name, or ``root`` itself if it is such a file.
+
+    Raises:
+        UserError: if there are none.
+    """
     if root.is_file() and root.suffix.lower() in SUFFIXES:
         return [root]
     found = [
@@ -52,13 +56,16 @@ def table_files(root: Path) -> list[Path]:
         if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
     ]
     if not found:
-        what = "no such file or folder" if not root.exists() else f"no {' or '.join(SUFFIXES)} file"
-        raise UserError(f"--root {root}: {what} (looked for {root.absolute()})")
+        fault = "no such file or folder" if not root.exists() else f"no {' or '.join(SUFFIXES)} file"
+        raise UserError(f"--root {root}: {fault} (looked for {root.absolute()})")
     return found
 
 
 def schema_of(file: Path, form: TableFormat | None = None) -> pa.Schema:
-    """Names and types of the columns; those of a CSV as its first block has them, without empty ones without a name."""
+    """Return names and types of the columns of a file.
+
+    The types of a CSV are inferred from its first block. Empty columns without a name are left out.
+    """
     with _readable(file):
         if file.suffix.lower() == ".parquet":
             import pyarrow.parquet as pq
@@ -73,14 +80,14 @@ def schema_of(file: Path, form: TableFormat | None = None) -> pa.Schema:
 
 
 def is_number(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds numbers, or nothing at all."""
+    """Return whether a column of this type contains numbers, or only missing values."""
     import pyarrow as pa
 
     return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
 
 
 def rows_of(file: Path) -> int:
-    """The number of rows of a parquet file."""
+    """Return the number of rows of a parquet file."""
     import pyarrow.parquet as pq
 
     with _readable(file), pq.ParquetFile(file) as parquet:
@@ -94,9 +101,13 @@ def batches(
     rows: int = 1 << 16,
     form: TableFormat | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """The columns ``names`` of a file in batches of at most ``rows`` rows (of a CSV: of a few MiB).
+    """Yield the columns ``names`` of a file in batches of at most ``rows`` rows (of a CSV: of a few MiB).
 
-    In a CSV the columns in ``text`` are read as text and all others as float64. Raises UserError for what they are not.
+    Args:
+        text: columns of a CSV that are read as text; all others are read as float64.
+
+    Raises:
+        UserError: if the file cannot be read, or a value is not a number.
     """
     import pyarrow as pa
 
@@ -116,7 +127,7 @@ def batches(
 
 
 def _csv_options(file: Path, form: TableFormat | None, **convert: Any) -> dict[str, Any]:
-    """Options of Arrow's reader, for the CSV as it is written."""
+    """Return the options of Arrow's CSV reader for the format of ``file``."""
     from pyarrow import csv
 
     dialect = dialect_of(file, form)
@@ -131,24 +142,31 @@ def _csv_options(file: Path, form: TableFormat | None, **convert: Any) -> dict[s
 
 
 def numbers_of(batch: pa.RecordBatch, names: Sequence[str], file: Path) -> NDArray[np.float64]:
-    """(rows, len(names)), NaN where there is nothing; what is too large for float32 is infinite."""
+    """Return columns of a batch as numbers (rows, len(names)).
+
+    Missing values become NaN. Numbers too large for float32 become infinite.
+
+    Raises:
+        UserError: for a column that is not numeric; ``file`` is named in the message.
+    """
     import pyarrow as pa
 
     made = np.empty((batch.num_rows, len(names)))
-    for place, name in enumerate(names):
+    for number, name in enumerate(names):
         column = batch.column(name)
         if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
             try:
                 column = column.cast(pa.float64())
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
                 raise UserError(f"{file}: column {name!r} is not numeric ({error})") from None
-        made[:, place] = column.to_numpy(zero_copy_only=False)
+        made[:, number] = column.to_numpy(zero_copy_only=False)
     mark_too_large(made)
     return made
 
 
 @contextmanager
 def _readable(file: Path) -> Iterator[None]:
+    """Turn errors of Arrow and of the system into a UserError that names ``file``."""
     import pyarrow as pa
 
     try:

@@ -1,7 +1,7 @@
-"""Writing a dataset of tar shards: OUT/{train,val,test}/shard-000000.tar, their indexes, and OUT/meta.json.
+"""Write a dataset of tar shards: OUT/{train,val,test}/shard-000000.tar, their indexes, and OUT/meta.json.
 
-The same input gives the same bytes, whatever the number of workers and interruptions: order by hash, fixed times and
-owners in the tars. Shards that were finished before an interruption are listed beside them, checked and kept.
+The same input gives identical files, whatever the number of workers and interruptions: samples are ordered by hash, and
+times and owners in the tars are fixed. Shards finished before an interruption are recorded, checked and reused.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ from mmtrain.log import logger
 
 
 class _Job(NamedTuple):
+    """One shard to write."""
+
     folder: Path
-    name: str  # of the shard, below the folder
-    first: int  # number of the first sample in its split
+    name: str  # path of the shard in the folder
+    first: int  # number of its first sample in the split
     items: list[Item]
     encoder: Encoder
     skip_bad: bool
-    known: Finished | None  # written down by an earlier process
+    known: Finished | None  # record of an earlier process
 
 
 def write_dataset(
@@ -53,15 +55,19 @@ def write_dataset(
     skip_bad: bool = False,
     summarise: Callable[[Mapping[str, Mapping[str, int]]], Mapping[str, Any]] | None = None,
 ) -> Prepared:
-    """Write all splits beside ``out``, then rename. Items are shuffled, so that shards mix the classes.
+    """Write all splits to a temporary folder and rename it to ``out``. Items are shuffled, so that shards mix classes.
 
-    ``encoder``: makes the members of a sample (None: the image and its class). ``workers``: processes (None: one per
-    core, at most 8). ``keep``: finished shards stay after an error, as they do after an interruption. ``skip_bad``:
-    leave out items that cannot be used, and list them in OUT/skipped.txt. ``summarise``: more of meta.json, from the
-    encoder's counts for each split.
+    Args:
+        shard_size: most samples in a shard.
+        encoder: creates the members of a sample; None: the image and its class.
+        workers: number of processes; None: one per core, at most 8.
+        force: replace an existing ``out``.
+        keep: keep finished shards after an error too, not only after an interruption.
+        skip_bad: leave out items that cannot be used, and list them in OUT/skipped.txt.
+        summarise: function that returns more entries of meta.json from the encoder's counts for each split.
     """
     if shard_size < 1:
-        raise UserError(f"--shard-size {shard_size}: samples in a shard, 1 or more")
+        raise UserError(f"--shard-size {shard_size}: must be at least 1 (samples in a shard)")
     encoder = encoder or ClassEncoder()
     recipe = recipe_digest(origin.name, {**settings, "format": FORMAT}, splits)
     with prepared_folder(out, force=force, recipe=recipe, keep=keep) as part:
@@ -71,13 +77,13 @@ def write_dataset(
             (part / split).mkdir(exist_ok=True)
             order = np.argsort(mix64(0, np.arange(len(items))), kind="stable")
             first = 0
-            # Shards of nearly equal size: no last one with a handful of samples.
-            for number, places in enumerate(np.array_split(order, max(1, -(-len(items) // shard_size)))):
-                name, some = f"{split}/shard-{number:06d}.tar", [items[place] for place in places.tolist()]
+            # Shards get nearly equal sizes, which avoids a last one with very few samples.
+            for number, indices in enumerate(np.array_split(order, max(1, -(-len(items) // shard_size)))):
+                name, some = f"{split}/shard-{number:06d}.tar", [items[index] for index in indices.tolist()]
                 jobs.append(_Job(part, name, first, some, encoder, skip_bad, known.get(name)))
                 first += len(some)
         if known:
-            logger.info("%s: goes on; %d of %d shards were finished before", out, len(known), len(jobs))
+            logger.info("%s: resuming; %d of %d shards were finished before", out, len(known), len(jobs))
         done: dict[str, Finished] = {}
         with progress(f"writing {out.name}", sum(len(job.items) for job in jobs)) as advance:
             for entry in run_jobs(_write_shard, jobs, workers, ordered=False):
@@ -105,7 +111,7 @@ def write_dataset(
 
 
 def _summed(entries: Sequence[Finished]) -> dict[str, int]:
-    """The encoder's counts over the shards of a split, in the order of their numbers."""
+    """Add up the encoder's counts over the shards of a split, sorted by key."""
     total: Counter[str] = Counter()
     for entry in entries:
         total.update(entry.counts)
@@ -113,7 +119,7 @@ def _summed(entries: Sequence[Finished]) -> dict[str, int]:
 
 
 def _write_shard(job: _Job) -> Finished:
-    """Write one shard, or keep the one that is there if it is what was written down."""
+    """Write one shard, or reuse the existing one if it matches its record."""
     complete = job.known is not None and (job.skip_bad or not job.known.skipped)
     if job.known is not None and complete and job.known.holds(job.folder, job.items):
         if job.known.size and job.encoder.labelled:
@@ -141,6 +147,7 @@ def _write_shard(job: _Job) -> Finished:
 
 
 def _fill(stream: _Hashed, job: _Job, skipped: list[list[str]], counts: Counter[str]) -> None:
+    """Write the samples of a job as a tar; add bad items to ``skipped`` and the encoder's counts to ``counts``."""
     from webdataset.writer import TarWriter
 
     with TarWriter(stream, user="mmtrain", group="mmtrain", mtime=0, encoder=False) as tar:
@@ -152,13 +159,13 @@ def _fill(stream: _Hashed, job: _Job, skipped: list[list[str]], counts: Counter[
                     raise
                 skipped.append([error.path, error.reason])
                 continue
-            # A skipped sample leaves a gap: the others keep their keys.
+            # A skipped sample leaves a gap in the numbers, so that the other samples keep their keys.
             tar.write({"__key__": f"{number:08d}", **members})
             counts.update(found)
 
 
 class _Hashed:
-    """A stream that knows the size and the SHA-256 of what went through it."""
+    """A stream that computes the size and the SHA-256 of its content."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream, self.size, self.sha256 = stream, 0, hashlib.sha256()
@@ -171,18 +178,18 @@ class _Hashed:
 
 @dataclass(frozen=True)
 class Finished:
-    """One shard: its file and what it was made of."""
+    """The record of a finished shard."""
 
     name: str  # such as train/shard-000000.tar
-    size: int  # bytes; 0 without a file, if all of its samples were skipped
+    size: int  # bytes; 0 if there is no file, because all samples were skipped
     sha256: str
-    sources: str  # digest of the names, sizes and times of the files it was made of
+    sources: str  # digest of the names, sizes and times of the source files
     samples: int
     skipped: list[list[str]] = field(default_factory=list)  # path and reason
-    counts: dict[str, int] = field(default_factory=dict)  # what the encoder counted
+    counts: dict[str, int] = field(default_factory=dict)  # counts of the encoder
 
     def holds(self, folder: Path, items: Sequence[Item]) -> bool:
-        """Whether the shard is there as it was written, and its sources have not changed since."""
+        """Return whether the shard in ``folder`` is unchanged, and so are its source files."""
         path = folder / self.name
         try:
             if self.sources != sources_digest(items):
@@ -194,17 +201,17 @@ class Finished:
             with open(path, "rb") as stream:
                 return hashlib.file_digest(stream, "sha256").hexdigest() == self.sha256
         except (OSError, UserError):
-            return False  # written again, and then what is wrong is said
+            return False  # the shard is then written again, which reports the error
 
 
 class Ledger:
-    """The shards that are finished, a line for each, in the order in which they were."""
+    """A file with one JSON line for each finished shard."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "finished.jsonl"
 
     def read(self) -> dict[str, Finished]:
-        """By name; a line that was cut short by a kill is as if it were not there."""
+        """Return the records by name of the shard; an incomplete line is ignored."""
         known = {}
         for line in read_json_lines(self.path):
             with suppress(TypeError):
@@ -217,7 +224,7 @@ class Ledger:
 
 
 def recipe_digest(source: str, settings: Mapping[str, Any], splits: Mapping[str, Sequence[Item]]) -> str:
-    """12 hex digits that are the same for the same source, settings and list of items."""
+    """Return a digest (12 hex digits) of the source, the settings and the items."""
     found = hashlib.sha256(json.dumps([source, dict(settings)], sort_keys=True).encode())
     for split, items in splits.items():
         found.update(f"\n{split} {len(items)}\n".encode())
@@ -228,7 +235,7 @@ def recipe_digest(source: str, settings: Mapping[str, Any], splits: Mapping[str,
 
 
 def sources_digest(items: Sequence[Item]) -> str:
-    """SHA-256 of names, sizes and modification times of the files of ``items``; none is read."""
+    """Return the SHA-256 of names, sizes and modification times of the files of ``items``; no file is read."""
     found = hashlib.sha256()
     for item in items:
         for path in (item.path, item.target):

@@ -1,6 +1,6 @@
-"""Time series for forecasting: tables (one series of several variates) and prepared panels (many series).
+"""Time series for forecasting: tables (one series with several variates) and prepared panels (many series).
 
-Here are reading them, their time axis and calendar features, splits, scalers, covariates, and windows of look-back and
-horizon. Writing panels belongs to ``data.prepare``, the order of samples and batches to ``data.core``, pictures to
-``plotting``.
+This package reads them and provides the time axis, calendar features, splits, scalers, covariates, and windows of
+lookback and horizon. ``data.prepare`` writes panels, ``data.core`` orders samples and forms batches, and ``plotting``
+draws the plots.
 """

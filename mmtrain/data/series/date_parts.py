@@ -1,4 +1,4 @@
-"""Dates in day, month and year, cut out of texts and put together; the order of the three is given."""
+"""Parse texts of dates whose order of day, month and year is given."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _MARK = r"\s?[-/. ]\s?"
 _WORD = r"(?P<word>[A-Za-z]{3,9})\.?"
 _WEEKDAY = r"(?:[A-Za-z]{3,9},?\s+)?"
-#: How a date is written: three numbers, or with the name of a month, or without a day.
+#: Patterns of the supported ways to write a date, by name of the family.
 FAMILIES = {
     "numbers": rf"(?P<a>\d{{1,4}}){_MARK}(?P<b>\d{{1,2}}){_MARK}(?P<c>\d{{1,4}})\.?",
     "day of month": rf"{_WEEKDAY}(?P<a>\d{{1,2}})[-/.\s]*{_WORD}[-/.,\s]*(?P<c>\d{{4}}|\d{{2}})",
@@ -26,9 +26,9 @@ FAMILIES = {
     "quarter": r"(?P<c>\d{4})[-/\s]*[Qq](?P<quarter>[1-4])",
     "month/year": r"(?P<b>\d{1,2})[-/.](?P<c>\d{4})",
 }
-#: The orders in which a family has its numbers; the others have one order.
+#: Possible orders of day, month and year, by family. A family that is not listed has only one order.
 ORDERS = {"numbers": ("dmy", "mdy", "ymd")}
-#: What may stand behind a date.
+#: Pattern of the optional text after a date: time of day, AM or PM, UTC offset.
 TAIL = (
     r"(?:(?:T|,\s*|\s+)(?P<clock>\d{1,2}:[0-5]\d(?::[0-5]\d(?:[.,]\d+)?)?)\s*(?:(?P<half>[AaPp])\.?[Mm]\.?)?"
     r"\s*(?P<zone>Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)?)?"
@@ -39,7 +39,7 @@ _MONTHS = (
 )
 _NAMES = {name[:3]: number for number, name in enumerate(_MONTHS, 1)}
 _NAMES |= {name: number for number, name in enumerate(_MONTHS, 1)} | {"sept": 9}
-#: Two digits of a year below this are of this century, as for strptime.
+#: Two-digit years below this value belong to the 2000s, the others to the 1900s, as in strptime.
 _PIVOT = 69
 
 Days = NDArray[np.datetime64]
@@ -47,16 +47,17 @@ Days = NDArray[np.datetime64]
 
 @dataclass(frozen=True)
 class DateTexts:
-    """Texts (T,) of one family, cut into dates and what stands behind them; each of these is looked at once."""
+    """Texts (T,) of one family, split into dates and times of day. Each distinct date or time is parsed only once."""
 
     family: str
-    dates: pd.DataFrame  # the groups of the different dates
-    clocks: NDArray[np.timedelta64]  # of what stands behind
+    dates: pd.DataFrame  # the groups of the pattern, one row for each distinct date
+    clocks: NDArray[np.timedelta64]  # the distinct times of day, less their UTC offset
     date_of: NDArray[np.int64]  # (T,) row in ``dates``
-    clock_of: NDArray[np.int64]
+    clock_of: NDArray[np.int64]  # (T,) index into ``clocks``
 
     @classmethod
     def of(cls, texts: Iterable[str], family: str) -> DateTexts:
+        """Split ``texts`` that are written in the way of ``family``, a key of :data:`FAMILIES`."""
         import pandas as pd
 
         cut = [_cut(text) for text in texts]
@@ -67,13 +68,13 @@ class DateTexts:
         return cls(family, groups, _clocks(behind), date_of, clock_of)
 
     def times(self, order: str) -> NDArray[np.datetime64]:
-        """(T,) times (datetime64[us]) with day, month and year in ``order``; NaT for what is none."""
+        """Return times (T,) as datetime64[us], reading the numbers in ``order`` ("dmy", ...); NaT for invalid texts."""
         days = _assemble(self.dates, self.family, order).astype("datetime64[us]")
         return np.asarray(days[self.date_of] + self.clocks[self.clock_of])
 
 
 def _cut(text: str) -> tuple[str, str]:
-    """A date, and the time of day behind it."""
+    """Split a text into the date and the time of day after it."""
     colon = text.find(":")
     if colon < 0:
         return text, ""
@@ -82,12 +83,13 @@ def _cut(text: str) -> tuple[str, str]:
 
 
 def _assemble(parts: pd.DataFrame, family: str, order: str) -> Days:
+    """Return the days (datetime64[D]) of the pattern groups ``parts``; NaT for invalid dates."""
     if family == "numbers":
-        place = {letter: "abc"[number] for number, letter in enumerate(order)}
-        year, month, day = (_number(parts[place[letter]]) for letter in "ymd")
-        wide, *others = (_number(parts[place[letter]].str.len()) for letter in "ydm")
-        fits = ((wide == 4) | (wide == 2)) & (np.maximum(*others) <= 2)
-        return _days(np.where(fits, _century(year, wide), np.nan), month, day)
+        group = {letter: "abc"[number] for number, letter in enumerate(order)}
+        year, month, day = (_number(parts[group[letter]]) for letter in "ymd")
+        digits, *others = (_number(parts[group[letter]].str.len()) for letter in "ydm")
+        fits = ((digits == 4) | (digits == 2)) & (np.maximum(*others) <= 2)
+        return _days(np.where(fits, _century(year, digits), np.nan), month, day)
     year_text = parts["c"] if "short" not in parts else parts["c"].fillna(parts["short"])
     year = _century(_number(year_text), _number(year_text.str.len()))
     if "word" in parts:
@@ -100,7 +102,7 @@ def _assemble(parts: pd.DataFrame, family: str, order: str) -> Days:
 
 
 def _clocks(parts: pd.DataFrame) -> NDArray[np.timedelta64]:
-    """(T,) microseconds after midnight, less the UTC offset; NaT for what is no time of day."""
+    """Return the time since midnight less the UTC offset (T,), in microseconds; NaT for an invalid time of day."""
     import pandas as pd
 
     clock = parts["clock"].str.replace(",", ".", regex=False).fillna("0:00")
@@ -123,10 +125,12 @@ def _number(texts: pd.Series[Any]) -> NDArray[np.float64]:
 
 
 def _century(year: NDArray[np.float64], digits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Add the century to years that are written with two digits."""
     return np.where(digits == 2, np.where(year < _PIVOT, 2000.0, 1900.0) + year, year)
 
 
 def _days(year: NDArray[np.float64], month: NDArray[np.float64], day: NDArray[np.float64]) -> Days:
+    """Return the days (datetime64[D]) of the calendar; NaT for a date that does not exist."""
     good = (year >= 1) & (month >= 1) & (month <= 12) & (day >= 1)
     number = np.where(good, (year - 1970) * 12 + month - 1, 0).astype(np.int64)
     months = number.astype("datetime64[M]")

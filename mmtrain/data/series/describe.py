@@ -1,4 +1,4 @@
-"""Describe a table or a panel before training on it: in figures, faults included, and as a picture."""
+"""Summarise a table or a panel before training: statistics, faults in the data, and a plot."""
 
 from __future__ import annotations
 
@@ -17,33 +17,37 @@ from mmtrain.data.series.times import find_reading, shown
 from mmtrain.errors import UserError
 from mmtrain.plotting.series import Line, draw_series
 
-_MOST = 8  # series in a picture
+_MOST = 8  # maximum number of series in a plot
 
 
 @dataclass(frozen=True)
 class ColumnReport:
+    """Statistics of one column of a table."""
+
     name: str
-    kind: str  # "number", or what it holds instead
-    holes: int
-    low: float | None
+    kind: str  # "number" or "text"
+    holes: int  # missing values
+    low: float | None  # minimum; None without any finite number
     mean: float | None
-    high: float | None
+    high: float | None  # maximum
 
 
 @dataclass(frozen=True)
 class TableReport:
+    """Summary of a table. The texts are empty and the counts 0 without times."""
+
     path: Path
     rows: int
     time_column: str | None
-    first: str
-    last: str
-    step: str
-    duplicates: int
-    irregular: int
-    unreadable: int  # stamps that are no dates
+    first: str  # time of the first row
+    last: str  # time of the last row
+    step: str  # the most common time step
+    duplicates: int  # rows whose time also occurs in an earlier row
+    irregular: int  # time steps that differ from ``step``
+    unreadable: int  # cells of the time column that are not dates
     columns: list[ColumnReport]
-    backward: int = 0  # rows before an earlier one
-    note: str = ""  # why the time column gives no times
+    backward: int = 0  # rows with an earlier time than the row before them
+    note: str = ""  # the reason why the time column is not used
 
 
 def describe_table(
@@ -52,7 +56,16 @@ def describe_table(
     form: TableFormat | None = None,
     time_column: str | None = None,
 ) -> TableReport:
-    """Rows, time step, repeated and irregular stamps, and for each column holes, minimum, mean, maximum."""
+    """Return the size, the time axis and its faults, and statistics of each column of a table.
+
+    Args:
+        path, data_root: see :func:`~mmtrain.data.series.files.find_table`.
+        form: how the file is written; None detects it.
+        time_column: see :func:`~mmtrain.data.series.table.find_time_column`.
+
+    Raises:
+        UserError: if the table cannot be found or read.
+    """
     form = form or TableFormat()
     file = find_table(path, data_root)
     frame = read_frame(file, form)
@@ -62,7 +75,7 @@ def describe_table(
         return TableReport(file, len(frame), None, "", "", "", 0, 0, 0, columns)
     reading = find_reading(frame[time_name], f"{file}: time column {time_name!r}", form.time_format)
     if reading is None:
-        note = "numbers, not dates; it is left out"
+        note = "it contains numbers, not dates, and is ignored"
         return TableReport(file, len(frame), time_name, "", "", "", 0, 0, 0, columns, note=note)
     stamps = reading.stamps(frame[time_name])
     known = stamps[~np.isnat(stamps)]
@@ -95,11 +108,20 @@ def _column(column) -> ColumnReport:  # type: ignore[no-untyped-def]  # pandas i
 
 
 def draw_table(path: Path, report: TableReport, rule: SplitRule | None = None, form: TableFormat | None = None) -> None:
-    """The columns of a table, one above the other. ``rule`` None: the split of the benchmarks for its name."""
+    """Plot the numeric columns of a table one above the other, with the borders of its splits.
+
+    Args:
+        path: image file to write.
+        rule: the split to show; None: the split that the benchmarks use for a table of this name.
+        form: how the file is written; None detects it.
+
+    Raises:
+        UserError: if no column is numeric.
+    """
     form = form or TableFormat()
     numeric = [column.name for column in report.columns if column.kind == "number"]
     if not numeric:
-        raise UserError(f"{report.path}: there is no column of numbers to draw")
+        raise UserError(f"{report.path}: there is no numeric column to plot")
     table = read_table(
         report.path,
         columns=numeric,
@@ -117,23 +139,27 @@ def draw_table(path: Path, report: TableReport, rule: SplitRule | None = None, f
 
 @dataclass(frozen=True)
 class SeriesReport:
-    """One series, and why it is shown. ``low``, ``mean``, ``high``: of its first column, without holes."""
+    """Statistics of one example series of a panel."""
 
     number: int
     id: str
-    why: str
+    why: str  # the reason it was chosen, such as "longest"; empty for series spread over the panel
     rows: int
-    holes: int
-    low: float
+    holes: int  # missing values of all columns
+    low: float  # minimum of the first column, missing values ignored
     mean: float
     high: float
 
 
 @dataclass(frozen=True)
 class PanelReport:
-    """``holes`` (S,): missing values of each series; ``constant`` (S,): whether all its values are the same.
+    """Summary of a panel.
 
-    ``times``: the first and the last, and the step; None without times.
+    Attributes:
+        times: text with the first time, the last time and the time step; None for a panel without times.
+        holes: (S,) number of missing values of each series.
+        constant: (S,) whether no column of the series changes.
+        examples: statistics of some series.
     """
 
     path: Path
@@ -144,18 +170,29 @@ class PanelReport:
 
 
 def describe_panel(panel: Panel, path: Path | None = None) -> PanelReport:
-    """Reads the whole panel once, a piece at a time. ``path``: what to call it, if not by its folder."""
+    """Summarise a panel; reads all of it once, one chunk at a time.
+
+    Args:
+        path: the path to report; None: the folder of the panel.
+    """
     holes, constant = _holes(panel)
     times = None
     if (line := panel.timeline) is not None:
-        places = int(panel.first.min()), int((panel.first + panel.lengths).max()) - 1
-        first, last = (shown(line.stamps(place, 1), panel.zone)[0].isoformat(timespec="seconds") for place in places)
+        ends = int(panel.first.min()), int((panel.first + panel.lengths).max()) - 1
+        first, last = (
+            shown(line.stamps(position, 1), panel.zone)[0].isoformat(timespec="seconds") for position in ends
+        )
         times = f"{first} to {last}, step {line.step}"
     return PanelReport(path or panel.folder, times, holes, constant, _examples(panel, holes))
 
 
 def draw_panel(path: Path, panel: Panel, report: PanelReport, rule: SplitRule | None = None) -> None:
-    """The first column of some series of a panel. ``rule`` None: the split that it was prepared with."""
+    """Plot the first column of the example series of a panel, with the borders of their splits.
+
+    Args:
+        path: image file to write.
+        rule: the split to show; None: the split that the panel was prepared with.
+    """
     rule = rule or SplitRule.from_json(panel.meta["split"])
     borders = rule.cut_panel(panel.lengths, panel.first, panel.timeline, panel.zone)
     lines = []
@@ -168,7 +205,7 @@ def draw_panel(path: Path, panel: Panel, report: PanelReport, rule: SplitRule | 
 
 
 def _holes(panel: Panel) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """(S,) missing values of each series, and whether it never changes."""
+    """Return for each series (S,) the number of missing values, and whether none of its columns changes."""
     holes, constant = np.zeros(len(panel), np.int64), np.zeros(len(panel), bool)
     for piece in panel.chunks():
         lengths = panel.lengths[piece]
@@ -183,10 +220,13 @@ def _holes(panel: Panel) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
 
 
 def _examples(panel: Panel, holes: NDArray[np.int64]) -> list[SeriesReport]:
-    """The first, the shortest, the longest, the one with most holes, and some spread over the panel."""
+    """Return statistics of the first, shortest and longest series, the one with the most missing values, and others.
+
+    The others are spread evenly over the panel.
+    """
     chosen = {0: "first", int(np.argmin(panel.lengths)): "shortest", int(np.argmax(panel.lengths)): "longest"}
     if holes.any():
-        chosen[int(np.argmax(holes))] = "most holes"
+        chosen[int(np.argmax(holes))] = "most missing values"
     for number in np.linspace(0, len(panel) - 1, 5).astype(int).tolist():
         chosen.setdefault(number, "")
     reports = []

@@ -1,4 +1,7 @@
-"""How a CSV is written: its encoding, the marks between fields and in numbers, its columns. Every row is counted."""
+"""Detect the format of a CSV file: encoding, field separator, decimal mark and column names.
+
+The number of fields is checked in every row.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ UNNAMED = "Unnamed: "
 _LONGEST_HEADER = 1 << 26
 _BLOCK = 1 << 22
 _SAMPLE = 200
-#: A quoted field that is longer than this is looked for row by row.
+#: A quoted field longer than this makes the fast check of all rows give up; the rows are then parsed one by one.
 _LONGEST_FIELD = 1 << 24
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -29,17 +32,17 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-#: Beginnings of what is no CSV, whatever its name says.
+#: First bytes of files that are not CSV, with the format and the cure for the error message.
 _OTHERS = {
-    b"PK\3\4": "a zip archive or an Excel workbook: name the one .zip, save the other as CSV",
+    b"PK\3\4": "a zip archive or an Excel workbook: rename an archive to .zip, save a workbook as CSV",
     b"\xd0\xcf\x11\xe0": "an Excel workbook: save it as CSV",
-    b"PAR1": "a parquet file: name it .parquet",
-    b"\x1f\x8b": "packed by gzip: name it .csv.gz",
-    b"<!DOCTYPE": "a web page, and not the file behind it",
-    b"<html": "a web page, and not the file behind it",
-    b"version https://git-lfs": "a pointer of Git LFS: get the file with git lfs pull",
+    b"PAR1": "a parquet file: rename it to .parquet",
+    b"\x1f\x8b": "compressed with gzip: rename it to .csv.gz",
+    b"<!DOCTYPE": "a web page, not a table: download the table itself",
+    b"<html": "a web page, not a table: download the table itself",
+    b"version https://git-lfs": "a Git LFS pointer: download the file with git lfs pull",
 }
-#: Bytes that Windows-1252 does not have.
+#: Bytes that Windows-1252 does not define.
 _NO_LETTERS = b"\x81\x8d\x8f\x90\x9d"
 _DATE = re.compile(r"\d{1,4}[-/.]\d")
 _COMMA = re.compile(r"[+-]?\d*,\d+(?:[eE][+-]?\d+)?")
@@ -51,38 +54,39 @@ _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+\.\d+|[+-]?\d{1,3}(?:,\d{3}){2,
 
 @dataclass(frozen=True)
 class Dialect:
-    """``names``: the columns, unique; those without a name, such as "Unnamed: 0", are numbered from 0.
-
-    ``header_lines``: lines up to the end of the header. ``literal``: the header has exactly these names.
-    """
+    """The format of a CSV file."""
 
     encoding: str
     separator: str
     decimal: str
-    names: tuple[str, ...]
-    header_lines: int
-    literal: bool
+    names: tuple[str, ...]  # unique; a column without a name gets its position from 0, such as "Unnamed: 0"
+    header_lines: int  # number of lines up to the end of the header
+    literal: bool  # whether the header contains exactly ``names``
 
 
 def examine(stream: BinaryIO, where: str, separator: str | None = None, decimal: str | None = None) -> Dialect:
-    """Read the whole of a CSV once and say how it is written; ``stream`` must be seekable.
+    """Detect the format of a CSV; reads all of it.
 
     Args:
-        where: the file, for messages.
-        separator, decimal: None finds them in the first rows. They may be names in ``SEPARATORS`` and ``DECIMALS``.
+        stream: a seekable stream. On return it is at its start.
+        where: name of the file for messages.
+        separator, decimal: a character, or a name in ``SEPARATORS`` or ``DECIMALS``; None detects it from the first
+            rows.
 
     Raises:
-        UserError: for what is no text, what could be read in two ways, and rows with another number of fields than the
-            header.
+        UserError: if the stream is not text, if its format is ambiguous, or if a row has a different number of fields
+            than the header.
     """
     if separator is not None:
         separator = SEPARATORS.get(separator.strip().lower(), separator)
         if len(separator) != 1 or not separator.isascii() or separator in '"\r\n' or separator.isalnum():
-            raise UserError(f"data.separator={separator!r}: one character, or one of {', '.join(SEPARATORS)}")
+            raise UserError(
+                f"data.separator={separator!r}: must be one mark such as ; or one of {', '.join(SEPARATORS)}"
+            )
     if decimal is not None:
         decimal = DECIMALS.get(decimal, decimal)
         if decimal not in DECIMALS.values():
-            raise UserError(f"data.decimal={decimal!r}: one of {', '.join(DECIMALS)}")
+            raise UserError(f"data.decimal={decimal!r}: must be one of {', '.join(DECIMALS)}")
     encoding = _encoding(stream, where)
     sample = _sample(stream, encoding, where)
     if not sample.strip():
@@ -91,24 +95,27 @@ def examine(stream: BinaryIO, where: str, separator: str | None = None, decimal:
     header, lines = _header(sample, mark, where)
     point = decimal or _decimal(sample, mark, where)
     if mark == point:
-        raise UserError(f"{where}: {mark!r} cannot be both data.separator and data.decimal")
+        raise UserError(
+            f"{where}: {mark!r} cannot be both the field separator and the decimal mark; set data.separator and "
+            "data.decimal to different characters"
+        )
     names = _unique(header)
     _question(header, where)
     if _uneven(_blocks(stream, encoding), mark, b"\n" if "\n" in sample else b"\r", len(names)):
         surplus = _count_rows(stream, encoding, mark, len(names), lines, where)
         if surplus:
-            logger.warning("%s: each row ends in %d empty field(s) without a name; left out", where, surplus)
+            logger.warning("%s: each row ends with %d empty field(s) without a column name; ignored", where, surplus)
         names += [f"{UNNAMED}{len(names) + place}" for place in range(surplus)]
     stream.seek(0)
     if encoding != "utf-8":
-        logger.info("%s: read as %s%s", where, encoding, "" if encoding != "cp1252" else ", because it is not UTF-8")
+        logger.info("%s: decoded as %s%s", where, encoding, "" if encoding != "cp1252" else ", since it is not UTF-8")
     if (mark, point) != (",", ".") and (separator is None or decimal is None):
-        logger.info("%s: read with %r between fields and %r in numbers", where, mark, point)
+        logger.info("%s: the field separator is %r, the decimal mark is %r", where, mark, point)
     return Dialect(encoding, mark, point, tuple(names), lines, names == header)
 
 
 def _encoding(stream: BinaryIO, where: str) -> str:
-    """Of the whole stream: utf-8, utf-16 or utf-32 with a byte order mark, or else cp1252 (Windows, Latin-1)."""
+    """Return utf-8, or utf-16 or utf-32 for a stream with their byte order mark, or else cp1252 (Windows-1252)."""
     stream.seek(0)
     start = stream.read(64)
     for mark, what in _OTHERS.items():
@@ -121,14 +128,14 @@ def _encoding(stream: BinaryIO, where: str) -> str:
             for _ in _blocks(stream, found):
                 pass
         except UnicodeError as error:
-            raise UserError(f"{where}: cannot be read as a table (damaged {found}: {error})") from None
+            raise UserError(f"{where}: cannot be read as a table (invalid {found}: {error})") from None
         return found
     decoder, utf8, windows = codecs.getincrementaldecoder("utf-8")(), True, True
     while block := stream.read(_BLOCK):
         if b"\0" in block:
             raise UserError(
-                f"{where}: cannot be read as a table (it holds zero bytes, so it is no text, or UTF-16 without a byte "
-                "order mark: save it as UTF-8)"
+                f"{where}: cannot be read as a table (it contains zero bytes: either it is not text, or it is UTF-16 "
+                "without a byte order mark; save it as UTF-8)"
             )
         if block.isascii() and not decoder.getstate()[0]:
             continue
@@ -139,12 +146,12 @@ def _encoding(stream: BinaryIO, where: str) -> str:
             utf8 = False
             decoder.reset()
         if not utf8 and not windows:
-            raise UserError(f"{where}: cannot be read as a table (neither UTF-8 nor Windows-1252: save it as UTF-8)")
+            raise UserError(f"{where}: cannot be read as a table (neither UTF-8 nor Windows-1252; save it as UTF-8)")
     return "utf-8" if utf8 and not decoder.getstate()[0] else "cp1252"
 
 
 def _blocks(stream: BinaryIO, encoding: str) -> Iterator[bytes]:
-    """The stream from its beginning, in bytes whose ASCII characters are those of the text."""
+    """Yield the stream from its start in blocks of bytes; UTF-16 and UTF-32 are converted to UTF-8."""
     stream.seek(0)
     if encoding in ("utf-8", "cp1252"):
         while block := stream.read(_BLOCK):
@@ -157,7 +164,7 @@ def _blocks(stream: BinaryIO, encoding: str) -> Iterator[bytes]:
 
 
 def _sample(stream: BinaryIO, encoding: str, where: str) -> str:
-    """The header and rows after it: whole lines, or the whole text where it is short."""
+    """Return the header and the first rows as whole lines, or all of a short text."""
     found, end = b"", 0
     for block in _blocks(stream, encoding):
         if end:
@@ -173,7 +180,7 @@ def _sample(stream: BinaryIO, encoding: str, where: str) -> str:
 
 
 def _rows(sample: str, mark: str, most: int = _SAMPLE) -> list[list[str]]:
-    """The header and the first rows, without empty lines; none where the text cannot be cut into rows."""
+    """Return the header and the first rows without empty lines; an empty list if they cannot be parsed."""
     text = _body(sample)
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
@@ -184,7 +191,7 @@ def _rows(sample: str, mark: str, most: int = _SAMPLE) -> list[list[str]]:
 
 
 def _body(sample: str) -> str:
-    """From the header on."""
+    """Return ``sample`` without the empty lines before the header."""
     found = _LEADING.match(sample)
     return sample if found is None else sample[found.end() :]
 
@@ -194,10 +201,13 @@ def _blank(row: list[str]) -> bool:
 
 
 def _separator(sample: str, where: str) -> str:
-    """The mark that cuts the first rows into as many fields as the header; among several the one with most fields."""
+    """Return the separator that gives the first rows as many fields as the header.
+
+    If there are several, the one with the most fields is returned.
+    """
     first = sample.lstrip().splitlines()[0].strip().strip('"')
     if re.fullmatch(r"sep=.?", first):
-        raise UserError(f"{where}: its first line is {first!r}, and not the names of the columns: remove that line")
+        raise UserError(f"{where}: the first line is {first!r} instead of the column names; remove that line")
     even: dict[str, int] = {}
     wide: dict[str, int] = {}
     for mark in SEPARATORS.values():
@@ -212,12 +222,12 @@ def _separator(sample: str, where: str) -> str:
     best = [mark for mark in found if found[mark] == max(found.values())]
     if len(best) > 1 and even:
         marks = " or ".join(repr(mark) for mark in best)
-        raise UserError(f"{where}: its fields may be separated by {marks}: set data.separator (--separator)")
+        raise UserError(f"{where}: the field separator may be {marks}; set data.separator (--separator)")
     return best[0]
 
 
 def _header(sample: str, mark: str, where: str) -> tuple[list[str], int]:
-    """The names of the columns, and the number of lines up to their end."""
+    """Return the names in the header, and the number of lines up to its end."""
     text = _body(sample)
     before = len(sample[: len(sample) - len(text)].splitlines())
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
@@ -228,6 +238,7 @@ def _header(sample: str, mark: str, where: str) -> tuple[list[str], int]:
 
 
 def _decimal(sample: str, mark: str, where: str) -> str:
+    """Return the decimal mark of the numbers in the first rows. ``mark`` is the separator."""
     if mark == ",":
         return "."
     fields = [field.strip() for row in _rows(sample, mark)[1:] for field in row]
@@ -237,34 +248,34 @@ def _decimal(sample: str, mark: str, where: str) -> str:
     point = next((field for field in fields if _POINT.fullmatch(field)), None)
     if comma is not None and point is not None:
         raise UserError(
-            f"{where}: it holds both {comma!r} and {point!r}: set data.decimal (--decimal) to the mark of its decimals"
+            f"{where}: it contains both {comma!r} and {point!r}; set data.decimal (--decimal) to its decimal mark"
         )
     return "." if comma is None else ","
 
 
 def _question(header: list[str], where: str) -> None:
-    """Say where a header is not what it should be."""
+    """Log warnings for a header with repeated names, or with values instead of names."""
     twice = [name for name, count in Counter(header).items() if count > 1 and name]
     if twice:
-        logger.warning("%s: several columns are called %s; the later ones become %s.1, ...", where, twice[0], twice[0])
+        logger.warning("%s: several columns are named %s; the later ones become %s.1, ...", where, twice[0], twice[0])
     names = [name.strip() for name in header if name.strip()]
     numbers = [name for name in names if _COMMA.fullmatch(name) or _POINT.fullmatch(name) or name.isdigit()]
     dated = len(names) > 1 and _DATE.match(names[0]) is not None and names[0] not in numbers
     if len(numbers) == len(names) - dated and (dated or not all(name.isdigit() for name in numbers)):
         logger.warning(
-            "%s: its first line (%s) is taken for the names of the columns; if it holds values, put a line with the "
-            "names before it",
+            "%s: the first line (%s) is used as the column names; if it contains values, add a line with the names "
+            "before it",
             where,
             ", ".join(names[:4]),
         )
 
 
 def _unique(header: list[str]) -> list[str]:
-    """As pandas names columns: those without a name by their place, and repeated ones with a number."""
+    """Make names unique as pandas does: number repeated names, and name columns without a name by their position."""
     names: list[str] = []
     seen: dict[str, int] = {}
-    for place, name in enumerate(header):
-        found = name or f"{UNNAMED}{place}"
+    for position, name in enumerate(header):
+        found = name or f"{UNNAMED}{position}"
         wanted = found
         while found in seen:
             seen[wanted] += 1
@@ -275,10 +286,10 @@ def _unique(header: list[str]) -> list[str]:
 
 
 def _uneven(blocks: Iterator[bytes], mark: str, newline: bytes, fields: int) -> bool:
-    """Whether some row may have another number of fields; empty lines at the end do not count.
+    """Return False if every row surely has the given number of fields; True if some row may have another number.
 
-    Fields that are quoted as a whole are left out; then only separators and line ends are looked at, in bytes and in C:
-    it takes a part of the time of parsing. What is not so simple may differ.
+    Quoted fields are removed first. Then only separators and line ends are compared, as bytes and in C, which takes a
+    fraction of the time of parsing. Text that is too complex for this gives True. Empty lines at the end are ignored.
     """
     separator = mark.encode()
     others = bytes(set(range(256)) - set(separator + newline + b'"'))
@@ -299,7 +310,7 @@ def _uneven(blocks: Iterator[bytes], mark: str, newline: bytes, fields: int) -> 
 
 
 def _without_end(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """``blocks`` without a byte order mark, and without line ends and blanks at the end of the last one."""
+    """Yield ``blocks`` without the byte order mark, and without the line ends and blanks at the end of the stream."""
     kept, first = b"", True
     for block in blocks:
         whole = kept + (block.removeprefix(codecs.BOM_UTF8) if first else block)
@@ -309,7 +320,11 @@ def _without_end(blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _count_rows(stream: BinaryIO, encoding: str, mark: str, fields: int, header_lines: int, where: str) -> int:
-    """How many empty fields each row has beyond the header; raises UserError for rows that differ otherwise."""
+    """Return the number of empty fields that each row has in addition to those of the header.
+
+    Raises:
+        UserError: if rows differ from the header in any other way.
+    """
     stream.seek(0)
     text = io.TextIOWrapper(stream, "utf-8-sig" if encoding == "utf-8" else encoding, newline="")
     reader = csv.reader(text, delimiter=mark)
@@ -326,12 +341,12 @@ def _count_rows(stream: BinaryIO, encoding: str, mark: str, fields: int, header_
                 continue
             if first and surplus == 1 and all(len(other) == len(row) for other in rows):
                 raise UserError(
-                    f"{where}: every row has {len(row)} fields, but the header names {fields} columns (with {mark!r} "
-                    "between them): add the name that is missing, often that of the first column"
+                    f"{where}: every row has {len(row)} fields, but the header names {fields} columns (separator "
+                    f"{mark!r}); add the missing name, which is often the name of the first column"
                 )
             raise UserError(
-                f"{where}: line {reader.line_num} has {len(row)} fields, but the header names {fields} columns (with "
-                f"{mark!r} between them): correct that line, or set data.separator (--separator)"
+                f"{where}: line {reader.line_num} has {len(row)} fields, but the header names {fields} columns "
+                f"(separator {mark!r}); correct that line, or set data.separator (--separator)"
             )
     except csv.Error as error:
         raise UserError(f"{where}: cannot be read as a table (line {reader.line_num}: {error})") from None

@@ -1,6 +1,6 @@
-"""The one door for tables: finding a file, and reading it as pandas or Arrow have it.
+"""Find table files, detect their format, and read them into pandas.
 
-Text is read as :mod:`mmtrain.data.series.dialect` finds that it is written, whoever reads it.
+All readers of CSV files use the format that :mod:`mmtrain.data.series.dialect` detects.
 """
 
 from __future__ import annotations
@@ -30,17 +30,20 @@ if TYPE_CHECKING:
     from mmtrain.config.data import SeriesDataConfig
 
 SUFFIXES = (".csv", ".parquet", ".zip")
-#: Packed CSVs, which pandas knows by their suffix too.
+#: Compressed CSV files by suffix; pandas recognises the same ones.
 _PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 DUPLICATES = ("error", "keep_first", "keep_last", "mean", "keep_all")
 
 
 @dataclass(frozen=True)
 class TableFormat:
-    """How a table is written, and how its repeated times are taken. None finds it out, and refuses repeated times.
+    """How a table is written, and how its repeated times are handled.
 
-    ``time_format``: dmy, mdy or ymd, codes of strptime, or s, ms, us or ns for numbers since 1970. ``duplicates``: see
-    ``DUPLICATES``.
+    Attributes:
+        separator: field separator of a CSV; None detects it.
+        decimal: decimal mark of a CSV; None detects it.
+        time_format: dmy, mdy or ymd; strptime codes; or s, ms, us or ns for numbers since 1970. None detects it.
+        duplicates: one of ``DUPLICATES``; None means "error".
     """
 
     separator: str | None = None
@@ -50,19 +53,24 @@ class TableFormat:
 
     @classmethod
     def of(cls, data: SeriesDataConfig) -> TableFormat:
-        """That of a configuration."""
+        """Return the format that a configuration sets."""
         return cls(data.separator, data.decimal, data.time_format, data.duplicates)
 
     def but(self, other: TableFormat | None) -> TableFormat:
-        """This one with all that ``other`` says."""
+        """Return a copy that takes all values of ``other`` that are not None."""
         given = {} if other is None else {key: value for key, value in vars(other).items() if value is not None}
         return replace(self, **given)
 
 
 def find_table(name: str | Path, data_root: str | Path | None = None) -> Path:
-    """The file of a table: a path, or a name like ``ETTh1`` or ``ETTh1.csv`` in ``data_root`` or one folder below it.
+    """Return the path of a table.
 
-    Without ``data_root`` the environment variable MMTRAIN_DATA says where to look.
+    Args:
+        name: a path, or a name like ``ETTh1`` or ``ETTh1.csv`` in ``data_root`` or one folder below it.
+        data_root: default: the environment variable MMTRAIN_DATA.
+
+    Raises:
+        UserError: if there is no such file.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -71,7 +79,7 @@ def find_table(name: str | Path, data_root: str | Path | None = None) -> Path:
     if not root_text:
         raise UserError(
             f"{name}: no such file (looked for {Path.cwd() / path}); give the path of a {', '.join(SUFFIXES)} file, "
-            "or data.root (or the environment variable MMTRAIN_DATA) for names like ETTh1"
+            "or set data.root (or the environment variable MMTRAIN_DATA) to use names like ETTh1"
         )
     root = Path(root_text).expanduser()
     names = [path.as_posix()] if path.suffix.lower() in SUFFIXES else [f"{path.as_posix()}{s}" for s in SUFFIXES]
@@ -83,16 +91,19 @@ def find_table(name: str | Path, data_root: str | Path | None = None) -> Path:
     there = {file.stem for folder in folders for file in folder.iterdir() if file.suffix.lower() in SUFFIXES}
     raise UserError(
         f"{name}: no such file (looked for {Path.cwd() / path}, and for {' or '.join(names)} in {root} and its "
-        f"folders){nearest(Path(name).stem, sorted(there))}"
+        f"subfolders){nearest(Path(name).stem, sorted(there))}"
         + ("" if root.is_dir() else f"; the data root {root} does not exist: set data.root or MMTRAIN_DATA")
     )
 
 
 def read_frame(path: Path, form: TableFormat | None = None) -> pd.DataFrame:
-    """The file as pandas reads it; a ``.zip`` must hold one CSV. Times in the index of a parquet file are a column.
+    """Read a table into pandas. Times in the index of a parquet file become a column.
+
+    Args:
+        path: a CSV, also compressed; a ``.zip`` with exactly one CSV; or a parquet file.
 
     Raises:
-        UserError: for what is no such table, or could be read in two ways.
+        UserError: if the file is not such a table, has no rows, or its format is ambiguous.
     """
     form = form or TableFormat()
     try:
@@ -108,12 +119,12 @@ def read_frame(path: Path, form: TableFormat | None = None) -> pd.DataFrame:
     except (OSError, ValueError, Warning) as error:  # pandas' and arrow's parser errors are ValueErrors
         raise UserError(f"{path}: cannot be read as a table ({error})") from error
     if frame.empty:
-        raise UserError(f"{path}: the table holds no rows")
+        raise UserError(f"{path}: the table has no rows")
     return frame
 
 
 def dialect_of(path: Path, form: TableFormat | None = None) -> Dialect:
-    """How the CSV ``path`` is written; looked at once as long as it does not change."""
+    """Return the format of the CSV ``path``. The result is cached until the file changes."""
     form = form or TableFormat()
     try:
         found = path.stat()
@@ -124,7 +135,7 @@ def dialect_of(path: Path, form: TableFormat | None = None) -> Dialect:
 
 @lru_cache(maxsize=256)
 def _examined(path: Path, changed: int, size: int, separator: str | None, decimal: str | None) -> Dialect:
-    del changed, size  # they are there to be compared
+    del changed, size  # only keys of the cache
     with _PACKED.get(path.suffix.lower(), open)(path, "rb") as stream:
         return examine(cast(BinaryIO, stream), str(path), separator, decimal)
 
@@ -133,7 +144,7 @@ def _read_csv(source: Path | BinaryIO, dialect: Dialect) -> pd.DataFrame:
     import pandas as pd
 
     with warnings.catch_warnings():
-        warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header, which would be cut
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # pandas would truncate rows longer than the header
         frame = pd.read_csv(
             source,
             sep=dialect.separator,
@@ -162,22 +173,22 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 
 
 def _unzip(path: Path) -> bytes:
-    """The one file in a zip archive."""
+    """Return the content of the only file in a zip archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = [member for member in archive.namelist() if not member.endswith("/")]
             if len(members) != 1:
-                raise UserError(f"{path}: a zip of one CSV is wanted, this one holds {len(members)} files")
-            size = archive.getinfo(members[0]).file_size  # no more than that is read
+                raise UserError(f"{path}: the archive contains {len(members)} files, but must contain exactly one CSV")
+            size = archive.getinfo(members[0]).file_size  # zipfile never reads more than this
             if size > (room := psutil.virtual_memory().available):
                 raise UserError(
-                    f"{path}: unpacks to {size / 1e9:.1f} GB, and {room / 1e9:.1f} GB of memory are free: unpack it, "
-                    "and save it as parquet"
+                    f"{path}: unpacks to {size / 1e9:.1f} GB, but only {room / 1e9:.1f} GB of memory are free; unpack "
+                    "it and save it as parquet"
                 )
             return archive.read(members[0])
     except NotImplementedError as error:
-        cause = f"{error}: pack it with the usual compression"
-    except RuntimeError:  # the only one that zipfile raises here
+        cause = f"{error}: compress it with the standard method of zip (deflate)"
+    except RuntimeError:  # zipfile raises it here only for encrypted files
         cause = "it is encrypted: unpack it with its password first"
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
         cause = f"{error}: the archive is damaged"
@@ -185,11 +196,11 @@ def _unzip(path: Path) -> bytes:
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first 20 names, and how many there are where these are not all."""
+    """Join the first 20 names with commas; add the total number if there are more."""
     shown = [str(name) for name in names]
     return ", ".join(shown[:20]) + (f", ... ({len(shown)})" if len(shown) > 20 else "")
 
 
 def place(file: Path, row: int) -> str:
-    """How a person finds a row: counted from 0 without the header, and for CSV also the line in the file."""
+    """Describe a row for a message: its number from 0 without the header, and for a CSV its line in the file."""
     return f"row {row}" + ("" if file.suffix.lower() == ".parquet" else f" (line {row + 2} of the file)")

@@ -1,4 +1,4 @@
-"""The order of a table's rows: sorted by time, with repeated times as the user wants them; how even the steps are."""
+"""Sort the rows of a table by time, handle repeated times, and measure how regular the time steps are."""
 
 from __future__ import annotations
 
@@ -24,22 +24,20 @@ Int64s = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Regularity:
-    """``duplicates``: rows whose time another row has before; ``backward``: rows before an earlier time.
+    """The faults of a time column. Steps of months or business days count as regular."""
 
-    ``irregular``: steps between different times that are not ``step``, the commonest, which is None for one time only.
-    No step of months or business days is irregular.
-    """
-
-    duplicates: int
-    irregular: int
-    backward: int
-    step: pd.Timedelta | None
+    duplicates: int  # rows whose time also occurs in an earlier row
+    irregular: int  # time steps between distinct times that differ from ``step``
+    backward: int  # rows with an earlier time than the row before them
+    step: pd.Timedelta | None  # the most common time step; None for fewer than two distinct times
 
 
 def regularity(stamps: Stamps, zone: str | None = None) -> Regularity:
-    """How even the times (T,) are, wherever in the table they stand.
+    """Measure how regular the times (T,) are, in any order of the rows.
 
-    ``zone``: the times are in UTC, and days and longer steps may be those of this zone, of 23 or 25 hours.
+    Args:
+        zone: the time zone of the table; the times are in UTC then. Steps that are regular in local time, such as days
+            of 23 or 25 hours, count as regular.
     """
     found = _regularity(stamps)
     if zone is None or not found.irregular:
@@ -67,18 +65,18 @@ def _regularity(stamps: Stamps) -> Regularity:
 
 @dataclass(frozen=True)
 class Order:
-    """``rows`` (n,): which row of the table comes at each place; ``starts``: where those begin that become one."""
+    """An order of the rows of a table, in which groups of rows may be merged into one."""
 
-    rows: Int64s
-    starts: Int64s | None = None
+    rows: Int64s  # (n,) the row of the table at each position
+    starts: Int64s | None = None  # positions in ``rows`` at which each group begins; None: no rows are merged
 
     @property
     def first(self) -> Int64s:
-        """For each row of the result one of the rows that it is made from."""
+        """For each row of the result, one of the table's rows that it is computed from."""
         return self.rows if self.starts is None else self.rows[self.starts]
 
     def apply(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(n, M) values in this order; of several rows that become one the mean of what is no hole."""
+        """Put ``values`` (n, M) into this order; merged rows become the mean of their finite values."""
         sorted_values = values[self.rows]
         if self.starts is None:
             return sorted_values
@@ -92,19 +90,21 @@ class Order:
 
 
 def arrange(stamps: Stamps, file: Path, duplicates: str, zone: str | None = None) -> Order | None:
-    """The order in which the rows of a table are used; None for the order that they have. What is done is said.
+    """Return the order in which to use the rows of a table; None if they are in order. Changes are logged.
 
     Args:
-        duplicates: of rows with one time: keep_first, keep_last, mean, or keep_all, which leaves the rows as they come
-            (but turns a table round that has its newest row first); error is keep_all where such rows are neighbours.
+        file: the table, for messages.
+        duplicates: handling of rows with the same time: keep_first, keep_last, mean, or keep_all. keep_all keeps the
+            order of the file, or reverses it if the newest row is first. "error" is the same as keep_all if all rows
+            with the same time are adjacent.
         zone: see :func:`regularity`.
 
     Raises:
-        UserError: for repeated times that are not neighbours, with duplicates "error".
+        UserError: for ``duplicates`` "error", if rows with the same time are not adjacent.
     """
     if duplicates not in DUPLICATES:
         raise UserError(
-            f"data.duplicates={duplicates!r}: one of {', '.join(DUPLICATES)}{nearest(duplicates, DUPLICATES)}"
+            f"data.duplicates={duplicates!r}: must be one of {', '.join(DUPLICATES)}{nearest(duplicates, DUPLICATES)}"
         )
     found = regularity(stamps, zone)
     rows = np.arange(len(stamps))
@@ -112,7 +112,8 @@ def arrange(stamps: Stamps, file: Path, duplicates: str, zone: str | None = None
         return None
     falling = found.backward * 2 > len(stamps) - 1 - found.duplicates
     if duplicates == "error" and found.duplicates == int((stamps[1:] == stamps[:-1]).sum()):
-        duplicates = "keep_all"  # all are neighbours, as one in the published Weather table: no rows were appended
+        # Adjacent repeats, such as the one in the published Weather table, do not come from a file appended twice.
+        duplicates = "keep_all"
     if duplicates == "keep_all" and found.duplicates:
         order = Order(rows[::-1] if falling else rows)
     else:
@@ -120,19 +121,23 @@ def arrange(stamps: Stamps, file: Path, duplicates: str, zone: str | None = None
         if found.duplicates and duplicates == "error":
             raise UserError(_repeated(stamps, order.rows, found.duplicates, file))
     if not np.array_equal(order.rows, rows):
-        what = "the newest row comes first" if falling else f"{found.backward} row(s) come before earlier ones"
-        logger.warning("%s: %s; the rows are sorted by time", file, what)
+        fault = "the newest row is first" if falling else f"{found.backward} row(s) are earlier than the row before"
+        logger.warning("%s: %s; the rows are sorted by time", file, fault)
     if found.irregular:
         logger.warning(
-            "%s: %d step(s) differ from the usual %s; rows are taken as they come", file, found.irregular, found.step
+            "%s: %d time step(s) differ from the usual %s; the rows are used as if they were evenly spaced",
+            file,
+            found.irregular,
+            found.step,
         )
     if not found.duplicates:
         return order
-    logger.warning("%s: %d repeated time stamp(s) (data.duplicates=%s)", file, found.duplicates, duplicates)
+    logger.warning("%s: %d repeated timestamp(s) (data.duplicates=%s)", file, found.duplicates, duplicates)
     return _single(order, stamps[order.rows], duplicates)
 
 
 def _single(order: Order, times: Stamps, duplicates: str) -> Order:
+    """Drop or merge rows of ``order`` with the same time as ``duplicates`` says; ``times`` are in this order."""
     if duplicates == "keep_all":
         return order
     begins = np.append(True, times[1:] != times[:-1])
@@ -142,10 +147,11 @@ def _single(order: Order, times: Stamps, duplicates: str) -> Order:
 
 
 def _repeated(stamps: Stamps, rows: Int64s, count: int, file: Path) -> str:
+    """Return the error message for repeated times; ``rows`` sorts the times."""
     again = int(np.argmax(stamps[rows][1:] == stamps[rows][:-1]))
     time = str(stamps[rows[again]].astype("datetime64[s]")).replace("T", " ")
     return (
-        f"{file}: {count} repeated time stamp(s); {time} stands in {place(file, int(rows[again]))} and in "
-        f"{place(file, int(rows[again + 1]))}. Remove them, or say what to use: data.duplicates=keep_first, keep_last, "
-        "mean, or keep_all (the rows as they come, such as hours in local time)"
+        f"{file}: {count} repeated timestamp(s); {time} is in {place(file, int(rows[again]))} and in "
+        f"{place(file, int(rows[again + 1]))}. Remove the repeated rows, or set data.duplicates=keep_first, keep_last, "
+        "mean, or keep_all (all rows in the order of the file, for example hours of local time)"
     )

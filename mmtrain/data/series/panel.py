@@ -1,9 +1,14 @@
-"""A prepared panel: many series of any lengths in memory-mapped shards, opened without reading them.
+"""Prepared panels: many series of any length in memory-mapped shards, which are opened without reading them.
 
-The folder holds meta.json, shards values-00000.npy, ... (rows, C) float32, the rows of whole series one after the
-other (NaN where a value is missing), shards known-00000.npy, ... (rows, K) of what is known of each series in advance,
-and one array a file for the rest. Shards in which float32 would lose what changes are float64. No file holds a pickle,
-and no name in meta.json is a path.
+A panel is a folder with these files:
+
+- meta.json, which describes the panel;
+- shards values-00000.npy, ... (rows, C): the targets of whole series, one series after another, NaN where missing;
+- shards known-00000.npy, ... (rows, K): the covariates of each series that are known in advance;
+- one .npy file for each other array.
+
+Shards are float32, or float64 where float32 would lose changes of the values. No file contains a pickle, and no name
+in meta.json is used as a path.
 """
 
 from __future__ import annotations
@@ -32,12 +37,22 @@ _CURE = "prepare it again (mmtrain data prepare panel --force)"
 
 @dataclass(frozen=True)
 class Panel:
-    """S series; ``ids`` (S,); ``columns``: the C target columns.
+    """A panel of S series.
 
-    Series s has ``lengths[s]`` rows with targets, and ``rows[s] - lengths[s]`` more in which only the known columns
-    hold anything. Its row 0 lies at place ``first[s]`` of ``timeline`` (None: without times). ``shared`` (G, T, K2):
-    what is known of the places of the timeline, for each of G groups of series; ``groups`` (S,). ``statics``: for each
-    static column (S,) float32, or int32 codes of ``categories``.
+    Series s has ``lengths[s]`` rows with targets, followed by ``rows[s] - lengths[s]`` rows with known columns only.
+    Its row 0 is at position ``first[s]`` of ``timeline``.
+
+    Attributes:
+        ids: (S,) names of the series.
+        values, known: one array for each shard.
+        shared: (G, T, K2) covariates known at each position of the timeline, for each of G groups of series.
+        groups: (S,) the group of each series.
+        statics: for each static column (S,) numbers, or int32 codes that index ``categories`` of the column.
+        columns: names of the C target columns.
+        timeline: None for a panel without times.
+        holes: number of missing values.
+        zone: time zone of the files; the times are in UTC then.
+        shard_series: (shards,) number of series in each shard.
     """
 
     folder: Path
@@ -57,49 +72,53 @@ class Panel:
     categories: dict[str, list[str]]
     timeline: Timeline | None
     holes: int
-    zone: str | None  # the time zone of the files; times are in UTC then
-    shard_series: Int64s = field(repr=False)  # (shards,) series in each shard
+    zone: str | None
+    shard_series: Int64s = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @cached_property
     def shards(self) -> Int64s:
-        """(S,) the shard of each series."""
+        """(S,) Shard of each series."""
         return np.repeat(np.arange(len(self.shard_series)), self.shard_series)
 
     @cached_property
     def offsets(self) -> Int64s:
-        """(S,) the first row of each series in its shard."""
+        """(S,) First row of each series in its shard."""
         ends = np.cumsum(self.rows)
         starts = np.concatenate([[0], np.cumsum(self.shard_series)[:-1]])
         before = np.concatenate([[0], ends])[starts]
         return ends - self.rows - before[self.shards]
 
     def series(self, number: int) -> Numbers:
-        """Values (T, C) of a series, NaN where missing: a view of the file."""
+        """Return the values (T, C) of a series as a view of the file; NaN where missing."""
         offset = int(self.offsets[number])
         return self.values[self.shards[number]][offset : offset + int(self.lengths[number])]
 
     def stamps(self, number: int, start: int, stop: int) -> Stamps | None:
-        """Times of the rows [start, stop) of a series, or None for a panel without times; rows may lie beyond it."""
+        """Return the times of rows [start, stop) of a series, which may extend past its end; None without times."""
         if self.timeline is None:
             return None
         return self.timeline.stamps(int(self.first[number]) + start, stop - start)
 
     def gather(self, arrays: Sequence[Numbers], series: Int64s, start: Int64s, length: int) -> Numbers:
-        """(B, length, C): rows [start, start + length) of each series (B,) from ``values`` or ``known``."""
+        """Return rows [start, start + length) of each series (B,) as (B, length, C).
+
+        Args:
+            arrays: ``values`` or ``known``.
+        """
         shards = self.shards[series]
         used = np.unique(shards).tolist()
         dtype = np.result_type(np.float32, *(arrays[shard] for shard in used))
         made = np.empty((len(series), length, arrays[0].shape[1]), dtype=dtype)
         for shard in used:
-            mine = np.flatnonzero(shards == shard)
-            made[mine] = runs(arrays[shard], self.offsets[series[mine]] + start[mine], length)
+            inside = np.flatnonzero(shards == shard)
+            made[inside] = runs(arrays[shard], self.offsets[series[inside]] + start[inside], length)
         return made
 
     def chunks(self, rows: int = 1 << 20) -> Iterator[slice]:
-        """Consecutive series of about ``rows`` rows together, each chunk within one shard."""
+        """Yield slices of consecutive series with about ``rows`` rows in total, each within one shard."""
         begin, end = 0, 0
         for count in self.shard_series.tolist():
             end += count
@@ -110,9 +129,9 @@ class Panel:
                 begin = stop
 
     def heads(self, arrays: Sequence[Numbers], chunk: slice, counts: Int64s) -> Numbers:
-        """The first ``counts`` (n,) rows of each series of a chunk, one series after the other.
+        """Return the first ``counts`` (n,) rows of each series of a chunk, concatenated.
 
-        The pages that were read stay in the system's cache, but not in this process.
+        The memory pages that were read are released from this process, but stay in the system's page cache.
         """
         whole, offset, rows = arrays[self.shards[chunk.start]], int(self.offsets[chunk.start]), self.rows[chunk]
         stop = offset + int(rows.sum())
@@ -127,37 +146,45 @@ class Panel:
 
 
 def is_panel(path: Path) -> bool:
-    """Whether ``path`` looks like a prepared panel."""
+    """Return whether ``path`` looks like the folder of a prepared panel."""
     return path.is_dir() and (path / "meta.json").is_file()
 
 
 def find_panel(name: str | Path, root: str | Path | None = None) -> Path:
-    """The folder of a panel: a path, or a name in ``root`` (default: the environment variable MMTRAIN_DATA)."""
+    """Return the folder of a panel.
+
+    Args:
+        name: a path, or a name in ``root``.
+        root: default: the environment variable MMTRAIN_DATA.
+
+    Raises:
+        UserError: if there is no such panel.
+    """
     path = Path(name).expanduser()
-    places = [path]
+    candidates = [path]
     folder = root or os.environ.get("MMTRAIN_DATA")
     if folder and not path.is_absolute():
-        places.append(Path(folder).expanduser() / path)
-    for place in places:
-        if is_panel(place):
-            return place
-    raw = next((place for place in places if str(name) and place.exists()), None)
+        candidates.append(Path(folder).expanduser() / path)
+    for candidate in candidates:
+        if is_panel(candidate):
+            return candidate
+    raw = next((candidate for candidate in candidates if str(name) and candidate.exists()), None)
     if raw is not None:
         raise UserError(
-            f"{raw}: not a prepared panel; make one: mmtrain data prepare panel --root {raw} --out FOLDER, and set "
+            f"{raw}: not a prepared panel; run mmtrain data prepare panel --root {raw} --out FOLDER, and set "
             "data.path=FOLDER"
         )
     raise UserError(
-        f"data.path={name}: there is no such prepared panel (looked for {' and '.join(str(p) for p in places)}); make "
+        f"data.path={name}: no such prepared panel (looked for {' and '.join(str(p) for p in candidates)}); prepare "
         "one with mmtrain data prepare panel (or m5)"
     )
 
 
 def open_panel(folder: str | Path) -> Panel:
-    """Open what ``mmtrain data prepare panel`` wrote; the shards stay on disk.
+    """Open a panel that ``mmtrain data prepare panel`` wrote; the shards stay on disk.
 
     Raises:
-        UserError: for a folder that is not one, of another format, or with files that do not fit together.
+        UserError: if the folder is not a panel, has another format version, or its files do not match each other.
     """
     folder = Path(folder)
     meta = _meta(folder)
@@ -172,7 +199,9 @@ def open_panel(folder: str | Path) -> Panel:
         if (zone := meta.get("zone")) is not None:
             shown(np.zeros(1, "datetime64[us]"), zone)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder / 'meta.json'}: not that of a panel ({error!r}); {_CURE}") from error
+        raise UserError(
+            f"{folder / 'meta.json'}: not the meta.json of a prepared panel ({error!r}); {_CURE}"
+        ) from error
     panel = Panel(
         folder=folder,
         meta=meta,
@@ -199,37 +228,38 @@ def _meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not the meta.json of a prepared panel ({error})") from error
+        raise UserError(f"{file}: not the meta.json of a prepared panel ({error}); {_CURE}") from error
     if not isinstance(meta, dict) or meta.get("kind") != KIND:
-        raise UserError(f"{file}: not the meta.json of a prepared panel; make one with mmtrain data prepare panel")
+        raise UserError(f"{file}: not the meta.json of a prepared panel; prepare one with mmtrain data prepare panel")
     if meta.get("format") != FORMAT:
-        raise UserError(f"{folder}: a panel of format {meta.get('format')}, not {FORMAT}: {_CURE}")
+        raise UserError(f"{folder}: the panel has format {meta.get('format')}, but format {FORMAT} is needed; {_CURE}")
     return meta
 
 
 def load_array(file: Path, mapped: bool = False) -> NDArray[Any]:
-    """An array of a panel, ``mapped`` into memory or read.
+    """Read an array of a panel, or map it into memory if ``mapped``.
 
     Raises:
-        UserError: for a file that is missing or damaged.
+        UserError: if the file is missing or damaged.
     """
     try:
         found = np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{file}: cannot be read ({error}); {_CURE}") from error
-    return np.asarray(found)  # a memory map as a plain array, which is indexed faster
+    return np.asarray(found)  # plain arrays are indexed faster than np.memmap
 
 
 def _check(panel: Panel) -> None:
-    """Every window must lie where the arrays say: what does not fit is found here, not in the middle of a run."""
+    """Raise UserError if sizes and positions of the arrays disagree, so that no window fails during a run."""
     count = len(panel.ids)
     per_series = {"lengths": panel.lengths, "rows": panel.rows, "first": panel.first, "groups": panel.groups}
     for name, array in {**per_series, **panel.statics}.items():
         _need(panel, array.shape == (count,), f"{name} has shape {array.shape}, not ({count},)")
     fits = int(panel.shard_series.sum()) == count and len(panel.shard_series) == len(panel.values)
-    _need(panel, fits, "shards.npy does not add up to the series and shards")
-    _need(panel, bool((panel.lengths <= panel.rows).all() and (panel.lengths >= 0).all()), "lengths and rows disagree")
-    _need(panel, count > 0 and bool((panel.shard_series > 0).all()), "there is a shard without a series")
+    _need(panel, fits, "shards.npy does not match the number of series and shards")
+    fits = bool((panel.lengths <= panel.rows).all() and (panel.lengths >= 0).all())
+    _need(panel, fits, "lengths.npy and rows.npy do not match")
+    _need(panel, count > 0 and bool((panel.shard_series > 0).all()), "a shard has no series")
     wanted = np.add.reduceat(panel.rows, np.cumsum(panel.shard_series) - panel.shard_series)
     kinds: Sequence[tuple[str, list[Numbers], int]] = (
         ("values", panel.values, len(panel.columns)),
@@ -239,15 +269,17 @@ def _check(panel: Panel) -> None:
         for number, array in enumerate(arrays):
             shape = (int(wanted[number]), width)
             fits = array.shape == shape and array.dtype in (np.float32, np.float64)
-            _need(panel, fits, f"{name}-{number:05d}.npy holds {array.dtype} {array.shape}, not float32 {shape}")
+            fault = f"{name}-{number:05d}.npy is {array.dtype} {array.shape}, not float32 or float64 {shape}"
+            _need(panel, fits, fault)
     _need(panel, panel.shared.ndim == 3, f"shared.npy has shape {panel.shared.shape}")
     groups, places, width = panel.shared.shape
     last = int((panel.first + panel.rows).max())
     fits = width == len(panel.shared_columns) and (not width or (places >= last and int(panel.groups.max()) < groups))
     _need(panel, fits, f"shared.npy has shape {panel.shared.shape}")
-    _need(panel, int(min(panel.first.min(), panel.groups.min())) >= 0, "first or groups below 0")
+    _need(panel, int(min(panel.first.min(), panel.groups.min())) >= 0, "first.npy or groups.npy has a value below 0")
 
 
 def _need(panel: Panel, condition: bool, fault: str) -> None:
+    """Raise UserError with ``fault`` unless ``condition`` is true."""
     if not condition:
         raise UserError(f"{panel.folder}: {fault}; {_CURE}")

@@ -1,10 +1,11 @@
-"""Scalers and covariates of a panel's windows: static ones, and those known in advance.
+"""Scalers and covariates (static, and known in advance) of the windows of a panel.
 
-Each series and column is standardised by its own training rows, known columns by those of all series. Static columns
-become numbers: categories one-hot (many of them as one code), numbers standardised.
+Targets are standardised for each series and column with the training rows of the series; known columns with the
+training rows of all series. Static numbers are standardised. Static categories are one-hot encoded, or become one code
+if there are many.
 
-Calendar features are what a date says, as numbers in [-0.5, 0.5], as in Informer. They follow from the date alone, so
-they are known for any future; tables have them too.
+Calendar features encode a date as numbers in [-0.5, 0.5], as in Informer. They depend on the date only, so they are
+known for any future time. Tables use them too.
 """
 
 from __future__ import annotations
@@ -27,24 +28,27 @@ from mmtrain.log import logger
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: A category of more values than this becomes one number, its code, instead of a column for each value.
+#: A static column with more categories than this becomes one number (the code), instead of one column per category.
 MOST_ONE_HOT = 64
 
 
 @dataclass(frozen=True)
 class PanelScalers:
-    """``mean`` and ``std`` (S, C) of the targets; ``known`` of the known columns, then of the shared ones."""
+    """The scalers of a panel."""
 
-    mean: NDArray[np.float64]
-    std: NDArray[np.float64]
-    known: Scaler
+    mean: NDArray[np.float64]  # (S, C) of the targets
+    std: NDArray[np.float64]  # (S, C)
+    known: Scaler  # of the known columns, followed by the shared columns
 
 
 def fit_scalers(panel: Panel, train_rows: Int64s) -> PanelScalers:
-    """One pass over the shards, a piece at a time. ``train_rows`` (S,): how many rows of each series may be looked at.
+    """Fit the scalers of a panel in one pass over its shards, one chunk at a time.
 
-    A series without a value in its training rows keeps mean 0 and deviation 1, as does what does not vary its
-    deviation; flags (columns of 0 and 1) stay as they are.
+    A series without any value in its training rows gets mean 0 and standard deviation 1. A constant column gets
+    standard deviation 1. Known columns of only 0 and 1 are flags and are not scaled.
+
+    Args:
+        train_rows: (S,) number of training rows of each series.
     """
     shape = (len(panel), len(panel.columns))
     mean, std = np.zeros(shape), np.ones(shape)
@@ -55,8 +59,8 @@ def fit_scalers(panel: Panel, train_rows: Int64s) -> PanelScalers:
         if not len(some):
             continue
         begins = np.cumsum(kept[some]) - kept[some]
-        place = piece.start + some
-        mean[place], std[place] = _fit(panel.heads(panel.values, piece, kept), begins, kept[some])
+        numbers = piece.start + some
+        mean[numbers], std[numbers] = _fit(panel.heads(panel.values, piece, kept), begins, kept[some])
         if known.width:
             known.add(panel.heads(panel.known, piece, kept))
     if shared.width:
@@ -68,7 +72,11 @@ def fit_scalers(panel: Panel, train_rows: Int64s) -> PanelScalers:
 
 
 def _fit(values: Numbers, begins: Int64s, counts: Int64s) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and population deviation of each run of rows of ``values`` (R, C), holes left out: (n, C) each."""
+    """Return mean and population standard deviation (n, C) of each run of rows of ``values`` (R, C), ignoring NaN.
+
+    Args:
+        begins, counts: (n,) first row and length of each run.
+    """
     wide = values.astype(np.float64)
     good = np.isfinite(wide)
     wide[~good] = 0
@@ -78,14 +86,14 @@ def _fit(values: Numbers, begins: Int64s, counts: Int64s) -> tuple[NDArray[np.fl
     wide[~good] = 0
     low, high = np.minimum.reduceat(wide, begins, axis=0), np.maximum.reduceat(wide, begins, axis=0)
     std = np.sqrt(np.add.reduceat(np.square(wide, out=wide), begins, axis=0) / np.maximum(held, 1))
-    # a constant column's deviation is rounding noise of its mean, not exactly 0
+    # The deviation of a constant column is rounding noise of its mean, not exactly 0.
     flat = (high - low) <= NOISE[values.dtype] * np.abs(mean)
     std[flat | (std.astype(np.float32) == 0)] = 1
     return mean, std
 
 
 class _Sums:
-    """Mean and deviation of the columns of many arrays, without keeping them (Chan, Golub & LeVeque 1983)."""
+    """Running mean and standard deviation of the columns of many arrays (Chan, Golub & LeVeque 1983)."""
 
     def __init__(self, width: int) -> None:
         self.width, self.count = width, 0
@@ -113,21 +121,28 @@ class _Sums:
 
 
 def prepared_scalers(panel: Panel) -> PanelScalers:
-    """The scalers that were prepared with the panel, for its own split."""
+    """Load the scalers saved with the panel, which were fitted for the split that it was prepared with.
+
+    Raises:
+        UserError: if they are damaged.
+    """
     names = ("scaler-mean", "scaler-std", "known-mean", "known-std")
     mean, std, known_mean, known_std = (load_array(panel.folder / f"{name}.npy").astype(np.float64) for name in names)
     wanted = (len(panel), len(panel.columns))
+    cure = "prepare the panel again (mmtrain data prepare panel --force)"
     if mean.shape != wanted or std.shape != wanted:
-        raise UserError(f"{panel.folder}: the scalers are not of {wanted[0]} series; prepare the panel again, --force")
+        raise UserError(
+            f"{panel.folder}: scaler-mean.npy and scaler-std.npy are not for {wanted[0]} series and {wanted[1]} "
+            f"column(s); {cure}"
+        )
     for kind, pair in (("scaler", (mean, std)), ("known", (known_mean, known_std))):
-        cure = "prepare the panel again (mmtrain data prepare panel --force)"
         check_scaler(*pair, f"{panel.folder}: {kind}-mean.npy and {kind}-std.npy are damaged", cure)
     return PanelScalers(mean, std, Scaler(known_mean, known_std))
 
 
 @dataclass(frozen=True)
 class StaticColumn:
-    """How one column is turned into numbers: ``categories``, or else ``mean`` and ``std``."""
+    """The encoding of a static column: by ``categories`` if it has any, else standardised by ``mean`` and ``std``."""
 
     name: str
     categories: tuple[str, ...] = ()
@@ -136,13 +151,18 @@ class StaticColumn:
 
     @property
     def width(self) -> int:
+        """How many numbers encode a value."""
         return len(self.categories) if 0 < len(self.categories) <= MOST_ONE_HOT else 1
 
     def encode(self, values: NDArray[Any]) -> NDArray[np.float32]:
-        """Numbers (S,), or codes of ``categories`` (S,; below 0: none of them) → (S, width) float32."""
+        """Encode ``values`` (S,) as (S, width) float32.
+
+        Args:
+            values: numbers, or codes that index ``categories`` (below 0: not among them).
+        """
         if not self.categories:
             made = (values.astype(np.float64) - self.mean) / self.std
-            made[~np.isfinite(made)] = 0  # a number that is not given: the mean
+            made[~np.isfinite(made)] = 0  # a missing number becomes the mean
             return made[:, None].astype(np.float32)
         if self.width == 1 and len(self.categories) > 1:
             return (values[:, None] / (len(self.categories) - 1) - 0.5).astype(np.float32)
@@ -153,15 +173,22 @@ class StaticColumn:
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> StaticColumn:
-        """Raises KeyError, TypeError or ValueError for what :meth:`to_json` has not made."""
+        """Build the encoding from the result of :meth:`to_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: if ``saved`` is damaged.
+        """
         made = cls(str(saved["name"]), tuple(saved["categories"]), float(saved["mean"]), float(saved["std"]))
         if not (np.isfinite(made.mean) and 0 < made.std < np.inf):
-            raise ValueError(f"static column {made.name!r}: mean {made.mean}, deviation {made.std}")
+            raise ValueError(f"static column {made.name!r}: invalid mean {made.mean} or standard deviation {made.std}")
         return made
 
 
 def fit_static(panel: Panel, names: Sequence[str], trained: NDArray[np.bool_]) -> list[StaticColumn]:
-    """The encodings of the columns ``names``; numbers are standardised by the series that are ``trained`` (S,) on.
+    """Return the encodings of the static columns ``names``.
+
+    Args:
+        trained: (S,) whether a series is used in training. Only these series determine how numbers are standardised.
 
     Raises:
         UserError: for a column that the panel does not have.
@@ -170,15 +197,15 @@ def fit_static(panel: Panel, names: Sequence[str], trained: NDArray[np.bool_]) -
     for name in names:
         if name not in panel.statics:
             raise UserError(
-                f"{panel.folder}: data.static: {name!r} is not there{nearest(name, panel.statics)}; its static columns "
-                f"are {', '.join(panel.statics) or 'none: prepare it with --static'}"
+                f"{panel.folder}: data.static: there is no static column {name!r}{nearest(name, panel.statics)}; the "
+                f"panel has {', '.join(panel.statics) or 'none: prepare it with --static'}"
             )
         if name in panel.categories:
             columns.append(StaticColumn(name, tuple(panel.categories[name])))
             count = len(panel.categories[name])
             if count > MOST_ONE_HOT:
                 logger.info(
-                    "%s: static column %r has %d values, more than %d: it becomes one number, the code of the value",
+                    "%s: static column %r has %d categories, more than %d: it is encoded as one number, not one-hot",
                     panel.folder,
                     name,
                     count,
@@ -193,24 +220,42 @@ def fit_static(panel: Panel, names: Sequence[str], trained: NDArray[np.bool_]) -
 
 
 def encode_static(panel: Panel, columns: Sequence[StaticColumn]) -> NDArray[np.float32]:
-    """(S, C_S) float32, the columns side by side."""
+    """Return the encoded static columns of all series, concatenated: (S, C_S) float32.
+
+    Raises:
+        UserError: if the panel lacks a column, or has numbers in place of categories or the reverse.
+    """
     parts = []
     for column in columns:
         values = panel.statics.get(column.name)
         if values is None or bool(panel.categories.get(column.name)) != bool(column.categories):
-            raise UserError(f"{panel.folder}: it has no static column {column.name!r} of the kind that was trained on")
+            kind = "categories" if column.categories else "numbers"
+            raise UserError(
+                f"{panel.folder}: there is no static column {column.name!r} of {kind}, which the model was trained "
+                "with; prepare the panel with this column (--static)"
+            )
         if column.categories:
-            there = panel.categories[column.name]
+            names = panel.categories[column.name]
             codes = {name: code for code, name in enumerate(column.categories)}
-            values = np.array([codes.get(name, -1) for name in there], dtype=np.int64)[values]
+            values = np.array([codes.get(name, -1) for name in names], dtype=np.int64)[values]
         parts.append(column.encode(values))
     return np.concatenate(parts, axis=1) if parts else np.empty((len(panel), 0), dtype=np.float32)
 
 
 class PanelInputs:
-    """``steps``: how many steps of what is known a window has; they end with its last target.
+    """The covariates of the windows of a panel.
 
-    Known, in this order: calendar features, the chosen columns of each series, the chosen columns shared by a group.
+    Known covariates come in this order: calendar features, the chosen columns of each series, the chosen columns that
+    a group of series shares.
+
+    Args:
+        steps: T_Z, the number of time steps of known covariates in a window; they end with its last target.
+        known: names of the chosen columns.
+        calendar: names of calendar features.
+        static: encodings of the static columns.
+
+    Raises:
+        UserError: for a column that the panel does not have.
     """
 
     def __init__(
@@ -229,16 +274,16 @@ class PanelInputs:
         for name in known:
             if name not in (*own, *shared):
                 raise UserError(
-                    f"{panel.folder}: data.known: {name!r} is not there{nearest(name, [*own, *shared])}; what it has "
-                    f"known in advance: {', '.join((*own, *shared)) or 'nothing: prepare it with --known, --calendar'}"
+                    f"{panel.folder}: data.known: there is no known column {name!r}{nearest(name, [*own, *shared])}; "
+                    f"the panel has {', '.join((*own, *shared)) or 'none: prepare it with --known or --calendar'}"
                 )
         self.own = [own.index(name) for name in known if name in own]
         self.shared = [shared.index(name) for name in known if name in shared]
-        chosen = [*self.own, *(len(own) + place for place in self.shared)]
+        chosen = [*self.own, *(len(own) + number for number in self.shared)]
         self.mean, self.std = scalers.known.mean[chosen], scalers.known.std[chosen]
         self.names = [*calendar, *(own[i] for i in self.own), *(shared[i] for i in self.shared)]
         self.static = encode_static(panel, self.columns)
-        self._of_places: Floats | None = None
+        self._calendar_rows: Floats | None = None
 
     def batch(self, series: Int64s, stop: Int64s, variates: int) -> dict[str, Tensor]:
         """See :class:`~mmtrain.data.series.windows.Covariates`."""
@@ -252,67 +297,73 @@ class PanelInputs:
         return made
 
     def known(self, series: Int64s, start: Int64s) -> Floats:
-        """(B, T_Z, C_Z): covariates of ``steps`` rows of each series (B,) from row ``start`` (B,) on, standardised."""
+        """Return standardised known covariates (B, T_Z, C_Z) of each series (B,), from its row ``start`` (B,) on."""
         panel = self.panel
         made = np.empty((len(series), self.steps, len(self.names)), dtype=np.float32)
-        place = panel.first[series] + start
+        position = panel.first[series] + start  # on the timeline
         low, high = len(self.calendar_names), len(self.calendar_names) + len(self.own)
         if low:
-            made[:, :, :low] = runs(self._calendar(int(place.max(initial=0)) + self.steps), place, self.steps)
+            made[:, :, :low] = runs(self._calendar(int(position.max(initial=0)) + self.steps), position, self.steps)
         if self.own:
             own = panel.gather(panel.known, series, start, self.steps)[:, :, self.own]
             made[:, :, low:high] = (own - self.mean[: high - low]) / self.std[: high - low]
         if self.shared:
-            groups, places, width = panel.shared.shape
-            flat = panel.shared.reshape(groups * places, width)
-            shared = runs(flat, panel.groups[series] * places + place, self.steps)[:, :, self.shared]
+            groups, length, width = panel.shared.shape
+            flat = panel.shared.reshape(groups * length, width)
+            shared = runs(flat, panel.groups[series] * length + position, self.steps)[:, :, self.shared]
             made[:, :, high:] = (shared - self.mean[high - low :]) / self.std[high - low :]
         return made
 
     def _calendar(self, stop: int) -> Floats:
-        """(at least ``stop``, ·) calendar features of the timeline's places; a forecast may reach beyond the panel."""
+        """Return calendar features of at least the first ``stop`` positions of the timeline, one row for each.
+
+        They are cached, and computed again when a forecast needs positions past the end of the panel.
+        """
         assert self.panel.timeline is not None
-        if self._of_places is None or len(self._of_places) < stop:
+        if self._calendar_rows is None or len(self._calendar_rows) < stop:
             count = max(stop, int((self.panel.first + self.panel.rows).max()))
-            self._of_places = calendar_features(self.panel.timeline.local.stamps(0, count), self.calendar_names)
-        return self._of_places
+            self._calendar_rows = calendar_features(self.panel.timeline.local.stamps(0, count), self.calendar_names)
+        return self._calendar_rows
 
 
 def calendar_of(panel: Panel) -> list[str]:
-    """The calendar features of a panel's step.
+    """Return the names of the calendar features that vary at the time step of a panel.
 
     Raises:
         UserError: for a panel without times.
     """
     if panel.timeline is None:
-        raise UserError(f"{panel.folder}: data.calendar=true, but this panel was prepared without times (--time)")
+        raise UserError(
+            f"{panel.folder}: data.calendar=true needs times, but the panel was prepared without them; prepare it with "
+            "--time, or set data.calendar=false"
+        )
     return calendar_names(panel.timeline.step)
 
 
 def pack(array: NDArray[np.floating]) -> dict[str, Any]:
-    """{"shape", "float64" or "float32"}: the bytes, little-endian, in base64."""
+    """Encode an array for JSON: its "shape", and under "float64" or "float32" its little-endian bytes in base64."""
     raw = base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode("ascii")
     return {"shape": list(array.shape), array.dtype.name: raw}
 
 
 def unpack(saved: dict[str, Any]) -> NDArray[np.float64]:
-    """The array of :func:`pack`.
+    """Decode the result of :func:`pack`.
 
     Raises:
-        ValueError: for bytes that are not of the shape.
+        ValueError: if the bytes do not match the shape.
     """
     kind = "float64" if "float64" in saved else "float32"
     raw = np.frombuffer(base64.b64decode(saved[kind], validate=True), dtype=np.dtype(kind).newbyteorder("<"))
     return raw.reshape(saved["shape"]).astype(np.float64)
 
 
-#: Each feature with the span (µs) after which it comes round; a step of whole spans never changes it.
+#: Period (µs) of each feature. A feature is constant if the time step is a multiple of its period.
 _PERIODS = {"second": UNITS["min"], "minute": UNITS["h"], "hour": UNITS["D"], "weekday": UNITS["W"]}
 FEATURES = (*_PERIODS, "day", "yearday", "month")
 
 
 def calendar_names(step: Step) -> list[str]:
-    """The features that vary over steps of ``step``: hour, weekday, day, yearday and month for hourly data."""
+    """Return the features that vary at a time step, such as hour, weekday, day, yearday and month for hourly data."""
     if step.months:
         return ["month"] if step.count % 12 else []
     length = step.count * UNITS["D"] if step.business else step.count
@@ -320,7 +371,7 @@ def calendar_names(step: Step) -> list[str]:
 
 
 def calendar_features(stamps: Stamps, names: list[str]) -> NDArray[np.float32]:
-    """(T,) times → (T, len(names)) float32: the first value of each feature is -0.5, the last 0.5."""
+    """Return features (T, len(names)) float32 of times (T,). Each feature is scaled to the range from -0.5 to 0.5."""
     us = stamps.astype("datetime64[us]")
     days, months, years = (us.astype(f"datetime64[{unit}]") for unit in "DMY")
     seconds = (us - days).astype(np.int64) // UNITS["s"]
@@ -335,6 +386,6 @@ def calendar_features(stamps: Stamps, names: list[str]) -> NDArray[np.float32]:
         "month": lambda: months.astype(np.int64) % 12 / 11,
     }
     made = np.empty((len(stamps), len(names)), dtype=np.float32)
-    for place, name in enumerate(names):
-        made[:, place] = scaled[name]() - 0.5
+    for column, name in enumerate(names):
+        made[:, column] = scaled[name]() - 0.5
     return made

@@ -1,4 +1,4 @@
-"""Forecasting windows over a prepared panel: of each series one after the other."""
+"""Forecasting windows over a prepared panel, numbered one series after another."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from mmtrain.log import logger
 if TYPE_CHECKING:
     from mmtrain.config import PanelDataConfig
 
-#: Values that are standardised at once.
+#: Number of values that are standardised at a time.
 _AT_ONCE = 8192
-#: Series whose values are in the fingerprint, and the rows of each.
+#: Number of series whose values enter the fingerprint, and the most rows of each.
 _PROBED, _ROWS = 256, 4096
 
 
 class PanelWindows(Windows):
-    """Windows of one series each, standardised by that series' own scaler; the variates are the panel's columns."""
+    """Windows of a panel. Each shows one series, standardised by its own scaler; the variates are its columns."""
 
     def __init__(
         self, panel: Panel, spans: Spans, lookback: int, horizon: int, inputs: PanelInputs, *, masked: bool = False
@@ -47,7 +47,7 @@ class PanelWindows(Windows):
         mean, std = self.scalers.mean[series][:, None], self.scalers.std[series][:, None]
         made = found if found.dtype == np.float32 else np.empty(found.shape, np.float32)
         some = max(1, _AT_ONCE // max(1, length * found.shape[2]))
-        for begin in range(0, len(found), some):  # in float64, which stays in the processor's cache
+        for begin in range(0, len(found), some):  # small blocks, whose float64 values stay in the processor's cache
             part = slice(begin, begin + some)
             made[part] = (found[part] - mean[part]) / std[part]
         return made
@@ -55,10 +55,10 @@ class PanelWindows(Windows):
 
 @dataclass(frozen=True)
 class PanelData(ForecastingData):
-    """The windows of a panel; ``borders`` (S, 3): where the splits of each series end."""
+    """The windows of a panel."""
 
     panel: Panel
-    borders: Int64s
+    borders: Int64s  # (S, 3) end rows of the train, validation and test split of each series
     inputs: PanelInputs
 
     def _origin(self, series: int, rows: Int64s) -> WindowOrigin:
@@ -71,7 +71,7 @@ class PanelData(ForecastingData):
         )
 
     def fingerprint(self) -> Fingerprint:
-        """A panel may be larger than memory: the values are those of some series, and the scalers of all."""
+        """Return the fingerprint. It covers values of some series only, since a panel may be larger than memory."""
         panel, rows, scalers = self.panel, self.borders[:, 0], self.inputs.scalers
         some = np.linspace(0, len(panel) - 1, min(len(panel), _PROBED)).astype(np.int64).tolist()
         return {
@@ -108,20 +108,27 @@ class PanelData(ForecastingData):
 def load_panel(
     data: PanelDataConfig, lookback: int, horizon: int, steps: int = 0, root: Path | None = None
 ) -> PanelData:
-    """Open the panel ``data.path`` and number its windows. ``steps``: T_Z, 0 for look-back + horizon.
+    """Open the panel ``data.path`` and number its windows.
 
-    Series in which not one window of a split fits are left out of that split, and counted.
+    A series that is too short for one window of a split is left out of that split. Their number is logged.
+
+    Args:
+        steps: T_Z, the time steps of known covariates in a window; 0: lookback + horizon.
+        root: folder of panels, if ``data.root`` is not set.
 
     Raises:
-        UserError: for a panel that does not exist, lacks what ``data`` asks for, or has no window in some split.
+        UserError: if the panel does not exist, lacks columns that ``data`` names, or has no window in some split.
     """
     panel = open_panel(find_panel(data.path, data.root or root))
     if data.columns is not None and list(data.columns) != panel.columns:
-        raise UserError(f"{panel.folder}: data.columns={data.columns}, but it was prepared with {panel.columns}")
+        raise UserError(
+            f"{panel.folder}: data.columns={data.columns}, but the panel was prepared with {panel.columns}; leave "
+            "data.columns out, or prepare it again with --columns"
+        )
     masked = data.missing == "mask"
     if panel.holes and not masked:
         raise UserError(
-            f"{panel.folder}: {panel.holes} values are missing: set data.missing=mask, or prepare it again with "
+            f"{panel.folder}: {panel.holes} values are missing; set data.missing=mask, or prepare the panel again with "
             "--missing ffill (or interpolate, zero)"
         )
     rule = SplitRule.from_json(panel.meta["split"]) if data.split == "prepared" else SplitRule.of(data)
@@ -138,8 +145,8 @@ def load_panel(
         begin = time.perf_counter()
         scalers = fit_scalers(panel, borders[:, 0])
         logger.info(
-            "%s: its scalers are of another split: fitted again for %s in %.1f s, as each start will (prepare it with "
-            "that split to save the time)",
+            "%s: the saved scalers are for another split; fitted new ones for %s in %.1f s. Each start repeats this, "
+            "unless the panel is prepared with this split",
             panel.folder,
             rule,
             time.perf_counter() - begin,
@@ -165,18 +172,19 @@ def load_panel(
 
 
 def _count_left_out(panel: Panel, spans: dict[str, Spans], rule: SplitRule, lookback: int, horizon: int) -> None:
+    """Log how many series are too short for each split; raise UserError if a split has none left."""
     left_out = {name: int((span.counts == 0).sum()) for name, span in spans.items()}
     for name, count in left_out.items():
         if count == len(panel):
             raise UserError(
-                f"{panel.folder}: in the {name} split ({rule}) no series is long enough for one window of look-back "
-                f"{lookback} + horizon {horizon}; the longest has {int(panel.lengths.max(initial=0))} rows in all: use "
-                "a shorter model.lookback or model.horizon, or another data.split"
+                f"{panel.folder}: in the {name} split ({rule}) no series is long enough for one window of lookback "
+                f"{lookback} + horizon {horizon}; the longest series has {int(panel.lengths.max(initial=0))} rows in "
+                "all splits together. Use a shorter model.lookback or model.horizon, or another data.split"
             )
     if any(left_out.values()):
         counts = ", ".join(f"{count} from {name}" for name, count in left_out.items() if count)
         logger.warning(
-            "%s: of %d series, those too short for one window of look-back %d + horizon %d are left out: %s",
+            "%s: of %d series, those too short for one window of lookback %d + horizon %d are left out: %s",
             panel.folder,
             len(panel),
             lookback,

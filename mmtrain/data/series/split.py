@@ -1,6 +1,6 @@
-"""Where training, validation and test rows meet, and the standardisation that is fitted on the training rows.
+"""Train, validation and test splits of time series, and standardisation by the training rows.
 
-A split is that of a named benchmark, or it is given by ratio, by date, or by steps from the end.
+A split is named after a benchmark, or given by ratios, by dates, or by numbers of time steps from the end.
 """
 
 from __future__ import annotations
@@ -22,43 +22,56 @@ if TYPE_CHECKING:
     from mmtrain.config import SeriesDataConfig
     from mmtrain.data.series.timeline import Int64s, Stamps, Timeline
 
-# The benchmark's months of 30 days: 12 / 4 / 4 (Zhou et al. 2021, Informer).
+# Rows of train, validation and test in the benchmark: 12 / 4 / 4 months of 30 days (Zhou et al. 2021, Informer).
 NAMED = {"etth": (8640, 2880, 2880), "ettm": (34560, 11520, 11520)}
 RATIOS = (0.7, 0.1, 0.2)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Rows [0, a) train, [a, b) validate, [b, c) test. A window belongs to the split that holds all its targets."""
+    """The split of a table: rows [0, a) are train, [a, b) validation, [b, c) test.
+
+    A window belongs to the split that contains all its targets.
+    """
 
     borders: tuple[int, int, int]
 
     @classmethod
     def of(cls, spec: str | Sequence[float], rows: int) -> Split:
-        """``"etth"``, ``"ettm"``, or three parts of the whole such as (0.7, 0.1, 0.2).
+        """Split a table of T = ``rows`` rows.
 
-        Parts follow the benchmark: int(T · train) and int(T · test) rows, validation takes the rest.
+        Args:
+            spec: ``"etth"``, ``"ettm"``, or three ratios such as (0.7, 0.1, 0.2). As in the benchmark, training gets
+                int(T · train) rows, test int(T · test) rows, and validation the rest.
+
+        Raises:
+            UserError: for an invalid ``spec`` or too few rows.
         """
         if isinstance(spec, str):
             if spec not in NAMED:
-                raise UserError(f"data.split={spec!r}: {' or '.join(NAMED)} or three parts{nearest(spec, NAMED)}")
+                raise UserError(
+                    f"data.split={spec!r}: must be {', '.join(NAMED)} or three ratios{nearest(spec, NAMED)}"
+                )
             a, b, c = NAMED[spec]
             if rows < a + b + c:
                 raise UserError(
-                    f"data.split={spec} needs {a + b + c} rows, the table has {rows}:"
-                    " use data.split=ratio data.ratios=[...]"
+                    f"data.split={spec}: needs {a + b + c} rows, but the table has {rows}; use data.split=ratio "
+                    "data.ratios=[...]"
                 )
             return cls((a, a + b, a + b + c))
         parts = [float(part) for part in spec]
         if len(parts) != 3 or min(parts) < 0 or parts[0] <= 0 or abs(sum(parts) - 1) > 1e-6:
-            raise UserError(f"data.ratios={list(spec)}: three parts (train, validation, test) that add up to 1")
+            raise UserError(
+                f"data.ratios={list(spec)}: must be three ratios (train, validation, test) that add up to 1"
+            )
         train, test = int(rows * parts[0]), int(rows * parts[2])
         return cls((train, rows - test, rows))
 
     def rows(self, name: str, lookback: int, horizon: int) -> tuple[int, int]:
-        """First and last+1 row of "train", "val" or "test", with the look-back rows before its first target.
+        """Return the rows [start, stop) of "train", "val" or "test", with the lookback rows before its first target.
 
-        Raises UserError if not one window fits.
+        Raises:
+            UserError: if no window fits.
         """
         a, b, c = self.borders
         begin, stop = {"train": (0, a), "val": (a, b), "test": (b, c)}[name]
@@ -66,23 +79,23 @@ class Split:
         if start < 0 or stop - start < lookback + horizon:
             raise UserError(
                 f"the {name} split has {stop - begin} of {c} rows (after {begin}): too short for one window of "
-                f"look-back {lookback} + horizon {horizon}; use a shorter model.lookback or model.horizon, another "
+                f"lookback {lookback} + horizon {horizon}; use a shorter model.lookback or model.horizon, another "
                 "data.split or more rows"
             )
         return start, stop
 
 
-#: The rounding of the values of a column, relative to their size: a column that varies less than that is constant.
+#: Relative rounding error of stored values, by type. A column that varies by less than this is constant.
 NOISE = {np.dtype(np.float32): 1e-6, np.dtype(np.float64): 1e-12}
-#: Rows that are standardised at once: it takes some float64 memory for each.
+#: Number of rows that are standardised at a time; each needs temporary float64 memory.
 _ROWS = 4096
 
 
 @dataclass(frozen=True)
 class Scaler:
-    """Standardisation per column, in float64: a large mean may hide the small changes of a counter from float32.
+    """Standardisation of each column. Constant columns have standard deviation 1.
 
-    Columns that do not vary keep their scale (std 1).
+    It is computed in float64, since float32 loses the small changes of a value with a large mean.
     """
 
     mean: NDArray[np.float64]  # (M,)
@@ -90,21 +103,21 @@ class Scaler:
 
     @classmethod
     def fit(cls, values: NDArray[np.floating]) -> Scaler:
-        """Mean and population deviation of the rows given: the training rows, never others, and without holes."""
+        """Fit mean and population standard deviation to the training rows ``values`` (T, M), ignoring NaN."""
         deviation: Any = np.std
         average: Any = np.mean
         if np.isnan(values).any():
             deviation, average = np.nanstd, np.nanmean
-            values = np.where(np.isnan(values).all(axis=0), 0, values)  # a column without a number: mean 0, deviation 1
+            values = np.where(np.isnan(values).all(axis=0), 0, values)  # a column of only NaN gets mean 0, deviation 1
         std = deviation(values, axis=0, dtype=np.float64)
-        # A constant column's deviation is rounding noise of its mean, not exactly 0.
+        # The deviation of a constant column is rounding noise of its mean, not exactly 0.
         low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
         constant = high - low <= NOISE[np.dtype(np.float64)] * np.maximum(np.abs(low), np.abs(high))
         std[constant | (std.astype(np.float32) == 0)] = 1.0
         return cls(average(values, axis=0, dtype=np.float64), std)
 
     def transform(self, values: NDArray[np.floating]) -> NDArray[np.float32]:
-        """(..., M) → standardised, float32."""
+        """Standardise ``values`` (..., M); returns float32."""
         rows = values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
         made = np.empty(rows.shape, dtype=np.float32)
         for begin in range(0, len(rows), _ROWS):
@@ -112,7 +125,7 @@ class Scaler:
         return made.reshape(values.shape)
 
     def inverse(self, values: NDArray[np.floating]) -> NDArray[np.float64]:
-        """(..., M) standardised → the table's units."""
+        """Convert standardised ``values`` (..., M) to the units of the data."""
         return values * self.std + self.mean
 
     def to_dict(self) -> dict[str, list[float]]:
@@ -120,7 +133,14 @@ class Scaler:
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any], where: str | Path = "assets.json") -> Scaler:
-        """The scaler of :meth:`to_dict`. Raises UserError, which begins with ``where``, for one that is damaged."""
+        """Build the scaler from the result of :meth:`to_dict`.
+
+        Args:
+            where: the file, for messages.
+
+        Raises:
+            UserError: if ``saved`` is damaged.
+        """
         try:
             mean, std = (np.asarray(saved[name], dtype=np.float64) for name in ("mean", "std"))
         except (KeyError, TypeError, ValueError) as error:
@@ -130,36 +150,37 @@ class Scaler:
 
 
 def check_scaler(mean: NDArray[np.floating], std: NDArray[np.floating], fault: str, cure: str) -> None:
-    """Raise UserError unless the means are finite numbers and the deviations are finite numbers above 0."""
+    """Raise UserError unless all means are finite and all deviations are finite and above 0.
+
+    Args:
+        fault, cure: first and last part of the message.
+    """
     if mean.shape != std.shape:
-        raise UserError(f"{fault}: means of shape {mean.shape} and deviations of shape {std.shape}; {cure}")
+        raise UserError(f"{fault}: the means have shape {mean.shape}, the deviations {std.shape}; {cure}")
     for name, wrong in (("mean", ~np.isfinite(mean)), ("deviation", ~(np.isfinite(std) & (std > 0)))):
         if wrong.any():
-            place = tuple(int(number) for number in np.argwhere(wrong)[0])
-            value = (mean if name == "mean" else std)[place]
-            raise UserError(f"{fault}: number {', '.join(map(str, place))} has the {name} {value}; {cure}")
+            index = tuple(int(number) for number in np.argwhere(wrong)[0])
+            value = (mean if name == "mean" else std)[index]
+            raise UserError(f"{fault}: the {name} at index {', '.join(map(str, index))} is {value}; {cure}")
 
 
 @dataclass(frozen=True)
 class SplitRule:
-    """``kind``: etth, ettm, ratio (three ``parts``), date (``dates``: the first of validation and of test) or last.
+    """A rule that splits tables and panels."""
 
-    ``last``: steps of validation and of test, counted from the end of each series.
-    """
-
-    kind: str
-    parts: tuple[float, ...] = ()
-    dates: tuple[str, ...] = ()
-    last: tuple[int, ...] = ()
+    kind: str  # etth, ettm, ratio, date or last
+    parts: tuple[float, ...] = ()  # ratio: shares of train, validation and test
+    dates: tuple[str, ...] = ()  # date: first date of validation, first date of test
+    last: tuple[int, ...] = ()  # last: number of validation and of test time steps, at the end of each series
 
     @classmethod
     def of(cls, data: SeriesDataConfig) -> SplitRule:
-        """From the keys ``split``, ``ratios``, ``dates`` and ``last`` of the section ``data``."""
+        """Build the rule from the keys ``split``, ``ratios``, ``dates`` and ``last`` of the section ``data``."""
         return cls.make(data.split, data.ratios, data.dates, data.last)
 
     @classmethod
     def make(cls, kind: str, parts: Any = None, dates: Any = None, last: Any = None) -> SplitRule:
-        """Only what ``kind`` uses is kept, so that equal splits are equal."""
+        """Build a rule. Arguments that ``kind`` does not use are dropped, so that equal splits compare equal."""
         if kind == "ratio":
             return cls(kind, parts=tuple(float(part) for part in parts or ()))
         if kind == "date":
@@ -175,12 +196,15 @@ class SplitRule:
         return {"split": self.kind, **({used[self.kind][0]: list(used[self.kind][1])} if self.kind in used else {})}
 
     def cut_table(self, rows: int, stamps: Stamps | None, file: Path, zone: str | None = None) -> Split:
-        """The split of a table of ``rows`` rows with times ``stamps`` (T,), or None where it has none.
+        """Split a table of ``rows`` rows.
 
-        ``zone``: that of the dates; the times are in UTC then.
+        Args:
+            stamps: (T,) times of the rows; None for a table without times.
+            file: the table, for messages.
+            zone: time zone of the dates; ``stamps`` are in UTC then.
 
         Raises:
-            UserError: for a split that leaves no rows to train on, or dates for a table without sorted times.
+            UserError: if no training rows remain, or if the rule has dates and the table has no sorted times.
         """
         if self.kind == "ratio":
             return Split.of(self.parts, rows)
@@ -191,28 +215,30 @@ class SplitRule:
             borders = (rows - val - test, rows - test, rows)
         else:
             if stamps is None:
-                raise UserError(f"{file}: data.split=date needs a time column: set data.time_column, or split by ratio")
+                raise UserError(
+                    f"{file}: data.split=date needs a time column; set data.time_column, or use data.split=ratio"
+                )
             if (np.diff(stamps.astype(np.int64)) < 0).any():
-                raise UserError(f"{file}: data.split=date needs rows in the order of their times: sort the table")
+                raise UserError(f"{file}: data.split=date needs rows sorted by time; sort the table")
             a, b = (int(np.searchsorted(stamps, date)) for date in self._dates(zone))
             borders = (a, b, rows)
         if borders[0] < 1:
-            raise UserError(f"{file}: {self} leaves none of the {rows} rows to train on")
+            raise UserError(f"{file}: {self} leaves none of the {rows} rows for training; choose another split")
         return Split(borders)
 
     def cut_panel(self, lengths: Int64s, first: Int64s, timeline: Timeline | None, zone: str | None = None) -> Int64s:
-        """Borders (S, 3) int64: of each series the rows [0, a) train, [a, b) validate, [b, c) test.
+        """Split each series of a panel: rows [0, a) are train, [a, b) validation, [b, c) test. Returns a, b, c (S, 3).
 
         Args:
-            lengths: (S,) rows of each series.
-            first: (S,) its first place on ``timeline``.
-            zone: that of the dates; the times are in UTC then.
+            lengths: (S,) number of rows of each series.
+            first: (S,) first position of each series on ``timeline``.
+            zone: time zone of the dates; the times of ``timeline`` are in UTC then.
 
         Raises:
-            UserError: for dates and no timeline, or a split that panels do not have.
+            UserError: if the rule has dates and the panel has no times, or if the rule is for tables only.
         """
         if self.kind == "ratio":
-            Split.of(self.parts, 1000)  # says what is wrong with the parts
+            Split.of(self.parts, 1000)  # raises for invalid ratios
             train, _, test = ((lengths * part).astype(np.int64) for part in self.parts)
             return np.stack([train, lengths - test, lengths], axis=1)
         if self.kind == "last":
@@ -220,27 +246,31 @@ class SplitRule:
             after = np.maximum(lengths - held_out, 0)
             return np.stack([np.maximum(after - val, 0), after, lengths], axis=1)
         if self.kind != "date":
-            raise UserError(f"data.split={self.kind} is for one table: for a panel use ratio, date or last")
+            raise UserError(f"data.split={self.kind}: not possible for a panel; use ratio, date or last")
         if timeline is None:
-            raise UserError("data.split=date: this panel was prepared without times: use data.split=ratio or last")
-        a, b = (np.clip(_place_from(timeline, date) - first, 0, lengths) for date in self._dates(zone))
+            raise UserError(
+                "data.split=date needs times, but the panel was prepared without them; use data.split=ratio or last"
+            )
+        a, b = (np.clip(_position_from(timeline, date) - first, 0, lengths) for date in self._dates(zone))
         return np.stack([a, b, lengths], axis=1)
 
     def _last(self) -> tuple[int, int]:
         if len(self.last) != 2 or min(self.last) < 0:
-            raise UserError(f"data.last={list(self.last)}: give the steps of validation and of test, such as [28, 28]")
+            raise UserError(
+                f"data.last={list(self.last)}: must be the numbers of validation and test time steps, such as [28, 28]"
+            )
         return self.last[0], self.last[1]
 
     def _dates(self, zone: str | None) -> tuple[np.datetime64, np.datetime64]:
-        """The dates, in UTC where there is a zone."""
+        """Return the two dates, converted to UTC if a time zone is given."""
         try:
             made = [np.datetime64(date.strip().replace(" ", "T"), "us") for date in self.dates]
         except ValueError:
             made = []
         if len(made) != 2 or not made[0] <= made[1]:
             raise UserError(
-                f"data.dates={list(self.dates)}: give the first date of validation and that of test, such as "
-                "[2017-07-01, 2017-10-01]"
+                f"data.dates={list(self.dates)}: must be the first date of validation and the first date of test, such "
+                "as [2017-07-01, 2017-10-01]"
             )
         if zone is not None:
             made = list(to_utc(np.array(made), zone))
@@ -253,12 +283,12 @@ class SplitRule:
 
 
 def guess_split(name: str) -> SplitRule:
-    """The split which the benchmarks use for a table of this name: ETTh*, ETTm*, else 70/10/20 %."""
+    """Return the split that the benchmarks use for a table of this name: etth, ettm, or else 70/10/20 %."""
     found = re.match(r"ett([hm])\d", name.lower())
     return SplitRule(f"ett{found[1]}") if found else SplitRule("ratio", parts=RATIOS)
 
 
-def _place_from(timeline: Timeline, date: np.datetime64) -> int:
-    """The first place of the grid at ``date`` or later."""
-    place = int(timeline.places(np.array([date]))[0][0])
-    return place if timeline.stamps(place, 1)[0] >= date else place + 1
+def _position_from(timeline: Timeline, date: np.datetime64) -> int:
+    """Return the first position of the timeline at ``date`` or later."""
+    position = int(timeline.places(np.array([date]))[0][0])
+    return position if timeline.stamps(position, 1)[0] >= date else position + 1

@@ -1,4 +1,4 @@
-"""Forecasting windows over a table, with calendar features and known columns as its future covariates."""
+"""Forecasting windows over a table, with calendar features and known columns as covariates of the future."""
 
 from __future__ import annotations
 
@@ -33,31 +33,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TableInputs:
-    """``matrix`` (T, C_Z): calendar features, then the known columns, standardised by the training rows.
+    """The known covariates of a table."""
 
-    ``steps``: T_Z, how many rows of it a window has.
-    """
-
-    matrix: Floats
-    calendar: list[str]
-    columns: list[str]
-    scaler: Scaler
-    steps: int
+    matrix: Floats  # (T, C_Z) calendar features, then the known columns, standardised by the training rows
+    calendar: list[str]  # names of the calendar features
+    columns: list[str]  # names of the known columns
+    scaler: Scaler  # of the known columns
+    steps: int  # T_Z, rows of ``matrix`` in a window
 
     @classmethod
     def fit(cls, table: SeriesTable, known: Sequence[str], calendar: bool, train_rows: int, steps: int) -> TableInputs:
-        """Raises UserError for calendar features of a table without times."""
+        """Compute the covariates; ``train_rows`` is the number of rows that the scaler is fitted on.
+
+        Raises:
+            UserError: if ``calendar`` is true and the table has no times.
+        """
         names = []
         if calendar:
             step = table.step
             if step is None:
                 raise UserError(
-                    f"{table.path}: data.calendar=true needs a time column: set data.time_column, or leave it out"
+                    f"{table.path}: data.calendar=true needs a time column; set data.time_column or data.calendar=false"
                 )
             names = calendar_names(step)
-        beside = np.empty((len(table.values), 0)) if table.known is None else table.known
-        scaler = fit_known(beside[:train_rows])
-        return cls(build_matrix(table, names, beside, scaler), names, list(known), scaler, steps)
+        values = np.empty((len(table.values), 0)) if table.known is None else table.known
+        scaler = fit_known(values[:train_rows])
+        return cls(build_matrix(table, names, values, scaler), names, list(known), scaler, steps)
 
     @property
     def names(self) -> list[str]:
@@ -74,7 +75,7 @@ class TableInputs:
 
 
 def fit_known(rows: NDArray[np.float64]) -> Scaler:
-    """Standardisation of known columns by the training ``rows`` (T, K); flags, of 0 and 1 only, stay as they are."""
+    """Fit the scaler of known columns to the training ``rows`` (T, K); flags (only 0 and 1) are not scaled."""
     if not rows.shape[1]:
         return Scaler(np.empty(0), np.empty(0))
     made = Scaler.fit(rows)
@@ -83,20 +84,20 @@ def fit_known(rows: NDArray[np.float64]) -> Scaler:
 
 
 def build_matrix(table: SeriesTable, calendar: list[str], known: NDArray[np.float64], scaler: Scaler) -> Floats:
-    """Calendar features of the table's times beside the standardised ``known`` (T, K)."""
+    """Return calendar features of the table's times, followed by the standardised columns ``known`` (T, K)."""
     scaled = scaler.transform(known)
     if not calendar:
         return np.ascontiguousarray(scaled)
     if table.stamps is None:
-        raise UserError(f"{table.path}: calendar features need a time column: set data.time_column")
+        raise UserError(f"{table.path}: calendar features need a time column; set data.time_column")
     features = calendar_features(table.stamps, calendar)
     return np.ascontiguousarray(np.concatenate([features, scaled], axis=1))
 
 
 class SeriesWindows(Windows):
-    """Windows within the rows [start, stop) of ``values`` (T, M), standardised; window i begins at start + i·stride.
+    """Windows within rows [start, stop) of standardised ``values`` (T, M). Window i begins at row start + i·stride.
 
-    Every window that fits counts; none is dropped or padded.
+    Every window that fits is used; none is dropped or padded.
     """
 
     def __init__(
@@ -112,11 +113,11 @@ class SeriesWindows(Windows):
         masked: bool = False,
     ) -> None:
         if not 0 <= start <= stop <= len(values):
-            raise ValueError(f"rows {start} to {stop} of a table of {len(values)}")
+            raise ValueError(f"rows {start} to {stop} are not within a table of {len(values)} rows")
         spans = Spans.of(np.array([start + lookback]), np.array([stop]), lookback, horizon, stride)
         if not spans.counts[0]:
             raise UserError(
-                f"{stop - start} rows are too few for one window of look-back {lookback} + horizon {horizon} = "
+                f"{stop - start} rows are too few for one window of lookback {lookback} + horizon {horizon} = "
                 f"{lookback + horizon} rows; use a shorter model.lookback or model.horizon, or more rows"
             )
         super().__init__(spans, lookback, horizon, inputs, masked=masked)
@@ -169,11 +170,18 @@ def load_series(
     known_steps: int | None = None,
     form: TableFormat | None = None,
 ) -> SeriesData:
-    """Read, split, standardise with the training rows, and cut into windows; ``stride`` is for training only.
+    """Read a table, split it, standardise it by its training rows, and number its windows.
 
-    ``split`` None: the benchmark's for this file name (ETTh*, ETTm*: months; others 70/10/20 %). ``known``: columns
-    known in advance; ``calendar``: add calendar features; ``known_steps``: T_Z (None: look-back + horizon).
-    ``form``: how the file is written.
+    Args:
+        path, columns, missing, data_root, time_column, known, form: see :func:`~mmtrain.data.series.table.read_table`.
+        split: a rule, its name, or three ratios. None: the split that the benchmarks use for this file name (etth for
+            ETTh*, ettm for ETTm*, else 70/10/20 %).
+        stride: time steps between the starts of training windows; 1 for validation and test.
+        calendar: add calendar features to the known covariates.
+        known_steps: T_Z, time steps of known covariates in a window; None: lookback + horizon.
+
+    Raises:
+        UserError: for a fault of the table, or a split that is too short for one window.
     """
     table = read_table(
         path, time_column=time_column, columns=columns, missing=missing, data_root=data_root, known=known, form=form

@@ -1,7 +1,7 @@
-"""The time axis: steps, the grid on which series lie, and the times that follow a series.
+"""Time steps, the regular grid of times that series share, and the times that follow a series.
 
-A step has a fixed length, or it is a number of months or of business days. In a time zone, times are in UTC, and days
-and longer steps are counted by the calendar of the zone.
+A time step has a fixed length, or is a number of months or of business days. With a time zone, times are in UTC, and
+time steps of days or longer are counted in the local calendar of the zone.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _SECOND = 1_000_000
 UNITS = {"s": _SECOND, "min": 60 * _SECOND, "h": 3600 * _SECOND, "D": 86400 * _SECOND, "W": 7 * 86400 * _SECOND}
 _MONTHS = {"M": 1, "Q": 3, "Y": 12}
 _BUSINESS = "B"
-#: pandas' names for a day of the month: the first and the last day, the first and the last business day.
+#: Days of a month by the names of pandas: first day, last day, first business day, last business day.
 _ANCHORS = ("MS", "ME", "BMS", "BME")
-#: How many of the last times of a table say how it continues.
+#: Number of the last times of a table from which its next times are inferred.
 _LAST = 1000
 
 
 @dataclass(frozen=True)
 class Step:
-    """``count`` microseconds, months or business days (Monday to Friday). The last two have no fixed length."""
+    """A time step of ``count`` microseconds, or of ``count`` months or business days (Monday to Friday) if set."""
 
     count: int
     months: bool = False
@@ -43,16 +43,16 @@ class Step:
 
     @classmethod
     def parse(cls, text: str) -> Step:
-        """From "15min", "h", "1D", "B" (business day), "W", "M" (month), "Q" or "Y".
+        """Parse a number and a unit, such as "15min", "h", "1D", "B" (business day), "W", "M" (month), "Q" or "Y".
 
         Raises:
-            UserError: for what is none of these.
+            UserError: for any other text.
         """
         found = re.fullmatch(r"(\d*)\s*([A-Za-z]+)", text.strip())
         number, unit = (int(found[1] or 1), found[2]) if found else (0, "")
         if number < 1 or unit not in {**UNITS, **_MONTHS, _BUSINESS: 1}:
             known = ", ".join((*UNITS, _BUSINESS, *_MONTHS))
-            raise UserError(f"step {text!r}: a number and one of {known}, such as 15min or 1D")
+            raise UserError(f"step {text!r}: must be a number and one of {known}, such as 15min or 1D")
         if unit == _BUSINESS:
             return cls(number, business=True)
         return cls(number * _MONTHS[unit], months=True) if unit in _MONTHS else cls(number * UNITS[unit])
@@ -67,17 +67,19 @@ class Step:
 
     @property
     def whole_days(self) -> bool:
-        """Whether the step is counted in days of the calendar, which may have 23 or 25 hours in a time zone."""
+        """Whether the step is a number of calendar days, which can have 23 or 25 hours in a time zone."""
         return self.months or self.business or self.count % UNITS["D"] == 0
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """Place p of the grid is the time ``origin`` + p·``step``.
+    """A regular grid of times: position p is the time ``origin`` + p·``step``.
 
-    ``anchor`` is for steps of months: the day of the month, as pandas names it (MS, ME, BMS, BME) or a number (of a
-    shorter month the last day), at the hour of ``origin``. None is the first day at midnight, as panels of version
-    0.1.0 have it. ``zone``: the times are in UTC, ``origin`` is local, and the steps are those of local time.
+    Attributes:
+        anchor: day of the month for steps of months: a name of pandas (MS, ME, BMS, BME), or a number (the last day in
+            shorter months). The time of day is that of ``origin``. None: the first day at midnight, as in panels of
+            version 0.1.0.
+        zone: time zone. The times are in UTC then, but ``origin`` and the steps are in local time.
     """
 
     origin: np.datetime64
@@ -87,7 +89,7 @@ class Timeline:
 
     @property
     def local(self) -> Timeline:
-        """The same grid, whose times are local."""
+        """The same grid with local times."""
         return replace(self, zone=None)
 
     def to_json(self) -> dict[str, Any]:
@@ -97,19 +99,23 @@ class Timeline:
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Timeline:
-        """Raises KeyError, TypeError or ValueError for what :meth:`to_json` has not made."""
+        """Build the grid from the result of :meth:`to_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: if ``saved`` is damaged.
+        """
         step = Step(int(saved["count"]), bool(saved["months"]), bool(saved.get("business")))
         anchor = saved.get("anchor")
         if step.count < 1 or (anchor not in (None, *_ANCHORS) and not 1 <= int(anchor) <= 31):
-            raise ValueError(f"a step of {step.count}, an anchor of {anchor!r}")
+            raise ValueError(f"invalid step {step.count} or anchor {anchor!r}")
         made = cls(np.datetime64(saved["origin"], "us"), step, anchor, saved.get("zone"))
         made.stamps(0, 1)
         return made
 
     def places(self, stamps: Stamps) -> tuple[Int64s, NDArray[np.bool_]]:
-        """Place of each stamp (int64), and which of them lie on the grid (the others' places are meaningless).
+        """Return the position (int64) of each time, and whether the time is on the grid.
 
-        With steps of months only the month counts.
+        The position of a time that is not on the grid has no meaning. With steps of months only the month is compared.
         """
         if self.zone is not None:
             return self.local.places(to_local(stamps, self.zone))
@@ -118,14 +124,14 @@ class Timeline:
         elif self.step.business:
             days = stamps.astype("datetime64[D]")
             passed = np.busday_count(self.origin.astype("datetime64[D]"), days).astype(np.int64)
-            on = np.is_busday(days) & (_clock(stamps) == _clock(self.origin))
-            return passed // self.step.count, on & (passed % self.step.count == 0)
+            valid = np.is_busday(days) & (_clock(stamps) == _clock(self.origin))
+            return passed // self.step.count, valid & (passed % self.step.count == 0)
         else:
             passed = (stamps.astype("datetime64[us]") - self.origin.astype("datetime64[us]")).astype(np.int64)
         return passed // self.step.count, passed % self.step.count == 0
 
     def stamps(self, first: int, count: int) -> Stamps:
-        """Times of ``count`` places from ``first`` on, datetime64[us]."""
+        """Return the times (datetime64[us]) of ``count`` positions from ``first`` on."""
         if self.zone is not None:
             return to_utc(self.local.stamps(first, count), self.zone)
         passed = np.arange(first, first + count, dtype=np.int64) * self.step.count
@@ -140,7 +146,7 @@ class Timeline:
 
 
 def to_local(stamps: Stamps, zone: str) -> Stamps:
-    """UTC times as local ones."""
+    """Convert UTC times to local times of ``zone``."""
     import pandas as pd
 
     made = pd.DatetimeIndex(stamps).tz_localize("UTC").tz_convert(zone).tz_localize(None)
@@ -148,7 +154,11 @@ def to_local(stamps: Stamps, zone: str) -> Stamps:
 
 
 def to_utc(stamps: Stamps, zone: str) -> Stamps:
-    """Local times as UTC: of an hour that comes twice the first one, behind the gap in spring what lies in it."""
+    """Convert local times of ``zone`` to UTC.
+
+    A local time that occurs twice (end of summer time) is its first occurrence. A local time that does not exist (start
+    of summer time) becomes the next existing one.
+    """
     import pandas as pd
 
     first = np.ones(len(stamps), dtype=bool)
@@ -157,12 +167,12 @@ def to_utc(stamps: Stamps, zone: str) -> Stamps:
 
 
 def _clock(stamps: Stamps | np.datetime64) -> Any:
-    """The time since midnight, in microseconds."""
+    """Return the time since midnight, in microseconds."""
     return stamps.astype("datetime64[us]") - stamps.astype("datetime64[D]")
 
 
 def _in_months(months: Stamps, anchor: str) -> Stamps:
-    """The day (datetime64[D]) that ``anchor`` names in each of ``months`` (datetime64[M])."""
+    """Return the day (datetime64[D]) that ``anchor`` names in each of ``months`` (datetime64[M])."""
     first, following = months.astype("datetime64[D]"), (months + 1).astype("datetime64[D]")
     if anchor == "MS":
         return first
@@ -176,17 +186,18 @@ def _in_months(months: Stamps, anchor: str) -> Stamps:
 
 
 class _Days:
-    """The days and hours that times have in common: the day of the month, working days, the time of day."""
+    """Finds what many times have in common: the day of the month, no weekends, the time of day."""
 
     def __init__(self) -> None:
-        self._anchors = set(_ANCHORS)
-        self._exact: set[int] = set()  # days before the last one of their month
-        self._latest = 0
-        self._clocks: set[int] = set()
+        self._anchors = set(_ANCHORS)  # names that fit all times so far
+        self._exact: set[int] = set()  # up to two days of the month, the last day of a month excluded
+        self._latest = 0  # highest day of the month
+        self._clocks: set[int] = set()  # up to two different times of day
         self._weekend = False
         self._low = self._high = 0
 
     def see(self, times: Stamps) -> None:
+        """Take in more times."""
         days, months = times.astype("datetime64[D]"), times.astype("datetime64[M]")
         numbers = days.astype(np.int64)
         self._low = min(self._low, int(numbers.min())) if self._clocks else int(numbers.min())
@@ -202,7 +213,7 @@ class _Days:
             self._latest = max(self._latest, int(of_month.max()))
 
     def anchor(self) -> str | None:
-        """The day of the month that all times have; None without one, or where the time of day differs."""
+        """Return the day of the month that all times share; None if there is none, or if the time of day varies."""
         if len(self._clocks) != 1:
             return None
         named = next((name for name in _ANCHORS if name in self._anchors), None)
@@ -211,15 +222,15 @@ class _Days:
         return named
 
     def business(self) -> bool:
-        """Whether no time of more than a week is on a Saturday or a Sunday, and all have one time of day."""
+        """Return whether the times cover more than a week without weekend days, all at the same time of day."""
         return len(self._clocks) == 1 and not self._weekend and self._high - self._low >= 7
 
 
 class Steps:
-    """Finds the step of series whose rows stream by, in any order of series.
+    """Infers the time step of many series from a stream of their rows, in any order of series.
 
-    ``backward`` counts rows before an earlier one of their series. Where there are none, the step is the commonest one
-    between neighbours; else the widest that takes in every time.
+    ``backward`` counts rows with an earlier time than the row before them in their series. If it is 0, the step is the
+    most common one between adjacent rows. Otherwise it is the longest step whose grid contains every time.
     """
 
     def __init__(self) -> None:
@@ -231,14 +242,14 @@ class Steps:
         self._days = _Days()
 
     def add(self, microseconds: Int64s) -> None:
-        """Steps (int64 µs) between stamps of one series; 0 is a repeated stamp, below 0 one out of order."""
+        """Take in differences (int64 µs) between adjacent times of a series; they may be 0 or negative."""
         known, counts = np.unique(microseconds, return_counts=True)
         for step, count in zip(known.tolist(), counts.tolist(), strict=True):
             self.counts[step] += count
         self.backward += int((microseconds < 0).sum())
 
     def see(self, stamps: Int64s) -> None:
-        """Times (int64 µs) of any series."""
+        """Take in times (int64 µs) of any series."""
         if not len(stamps):
             return
         times = stamps.astype("datetime64[us]")
@@ -253,7 +264,7 @@ class Steps:
         self._days.see(times)
 
     def usual(self) -> Step | None:
-        """The step: months or business days where the times say so. None without any."""
+        """Return the usual step, recognising months and business days; None if no step was seen."""
         anchor = self._days.anchor()
         if self.backward:
             if self._months and (self._same_day or anchor is not None):
@@ -263,7 +274,7 @@ class Steps:
         if not forward:
             return None
         usual = max(forward, key=lambda step: (forward[step], -step))
-        slack = 3 if anchor in ("BMS", "BME") else 0  # a month of business days may be longer or shorter
+        slack = 3 if anchor in ("BMS", "BME") else 0  # weekends shift the first and last business day of a month
         for months in (1, 3, 6, 12):
             alike = sum(count for step, count in forward.items() if _spans(step, months, slack))
             lengths = {step for step in forward if _spans(step, months, slack)}
@@ -272,12 +283,13 @@ class Steps:
         return self._daily(usual)
 
     def _daily(self, microseconds: int) -> Step:
+        """Return a step of fixed length, or of one business day if it is a day and the times fit."""
         if microseconds == UNITS["D"] and self._days.business():
             return Step(1, business=True)
         return Step(microseconds)
 
     def timeline(self, origin: np.datetime64, step: Step | None = None) -> Timeline | None:
-        """The grid of the times from ``origin`` on, at ``step`` or else the usual one; None where there is none."""
+        """Return the grid from ``origin`` on, with ``step`` or else the usual step; None if there is no step."""
         step = step or self.usual()
         if step is None:
             return None
@@ -285,18 +297,18 @@ class Steps:
 
 
 def _spans(step: int, months: int, slack: int) -> bool:
-    """Whether ``months`` months can be ``step`` µs long, ``slack`` days more or less."""
+    """Return whether ``months`` months can last ``step`` µs, with a tolerance of ``slack`` days."""
     days = {1: (28, 31), 3: (90, 92), 6: (181, 184), 12: (365, 366)}[months]
     return (days[0] - slack) * UNITS["D"] <= step <= (days[1] + slack) * UNITS["D"]
 
 
 def step_of(stamps: Stamps) -> Step | None:
-    """The usual step of one series; None for fewer than two stamps, or none that rise."""
+    """Return the usual time step of one series; None if no time is later than the one before it."""
     return _steps(stamps).usual()
 
 
 def timeline_of(stamps: Stamps, step: Step | None = None) -> Timeline | None:
-    """The grid of one series, from its first stamp on, at ``step`` or else its usual one; None where there is none."""
+    """Return the grid of one series from its first time on, with ``step`` or its usual step; None without a step."""
     return _steps(stamps).timeline(stamps[0], step) if len(stamps) else None
 
 
@@ -310,14 +322,14 @@ def _steps(stamps: Stamps) -> Steps:
 
 
 def continued(stamps: Stamps, rows: int, zone: str | None = None) -> Stamps | None:
-    """``stamps`` with what follows them, ``rows`` times in all; None where they have no step.
+    """Extend ``stamps`` by the times that follow, to ``rows`` times in total; None if they have no time step.
 
-    The next times are at the frequency that pandas infers from the last stamps: month starts and ends, quarters, years,
-    weeks, business days, hours and so on. Where these are uneven, months and business days are still recognised, or the
-    commonest step is repeated.
+    The next times follow the frequency that pandas infers from the last times: month starts and ends, quarters, years,
+    weeks, business days, hours and so on. If the times are irregular, months and business days are still recognised;
+    otherwise the most common step is repeated.
 
     Args:
-        zone: the time zone in which days and longer steps are counted; ``stamps`` are in UTC then.
+        zone: time zone in which steps of days or longer are counted; ``stamps`` are in UTC then.
     """
     if rows <= len(stamps):
         return stamps
@@ -338,7 +350,7 @@ def _following(stamps: Stamps, count: int, zone: str | None) -> Stamps | None:
 
 
 def _next(index: pd.DatetimeIndex, count: int) -> tuple[pd.DatetimeIndex, bool] | None:
-    """The next ``count`` times, and whether the step is counted in days or longer."""
+    """Return the next ``count`` times, and whether the step is a day or longer; None without a step."""
     import pandas as pd
 
     offset = frequency(index)

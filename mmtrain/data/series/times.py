@@ -1,4 +1,4 @@
-"""The one parser of times: how a column is read is decided by the whole of it, never row by row."""
+"""Parse columns of times. One format is chosen for the whole column, never row by row."""
 
 from __future__ import annotations
 
@@ -19,27 +19,30 @@ if TYPE_CHECKING:
 Stamps = NDArray[np.datetime64]
 Int64s = NDArray[np.int64]
 
-#: Units of numbers since 1970, in a second. Times from 1980 to 2100 never fit two of them.
+#: Units of numbers since 1970, as units per second. A number for a time from 1980 to 2100 fits only one of them.
 EPOCHS = {"s": 1, "ms": 1000, "us": 10**6, "ns": 10**9}
 _EARLIEST, _LATEST = 315_532_800, 4_102_444_800
-#: Whole numbers that are dates, such as 20220131; by digits.
+#: Format of dates that are written as whole numbers, such as 20220131, by number of digits.
 _DIGITS = {4: "%Y", 6: "%Y%m", 8: "%Y%m%d", 10: "%Y%m%d%H", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
 _YEARS = 1900, 2100
 _ISO = re.compile(r"\d{4}[-/]\d{1,2}([-/]\d|$)|\d{8}T\d")
 _ZONED = r"(?::\d\d|T\d{2,6})(?:[.,]\d+)?\s*(?:[AaPp]\.?[Mm]\.?)?\s*(?:Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)$"
 _OFFSET = re.compile(r"([+-])(\d\d):?(\d\d)?$")
 _SAMPLE = 50
-#: Texts that are looked at first; in them one order of day and month is usually the only one.
+#: Number of texts that are tried first; they usually leave only one possible order of day and month.
 _FIRST = 2000
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How times are read.
+    """How a column of times is read.
 
-    ``kind``: "dates" (they are times), "iso", "epoch" and "digits" (numbers), "parts" (day, month and year in the order
-    ``detail`` of the family ``family``), "words" (as pandas guesses), "format" (as ``detail`` says). ``zone``: the time
-    zone of the texts, in which results are to be shown.
+    Attributes:
+        kind: "dates" (already times), "iso" (ISO 8601), "epoch" (numbers since 1970), "digits" (dates as numbers),
+            "parts" (day, month and year), "words" (pandas guesses), or "format" (strptime codes).
+        detail: unit for "epoch", order of day, month and year for "parts", strptime codes for "digits" and "format".
+        family: key of :data:`~mmtrain.data.series.date_parts.FAMILIES`, for "parts".
+        zone: time zone of the column, in which results are shown.
     """
 
     kind: str
@@ -48,11 +51,12 @@ class Reading:
     zone: str | None = None
 
     def stamps(self, column: pd.Series) -> Stamps:
-        """(T,) times (datetime64[us], in UTC where there is a zone); NaT for what is none."""
+        """Return the times (T,) as datetime64[us], in UTC if there is a zone; NaT for values that are not times."""
         import pandas as pd
 
         if self.kind == "parts":
-            codes, unique = pd.factorize(_texts(column))  # -1 for what is missing, and so the last row
+            # The code of a missing value is -1, which selects the empty text at the end.
+            codes, unique = pd.factorize(_texts(column))
             times = DateTexts.of([*map(str, unique), ""], self.family).times(self.detail)
             return times[codes]
         options: dict[str, Any] = {
@@ -75,14 +79,18 @@ class Reading:
 
 
 def find_reading(column: pd.Series, where: str, time_format: str | None = None) -> Reading | None:
-    """How ``column`` is read; None for numbers that are no times. Single rows of it may still be no dates.
+    """Find out how to read a column of times. Some of its rows may still not be times.
 
     Args:
         where: the file and the column, for messages.
-        time_format: the order of day, month and year (dmy, mdy, ymd), codes of strptime, or a unit of ``EPOCHS``.
+        time_format: the order of day, month and year (dmy, mdy, ymd), strptime codes, or a unit of ``EPOCHS``; None
+            detects the format.
+
+    Returns:
+        The reading; None if the column contains numbers that are not times.
 
     Raises:
-        UserError: for dates that could be read in two ways, or are in some rows with a UTC offset and in some without.
+        UserError: if the dates are ambiguous, or if only some rows have a UTC offset.
     """
     import pandas as pd
 
@@ -107,7 +115,7 @@ def find_reading(column: pd.Series, where: str, time_format: str | None = None) 
 
 
 def are_dates(column: pd.Series) -> bool:
-    """Whether a column holds times although its name does not say so; numbers are none."""
+    """Return whether a sample of a column contains only dates; numbers do not count as dates."""
     import pandas as pd
 
     if pd.api.types.is_datetime64_any_dtype(column):
@@ -130,9 +138,9 @@ def are_dates(column: pd.Series) -> bool:
 
 
 def frequency(index: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
-    """The frequency that pandas infers: hours, months from their start or end, business days and so on.
+    """Return the frequency that pandas infers: hours, month starts or ends, business days and so on.
 
-    None where the times are too few, uneven, repeated or not in order.
+    None if there are fewer than three times, or if they are irregular, repeated or not sorted.
     """
     import pandas as pd
     from pandas.tseries.frequencies import to_offset
@@ -140,20 +148,20 @@ def frequency(index: pd.DatetimeIndex) -> pd.offsets.BaseOffset | None:
     if len(index) < 3:
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the type of its result, which later versions of pandas change
+        warnings.simplefilter("ignore")  # pandas warns that a later version changes the type of the result
         found = to_offset(pd.infer_freq(index))
     return found if found is not None and found.n >= 1 else None
 
 
 def has_frequency(times: Stamps) -> bool:
-    """Whether :func:`frequency` knows one for the times, which are sorted."""
+    """Return whether :func:`frequency` finds a frequency of the sorted ``times``."""
     import pandas as pd
 
     return frequency(pd.DatetimeIndex(times)) is not None
 
 
 def shown(stamps: Stamps, zone: str | None) -> pd.DatetimeIndex:
-    """UTC times as those of ``zone``; without one as they are."""
+    """Convert UTC times to times of ``zone`` for output; without a zone they are unchanged."""
     import pandas as pd
 
     index = pd.DatetimeIndex(stamps)
@@ -165,6 +173,7 @@ def _texts(column: pd.Series) -> pd.Series:
 
 
 def _given(column: pd.Series, where: str, time_format: str) -> Reading:
+    """Return the reading for a ``time_format`` that the user set; UserError if it is invalid."""
     import pandas as pd
 
     if time_format in EPOCHS:
@@ -173,20 +182,20 @@ def _given(column: pd.Series, where: str, time_format: str) -> Reading:
         return _zoned(Reading("parts", time_format, "numbers"), _texts(column).dropna(), where)
     try:
         pd.to_datetime(pd.Series(["-"]), format=time_format, errors="coerce")
-    except (ValueError, re.error) as error:  # a code that stands there twice is an error of the expression made of it
+    except (ValueError, re.error) as error:  # re.error: pandas builds an invalid expression if a code occurs twice
         fault = f" ({error})"
     else:
         if "%" in time_format:
             return _zoned(Reading("format", time_format), _texts(column).dropna(), where)
         fault = ""
     raise UserError(
-        f"{where}: data.time_format={time_format!r}{fault}: {', '.join(ORDERS['numbers'])}, codes such as %d/%m/%Y "
-        f"%H:%M, or {', '.join(EPOCHS)} for numbers since 1970"
+        f"{where}: data.time_format={time_format!r} is invalid{fault}; use {', '.join(ORDERS['numbers'])}, codes such "
+        f"as %d/%m/%Y %H:%M, or {', '.join(EPOCHS)} for numbers since 1970"
     )
 
 
 def _numbers(numbers: pd.Series) -> Reading | None:
-    """Numbers since 1970, or dates written as numbers."""
+    """Return the reading of numbers since 1970 or of dates written as numbers; None for other numbers."""
     values = numbers.to_numpy()
     if not len(values) or not np.isfinite(values).all():
         return None
@@ -195,7 +204,7 @@ def _numbers(numbers: pd.Series) -> Reading | None:
     length = len(str(int(low))) if low > 0 else 0
     if whole and length in _DIGITS and len(str(int(high))) == length:
         years = _YEARS[0] <= low // 10 ** (length - 4) and high // 10 ** (length - 4) <= _YEARS[1]
-        # a year alone, or with a month, is taken for a time only where it does not come twice
+        # Numbers with the digits of a year, or of a year and month, are times only if none occurs twice.
         if years and (length >= 8 or numbers.is_unique):
             reading = Reading("digits", _DIGITS[length])
             if not np.isnat(reading.stamps(numbers)).any():
@@ -207,17 +216,18 @@ def _numbers(numbers: pd.Series) -> Reading | None:
 
 
 def _zoned(reading: Reading, texts: pd.Series, where: str) -> Reading:
-    """``reading`` with the zone that ``texts`` name: of several UTC offsets (summer and winter) the last one."""
+    """Add the time zone in ``texts`` to ``reading``; of several UTC offsets (summer and winter), the last one."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    found = pc.match_substring_regex(pa.array(texts, type=pa.string(), from_pandas=True), _ZONED)  # Arrow's are fast
+    # Arrow matches regular expressions faster than pandas.
+    found = pc.match_substring_regex(pa.array(texts, type=pa.string(), from_pandas=True), _ZONED)
     has = found.fill_null(False).to_numpy(zero_copy_only=False)
     if not has.any():
         return reading
     if not has.all():
         without, given = texts.iloc[int(np.argmin(has))], texts.iloc[int(np.argmax(has))]
-        raise UserError(f"{where}: {without!r} has no UTC offset, and {given!r} has one: write all times in one way")
+        raise UserError(f"{where}: {without!r} has no UTC offset, but {given!r} has one; write all times the same way")
     offset_of_last = _OFFSET.search(str(texts.iloc[-1]))
     sign, hours, minutes = offset_of_last.groups() if offset_of_last else ("+", "00", "00")
     offset = f"{sign}{hours}:{minutes or '00'}"
@@ -225,6 +235,7 @@ def _zoned(reading: Reading, texts: pd.Series, where: str) -> Reading:
 
 
 def _family(texts: pd.Series, where: str) -> Reading:
+    """Return the reading for the way in which most texts of a sample are written."""
     some = [str(text) for text in texts.iloc[np.linspace(0, len(texts) - 1, min(len(texts), _SAMPLE)).astype(int)]]
     counts = _counts(some)
     best = max(counts, key=lambda name: counts[name])
@@ -237,7 +248,7 @@ def _family(texts: pd.Series, where: str) -> Reading:
 
 
 def _counts(texts: list[str]) -> dict[str, int]:
-    """How many of ``texts`` are written in each way."""
+    """Count the texts that match each way of writing dates."""
     counts = {"iso": sum(_ISO.match(text) is not None for text in texts)}
     for name, pattern in FAMILIES.items():
         counts[name] = sum(re.fullmatch(pattern + TAIL, text) is not None for text in texts)
@@ -245,9 +256,9 @@ def _counts(texts: list[str]) -> dict[str, int]:
 
 
 def _ordered(texts: pd.Series, family: str, where: str) -> Reading:
-    """The one order of day, month and year in which every text is a date.
+    """Return the reading with the order of day, month and year that gives the fewest invalid dates.
 
-    Where several are, the one whose steps are even.
+    If several orders are possible, the one with a regular time step is chosen. UserError if they are still ambiguous.
     """
     orders = ORDERS.get(family, ("",))
     if len(orders) == 1:
@@ -258,7 +269,7 @@ def _ordered(texts: pd.Series, family: str, where: str) -> Reading:
         found = {order: cut.times(order) for order in orders}
         bad = {order: int(np.isnat(stamps).sum()) for order, stamps in found.items()}
         if list(bad.values()).count(0) == 1:
-            break  # the first rows have ruled out all orders except one
+            break  # only one order is possible
     left = {order: stamps for order, stamps in found.items() if bad[order] == min(bad.values())}
     for keep in (_distinct, _even, _rising):
         if len(left) > 1 and (keep is not _rising or "ymd" in left):
@@ -267,25 +278,26 @@ def _ordered(texts: pd.Series, family: str, where: str) -> Reading:
         one = next(text for row, text in enumerate(unique) if len({str(stamps[row]) for stamps in left.values()}) > 1)
         ways = " or ".join(f"{_words(order)} (data.time_format={order})" for order in left)
         raise UserError(
-            f"{where}: {one!r} can be read as {ways}, and no other row tells which: set data.time_format "
+            f"{where}: {one!r} can be read as {ways}, and no other row resolves this; set data.time_format "
             "(--time-format), or write dates as 2020-12-31"
         )
     return Reading("parts", next(iter(left)), family)
 
 
 def _distinct(found: dict[str, Stamps]) -> dict[str, Stamps]:
-    """One of the readings where all are the same."""
+    """Keep only the first order if all orders give the same times."""
     first = next(iter(found))
     same = all(np.array_equal(stamps, found[first], equal_nan=True) for stamps in found.values())
     return {first: found[first]} if same else found
 
 
 def _even(found: dict[str, Stamps]) -> dict[str, Stamps]:
+    """Keep the orders that give a regular time step."""
     return {order: stamps for order, stamps in found.items() if _is_even(stamps)}
 
 
 def _rising(found: dict[str, Stamps]) -> dict[str, Stamps]:
-    """Those in the order of the rows: any column of days, months and years of two digits can be read from its end."""
+    """Keep the orders that give sorted times; needed for two-digit years, which also read as dates back to front."""
     steps = {order: np.diff(stamps).astype(np.int64) for order, stamps in found.items()}
     return {order: found[order] for order, step in steps.items() if (step > 0).all() or (step < 0).all()}
 

@@ -1,7 +1,7 @@
-"""Forecasting windows: a look-back that the model reads and the horizon behind it, numbered and read on demand.
+"""Forecasting windows: a lookback that the model reads, and the horizon after it. Windows are read on demand.
 
-A table is one series of several variates; a panel has many series, and a window shows one of them. Both are numbered,
-read and described through the classes here.
+A table is one series of several variates. A panel has many series, and each window shows one of them. The base classes
+here serve both.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Floats = NDArray[np.float32]
-#: Values as they are stored, float32 or float64.
+#: Stored values, float32 or float64.
 Numbers = NDArray[np.floating]
 Int64s = NDArray[np.int64]
 
 Kind = TypeVar("Kind", bound=np.floating)
 
-#: Windows in a block of the data order: consecutive series, so that a block lies together on disk. A constant, since
-#: the order of the samples depends on it.
+#: Number of windows in a block of the data order. A block has consecutive series, so that it is contiguous on disk.
+#: Not configurable, since the order of the samples depends on it.
 BLOCK = 1 << 15
 
 
 @dataclass(frozen=True)
 class Spans:
-    """The first targets of a split's windows: series s has ``counts[s]`` of them, from row ``begin[s]`` on."""
+    """The windows of a split, given by the row of their first target in each series."""
 
-    begin: Int64s
-    counts: Int64s
-    stride: int
+    begin: Int64s  # (S,) first target of the first window
+    counts: Int64s  # (S,) number of windows
+    stride: int  # rows between the starts of windows
 
     @classmethod
     def of(cls, begin: Int64s, end: Int64s, lookback: int, horizon: int, stride: int = 1) -> Spans:
-        """Windows whose targets all lie in rows [begin, end) (S,), and whose look-back lies in the series."""
+        """Find the windows whose targets are all in rows [begin, end) (S,) and whose lookback is within the series."""
         if min(lookback, horizon, stride) < 1:
-            raise UserError(f"lookback={lookback}, horizon={horizon}, stride={stride}: each must be 1 or more")
+            raise UserError(f"lookback={lookback}, horizon={horizon}, stride={stride}: each must be at least 1")
         first = np.maximum(begin, lookback)
         return cls(first, np.maximum((end - horizon - first) // stride + 1, 0), stride)
 
     def blocks(self) -> list[int]:
-        """Sizes of blocks of whole series, each of :data:`BLOCK` windows or a little more."""
+        """Return the sizes of blocks of whole series, each with :data:`BLOCK` windows or slightly more."""
         ends = np.cumsum(self.counts)
         cuts = [0]
         while cuts[-1] < ends[-1]:
@@ -60,20 +60,23 @@ class Spans:
 
 
 class Covariates(Protocol):
-    """Inputs of the model beside the values."""
+    """Model inputs other than the values of the series."""
 
     def batch(self, series: Int64s, stop: Int64s, variates: int) -> dict[str, Tensor]:
-        """Covariates of windows of ``series`` (B,) whose targets end before row ``stop`` (B,), as far as there are any.
+        """Return the covariates of windows of ``series`` (B,) whose targets end before row ``stop`` (B,).
 
-        "known" (B, T_Z, M, C_Z) is known in advance for the T_Z rows before ``stop``; "static" is (B, M, C_S).
+        Returns:
+            "known" (B, T_Z, M, C_Z): known in advance for the T_Z rows before ``stop``. "static": (B, M, C_S). Each is
+            left out if there are no such covariates.
         """
         ...
 
 
 class Windows(ABC):
-    """Source of standardised {"past": float32 (B, L, M), "future": float32 (B, H, M)} and the ``covariates``.
+    """Data source of standardised windows: "past" (B, L, M) and "future" (B, H, M), float32, and covariates.
 
-    With ``masked`` also "mask" (B, L, M) and "future_mask" (B, H, M): True where a value was observed; holes are 0.
+    Args:
+        masked: add "mask" (B, L, M) and "future_mask" (B, H, M), True where a value was observed; missing values are 0.
     """
 
     def __init__(
@@ -89,10 +92,14 @@ class Windows(ABC):
 
     @abstractmethod
     def read(self, series: Int64s, start: Int64s, length: int) -> Floats:
-        """(B, length, M): rows [start, start + length) of each series (B,), standardised; a copy, with NaN in holes."""
+        """Return a copy of rows [start, start + length) of each series (B,), standardised, NaN where missing.
+
+        Returns:
+            float32 (B, length, M).
+        """
 
     def locate(self, indices: Int64s) -> tuple[Int64s, Int64s]:
-        """The series of each window, and the row of its first target in that series."""
+        """Return the series of each window, and the row of its first target in that series."""
         indices = np.asarray(indices, dtype=np.int64)
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
             raise IndexError(f"windows are numbered 0 to {len(self) - 1}")
@@ -101,6 +108,7 @@ class Windows(ABC):
         return series, self.spans.begin[series] + number * self.spans.stride
 
     def fetch(self, indices: Int64s, keys: NDArray[np.uint64] | None) -> dict[str, Tensor]:
+        """Read the windows ``indices`` (B,) as a batch. ``keys`` (random keys) are not used."""
         import torch
 
         series, target = self.locate(indices)
@@ -118,32 +126,28 @@ class Windows(ABC):
 
 
 class WindowOrigin(NamedTuple):
-    """The origin of a window: names of its M variates, their scaler, and its L + H rows with their times, if any."""
+    """The part of the data that a window shows."""
 
-    labels: list[str]
-    scaler: Scaler
-    rows: Int64s
-    stamps: Stamps | None
+    labels: list[str]  # names of the M variates
+    scaler: Scaler  # of the variates
+    rows: Int64s  # (L + H,) rows of the series
+    stamps: Stamps | None  # (L + H,) times; None for data without times
 
 
 @dataclass(frozen=True)
 class ForecastingData(ABC):
-    """The splits of a table or a panel.
-
-    ``columns``: the M variates of a window. ``known``: the C_Z covariates known in advance. ``static``: how many
-    numbers each static covariate becomes.
-    """
+    """The windows of the splits of a table or a panel."""
 
     train: Windows
     val: Windows
     test: Windows
     path: Path
-    columns: list[str]
-    known: list[str]
-    static: dict[str, int]
+    columns: list[str]  # names of the M variates of a window
+    known: list[str]  # names of the C_Z covariates known in advance
+    static: dict[str, int]  # for each static covariate, how many numbers encode it
 
     def origin(self, source: Windows, index: int) -> WindowOrigin:
-        """The origin of window ``index`` of one of the splits, to show it in the units of the data."""
+        """Return the origin of window ``index`` of one of the splits, which gives its names, units and times."""
         series, target = (int(found[0]) for found in source.locate(np.array([index])))
         return self._origin(series, np.arange(target - source.lookback, target + source.horizon))
 
@@ -152,44 +156,47 @@ class ForecastingData(ABC):
 
     @abstractmethod
     def fingerprint(self) -> Fingerprint:
-        """The names of its columns, and digests of the rows that are trained on."""
+        """Return the names of the columns, and digests of the training rows."""
 
     @abstractmethod
     def assets(self) -> dict[str, Any]:
-        """JSON values that prediction needs beside the columns."""
+        """Return the JSON values that prediction needs in addition to the names of the columns."""
 
 
 def known_steps(wanted: int, lookback: int, horizon: int) -> int:
-    """T_Z of ``model.future_length``: the steps of known covariates, which end with the last target.
+    """Return T_Z, the time steps of known covariates in a window; they end with its last target.
+
+    Args:
+        wanted: ``model.future_length``; 0: lookback + horizon.
 
     Raises:
-        UserError: for more steps than a window has.
+        UserError: if ``wanted`` is more than a window has.
     """
     if wanted > lookback + horizon:
         raise UserError(
-            f"model.future_length={wanted}: a window has model.lookback + model.horizon = {lookback + horizon} steps; "
-            "give at most so many, or 0 for all"
+            f"model.future_length={wanted}: must be at most model.lookback + model.horizon = {lookback + horizon} time "
+            "steps, or 0 for all of them"
         )
     return wanted or lookback + horizon
 
 
 def runs(values: NDArray[Kind], first: Int64s, length: int) -> NDArray[Kind]:
-    """Rows [f, f + length) of ``values`` (T, C), contiguous, for each f of ``first`` (n,): a copy (n, length, C).
+    """Return a copy (n, length, C) of rows [f, f + length) of ``values`` (T, C) for each f in ``first`` (n,).
 
-    Every run must lie within the rows; this is not checked. One block of memory is copied for each run, which is more
-    than ten times as fast as gathering row by row.
+    ``values`` must have contiguous rows, and every run must be within them; the latter is not checked. Each run is
+    copied as one block of memory, which is more than ten times as fast as gathering row by row.
     """
     if not length or not len(first):
         return np.empty((len(first), length, values.shape[1]), dtype=values.dtype)
     row, item = values.strides
-    assert row == item * values.shape[1], "rows must lie one after the other"
+    assert row == item * values.shape[1], "rows must be contiguous"
     shape = (len(values) - length + 1, length * values.shape[1])
     view = np.lib.stride_tricks.as_strided(values, shape, (row, item), writeable=False)
     return view[first].reshape(len(first), length, values.shape[1])
 
 
 def known_batch(known: Floats, variates: int) -> Tensor:
-    """(B, T_Z, C_Z) → (B, T_Z, M, C_Z), the same for each variate and held once."""
+    """Expand (B, T_Z, C_Z) to a view (B, T_Z, M, C_Z) that repeats the covariates for each of the M variates."""
     import torch
 
     b, steps, width = known.shape

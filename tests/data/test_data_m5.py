@@ -80,18 +80,18 @@ def test_missing_parts_are_named(m5: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"calendar\.csv: columns snap_TX are missing"):
         prepare_m5(m5, tmp_path / "out")
     calendar.drop(index=9).to_csv(m5 / "calendar.csv", index=False)
-    with pytest.raises(UserError, match="not one day after the other"):
+    with pytest.raises(UserError, match="the dates are not consecutive days"):
         prepare_m5(m5, tmp_path / "out")
     calendar.to_csv(m5 / "calendar.csv", index=False)
     prices = pd.read_parquet(m5 / "prices_cents_wide.parquet")
     prices.iloc[:-1].to_parquet(m5 / "prices_cents_wide.parquet")
-    with pytest.raises(UserError, match="20 rows of sales and 19 of prices"):
+    with pytest.raises(UserError, match=r"sales\.parquet has 20 rows, but prices_cents_wide\.parquet has 19"):
         prepare_m5(m5, tmp_path / "out")
     (m5 / "prices_cents_wide.parquet").write_bytes(b"PAR1 nonsense PAR1")
     with pytest.raises(UserError, match=r"prices_cents_wide\.parquet: cannot be read as a table"):
         prepare_m5(m5, tmp_path / "out")
     (m5 / "prices_cents_wide.parquet").unlink()
-    with pytest.raises(UserError, match=r"it lacks prices_cents_wide\.parquet"):
+    with pytest.raises(UserError, match=r"prices_cents_wide\.parquet missing"):
         prepare_m5(m5, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

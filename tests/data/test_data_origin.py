@@ -82,7 +82,9 @@ def test_another_content_at_another_place_is_refused(prepare: Callable, tmp_path
         shutil.copy(file, file.with_name(f"9{file.suffix}"))
     else:
         file.rename(file.with_name(f"9{file.suffix}"))
-    with pytest.raises(UserError, match=r"holds a dataset made with source '.*source', not '.*copy'; give --force"):
+    with pytest.raises(
+        UserError, match=r"contains a dataset prepared with source '.*source', not '.*copy'; give --force"
+    ):
         prepare(str(tmp_path / "copy"))
 
 
@@ -94,7 +96,7 @@ def test_one_that_does_not_say_its_content_is_told_by_its_path(prepare: Callable
     file.write_text(json.dumps(meta))
     assert not prepare(f"{tmp_path}/out/../source").fresh
     shutil.copytree(tmp_path / "source", tmp_path / "copy")
-    with pytest.raises(UserError, match="holds a dataset made with source"):
+    with pytest.raises(UserError, match="contains a dataset prepared with source"):
         prepare(str(tmp_path / "copy"))
 
 
@@ -108,7 +110,7 @@ def test_the_files_of_settings_count_as_content(tmp_path: Path) -> None:
     calendar = tmp_path / "moved" / "days.csv"
     assert not prepare_panel(tmp_path / "moved" / "source", tmp_path / "out", calendar=calendar, **options).fresh
     calendar.write_text(calendar.read_text().replace("1.0", "2.0"))
-    with pytest.raises(UserError, match=r"made with source .*; calendar "):
+    with pytest.raises(UserError, match=r"prepared with source .*; calendar "):
         prepare_panel(tmp_path / "moved" / "source", tmp_path / "out", calendar=calendar, **options)
 
 

@@ -77,7 +77,7 @@ def test_rows_in_any_order_and_without_step(tmp_path: Path, caplog: pytest.LogCa
     frame = long_frame([20, 15]).sample(frac=1, random_state=1)
     with caplog.at_level(logging.INFO, "mmtrain"):
         done = prepare_panel(write(frame, tmp_path / "t.csv"), tmp_path / "out", split=RATIO, columns=["y"])
-    assert "come before earlier ones of their series; they are sorted" in caplog.text
+    assert "rows are out of order in their series" in caplog.text
     panel = open_panel(done.out)
     assert str(panel.timeline and panel.timeline.step) == "1D"
     rows = {name: number for number, name in enumerate(panel.ids.tolist())}
@@ -133,10 +133,10 @@ def test_a_calendar_shared_by_all(tmp_path: Path) -> None:
     assert hot == pytest.approx(np.arange(begin, begin + 9), abs=1e-4)
     assert batch["known"][1, :, 0, -1].tolist() == [float(day % 9 == 0) for day in range(begin, begin + 9)]
     write(days.drop(index=10), calendar)
-    with pytest.raises(UserError, match=r"days\.csv: it does not have 2024-01-04"):
+    with pytest.raises(UserError, match=r"days\.csv: there is no row for 2024-01-04"):
         prepare_panel(file, tmp_path / "q", split=LAST, calendar=calendar)
     write(days[:20], calendar)
-    with pytest.raises(UserError, match=r"has 13 steps .* go on for 20"):
+    with pytest.raises(UserError, match=r"covers 13 time steps .* need 20"):
         prepare_panel(file, tmp_path / "q", split=LAST, calendar=calendar)
 
 
@@ -144,7 +144,7 @@ def test_gaps_become_holes_and_are_counted(tmp_path: Path, caplog: pytest.LogCap
     frame = long_frame([20, 12]).drop(index=[5, 6, 25])
     done = prepare_panel(write(frame, tmp_path / "t.csv"), tmp_path / "p", split=LAST, columns=["y"], known=["price"])
     assert (done.meta["counts"]["holes"], done.meta["counts"]["known_filled"]) == (3, 3)
-    assert "3 steps of 1D are not there between others, in 2 series: they become holes" in caplog.text
+    assert "3 time steps of 1D are missing, in 2 series" in caplog.text
     panel = open_panel(done.out)
     assert np.flatnonzero(np.isnan(panel.series(0)[:, 0])).tolist() == [5, 6]
     assert panel.known[0][4:8, 0].tolist() == [4, 4, 4, 7]
@@ -161,9 +161,9 @@ def test_repeated_and_odd_times_are_named(tmp_path: Path, caplog: pytest.LogCapt
         prepare_panel(file, tmp_path / "p", split=LAST, step="D")
     done = prepare_panel(file, tmp_path / "p", split=LAST, step="D", duplicates="last")
     assert open_panel(done.out).series(0)[3, 0] == -1
-    assert "1 rows come a second time in their series" in caplog.text
+    assert "1 repeated times within a series" in caplog.text
     frame.loc[7, "date"] += pd.Timedelta(hours=5)
-    with pytest.raises(UserError, match=r"series 's0': 2024-01-08T05:00:00 is not a whole number of steps of 1D"):
+    with pytest.raises(UserError, match=r"series 's0': 2024-01-08T05:00:00 is not a whole number of time steps of 1D"):
         prepare_panel(write(frame, tmp_path / "u.csv"), tmp_path / "q", split=LAST)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["p", "t.csv", "u.csv"]
 
@@ -174,15 +174,15 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"time_column": "when"}, "--time when: there is no such column"),
     ({"columns": ["y", "kind"]}, "cannot be read as a table|column 'kind' is not numeric"),
     ({"columns": ["y"], "known": ["y"]}, "name a column twice"),
-    ({"static": ["price"], "columns": ["y"]}, r"static column 'price' changes within series 's0'"),
-    ({"columns": ["y"], "missing": "fill"}, r"--missing fill: one of keep, ffill.*mean 'ffill'"),
+    ({"static": ["price"], "columns": ["y"]}, r"static column 'price' is not constant within series 's0'"),
+    ({"columns": ["y"], "missing": "fill"}, r"--missing fill: must be one of keep, ffill.*mean 'ffill'"),
     ({"columns": ["y"], "step": "7 parsecs"}, "a number and one of"),
-    ({"columns": ["y"], "step": "min"}, r"its 32 rows would be .*, most of them holes"),
-    ({"columns": ["y"], "start": "2020-01-01"}, "--start is for a wide panel"),
-    ({"columns": ["y"], "split": SplitRule("last", last=(40, 40))}, "leaves no rows to train on in any series"),
-    ({"columns": ["y"], "split": SplitRule("date", dates=("soon", "later"))}, "give the first date of validation"),
-    ({"columns": ["y"], "split": SplitRule("etth")}, "for a panel use ratio, date or last"),
-    ({"columns": ["y"], "duplicates": "first"}, "--duplicates first: error or last"),
+    ({"columns": ["y"], "step": "min"}, r"32 rows become .*, most of them without values"),
+    ({"columns": ["y"], "start": "2020-01-01"}, "--start 2020-01-01: only for a wide panel"),
+    ({"columns": ["y"], "split": SplitRule("last", last=(40, 40))}, "leaves no training rows in any series"),
+    ({"columns": ["y"], "split": SplitRule("date", dates=("soon", "later"))}, "must be the first date of validation"),
+    ({"columns": ["y"], "split": SplitRule("etth")}, "not possible for a panel; use ratio, date or last"),
+    ({"columns": ["y"], "duplicates": "first"}, "--duplicates first: must be error or last"),
 ]
 
 
@@ -202,7 +202,7 @@ def test_files_that_are_no_panel(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no \.csv or \.parquet file"):
         prepare_panel(tmp_path / "empty", tmp_path / "p", split=LAST)
     one = write(long_frame([20])[["date", "y"]], tmp_path / "one.csv")
-    with pytest.raises(UserError, match=r"one\.csv: no id column .*data\.kind=series.*--id"):
+    with pytest.raises(UserError, match=r"one\.csv: there is no id column .*data\.kind=series.*--id"):
         prepare_panel(one, tmp_path / "p", split=LAST)
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 but no more")
     with pytest.raises(UserError, match=r"broken\.parquet: cannot be read as a table"):
@@ -210,16 +210,16 @@ def test_files_that_are_no_panel(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     write(long_frame([20])[["date", "y"]], folder / "a.csv")
     write(long_frame([20])[["date", "price"]], folder / "b.csv")
-    with pytest.raises(UserError, match=r"b\.csv: columns y are missing, which the first file has"):
+    with pytest.raises(UserError, match=r"b\.csv: columns y are missing; all files need the same columns"):
         prepare_panel(folder, tmp_path / "p", split=LAST)
     twice = pd.DataFrame({"id": ["a", "a"], "1": [1.0, 2.0], "2": [1.0, 2.0], "3": [3.0, 4.0]})
-    with pytest.raises(UserError, match="1 ids come more than once, such as a"):
+    with pytest.raises(UserError, match="1 ids are repeated, such as a"):
         prepare_panel(write(twice, tmp_path / "w.csv"), tmp_path / "p", split=RATIO)
     text = write(long_frame([20]).assign(y="much"), tmp_path / "text.parquet")
     with pytest.raises(UserError, match=r"text\.parquet: column 'y' is not numeric"):
         prepare_panel(text, tmp_path / "p", split=LAST, columns=["y"])
     dates = write(long_frame([20]).assign(date="soon"), tmp_path / "dates.csv")
-    with pytest.raises(UserError, match=r"dates\.csv: time column 'date': 'soon' is no date"):
+    with pytest.raises(UserError, match=r"dates\.csv: time column 'date': 'soon' is not a date"):
         prepare_panel(dates, tmp_path / "p", split=LAST, columns=["y"])
     assert not (tmp_path / "p").exists()
 
@@ -276,7 +276,9 @@ def test_days_are_those_of_the_time_zone(tmp_path: Path, freq: str, start: str, 
 def test_days_whose_utc_offset_changes_are_refused_with_the_cure(tmp_path: Path) -> None:
     days = pd.date_range("2023-10-01", periods=60, freq="D", tz="Europe/Berlin")
     frame = pd.DataFrame({"id": "a", "date": [day.isoformat() for day in days], "y": np.arange(60.0)})
-    with pytest.raises(UserError, match=r"Days are counted at \+01:00: where the UTC offset .* changes .* without it"):
+    with pytest.raises(
+        UserError, match=r"Days are counted in local time at \+01:00: if the UTC offset .* changes .* without an offset"
+    ):
         prepare_panel(write(frame, tmp_path / "t.csv"), tmp_path / "p", split=LAST)
 
 
@@ -338,7 +340,7 @@ def test_a_wide_panel_without_dates(tmp_path: Path) -> None:
         prepare_panel(file, tmp_path / "q", split=LAST, static=["shop"], start="2011-01-29", step="D").out
     )
     assert str(dated.stamps(1, 0, 1)) == "['2011-01-31T00:00:00.000000']"
-    with pytest.raises(UserError, match="--start and --step go together"):
+    with pytest.raises(UserError, match="--start and --step: give both"):
         prepare_panel(file, tmp_path / "r", split=LAST, static=["shop"], start="2011-01-29")
 
 
@@ -349,7 +351,7 @@ def test_a_finished_panel_is_left_alone(tmp_path: Path) -> None:
     again = prepare_panel(tmp_path / "long.parquet", done.out, split=LAST, **options)
     assert not again.fresh
     assert {file: file.stat().st_mtime_ns for file in done.out.rglob("*")} == before
-    with pytest.raises(UserError, match=r"made with split .*; give --force"):
+    with pytest.raises(UserError, match=r"prepared with split .*; give --force"):
         prepare_panel(tmp_path / "long.parquet", done.out, split=RATIO, **options)
     with pytest.raises(UserError, match="exists and is not a finished dataset"):
         prepare_panel(tmp_path / "long.parquet", tmp_path, split=LAST, **options)
@@ -360,16 +362,16 @@ def test_a_panel_that_was_tampered_with_is_refused(tmp_path: Path) -> None:
     meta = json.loads((out / "meta.json").read_text())
     for change, message in (
         ({"kind": "images"}, "not the meta.json of a prepared panel"),
-        ({"format": 99}, "a panel of format 99, not 1"),
-        ({"columns": ["a", "b"]}, r"values-00000\.npy holds float32 \(32, 1\), not float32 \(32, 2\)"),
-        ({"shards": 0}, "does not add up to the series and shards"),
+        ({"format": 99}, "the panel has format 99, but format 1 is needed"),
+        ({"columns": ["a", "b"]}, r"values-00000\.npy is float32 \(32, 1\), not float32 or float64 \(32, 2\)"),
+        ({"shards": 0}, "does not match the number of series and shards"),
     ):
         (out / "meta.json").write_text(json.dumps({**meta, **change}))
         with pytest.raises(UserError, match=message):
             open_panel(out)
     (out / "meta.json").write_text(json.dumps(meta))
     np.save(out / "lengths.npy", np.array([20, 99]))
-    with pytest.raises(UserError, match="lengths and rows disagree"):
+    with pytest.raises(UserError, match=r"lengths\.npy and rows\.npy do not match"):
         open_panel(out)
     np.save(out / "lengths.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match=r"lengths\.npy: cannot be read .*allow_pickle"):

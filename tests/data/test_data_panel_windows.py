@@ -83,12 +83,12 @@ def test_the_scaler_is_of_the_series_own_training_rows(tmp_path: Path) -> None:
 def test_series_too_short_are_left_out_and_counted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = panel(tmp_path, [30, 9, 17, 16])
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path / 'panel'}: of 4 series, those too short for one window of look-back 6 + horizon 3 are left out: "
+        f"{tmp_path / 'panel'}: of 4 series, those too short for one window of lookback 6 + horizon 3 are left out: "
         "2 from train, 1 from val"
     ]
     assert data.train.spans.counts.tolist() == [22 - 8, 0, 1, 0]
     with pytest.raises(
-        UserError, match=r"train split \(data.split=last .*look-back 60 \+ horizon 3; the longest has 30"
+        UserError, match=r"train split \(data.split=last .*lookback 60 \+ horizon 3; the longest series has 30"
     ):
         opened(tmp_path / "panel", lookback=60)
 
@@ -99,7 +99,7 @@ def test_what_is_known_can_be_the_horizon_alone(tmp_path: Path) -> None:
     short = opened(tmp_path / "panel", known=["price"], steps=3).train.fetch(np.arange(5), None)["known"]
     assert short.shape == (5, 3, 1, 1)
     assert (short == whole[:, -3:]).all()
-    with pytest.raises(UserError, match=r"model\.future_length=10: .* = 9 steps"):
+    with pytest.raises(UserError, match=r"model\.future_length=10: .* = 9 time steps"):
         opened(tmp_path / "panel", steps=10)
 
 
@@ -114,7 +114,7 @@ def test_holes_become_masks(tmp_path: Path) -> None:
     file = write(frame[["id", "date", "y"]], tmp_path / "t.csv")
     done = prepare_panel(file, tmp_path / "p", split=rule)
     assert done.meta["counts"]["holes"] == open_panel(tmp_path / "p").holes == 3
-    with pytest.raises(UserError, match=r"3 values are missing: set data\.missing=mask, or prepare it again"):
+    with pytest.raises(UserError, match=r"3 values are missing; set data\.missing=mask, or prepare the panel again"):
         opened(tmp_path / "p")
     data = opened(tmp_path / "p", missing="mask")
     batch = data.train.fetch(np.arange(len(data.train)), None)
@@ -144,7 +144,7 @@ def test_other_splits_fit_the_scalers_again(tmp_path: Path, caplog: pytest.LogCa
         opened(tmp_path / "panel", split="last", last=[4, 4])
         assert not caplog.records
         data = opened(tmp_path / "panel", split="date", dates=["2024-01-15", "2024-01-22"])
-    assert "of another split: fitted again for data.split=date" in caplog.text
+    assert "for another split; fitted new ones for data.split=date" in caplog.text
     assert data.borders.tolist() == [[14, 21, 30], [13, 20, 40]]  # series 1 begins a day later
     assert data.inputs.scalers.mean[:, 0].tolist() == [6.5, 1006.0]
     parts = opened(tmp_path / "panel", split="ratio", ratios=[0.6, 0.2, 0.2], lookback=4)

@@ -120,7 +120,7 @@ def test_a_finished_set_is_left_alone_and_others_are_not_overwritten(folder: Pat
     again = prepare_images(folder, out, workers=1)
     assert not again.fresh
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == before
-    with pytest.raises(UserError, match="made with shard_size 1000, not 5; give --force"):
+    with pytest.raises(UserError, match="prepared with shard_size 1000, not 5; give --force"):
         prepare_images(folder, out, workers=1, shard_size=5)
     assert prepare_images(folder, out, workers=1, shard_size=5, force=True).fresh
     assert len(tars(out)) == 14
@@ -324,7 +324,7 @@ def test_what_another_process_wrote_meanwhile_is_not_replaced(tmp_path: Path, mo
 
     monkeypatch.setattr(folder_module, "exclusive", late)
     with (
-        pytest.raises(UserError, match="another process has written it meanwhile"),
+        pytest.raises(UserError, match="another process has just written it"),
         folder_module.prepared_folder(tmp_path / "out", force=False) as part,
     ):
         (part / "meta.json").write_text("ours")

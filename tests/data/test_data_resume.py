@@ -195,7 +195,7 @@ def test_other_settings_or_images_start_afresh(tmp_path: Path, caplog: pytest.Lo
         with counted() as written, caplog.at_level(logging.WARNING, "mmtrain"):
             prepare(root, tmp_path / "out", force=True, **options)
         assert len(written) >= SHARDS
-        assert "other settings or images, removed" in caplog.text
+        assert "removed; it was left by a preparation with other settings" in caplog.text
         assert not list(tmp_path.glob(".out*"))
         (tmp_path / "out").rename(tmp_path / change)
 

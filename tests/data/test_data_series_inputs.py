@@ -57,9 +57,9 @@ def test_known_columns_may_go_on_behind_the_targets(tmp_path: Path) -> None:
     data = load_series(tmp_path / "t.csv", 8, 4, split=SplitRule("last", last=(8, 10)), known=["price", "sale"])
     assert data.split.borders == (32, 40, 50)
     table.loc[3, "price"] = np.nan
-    with pytest.raises(UserError, match=r"column 'price' has 1 hole\(s\)"):
+    with pytest.raises(UserError, match=r"column 'price' has 1 missing value\(s\)"):
         read_table(csv(tmp_path, table), known=["price", "sale"], missing="mask")
-    with pytest.raises(UserError, match=r"data\.known: 'prize' is not there; did you mean 'price'\?"):
+    with pytest.raises(UserError, match=r"data\.known: 'prize' is not a column; did you mean 'price'\?"):
         read_table(tmp_path / "t.csv", known=["prize"])
     with pytest.raises(UserError, match=r"data\.known: 'a' is also in data\.columns"):
         read_table(tmp_path / "t.csv", columns=["a"], known=["a"])
@@ -92,10 +92,10 @@ def test_splits_by_date_and_from_the_end(tmp_path: Path) -> None:
     assert by_date.split.borders == (31, 48, 60)
     assert load_series(file, 8, 4, split=SplitRule("last", last=(6, 9))).split.borders == (45, 51, 60)
     for rule, message in (
-        (SplitRule("date", dates=("2019-01-01", "2020-01-03")), "leaves none of the 60 rows to train on"),
-        (SplitRule("date", dates=("2020-01-03", "2020-01-02")), "give the first date of validation"),
+        (SplitRule("date", dates=("2019-01-01", "2020-01-03")), "leaves none of the 60 rows for training"),
+        (SplitRule("date", dates=("2020-01-03", "2020-01-02")), "must be the first date of validation"),
         (SplitRule("last", last=(30, 30)), r"t\.csv: data\.split=last .* leaves none"),
-        (SplitRule("last", last=(30,)), "give the steps of validation and of test"),
+        (SplitRule("last", last=(30,)), "must be the numbers of validation and test time steps"),
         (SplitRule("ratio", parts=(0.5, 0.1, 0.1)), r"t\.csv: data\.ratios=.* add up to 1"),
     ):
         with pytest.raises(UserError, match=message):

@@ -25,7 +25,7 @@ CASES: list[tuple[Callable[[], Any], str]] = [
     (lambda: list(eval_batches(SOURCE, batch_size=4, workers=100_000)), "data.workers=100000: no more than"),
     (lambda: train_batches(SOURCE, seed=0, batch_size=4, start=0, steps=1, workers=-1), "data.workers=-1"),
     (lambda: list(run_jobs(abs, [1, 2], 100_000, ordered=True)), "--workers 100000: no more than"),
-    (lambda: list(run_jobs(abs, [1, 2], -1, ordered=True)), "--workers -1: processes"),
+    (lambda: list(run_jobs(abs, [1, 2], -1, ordered=True)), "--workers -1: must be a number of processes"),
 ]
 
 

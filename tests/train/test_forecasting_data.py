@@ -183,11 +183,14 @@ def test_the_commands_take_the_panel(panel_run: Path, cli: Cli, tmp_path: Path) 
     [
         ({"mean": None}, "TypeError"),
         ({"std": {"shape": [4, 1], "float64": "AAAA"}}, "ValueError"),
-        ({"std": pack(np.array([[1.0], [0], [1], [1]]))}, "number 1, 0 has the deviation 0.0"),
-        ({"std": pack(np.array([[1.0], [1], [np.nan], [1]]))}, "number 2, 0 has the deviation nan"),
+        ({"std": pack(np.array([[1.0], [0], [1], [1]]))}, "deviation at index 1, 0 is 0.0"),
+        ({"std": pack(np.array([[1.0], [1], [np.nan], [1]]))}, "deviation at index 2, 0 is nan"),
         ({"ids": ["s0"]}, "1 series"),
         ({"static": [{"name": "size", "categories": [], "mean": 0, "std": 0}]}, "static column 'size'"),
-        ({"known": {"calendar": [], "columns": ["price"], "scaler": {"mean": [0], "std": [0]}}}, "deviation 0.0"),
+        (
+            {"known": {"calendar": [], "columns": ["price"], "scaler": {"mean": [0], "std": [0]}}},
+            "deviation at index 0 is 0.0",
+        ),
         ({"known": {"calendar": [], "columns": ["price"], "scaler": {"mean": [], "std": []}}}, "ValueError"),
     ],
 )
@@ -212,13 +215,13 @@ def test_a_panel_that_does_not_fit_the_model(panel_run: Path, tmp_path: Path, ca
         forecast_panel(trained, tmp_path / "b")
     bare = {**options, "known": [], "columns": ["y"]}
     prepare_panel(tmp_path / "b.csv", tmp_path / "c", **bare)
-    with pytest.raises(UserError, match=r"'price' is not there"):
+    with pytest.raises(UserError, match=r"there is no known column 'price'"):
         forecast_panel(trained, tmp_path / "c")
     with pytest.raises(UserError, match=r"no series has a look-back of 24 rows ending 30 rows before"):
         forecast_panel(trained, tmp_path / "a", back=30)
     with pytest.raises(UserError, match=r"was trained on a panel: give a folder"):
         forecast(trained, tmp_path / "a.csv")
-    with pytest.raises(UserError, match=r"not a prepared panel; make one"):
+    with pytest.raises(UserError, match=r"not a prepared panel; run mmtrain data prepare panel"):
         forecast_panel(trained, tmp_path / "a.csv")
 
 
@@ -249,7 +252,9 @@ def test_a_table_is_forecast_as_in_evaluation(table_run: Path, tmp_path: Path) -
     assert made.values == pytest.approx(task.series.scaler.inverse(expected), rel=1e-4, abs=1e-5)
     with pytest.raises(UserError, match=r"the model needs price for the 4 step\(s\) behind the last row"):
         forecast(trained, file, missing="mask")
-    with pytest.raises(UserError, match=r"'a' has 3 hole\(s\).*or set --missing ffill \(or interpolate, zero, mask\)"):
+    with pytest.raises(
+        UserError, match=r"'a' has 3 missing value\(s\).*or set --missing ffill \(or interpolate, zero, mask\)"
+    ):
         forecast(trained, file, back=4)
     table = pd.read_csv(file)
     ahead = pd.date_range(table["date"].iloc[-1], periods=5, freq="h")[1:]

@@ -81,7 +81,7 @@ def examine(stream: BinaryIO, where: str, separator: str | None = None, decimal:
         separator = SEPARATORS.get(separator.strip().lower(), separator)
         if len(separator) != 1 or not separator.isascii() or separator in '"\r\n' or separator.isalnum():
             raise UserError(
-                f"data.separator={separator!r}: must be one mark such as ; or one of {', '.join(SEPARATORS)}"
+                f"data.separator={separator!r}: must be one character such as ; or one of {', '.join(SEPARATORS)}"
             )
     if decimal is not None:
         decimal = DECIMALS.get(decimal, decimal)

@@ -1,7 +1,7 @@
-"""Builds the C++ kernels and packs ``configs/`` at install time. All else about the package is in pyproject.toml.
+"""Compile the C++ kernels and package ``configs/`` at installation. Everything else is declared in pyproject.toml.
 
-A missing or failing compiler does not fail the installation: mmtrain then builds the kernels on first use, or says
-loudly that it runs without them (``mmtrain doctor``).
+The installation succeeds without a working compiler. mmtrain then tries to compile the kernels at first use; if that
+fails too, it warns and runs without them (see ``mmtrain doctor``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from setuptools.command.build_py import build_py
 
 
 def load_builder() -> ModuleType:
-    """mmtrain/ops/cpu/build.py by its path: importing the package would need torch."""
+    """Load mmtrain/ops/cpu/build.py by its path, because importing the package requires torch."""
     spec = importlib.util.spec_from_file_location(
         "mmtrain_build", Path(__file__).parent / "mmtrain" / "ops" / "cpu" / "build.py"
     )
@@ -31,7 +31,7 @@ builder = load_builder()
 
 
 class BuildPython(build_py):
-    """Pack ``configs/`` as ``mmtrain/configs``. An editable installation reads it from the checkout."""
+    """Package ``configs/`` as ``mmtrain/configs``. An editable installation reads it from the checkout."""
 
     def run(self) -> None:
         super().run()
@@ -40,7 +40,7 @@ class BuildPython(build_py):
 
 
 class BuildKernels(build_ext):
-    """Compile mmtrain/ops/cpu/_kernels.so: a plain shared library, so its name carries no Python version."""
+    """Compile mmtrain/ops/cpu/_kernels.so. Its name has no Python version, because it does not use Python's API."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")[:-1]) / builder.LIBRARY_NAME)
@@ -51,7 +51,8 @@ class BuildKernels(build_ext):
             builder.compile_library(output)
         except builder.BuildError as error:
             self.warn(
-                f"the C++ kernels were not built: {error}\nmmtrain will try again on first use; cure: {builder.CURE}"
+                f"the C++ kernels were not compiled: {error}\nmmtrain will try again at first use. To fix this,"
+                f" {builder.CURE}"
             )
 
 

@@ -18,15 +18,15 @@ from mmtrain.config.section import Section, allowed, key_schemas
 PAGE = Path(__file__).with_name("config.md")
 _HEAD = """# Configuration keys
 
-Made from the schema by `python docs/make_config_reference.py`: do not edit this page.
+This page is generated from the schema by `python docs/make_config_reference.py`. Do not edit it.
 
-A key is written `section.key=value` on the command line and `section: {key: value}` in a YAML file. Numbers are finite.
-An empty cell under "allowed" means any value of the type. `model`, `data` and `task` come in kinds: each kind has its
-own keys beside those of the tables above it that it names.
+A key is written `section.key=value` on the command line and `section: {key: value}` in a YAML file. An empty cell under
+"allowed" means any value of the type; numbers must be finite. The sections `model`, `data` and `task` have kinds. Each
+kind has its own keys in addition to those of the tables that its section names.
 """
 _TYPES = {"integer": "int", "number": "float", "boolean": "bool", "string": "str", "null": "null"}
 _REGISTRIES: dict[str, Registry[Any]] = {"model": MODELS, "data": DATA, "task": TASKS}
-#: Classes that are no kind, but whose keys several kinds share.
+#: Classes whose keys are shared by several kinds, but that are not kinds themselves.
 _SHARED: dict[str, dict[type[Section], str]] = {
     "model": {ImageModelConfig: "models of images", ForecasterConfig: "forecasters"},
     "data": {ImageDataConfig: "images", StoredImagesConfig: "stored images"},
@@ -35,7 +35,7 @@ _SHARED: dict[str, dict[type[Section], str]] = {
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     parts = [_HEAD, *_section("Top level", RunConfig)]
     for name, default in RunConfig():
         if name in _REGISTRIES:
@@ -46,7 +46,7 @@ def page() -> str:
 
 
 def _kinds(name: str, registry: Registry[Any]) -> Iterator[str]:
-    """The keys of all kinds, then those that some share, then those of each kind."""
+    """Yield the keys of all kinds, then those that several kinds share, then those of each kind."""
     yield from _section(f"`{name}`", registry.base)
     titles = {registry.base: "all", **_SHARED[name]}
     for cls, title in _SHARED[name].items():
@@ -61,12 +61,12 @@ def _kinds(name: str, registry: Registry[Any]) -> Iterator[str]:
 
 
 def _section(title: str, cls: type[Section], titles: dict[type[Section], str] | None = None) -> Iterator[str]:
-    """A heading, the docstring, and a table of the keys that ``cls`` adds to the classes above it."""
+    """Yield a heading, the docstring, and a table of the keys that ``cls`` adds to its base classes."""
     above = next((parent for parent in cls.__mro__[1:] if parent in (titles or {})), None)
     yield f"## {title}\n"
     yield markdown(inspect.getdoc(cls) or "") + "\n"
     if above is not None and titles is not None:
-        yield f"Beside the keys of {titles[above]}:\n"
+        yield f"In addition to the keys of {titles[above]}:\n"
     inherited = above.model_fields if above is not None else {}
     yield from table(("key", "type", "default", "allowed", "description"), _rows(cls, inherited))
     yield ""

@@ -1,4 +1,4 @@
-"""Errors that are the user's to fix: one clear message, exit code 2, no traceback."""
+"""Exceptions whose message is shown to the user without a traceback, and helpers to raise them."""
 
 from __future__ import annotations
 
@@ -9,44 +9,52 @@ from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """Bad input. The message names the file, key or flag that is wrong, and the cure.
+    """Invalid input. The message names the file, key or flag that is wrong and explains how to fix it.
 
-    The command line prints the message alone and exits with status 2 (``mmtrain.cli``).
+    The command line prints only the message and exits with status 2 (``mmtrain.cli``).
     """
 
 
 class SharedError(UserError):
-    """A :class:`UserError` that every rank of a job raises alike: rank 0 says it for all."""
+    """A :class:`UserError` that all ranks raise with the same message. Only rank 0 prints it."""
 
 
 class LostConnection(RuntimeError):
-    """Another rank is gone or late. The command line prints the message alone and exits with status 1."""
+    """Another rank has died or does not respond. The command line prints only the message and exits with status 1."""
 
 
 def nearest(word: str, candidates: Iterable[str], *, label: str = "did you mean") -> str:
-    """Return ``"; did you mean 'x'?"`` for the closest candidate, or an empty string if none is close."""
+    """Return ``"; did you mean 'x'?"`` for the candidate closest to ``word``, or "" if none is similar.
+
+    Args:
+        label: replaces "did you mean".
+    """
     found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
     return f"; {label} '{found[0]}'?" if found else ""
 
 
 def environment_number(name: str, default: int, least: int = 0) -> int:
-    """The whole number in the environment variable ``name``; ``default`` where it is not set, or empty.
+    """Return the integer in the environment variable ``name``, or ``default`` if it is empty or not set.
 
     Raises:
-        UserError: for what is no whole number, or one below ``least``.
+        UserError: if the value is not an integer of at least ``least``.
     """
     text = os.environ.get(name, "").strip()
     if text and not (text.isascii() and text.isdecimal() and least <= int(text)):
         raise UserError(
-            f"the environment variable {name} is {text!r}: it must be a whole number, at least {least}; torchrun and"
-            f" srun set it, and a process that trains alone needs none (unset {name})"
+            f"environment variable {name}={text!r}: must be an integer of at least {least}. torchrun and srun set it;"
+            f" for a training in one process remove it (unset {name})"
         )
     return int(text) if text else default
 
 
 @contextmanager
 def os_errors(what: str, cure: str = "", *, kind: type[UserError] = UserError) -> Iterator[None]:
-    """Raise a UserError in place of an OSError: ``what`` went wrong, the system's reason in brackets, and the cure."""
+    """Convert an OSError in the block to a UserError: ``what`` failed, the reason in parentheses, and ``cure``.
+
+    Args:
+        kind: the class of the error.
+    """
     try:
         yield
     except OSError as error:

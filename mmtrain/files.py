@@ -1,6 +1,6 @@
-"""Small files: writes that a kill or a power cut cannot tear, lock files, and files of JSON objects, one per line.
+"""Small files: atomic writes, lock files, JSON files and JSON-lines files.
 
-Files of JSON lines are appended to by processes that may be killed at any time, so a reader skips torn lines.
+A process that appends to a JSON-lines file may be killed while it writes, so readers skip incomplete lines.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from mmtrain.log import logger
 
 @contextmanager
 def complete_or_absent(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``, with its suffix, for a file or folder to be made.
+    """Yield a temporary path in the folder of ``path``, at which the caller creates a file or folder.
 
-    What was made becomes ``path`` when the block ends, and replaces a file there; after an error it is deleted. The
-    name is that of one process of one host, so that several may make the same file: the last rename wins.
+    When the block ends, it is renamed to ``path`` and replaces an existing file. After an error it is deleted. The
+    temporary name contains the host and the process id, so several processes may write the same file at once; the
+    last rename wins.
     """
     partial = path.with_name(f".{path.stem}.{os.uname().nodename}-{os.getpid()}.partial{path.suffix}")
     try:
@@ -40,10 +41,10 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary name as :func:`complete_or_absent` does, for a new file or folder that a user has named.
+    """Like :func:`complete_or_absent`, for an output path chosen by the user, which must not exist yet.
 
     Raises:
-        UserError: when ``path`` exists, or cannot be written.
+        UserError: if ``path`` exists or cannot be written.
     """
     _refuse_existing(path)
     with os_errors(f"{path} cannot be written"):
@@ -55,14 +56,15 @@ def new_path(path: Path) -> Iterator[Path]:
 
 def _refuse_existing(path: Path) -> None:
     if path.exists():
-        raise UserError(f"{path} exists already: choose another name (--out), or remove it first")
+        raise UserError(f"{path} already exists: choose another name (--out), or remove it first")
 
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
-    """Write ``content`` (text as UTF-8) to ``path``, which holds the old or the new content at any time.
+    """Write ``content`` to ``path``. At any time the file has either its old or its new content.
 
     Args:
-        durable: return only when the content and the rename outlast a power cut.
+        content: text is encoded as UTF-8.
+        durable: return only when the new content is safe from a power failure (fsync).
     """
     with complete_or_absent(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -73,7 +75,7 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = False)
 
 
 def sync(path: Path) -> None:
-    """Make a file or folder durable. A rename is durable once its folder is."""
+    """Flush a file or folder to disk (fsync). A rename is durable after its folder has been flushed."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -83,21 +85,28 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def exclusive(path: Path, *, wait: bool, tell: bool = True) -> Iterator[None]:
-    """Hold the lock file ``path``, which exists only while it is held, against other processes and threads.
+    """Hold the lock file ``path`` during the block. It excludes other processes and threads, and is deleted afterwards.
 
-    It is an ``flock``: the kernel releases it when the process ends, however that happens, and over NFS it excludes
-    other hosts too. ``wait``: until it is free (``tell``: and say so); otherwise BlockingIOError is raised if another
-    holds it. Raises UserError where files cannot be locked.
+    The lock is an ``flock``: the kernel releases it when the process ends for any reason. Over NFS it also excludes
+    other hosts.
+
+    Args:
+        wait: wait until the lock is free.
+        tell: log that the process waits.
+
+    Raises:
+        BlockingIOError: if another process holds the lock and ``wait`` is false.
+        UserError: if the file system cannot lock files.
     """
-    lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a process that is killed
+    lock = FileLock(path, fallback_to_soft=False)  # a soft lock would remain after a killed process
     try:
         try:
             lock.acquire(blocking=False)
         except Timeout as error:
             if not wait:
-                raise BlockingIOError(f"{path}: another process holds it") from error
+                raise BlockingIOError(f"{path}: another process holds this lock") from error
             if tell:
-                logger.info("%s: waiting for another process", path)
+                logger.info("%s: waiting for another process to release this lock", path)
             lock.acquire()
     except BlockingIOError:
         raise
@@ -107,29 +116,33 @@ def exclusive(path: Path, *, wait: bool, tell: bool = True) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            path.unlink()  # while it is held: FileLock tries again where the file it has locked is gone
+            path.unlink()  # before the release: FileLock retries if the file that it has locked was deleted
         lock.release()
 
 
 def read_json(path: Path, cure: str, *, kind: type[UserError] = UserError) -> dict[str, Any]:
-    """The object in the JSON file ``path``.
+    """Return the object in the JSON file ``path``.
+
+    Args:
+        cure: the end of error messages.
+        kind: the class of errors.
 
     Raises:
-        UserError (or ``kind``): when the file cannot be read or holds no object; the message ends with ``cure``.
+        UserError: (or ``kind``) if the file cannot be read or does not contain a JSON object.
     """
     with os_errors(f"{path} cannot be read", cure, kind=kind):
         content = path.read_bytes()
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise kind(f"{path} is damaged: it is no JSON ({str(error)[:100]}); {cure}") from None
+        raise kind(f"{path} is damaged: it is not valid JSON ({str(error)[:100]}); {cure}") from None
     if not isinstance(found, dict):
-        raise kind(f"{path} is damaged: it holds no JSON object; {cure}")
+        raise kind(f"{path} is damaged: it does not contain a JSON object; {cure}")
     return found
 
 
 def parse_json_line(text: str) -> dict[str, Any] | None:
-    """The object in a line, or None where the line is torn or holds no object."""
+    """Return the JSON object in a line, or None if the line is incomplete or contains no object."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):
@@ -138,7 +151,7 @@ def parse_json_line(text: str) -> dict[str, Any] | None:
 
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects in ``file``, oldest first, without torn lines. Empty if there is no such file."""
+    """Return the objects in ``file``, oldest first; [] if the file does not exist. Incomplete lines are skipped."""
     try:
         texts = file.read_text(errors="replace").splitlines()
     except FileNotFoundError:
@@ -147,9 +160,9 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def append_json_line(file: Path, line: dict[str, Any]) -> None:
-    """Append ``line`` durably, with one write in append mode, so that lines of several processes do not mix.
+    """Append ``line`` to ``file`` durably, with one write in append mode, so that lines of processes do not mix.
 
-    It begins a new line where a kill has cut the last one short.
+    If the last line of the file is incomplete, it is ended first.
     """
     with open(file, "ab+", buffering=0) as stream:
         torn = False

@@ -1,4 +1,4 @@
-"""The project's logger: plain lines on standard error, and in the run folder."""
+"""The logger of mmtrain. It writes to standard error and to a log file in the run folder."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 
 from mmtrain.errors import environment_number
 
-#: The logger of every module.
+#: The logger that every module uses.
 logger = logging.getLogger("mmtrain")
 
 
 def log_to_console() -> None:
-    """Write lines of INFO and above to standard error; on ranks other than 0 (environment RANK), warnings only.
+    """Log to standard error: INFO and above on rank 0 (environment variable RANK), warnings on the other ranks.
 
-    The handlers of an earlier call, and of :func:`log_to_file`, are removed.
+    Handlers of earlier calls and of :func:`log_to_file` are removed.
 
     Raises:
-        UserError: for a RANK that is no number.
+        UserError: if RANK is not a number.
     """
     handler = logging.StreamHandler(sys.stderr)
     rank = environment_number("RANK", 0)
@@ -30,17 +30,17 @@ def log_to_console() -> None:
 
 
 class _RunLog(logging.FileHandler):
-    """A log file that says nothing when it cannot be written: whatever needs the disk reports a full one itself."""
+    """A log file that ignores write errors. A full disk is reported by the code that needs the disk."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         return
 
 
 def log_to_file(path: Path) -> None:
-    """Append every line, with time and level, to ``path``; an earlier log file is closed.
+    """Also append all messages, with time and level, to the file ``path``. A previous log file is closed.
 
     Args:
-        path: a file in a folder that exists.
+        path: its folder must exist.
     """
     handler = _RunLog(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

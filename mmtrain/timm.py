@@ -1,4 +1,4 @@
-"""Register every ViM2 with timm.
+"""Register all ViM2 models with timm. Importing this module is enough.
 
 Example::
 
@@ -7,7 +7,7 @@ Example::
 
     model = timm.create_model("vim2_tiny", num_classes=10, drop_path_rate=0.1)
 
-timm's own names for arguments are understood (``in_chans``, ``drop_path_rate``). There are no pretrained weights yet.
+timm's argument names ``in_chans`` and ``drop_path_rate`` are accepted. There are no pretrained weights yet.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ ensure_torchvision()  # before timm imports torchvision
 
 from timm.models import register_model  # noqa: E402
 
-_OURS = {"in_chans": "in_channels", "drop_path_rate": "drop_path"}
-# timm passes these to every model; they have no meaning for ours
+#: From timm's argument names to those of mmtrain.
+_RENAMED = {"in_chans": "in_channels", "drop_path_rate": "drop_path"}
+#: Arguments that timm passes to every model, and that ViM2 does not use.
 _IGNORED = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "img_size")
 
 
 def _entry_point(name: str) -> Callable[..., nn.Module]:
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         if pretrained:
-            raise UserError(f"{name}: there are no pretrained weights yet; leave out pretrained=True")
-        given = {_OURS.get(key, key): value for key, value in kwargs.items() if key not in _IGNORED}
-        return create_model(name, **given)
+            raise UserError(f"{name}: pretrained=True: there are no pretrained weights yet. Use pretrained=False")
+        arguments = {_RENAMED.get(key, key): value for key, value in kwargs.items() if key not in _IGNORED}
+        return create_model(name, **arguments)
 
     build.__name__ = build.__qualname__ = name
     build.__module__ = __name__

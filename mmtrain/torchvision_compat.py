@@ -1,8 +1,8 @@
-"""Make ``import torchvision`` work beside a PyTorch build that cannot load its compiled ops.
+"""Make ``import torchvision`` work with a PyTorch build that cannot load torchvision's compiled operators.
 
-torchvision's wheel ships ``_C.so``; when that library cannot be loaded (a CUDA wheel beside a CPU-only PyTorch) the
-import dies with ``operator torchvision::nms does not exist``, because Python code registers fake kernels for ops which
-nobody has declared. Declaring the two schemas is enough for models, transforms and timm.
+torchvision's wheel contains a library ``_C.so``. If it cannot be loaded (a CUDA wheel with a CPU-only PyTorch), the
+import fails with ``operator torchvision::nms does not exist``, because torchvision registers fake kernels for operators
+that were not declared. Declaring two operators is enough for models, transforms and timm.
 """
 
 from __future__ import annotations
@@ -18,26 +18,29 @@ _SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
-_keep_alive: list[Any] = []  # a torch.library.Library takes its schemas along when it is collected
+_keep_alive: list[Any] = []  # a torch.library.Library removes its operators when it is garbage-collected
 
 
 @cache
 def ensure_torchvision() -> None:
-    """Call before any import of torchvision or timm. Does nothing where torchvision's own ops load; safe to repeat."""
+    """Declare torchvision's missing operators. Call this before importing torchvision or timm; calls may repeat.
+
+    It does nothing if torchvision's compiled operators can be loaded.
+    """
     if "torchvision" in sys.modules:
         return
     spec = importlib.util.find_spec("torchvision")
     if spec is None or not spec.submodule_search_locations:
-        return  # let the import itself say that torchvision is missing
+        return  # the import of torchvision then reports that it is missing
     import torch
 
-    # Load the compiled ops the way torchvision does, so that what is declared below is only what is really missing:
-    # a schema that is declared twice is an error as well.
+    # Load the compiled operators as torchvision does, and declare only those that are then missing: declaring an
+    # operator twice is an error.
     for library in Path(spec.submodule_search_locations[0]).glob("_C*.so"):
         try:
             torch.ops.load_library(str(library))
         except (ImportError, OSError) as error:
-            logging.getLogger("mmtrain").debug("torchvision's compiled ops do not load here: %s", error)
+            logging.getLogger("mmtrain").debug("torchvision's compiled operators cannot be loaded: %s", error)
     missing = [name for name in _SCHEMAS if not hasattr(torch.ops.torchvision, name)]
     if missing:
         declared = torch.library.Library("torchvision", "FRAGMENT")

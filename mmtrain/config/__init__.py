@@ -1,6 +1,6 @@
-"""Configuration: the schema, the registries of its kinds, YAML files with includes and ``key=value`` overrides.
+"""Configuration: the schema, the registries of models, tasks and data sources, YAML files and overrides.
 
-A key, its default, its bounds and its description belong here; what a key does belongs to the package that reads it.
+This package defines each key with its default, bounds and description. The package that reads a key defines its effect.
 """
 
 from mmtrain.config.data import (

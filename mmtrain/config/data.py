@@ -1,4 +1,4 @@
-"""Where samples come from, as data."""
+"""The sections of the data sources."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from mmtrain.config.section import Section, require
 
 
 class DataConfig(Section):
-    """The keys that every kind of data has."""
+    """Keys of every data source."""
 
     prefix: ClassVar[str] = "data."
-    kind: str = Field("", description="The source of the samples.")
-    workers: int = Field(0, ge=0, description="Loader processes of a rank. They never change the results.")
-    shuffle_window: int = Field(8, ge=1, description="Shards whose samples are mixed with one another.")
+    kind: str = Field("", description="The data source.")
+    workers: int = Field(
+        0, ge=0, description="Data-loading processes per rank. The results do not depend on their number."
+    )
+    shuffle_window: int = Field(8, ge=1, description="Number of shards shuffled together.")
     faults: Literal["stop", "skip"] = Field(
         "stop",
-        description="What cannot be used (a damaged image or shard, a worker that dies) stops the run, or is counted,"
-        " listed in the run's report and left out.",
+        description="Reaction to a fault (a damaged image or shard, a worker that dies). stop: end the run. skip: leave"
+        " the samples out, count them and list them in the report.",
     )
-    max_faults: float = Field(0.001, ge=0, le=1, description="The part of a split that faults=skip may leave out.")
+    max_faults: float = Field(
+        0.001, ge=0, le=1, description="Largest fraction of a split that faults=skip may leave out."
+    )
     accept_changes: bool = Field(
-        False, description="Continue a run although its training data has changed; the journal records the changes."
+        False, description="Resume a run although its training data has changed; the journal records the changes."
     )
 
 
@@ -32,147 +36,171 @@ DATA: Registry[DataConfig] = Registry("data", "kind", DataConfig, "mmtrain.data"
 
 
 class ImageDataConfig(DataConfig):
-    """The keys of every source of images."""
+    """Keys of every source of images."""
 
-    image_size: int = Field(224, ge=1, description="Side of the images in pixels.")
-    mean: list[float] = Field([0.485, 0.456, 0.406], description="Subtracted from each channel (ImageNet's).")
+    image_size: int = Field(224, ge=1, description="Height and width of the model input in pixels.")
+    mean: list[float] = Field(
+        [0.485, 0.456, 0.406], description="Mean subtracted from each channel. The default is ImageNet's."
+    )
     std: list[Annotated[float, Field(gt=0)]] = Field(
-        [0.229, 0.224, 0.225], description="Divides each channel (ImageNet's)."
+        [0.229, 0.224, 0.225], description="Standard deviation that divides each channel. The default is ImageNet's."
     )
 
 
 class StoredImagesConfig(ImageDataConfig):
-    """The keys of images in files below ``root``."""
+    """Keys of images stored in files below ``root``."""
 
-    root: str = Field("", description="The folder of the splits.")
-    train: str = Field("train", description="Training split, below root.")
-    val: str = Field("val", description="Validation split, below root.")
-    test: str | None = Field(None, description="Test split, below root.")
+    root: str = Field("", description="Folder that contains the splits.")
+    train: str = Field("train", description="Name of the training split below root.")
+    val: str = Field("val", description="Name of the validation split below root.")
+    test: str | None = Field(None, description="Name of the test split below root; null: none.")
     augment: Literal["none", "light", "crop", "imagenet"] = Field(
         "imagenet",
-        description="crop: random resized crop, mirrored with probability hflip; imagenet: after that auto_augment and"
-        " random erasing.",
+        description="Augmentation of training images. light: small random affine maps; crop: random resized crop and"
+        " flip; imagenet: crop, then auto_augment and random erasing.",
     )
-    crop_pct: float = Field(0.875, gt=0, le=1, description="The part of an evaluated image that the crop keeps.")
-    hflip: float = Field(0.5, ge=0, le=1, description="Probability of mirroring.")
-    auto_augment: str = Field("rand-m9-mstd0.5-inc1", description='Policy in timm\'s notation; "" for none.')
+    crop_pct: float = Field(
+        0.875, gt=0, le=1, description="Evaluation: side of the centre crop as a fraction of the resized image."
+    )
+    hflip: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip.")
+    auto_augment: str = Field("rand-m9-mstd0.5-inc1", description='AutoAugment policy in timm\'s notation; "": none.')
     re_prob: float = Field(0.25, ge=0, le=1, description="Probability of random erasing.")
 
 
 @DATA.section("shards")
 class ShardsDataConfig(StoredImagesConfig):
-    """WebDataset tar shards under ``root``/{train,val,test}.
+    """WebDataset tar shards in ``root``/{train,val,test}.
 
-    ``root`` may be an address (``https://...``, ``s3://...``), the splits brace patterns of shards or of folders.
+    ``root`` may be a URL (``https://...``, ``s3://...``). A split may be a brace pattern of shards or folders.
     """
 
     kind: str = "shards"
     cache: str | None = Field(
-        None, description="Where shards fetched from an address are kept; null: `~/.cache/mmtrain/shards`."
+        None, description="Folder for shards fetched from a URL; null: `~/.cache/mmtrain/shards`."
     )
-    cache_gb: float = Field(200.0, gt=0, description="Size of the cache in gigabytes a node.")
+    cache_gb: float = Field(200.0, gt=0, description="Maximum size of this cache in gigabytes per node.")
 
 
 @DATA.section("synthetic")
 class SyntheticDataConfig(ImageDataConfig):
-    """Made-up images of class-dependent patterns: to try a configuration without its data."""
+    """Generated images with class-dependent patterns, to try a configuration without its data."""
 
     kind: str = "synthetic"
-    length: int = Field(2048, ge=1, description="Training images.")
-    val_length: int = Field(512, ge=1, description="Validation images.")
+    length: int = Field(2048, ge=1, description="Number of training images.")
+    val_length: int = Field(512, ge=1, description="Number of validation images.")
 
 
 @DATA.section("series")
 class SeriesDataConfig(DataConfig):
-    """One table of a multivariate series, CSV or parquet."""
+    """A table (CSV or parquet) with one multivariate series."""
 
     kind: str = "series"
-    path: str = Field("", description="A file, or a name such as ETTh1 looked for under root.")
-    root: str | None = Field(None, description="Where names are looked for; null: `$MMTRAIN_DATA`, else `data/`.")
-    split: Literal["etth", "ettm", "ratio", "date", "last"] = Field(
-        "ratio", description="How train, validation and test are cut: as the ETT benchmarks, or by the keys below."
+    path: str = Field("", description="Path of a file, or a name such as ETTh1 that is looked up below root.")
+    root: str | None = Field(
+        None, description="Folder in which names are looked up; null: `$MMTRAIN_DATA` if set, else `data/`."
     )
-    ratios: list[float] = Field([0.7, 0.1, 0.2], description="split=ratio: the parts of train, validation and test.")
-    dates: list[str] | None = Field(None, description="split=date: the first dates of validation and of test.")
-    last: list[int] | None = Field(None, description="split=last: the last steps of validation and of test.")
-    columns: list[str] | None = Field(None, description="Selects and orders the variates; null: all columns.")
+    split: Literal["etth", "ettm", "ratio", "date", "last"] = Field(
+        "ratio",
+        description="Division into train, validation and test. etth, ettm: that of the ETT benchmarks; ratio, date,"
+        " last: by the key of that name below.",
+    )
+    ratios: list[float] = Field([0.7, 0.1, 0.2], description="split=ratio: fractions of train, validation and test.")
+    dates: list[str] | None = Field(None, description="split=date: first dates of validation and of test.")
+    last: list[int] | None = Field(
+        None, description="split=last: number of time steps at the end for validation and for test, such as [28, 28]."
+    )
+    columns: list[str] | None = Field(None, description="Columns to use as variates, in this order; null: all.")
     time_column: str | None = Field(
         None,
-        description="The column of the dates; null: the first named date, datetime, timestamp or time, or else"
-        " the first column if it holds dates; none: no times.",
+        description="Column that contains the times. null: the first column named date, datetime, timestamp or time,"
+        " else the first column if it contains dates; none: the table has no times.",
     )
     separator: str | None = Field(
-        None, description="Between the fields of a CSV: a character, or comma, semicolon, tab, pipe; null: found out."
+        None, description="Field separator of a CSV: a character, or comma, semicolon, tab, pipe; null: detected."
     )
     decimal: Literal["point", "comma", ".", ","] | None = Field(
-        None, description="The decimal mark of a CSV; null: found out."
+        None, description="Decimal mark of a CSV; null: detected."
     )
     time_format: str | None = Field(
         None,
-        description="How dates are written: dmy, mdy or ymd, codes such as `%d/%m/%Y %H:%M`, or s, ms, us, ns for"
-        " numbers since 1970; null: found out from the whole column.",
+        description="Format of the times: dmy, mdy or ymd; codes such as `%d/%m/%Y %H:%M`; or s, ms, us, ns for"
+        " numbers since 1970. null: detected from the whole column.",
     )
     duplicates: Literal["error", "keep_first", "keep_last", "mean", "keep_all"] = Field(
         "error",
-        description="Several rows with one time become one row, or all stay as they come. error: they stay if they are"
-        " neighbours, otherwise they are refused.",
+        description="Treatment of rows with the same time: keep the first, the last, their mean or all. error: refuse"
+        " them, unless they are adjacent.",
     )
     missing: Literal["error", "ffill", "interpolate", "zero", "mask"] = Field(
         "error",
-        description="Missing values are an error, filled, or masked: with mask the model is told where values are"
-        " missing, and holes in the targets count nowhere.",
+        description="Treatment of missing values: refuse (error), fill (ffill, interpolate, zero) or mask. With mask"
+        " the model receives a mask of the missing values, and missing targets are excluded from loss and metrics.",
     )
-    known: list[str] = Field([], description="Columns known in advance (prices, events): inputs that are not forecast.")
-    calendar: bool = Field(False, description="Add what the date says (hour, weekday, ...), as far as it varies.")
-    stride: int = Field(1, ge=1, description="Rows from one training window to the next; evaluation takes every one.")
+    known: list[str] = Field(
+        [], description="Columns known in advance, such as prices or events. They are inputs and are not forecast."
+    )
+    calendar: bool = Field(
+        False, description="Add inputs computed from the times (hour, weekday, ...); constant ones are left out."
+    )
+    stride: int = Field(
+        1, ge=1, description="Rows between the starts of two training windows. Evaluation uses every window."
+    )
 
     @model_validator(mode="after")
     def _split_fits(self) -> Self:
         if self.split == "date":
             fits = self.dates is not None and len(self.dates) == 2
-            require(fits, "data.dates", self.dates, "give the first date of validation and that of test")
+            require(fits, "data.dates", self.dates, "give the first dates of validation and of test")
         if self.split == "last":
             fits = self.last is not None and len(self.last) == 2 and min(self.last) >= 0
-            require(fits, "data.last", self.last, "give the last steps of validation and of test, such as [28, 28]")
+            cure = "give the number of time steps for validation and for test, such as [28, 28]"
+            require(fits, "data.last", self.last, cure)
         return self
 
 
 @DATA.section("panel")
 class PanelDataConfig(SeriesDataConfig):
-    """Many series, as ``mmtrain data prepare panel`` writes them: the folder ``path``, also looked for under ``root``.
+    """Many series, in a folder written by ``mmtrain data prepare panel``.
 
-    A sample is a window of one series, standardised by that series' training rows. ``known`` and ``static`` choose
-    among the columns that were prepared.
+    ``path`` is this folder or a name below ``root``. A sample is a window of one series, standardised with the training
+    rows of that series. ``known`` and ``static`` select from the prepared columns.
     """
 
     kind: str = "panel"
     split: Literal["prepared", "ratio", "date", "last"] = Field(  # type: ignore[assignment]
-        "prepared", description="How each series is cut. prepared: as in the preparation, whose scalers are at hand."
+        "prepared",
+        description="Division of each series. prepared: the split chosen at preparation, whose scalers are stored.",
     )
-    missing: Literal["error", "mask"] = Field("error", description="As for a table; fills are a matter of preparing.")
-    static: list[str] = Field([], description="Columns that are constant within a series.")
+    missing: Literal["error", "mask"] = Field(
+        "error", description="Treatment of missing values: refuse (error) or mask. Filling is done at preparation."
+    )
+    static: list[str] = Field([], description="Columns that are constant within a series, used as static inputs.")
 
     @model_validator(mode="after")
     def _reads_no_table(self) -> Self:
         for key in ("separator", "decimal", "time_format", "duplicates"):
-            cure = "a panel is read when it is prepared: give this to `mmtrain data prepare panel`"
+            cure = "a prepared panel ignores this key; give the option to `mmtrain data prepare panel` instead"
             require(getattr(self, key) == type(self).model_fields[key].default, f"data.{key}", getattr(self, key), cure)
         return self
 
 
 @DATA.section("ffcv")
 class FFCVDataConfig(StoredImagesConfig):
-    """FFCV files ``root``/{train,val,test}.beton, made by ``mmtrain data prepare ffcv``.
+    """FFCV files ``root``/{train,val,test}.beton, written by ``mmtrain data prepare ffcv``.
 
-    ``workers`` are FFCV's threads; with ``augment=imagenet``, which is not compiled, they are loader processes.
+    ``workers`` is the number of FFCV's threads. With ``augment=imagenet``, which FFCV cannot compile, it is the number
+    of data-loading processes.
     """
 
     kind: str = "ffcv"
-    os_cache: bool = Field(True, description="Leave it to the system what stays in memory, else read in windows.")
+    os_cache: bool = Field(
+        True, description="true: the operating system caches the file; false: FFCV reads it window by window."
+    )
 
     @model_validator(mode="after")
     def _beton_fits(self) -> Self:
-        require("://" not in self.root, "data.root", self.root, "betons are read from a folder of this machine")
-        cure = "an image of a beton that cannot be decoded stops the run: use stop, or data.kind=shards"
+        cure = "FFCV reads local files only: give a folder, or use data.kind=shards"
+        require("://" not in self.root, "data.root", self.root, cure)
+        cure = "FFCV cannot skip an image that it cannot decode: use data.faults=stop, or data.kind=shards"
         require(self.faults == "stop", "data.faults", self.faults, cure)
         return self

@@ -1,8 +1,8 @@
-"""From YAML files and ``key=value`` overrides to a :class:`RunConfig`, with errors that say where and what.
+"""Load a :class:`RunConfig` from YAML files and ``key=value`` overrides.
 
-A configuration is a stack of layers: included files first, then the file, then the command line. An error names the
-layer that gave the key or value. The sections ``model``, ``data`` and ``task`` come in kinds; a later layer may switch
-the kind (``data=synthetic``), and then keys that the new kind does not have are dropped.
+A configuration is a stack of layers: included files, then the file itself, then the command line. Later layers
+override earlier ones. An error names the layer that contains the key or value. The sections ``model``, ``data`` and
+``task`` have kinds. A later layer may change the kind (``data=synthetic``); keys that the new kind lacks are dropped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mmtrain.config.section import ConfigError, Section
 from mmtrain.config.text import parse_overrides, read_mapping, refuse_secrets, typed
 from mmtrain.errors import UserError, nearest
 
-#: The sections that come in kinds.
+#: The sections that have kinds.
 REGISTRIES: dict[str, Registry[Any]] = {"model": MODELS, "data": DATA, "task": TASKS}
 _COMMAND_LINE = "command line"
 
@@ -35,25 +35,29 @@ class _Layer:
 
 
 def config_folders() -> list[Path]:
-    """Where named configurations are looked for: the current folder's ``configs/``, then those that mmtrain ships."""
+    """Return the folders that are searched for a configuration: ``configs/`` here, then that of the installation."""
     package = Path(__file__).resolve().parents[1]
-    shipped = package / "configs"  # in a wheel; a checkout has them beside the package
+    shipped = package / "configs"  # in a wheel; in a checkout the folder is next to the package
     candidates = [Path("configs"), shipped if shipped.is_dir() else package.parent / "configs"]
     return [folder for folder in candidates if folder.is_dir()]
 
 
 def config_names(folders: Iterable[Path] | None = None) -> list[str]:
-    """The names that ``--config`` takes, of ``folders`` alone or of all :func:`config_folders`."""
-    places = config_folders() if folders is None else folders
-    found = {path.relative_to(folder) for folder in places for path in folder.rglob("*.yaml")}
+    """Return the names that ``--config`` accepts, from ``folders`` (default: :func:`config_folders`)."""
+    folders = config_folders() if folders is None else folders
+    found = {path.relative_to(folder) for folder in folders for path in folder.rglob("*.yaml")}
     return sorted(str(path.with_suffix("")) for path in found if path.parts[0] != "base")
 
 
 def load_config(name: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read configuration ``name`` (a name in ``configs/`` or a YAML file) and apply ``key=value`` overrides.
+    """Load the configuration ``name`` and apply ``key=value`` overrides.
+
+    Args:
+        name: a name in ``configs/``, or the path of a YAML file.
 
     Raises:
-        UserError: for an unknown name, key, kind or value; the message names the file and the nearest valid name.
+        UserError: for an unknown name, key or kind, and for an invalid value. The message names the file, and the
+            nearest valid name if there is one.
     """
     path = _find(name)
     merged: dict[str, Any] = {}
@@ -63,7 +67,7 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         sources |= dict.fromkeys(_flat(layer.values), layer.source)
     merged.setdefault("name", path.stem)
     if merged["name"] in ("", None):
-        raise UserError(f"{sources['name']}: name is empty: give one, or leave it out for '{path.stem}'")
+        raise UserError(f"{sources['name']}: name is empty: give a name, or remove the key to use '{path.stem}'")
     for section, registry in REGISTRIES.items():
         if not merged.get(section, {}).get(registry.key):
             raise UserError(f"{path}: {section}.{registry.key} is not set: choose one of {', '.join(registry)}")
@@ -78,13 +82,13 @@ def load_config(name: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}") from None
     except RecursionError:
-        raise UserError(f"{path}: an interpolation ${{...}} refers to itself") from None
+        raise UserError(f"{path}: an interpolation ${{...}} refers to itself. Replace it by a value") from None
     except ConfigError as error:
         raise UserError(f"{sources.get(error.key, path)}: {error}") from None
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole resolved configuration as YAML."""
+    """Return the complete configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump()))
 
 
@@ -93,40 +97,41 @@ def _find(name: str | Path) -> Path:
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path
-        raise UserError(f"--config {name}: there is no such file")
+        raise UserError(f"--config {name}: no such file")
     for folder in config_folders():
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
     names = config_names()
-    known = "\n  ".join(names) if names else "(none: no configs/ folder here; give the path of a YAML file)"
-    raise UserError(f"--config {name}: there is no such configuration{nearest(str(name), names)}\n  {known}")
+    known = "\n  ".join(names) if names else "(none: there is no configs/ folder here; give the path of a YAML file)"
+    hint = nearest(str(name), names)
+    raise UserError(f"--config {name}: no such configuration{hint}\nAvailable configurations:\n  {known}")
 
 
 def _file_layers(path: Path, seen: tuple[Path, ...]) -> Iterator[_Layer]:
     path = path.resolve()
     if path in seen:
-        raise UserError(f"{path}: include goes round in a circle: {' -> '.join(p.name for p in (*seen, path))}")
+        raise UserError(f"{path}: circular include: {' -> '.join(p.name for p in (*seen, path))}. Remove one of them")
     values = read_mapping(path)
     include = values.pop("include", [])
     entries = [include] if isinstance(include, str) else include
     if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
-        raise UserError(f"{path}: include: give the name of a YAML file, or a list of names")
+        raise UserError(f"{path}: include: must be the name of a YAML file, or a list of names")
     for entry in entries:
         child = path.parent / entry
         if child.suffix not in (".yaml", ".yml") or not child.is_file():
-            raise UserError(f"{path}: include: there is no YAML file {child}")
+            raise UserError(f"{path}: include: no such YAML file: {child}")
         yield from _file_layers(child, (*seen, path))
-    if seen:  # a name is that of one configuration, not of those that build on it
+    if seen:  # configurations that include a file do not inherit its name
         values.pop("name", None)
     yield _Layer(str(path), values)
 
 
 def _override_layer(overrides: Iterable[str]) -> _Layer:
-    return _Layer(_COMMAND_LINE, parse_overrides(map(_spelt_out, overrides), _COMMAND_LINE))
+    return _Layer(_COMMAND_LINE, parse_overrides(map(_expand_kind, overrides), _COMMAND_LINE))
 
 
-def _spelt_out(item: str) -> str:
-    """``data=synthetic`` as ``data.kind=synthetic``, so that ``data.length=10`` can stand beside it."""
+def _expand_kind(item: str) -> str:
+    """Expand ``data=synthetic`` to ``data.kind=synthetic``, which can be combined with ``data.length=10``."""
     section, _, kind = item.partition("=")
     return f"{section}.{REGISTRIES[section].key}={kind}" if section in REGISTRIES and kind.isidentifier() else item
 
@@ -159,7 +164,7 @@ def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _typed_values(values: dict[str, Any]) -> dict[str, Any]:
-    """``values`` with text converted to the type of each key."""
+    """Return ``values`` with text converted to the type of each key."""
     result = typed(RunConfig, values)
     for name, default in RunConfig():
         registry, section = REGISTRIES.get(name), values.get(name)
@@ -170,7 +175,7 @@ def _typed_values(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _known_keys(state: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The keys of each section, with the kinds that ``state`` has chosen; none for a key that is no section."""
+    """Return the keys of each section for the kinds selected in ``state``. A key that is not a section has none."""
     known: dict[str, list[str]] = {}
     for name, default in RunConfig():
         registry, chosen = REGISTRIES.get(name), state.get(name)
@@ -184,7 +189,7 @@ def _refuse_unknown(values: Mapping[str, Any], known: Mapping[str, list[str]], s
     leaves = [f"{name}.{key}" for name, keys in known.items() for key in keys] + [n for n in known if not known[n]]
     for name, value in values.items():
         if known.get(name) and not isinstance(value, Mapping):
-            raise UserError(f"{source}: {name} is a section: write {name}.KEY=VALUE, not {value!r}")
+            raise UserError(f"{source}: {name}={value!r}: {name} is a section. Write {name}.KEY=VALUE")
         wrong = [f"{name}.{key}" for key in value if key not in known[name]] if known.get(name) else []
         for dotted in wrong if name in known else [name]:
             section, _, key = dotted.rpartition(".")
@@ -193,12 +198,12 @@ def _refuse_unknown(values: Mapping[str, Any], known: Mapping[str, list[str]], s
             hint = f"; did you mean '{same[0]}'?" if same else nearest(dotted, near) or nearest(dotted, leaves)
             registry = REGISTRIES.get(section)
             if registry is not None and known[section] == list(registry.base.model_fields):
-                hint = f"; set {section}.{registry.key} first (known: {', '.join(registry)})"
+                hint = f": set {section}.{registry.key} first (known: {', '.join(registry)})"
             raise UserError(f"{source}: unknown key '{dotted}'{hint}")
 
 
 def differences(old: RunConfig, new: RunConfig, ignore: Iterable[str] = ()) -> list[str]:
-    """``key: old -> new`` for each leaf that differs, except the keys and sections in ``ignore``."""
+    """Return a line ``key: old -> new`` for each key that differs, except the keys and sections in ``ignore``."""
     left, right = _flat(old.model_dump()), _flat(new.model_dump())
     ignored = tuple(ignore)
     return [
@@ -209,7 +214,7 @@ def differences(old: RunConfig, new: RunConfig, ignore: Iterable[str] = ()) -> l
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values by their dotted keys."""
+    """Flatten the sections: return the values by their dotted keys."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         found |= {f"{key}.{leaf}": item for leaf, item in value.items()} if isinstance(value, Mapping) else {key: value}

@@ -1,7 +1,7 @@
-"""Sections that come in kinds: which class each name chooses, and what implements it.
+"""Registries of models, tasks and data sources: from a name to its section class and to its implementation.
 
-A new model, task or data source is one module of its package. The module defines the section and the implementation,
-and registers both::
+A new model, task or data source is one module of its package. The module defines and registers the section and the
+implementation::
 
     @MODELS.section("mlp")
     class MLPConfig(ModelConfig): ...
@@ -24,11 +24,13 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, type[S]], Generic[S]):
-    """The kinds of the section ``section``, chosen by its key ``key``.
+    """A mapping from the names of the kinds of a section to their section classes.
 
     Args:
-        base: the class of a section that has not chosen a kind.
-        package: its modules register kinds. They are imported once a name or an implementation is not found.
+        section: name of the section, such as "model".
+        key: the key of the section that selects the kind, such as "name".
+        base: section class that is used until a kind is selected.
+        package: package whose modules register kinds. They are imported when a name or an implementation is not found.
     """
 
     def __init__(self, section: str, key: str, base: type[S], package: str) -> None:
@@ -39,7 +41,12 @@ class Registry(Mapping[str, type[S]], Generic[S]):
         self._complete = False
 
     def section(self, *names: str, **presets: dict[str, Any]) -> Callable[[type[S]], type[S]]:
-        """Register a section class under ``names``, and under those of ``presets`` with other defaults."""
+        """Return a decorator that registers a section class.
+
+        Args:
+            names: names that select the class with its own defaults.
+            presets: names that select the class with the given defaults.
+        """
 
         def register(cls: type[S]) -> type[S]:
             for name in (*names, *presets):
@@ -49,7 +56,7 @@ class Registry(Mapping[str, type[S]], Generic[S]):
         return register
 
     def implements(self, section: type[Section]) -> Callable[[T], T]:
-        """Register what a section of this class configures."""
+        """Return a decorator that registers a class or function as the implementation of a section class."""
 
         def register(implementation: T) -> T:
             self._implementations[section] = implementation
@@ -58,7 +65,11 @@ class Registry(Mapping[str, type[S]], Generic[S]):
         return register
 
     def implementation(self, config: Section) -> Any:
-        """What is registered for the class of ``config``, or for the nearest class above it."""
+        """Return the implementation registered for the class of ``config`` or for its nearest base class.
+
+        Raises:
+            TypeError: if there is none.
+        """
         for attempt in range(2):
             for cls in type(config).__mro__:
                 if cls in self._implementations:
@@ -68,7 +79,7 @@ class Registry(Mapping[str, type[S]], Generic[S]):
         raise TypeError(f"no {self.name} is registered for {type(config).__name__}")
 
     def choose(self, name: str) -> type[S]:
-        """The section class called ``name``.
+        """Return the section class of the kind ``name``.
 
         Raises:
             UserError: for an unknown name, with the nearest one.
@@ -79,7 +90,7 @@ class Registry(Mapping[str, type[S]], Generic[S]):
         raise ConfigError(key, f"{key}: unknown '{name}'{nearest(str(name), self)} (known: {known})")
 
     def make(self, name: str, **values: Any) -> S:
-        """The section called ``name``, with ``values`` over those of its preset.
+        """Return a section of the kind ``name``. ``values`` override the values of its preset.
 
         Raises:
             UserError: for an unknown name, key or value.
@@ -87,7 +98,7 @@ class Registry(Mapping[str, type[S]], Generic[S]):
         return self.choose(name)(**{self.key: name, **self._presets[name], **values})
 
     def validate(self, value: object) -> object:
-        """A mapping as the section that it chooses; anything else as it is."""
+        """Convert a mapping to a section of the kind that it selects. Return any other value unchanged."""
         if not isinstance(value, Mapping):
             return value
         values = dict(value)
@@ -95,7 +106,7 @@ class Registry(Mapping[str, type[S]], Generic[S]):
         return self.make(name, **values) if name else self.base(**values)
 
     def discover(self) -> None:
-        """Import the modules of the package, which register what they hold."""
+        """Import all modules of the package, so that they register their kinds."""
         if not self._complete:
             self._complete = True
             for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__, f"{self.package}."):

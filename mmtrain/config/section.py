@@ -1,4 +1,4 @@
-"""The base of all sections: pydantic models whose errors name the key, the value and the cure in one line."""
+"""The base class of all sections: a pydantic model whose errors are one line with the key, the value and the cure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BOUNDS = {"less_than", "less_than_equal", "greater_than", "greater_than_equal"}
 
 
 class ConfigError(UserError):
-    """A wrong key or value. ``key`` is the dotted name, such as ``train.epochs``."""
+    """An invalid key or value. ``key`` is the dotted name, such as ``train.epochs``."""
 
     def __init__(self, key: str, message: str) -> None:
         super().__init__(key, message)
@@ -28,18 +28,18 @@ class ConfigError(UserError):
 
 
 def require(condition: bool, key: str, value: object, cure: str) -> None:
-    """Raise the one-line error for a value that does not fit the others."""
+    """Raise :class:`ConfigError` with ``key``, ``value`` and ``cure`` unless ``condition`` is true."""
     if not condition:
-        raise ConfigError(key, f"{key} is {value!r}: {cure}")
+        raise ConfigError(key, f"{key}={value!r}: {cure}")
 
 
 class Section(BaseModel):
-    """A section of the configuration. Numbers are finite and unknown keys are errors."""
+    """A section of the configuration. Infinite numbers, NaN and unknown keys are errors."""
 
     model_config = ConfigDict(
         extra="forbid", validate_default=True, allow_inf_nan=False, coerce_numbers_to_str=True, protected_namespaces=()
     )
-    #: What comes before the names of the keys.
+    #: The name of the section with a dot, such as "train."; the prefix of its keys.
     prefix: ClassVar[str] = ""
 
     if not TYPE_CHECKING:  # type checkers keep the signature that pydantic declares
@@ -61,15 +61,19 @@ class Section(BaseModel):
 
 
 def replace(section: S, **changes: Any) -> S:
-    """A copy of ``section`` with ``changes``, checked as a whole."""
+    """Return a copy of ``section`` with ``changes``, and validate it.
+
+    Raises:
+        ConfigError: for an unknown key or an invalid value.
+    """
     return type(section)(**{**dict(section), **changes})
 
 
 def _explained(cls: type[Section], error: ValidationError) -> ConfigError:
-    """The first error as one line."""
+    """Convert the first error of pydantic to a ConfigError with a one-line message."""
     first = error.errors(include_url=False)[0]
     inner = first.get("ctx", {}).get("error")
-    if isinstance(inner, ConfigError):  # from a nested section or a check across keys
+    if isinstance(inner, ConfigError):  # from a nested section or from a check of several keys
         return inner
     name, *index = first["loc"]
     key = f"{cls.prefix}{name}"
@@ -82,20 +86,24 @@ def _explained(cls: type[Section], error: ValidationError) -> ConfigError:
     if first["type"] == "literal_error":
         cure = f"choose {allowed(schema)}"
     else:
-        cure = f"it must be {allowed(schema, typed=first['type'] not in _BOUNDS)}"
-    place = "".join(f"[{i}]" for i in index)
-    return ConfigError(key, f"{key}{place} is {first['input']!r}: {cure}")
+        cure = f"must be {allowed(schema, typed=first['type'] not in _BOUNDS)}"
+    position = "".join(f"[{i}]" for i in index)
+    return ConfigError(key, f"{key}{position}={first['input']!r}: {cure}")
 
 
 @lru_cache
 def key_schemas(cls: type[Section]) -> dict[str, dict[str, Any]]:
-    """The JSON schema of each key of a section."""
+    """Return the JSON schema of each key of a section."""
     found: dict[str, dict[str, Any]] = cls.model_json_schema()["properties"]
     return found
 
 
 def allowed(schema: Mapping[str, Any], *, typed: bool = True) -> str:
-    """The values that the JSON schema of a key admits, such as ``a finite float in [0, 1)``."""
+    """Describe the values that the JSON schema of a key allows, such as ``a finite float in [0, 1)``.
+
+    Args:
+        typed: include the type in the description.
+    """
     if "anyOf" in schema:
         return ", or ".join(allowed(option, typed=typed or option.get("type") == "null") for option in schema["anyOf"])
     if "enum" in schema:

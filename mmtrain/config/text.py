@@ -1,7 +1,7 @@
-"""YAML files and ``key=value`` overrides as plain text, and text as the type that a key declares.
+"""Read YAML files and ``key=value`` overrides as text, and convert text to the type of each key.
 
-YAML guesses types: it reads ``007`` as 7, ``NO`` as false and ``24:00:00`` as 86400. Here every scalar stays text,
-except null, until :func:`typed` converts it to the type of its key.
+YAML guesses types: it reads ``007`` as 7, ``NO`` as false and ``24:00:00`` as 86400. Here every scalar except null
+remains text until :func:`typed` converts it to the type that its key declares.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import yaml
 from mmtrain.config.section import Section, key_schemas
 from mmtrain.errors import UserError, os_errors
 
-#: Limits on a file: bytes, values after aliases are expanded, and levels. A configuration has three levels.
+#: Limits of a YAML file: bytes, values after expansion of aliases, and levels. A configuration has three levels.
 _MOST_BYTES, _MOST_VALUES, _MOST_LEVELS = 2**20, 20_000, 20
 
 _NULL = re.compile(r"~|null|Null|NULL")
@@ -30,7 +30,7 @@ _NULL_TAG, _MERGE_TAG = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"
 
 
 class _TextLoader(yaml.SafeLoader):
-    """Safe YAML in which plain scalars are text or null, and a key may stand once."""
+    """A safe YAML loader that reads plain scalars as text or null and refuses duplicate keys."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML declares it
         first: [(tag, pattern) for tag, pattern in pairs if tag in (_NULL_TAG, _MERGE_TAG)]
@@ -42,16 +42,21 @@ class _TextLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE_TAG:
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, "this key stands here twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(None, None, "duplicate key", key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The mapping, list, text or None in ``text``. Messages never quote the text: it may be any file.
+    """Parse the YAML ``text`` and return a mapping, list, string or None.
+
+    Error messages do not quote the text, because it may be a file with secrets that was named by mistake.
+
+    Args:
+        source: the beginning of error messages, such as the name of the file.
 
     Raises:
-        UserError: for text that is not YAML, or is nested too deeply; it begins with ``source``.
+        UserError: if the text is not YAML, is nested too deeply or has too many values.
     """
     try:
         loader = _TextLoader(text)
@@ -67,19 +72,19 @@ def parse_yaml(text: str, source: str) -> Any:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         reason = f"{place}{error.problem or error.context}"
-        raise UserError(f"{source}: not a YAML file that can be read: {reason}") from None
+        raise UserError(f"{source}: invalid YAML: {reason}") from None
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
-        raise UserError(f"{source}: not a YAML file that can be read: {reason}") from None
+        raise UserError(f"{source}: invalid YAML: {reason}") from None
 
 
 def _check_size(root: yaml.Node) -> None:
-    """Refuse what would grow beyond the limits when its aliases are expanded."""
+    """Raise ValueError for a document that exceeds the limits when its aliases are expanded."""
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node, level: int) -> int:
         if level > _MOST_LEVELS:
-            raise ValueError(f"more than {_MOST_LEVELS} levels, or an alias within itself")
+            raise ValueError(f"more than {_MOST_LEVELS} levels, or an alias that contains itself")
         if id(node) not in sizes:
             children: list[yaml.Node] = []
             if isinstance(node, yaml.SequenceNode):
@@ -90,49 +95,53 @@ def _check_size(root: yaml.Node) -> None:
         return sizes[id(node)]
 
     if size(root, 0) > _MOST_VALUES:
-        raise ValueError(f"more than {_MOST_VALUES} values after aliases are expanded")
+        raise ValueError(f"more than {_MOST_VALUES} values after expansion of aliases")
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The ``key: value`` pairs of a YAML file; none for an empty file.
+    """Return the ``key: value`` pairs of a YAML file, or {} for an empty file.
 
     Raises:
-        UserError: naming the file.
+        UserError: if the file cannot be read or contains anything else; the message names the file.
     """
     with os_errors(f"{path} cannot be read"), path.open("rb") as file:
         raw = file.read(_MOST_BYTES + 1)
     if len(raw) > _MOST_BYTES:
-        raise UserError(f"{path}: not a YAML file that can be read: it has more than {_MOST_BYTES} bytes")
+        raise UserError(f"{path}: too large for a configuration (more than {_MOST_BYTES} bytes)")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a YAML file that can be read: byte {error.start} is not UTF-8") from None
+        raise UserError(f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8") from None
     values = parse_yaml(text, str(path))
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{path}: the file must hold key: value pairs")
+        raise UserError(f"{path}: the file must contain key: value pairs")
     return values
 
 
 def parse_overrides(items: Iterable[str], source: str) -> dict[str, Any]:
-    """``section.key=value`` items as nested mappings. A value is text as typed, unless it is written as a YAML list,
-    a mapping or a quoted scalar.
+    """Parse overrides of the form ``section.key=value`` and return nested mappings.
+
+    A value that is written as a YAML list, mapping or quoted scalar is parsed. Any other value remains text.
+
+    Args:
+        source: the beginning of error messages.
 
     Raises:
-        UserError: for an item without ``=``, or one that contradicts another.
+        UserError: for an item without ``=``, and for a key that is used both as a section and with a value.
     """
     values: dict[str, Any] = {}
     for item in items:
         dotted, equals, text = item.partition("=")
         if not equals or not dotted or dotted.startswith("-"):
-            raise UserError(f"'{item}' is not an override: write key=value, such as optim.lr=2e-4")
+            raise UserError(f"'{item}': not an override. Write key=value, such as optim.lr=2e-4")
         *sections, key = dotted.split(".")
         inner = values
         for name in sections:
             inner = inner.setdefault(name, {})
             if not isinstance(inner, dict):
-                raise UserError(f"{source}: {dotted}: '{name}' has a value already, so it has no key '{key}'")
+                raise UserError(f"{source}: {dotted}: '{name}' already has a value, so it cannot have a key '{key}'")
         inner[key] = _override_value(text, f"{source}: {dotted}")
     return values
 
@@ -145,8 +154,10 @@ def _override_value(text: str, source: str) -> Any:
 
 
 def typed(cls: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` of a section, with text converted to the types that its keys declare. What does not convert stays
-    text, for the check of the section to refuse."""
+    """Return ``values`` with text converted to the types that the keys of the section ``cls`` declare.
+
+    Text that cannot be converted remains text. The section refuses it when it is constructed.
+    """
     schemas = key_schemas(cls)
     return {key: _typed(schemas.get(key, {}), value) for key, value in values.items()}
 
@@ -178,21 +189,21 @@ def _scalar(text: str) -> int | float | bool | str:
 
 
 def refuse_secrets(key: str, written: str, resolved: str) -> None:
-    """Refuse an interpolation that puts a secret of the environment into a configuration.
+    """Refuse an interpolation that copies a secret from an environment variable into a configuration.
 
     Args:
-        key: the dotted name.
-        written: the value as text, with its ``${oc.env:NAME}``.
-        resolved: the same with interpolations replaced.
+        key: the dotted name of the key.
+        written: its value as written, with ``${oc.env:NAME}``.
+        resolved: its value after interpolation.
 
     Raises:
-        UserError: for a variable whose name marks it as a secret.
+        UserError: for a variable with a name that suggests a secret (it contains KEY, TOKEN, SECRET, ...).
     """
     named = [name for name in _ENV.findall(written) if _SECRET.search(name)]
     hidden = [name for name, value in os.environ.items() if _SECRET.search(name) and value and value in resolved]
     if named or hidden:
         name = (named or hidden)[0]
         raise UserError(
-            f"{key}: a configuration is written to the run folder and into every checkpoint, so it takes nothing from"
-            f" {name}: set {name} in the environment only, where the library that needs it reads it"
+            f"{key}: the secret {name} must not be part of a configuration, which is written to the run folder and to"
+            f" every checkpoint. Set {name} only in the environment; the library that needs it reads it there"
         )

@@ -1,9 +1,9 @@
-"""Every picture: curves, forecasts, confusion matrices, splits, averaging weights and selections.
+"""All plots: training curves, forecasts, confusion matrices, splits, averaging weights and selection maps.
 
-The functions take plain arrays and write a PNG; they know no model, no run and no data source. This module holds the
-helpers that they share. matplotlib is imported here alone, and only when a figure is made, since it starts slowly.
+The functions take arrays and write PNG files. They do not depend on models, runs or data sources. This module contains
+their common helpers. matplotlib is imported only when a figure is created, because its import is slow.
 
-Text in a picture is shown as it is written: names of columns and classes may hold what matplotlib takes for a formula.
+Text in plots is not interpreted as mathematical formulas, because names of columns and classes may contain ``$``.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Colours of the observed past, of a forecast, and of the values that followed.
+#: Colours of past values, of forecasts and of true values.
 HISTORY, FORECAST, TRUTH = "#5b6770", "#d1495b", "#2e86ab"
 
 
-#: The pictures whose failure was told.
-_told: set[Path] = set()
+#: The plots for which a failure was logged.
+_logged: set[Path] = set()
 
 
 def load_matplotlib() -> Any:
-    """matplotlib itself. A backend in MPLBACKEND that it does not know is left out: files need none of them."""
+    """Import matplotlib and return it. An unknown backend in MPLBACKEND is ignored: writing files needs no backend."""
     if "matplotlib" in sys.modules:
         return sys.modules["matplotlib"]
     backend = os.environ.pop("MPLBACKEND", None)
@@ -49,16 +49,16 @@ def load_matplotlib() -> Any:
 
 
 def try_to_draw(path: Path, draw: Callable[[], object]) -> bool:
-    """Call ``draw``, which writes the picture ``path``; False where it failed, which is told once.
+    """Call ``draw``, which writes the plot ``path``, and return whether it succeeded.
 
-    A picture never ends what it is a picture of.
+    A failure is logged once for each path and does not stop the run or the command.
     """
     try:
         draw()
-    except Exception as error:  # whatever matplotlib, a font or a full disk comes up with
-        if path not in _told:
-            _told.add(path)
-            logger.warning("%s could not be drawn, and is left out (%s: %s)", path, type(error).__name__, error)
+    except Exception as error:  # errors of matplotlib, of fonts or of a full disk
+        if path not in _logged:
+            _logged.add(path)
+            logger.warning("%s: plot skipped, because drawing it failed (%s: %s)", path, type(error).__name__, error)
         return False
     return True
 
@@ -66,7 +66,7 @@ def try_to_draw(path: Path, draw: Callable[[], object]) -> bool:
 def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure of ``width`` × ``height`` inches.
 
-    pyplot is not used: it would look for a display and keep every figure.
+    pyplot is not used, because it needs a display and keeps references to all figures.
     """
     load_matplotlib()
     from matplotlib.figure import Figure
@@ -75,7 +75,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def line_axes(figure: Figure, rows: int = 1, columns: int = 1) -> list[Axes]:
-    """A grid of axes for lines: without top and right spines, with faint grid lines; row by row."""
+    """Add a grid of axes for line plots and return them row by row. They have no top and right spines."""
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -84,12 +84,12 @@ def line_axes(figure: Figure, rows: int = 1, columns: int = 1) -> list[Axes]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write ``figure`` as a PNG of 110 dots per inch to ``path``; an older file there is replaced."""
+    """Write ``figure`` to ``path`` as a PNG with 110 dots per inch. An existing file is replaced."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
         text.set_usetex(False)
         text.set_parse_math(False)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from")  # it is drawn as a box
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from")  # a missing glyph is drawn as a box
         figure.savefig(path, dpi=110)

@@ -1,4 +1,4 @@
-"""Pictures of runs: training curves, forecasts and confusion matrices."""
+"""Plots of runs: training curves, forecasts and confusion matrices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from mmtrain.plotting import FORECAST, HISTORY, TRUTH, line_axes, new_figure, sa
 
 
 def draw_curves(path: Path, lines: Sequence[dict[str, Any]], metrics: Sequence[str]) -> None:
-    """Loss and learning rate of the training, and the evaluation's ``metrics``; restarts are dotted lines."""
+    """Plot the loss, the evaluation ``metrics`` and the learning rate over the steps. Dotted lines mark restarts.
+
+    Args:
+        lines: the lines of ``metrics.jsonl``.
+        metrics: names of the metrics; the first is drawn most clearly.
+    """
     train = [line for line in lines if line["kind"] == "train"]
     figure = new_figure(13, 3.6)
     loss_axis, metric_axis, rate_axis = axes = line_axes(figure, 1, 3)
@@ -55,12 +60,15 @@ def draw_forecast(
     stamps: NDArray[np.datetime64] | None = None,
     most: int = 8,
 ) -> None:
-    """History, forecast and, where it is known, truth, one panel a variate.
+    """Plot a forecast with the past and, if given, the true values. Each variate has its own axes.
 
     Args:
-        past: (lookback, M); forecast and truth: (horizon, M), in the units of the data.
+        columns: M names of the variates.
+        past: (lookback, M) in the units of the data.
+        forecast: (horizon, M) in the units of the data.
+        truth: (horizon, M) in the units of the data.
         stamps: (lookback + horizon,) times, or None for row numbers.
-        most: the largest number of variates drawn; the title says how many were left out.
+        most: maximum number of variates to plot. If there are more, the title gives both numbers.
     """
     shown = min(len(columns), most)
     rows = -(-shown // 2)
@@ -86,11 +94,12 @@ def draw_forecast(
 
 
 def draw_confusion(path: Path, classes: Sequence[str], counts: NDArray[np.integer], note: str) -> None:
-    """How many samples of each class (row) were taken for each class (column); shares of the row as colours.
+    """Plot a confusion matrix. Cells show counts; colours show fractions of the row.
 
     Args:
-        counts: (C, C) for the C ``classes``.
-        note: the title: what was counted.
+        classes: C class names.
+        counts: (C, C); rows are true classes, columns are predicted classes.
+        note: title of the plot.
     """
     size = len(classes)
     side = min(max(4.5, 0.45 * size + 2.2), 14)
@@ -102,8 +111,8 @@ def draw_confusion(path: Path, classes: Sequence[str], counts: NDArray[np.intege
     names = [name if len(name) <= 16 else f"{name[:15]}…" for name in classes]
     axis.set_xticks(range(size), names, fontsize=8, rotation=90 if size > 10 else 30)
     axis.set_yticks(range(size), names, fontsize=8)
-    axis.set_xlabel("taken for")
-    axis.set_ylabel("class")
+    axis.set_xlabel("predicted class")
+    axis.set_ylabel("true class")
     axis.set_title(note, fontsize=10)
     for row, column in zip(*np.nonzero(counts), strict=True):
         color = "white" if shares[row, column] > 0.5 else "black"

@@ -1,6 +1,7 @@
-"""Pictures of what a model selected: the steps Δ of its mixers over a window of series, or over an image.
+"""Plots of the step sizes Δ of the mixers over a window of a series or over an image.
 
-Also heat maps of the learned weights α, β, θ, γ of the weighted averaging.
+A large Δ means that the selective scan takes the input into its state; a small Δ means that it ignores the input. This
+module also plots heat maps of the learned weights α, β, θ, γ of the weighted averaging.
 """
 
 from __future__ import annotations
@@ -20,19 +21,22 @@ if TYPE_CHECKING:
 
 
 _COLORMAP = "viridis"
-#: The most names on an axis.
+#: Maximum numbers of names of variates and of times on an axis.
 _VARIATES, _TIMES = 24, 6
-#: The most maps in one row of the picture of an image.
-_ABREAST = 6
+#: Maximum number of maps in one row of the plot of an image.
+_MAPS_PER_ROW = 6
 
 
 @dataclass(frozen=True)
 class StepMap:
-    """The steps of one mixer, the mean over its features and scan directions, for the first sample of a batch.
+    """The step sizes Δ of one mixer, averaged over features and scan directions, for the first sample of a batch.
 
-    ``steps`` float32, all positive: of a mixer of ``kind`` "time" (variates, patches), "variate" (patches, variates),
-    "image" (height, width) of its grid of tokens. ``name``: of the mixer in the model. ``label``: T1, C1, … as in the
-    matrices of the averaging.
+    Attributes:
+        name: module name of the mixer in the model.
+        label: T1, C1, … as in the matrices of the averaging.
+        kind: "time", "variate" or "image".
+        steps: float32, positive. Shape by kind: "time" (variates, patches); "variate" (patches, variates); "image"
+            (height, width) of the grid of tokens.
     """
 
     name: str
@@ -42,16 +46,20 @@ class StepMap:
 
     @property
     def stack(self) -> str:
-        """The name of the stack of mixers (a stage of ViM2, or TSM2's blocks)."""
+        """The module name of the stack that contains the mixer (a stage of ViM2, or the blocks of TSM2)."""
         return self.name.partition(".mixers.")[0]
 
 
 @dataclass(frozen=True)
 class WindowSelection:
-    """The step maps of one look-back window.
+    """The step maps of one lookback.
 
-    ``past`` (lookback, M) in the units of the data; ``time`` (lookback,): times, or row numbers where there are none;
-    ``starts`` (patches,): the place in the window at which each patch begins.
+    Attributes:
+        maps: one map per mixer.
+        columns: M names of the variates.
+        past: (lookback, M) in the units of the data.
+        time: (lookback,) times, or row numbers if there are no times.
+        starts: (patches,) position in the lookback at which each patch begins.
     """
 
     maps: list[StepMap]
@@ -61,7 +69,10 @@ class WindowSelection:
     starts: NDArray[np.int64]
 
     def patch_ticks(self, patches: int) -> tuple[NDArray[np.int64], list[str]]:
-        """Some patches, named by the time at which they begin; those behind the look-back are auxiliary inputs."""
+        """Return the positions and labels of some ticks along the patches.
+
+        A label is the start time of the patch. Patches after the lookback encode auxiliary inputs.
+        """
         ticks = np.unique(np.linspace(0, patches - 1, _TIMES).astype(int))
         starts = self.starts
         return ticks, [_time(self.time[starts[t]]) if t < len(starts) else "auxiliary" for t in ticks]
@@ -69,7 +80,13 @@ class WindowSelection:
 
 @dataclass(frozen=True)
 class ImageSelection:
-    """The step maps of one image; ``image`` (H, W, 3) or (H, W, 1) in 0..1, as the model saw it."""
+    """The step maps of one image.
+
+    Attributes:
+        maps: one map per token mixer.
+        image: (H, W, 3) or (H, W, 1) in [0, 1]: the input of the model.
+        what: a description of the image for the title.
+    """
 
     maps: list[StepMap]
     image: NDArray[np.float32]
@@ -77,9 +94,12 @@ class ImageSelection:
 
 
 def draw_window_selection(path: Path, selection: WindowSelection) -> None:
-    """The window itself, then one map a mixer: time mixers variates × patches, variate mixers patches × variates.
+    """Plot a lookback and below it one heat map of Δ for each mixer, to the PNG file ``path``.
 
-    Writes a PNG to ``path``. ``selection`` needs at least one map.
+    Maps of time mixers are variates × patches, those of variate mixers patches × variates.
+
+    Args:
+        selection: at least one map.
     """
     variates = len(selection.columns)
     lines = -(-len(selection.maps) // 2)
@@ -102,12 +122,12 @@ def draw_window_selection(path: Path, selection: WindowSelection) -> None:
             axis.set_yticks(named, names, fontsize=8)
         along = "variates" if found.kind == "variate" else "patches"
         axis.set_title(f"{found.label} ({found.kind} mixer): the scan runs along the {along} →", fontsize=10)
-    figure.suptitle("what the model selected: bright is taken into the state, dark is passed by")
+    figure.suptitle("Selection by the model: bright inputs enter the state of the scan, dark inputs are ignored")
     save(figure, path)
 
 
 def _draw_window(axis: Axes, selection: WindowSelection) -> None:
-    """Each variate of the window, brought to one scale."""
+    """Plot the standardised variates of the lookback."""
     past, shown = selection.past, min(len(selection.columns), 8)
     scaled = (past - past.mean(0)) / np.maximum(past.std(0), 1e-9)
     for i in range(shown):
@@ -117,26 +137,29 @@ def _draw_window(axis: Axes, selection: WindowSelection) -> None:
     axis.set_xticks(ticks, [_time(t) for t in selection.time[ticks]], fontsize=8)
     axis.set_yticks([])
     left_out = f" (the first {shown} of {len(selection.columns)} variates)" if shown < len(selection.columns) else ""
-    axis.set_title(f"the look-back window, each variate standardised{left_out}", fontsize=10)
+    axis.set_title(f"lookback, each variate standardised{left_out}", fontsize=10)
     axis.legend(fontsize=7, ncols=shown, loc="upper left", framealpha=0.7)
 
 
 def _time(value: Any) -> str:
-    """A row number, or a time to the minute."""
+    """Format a row number, or a time to the minute."""
     return str(value.astype("datetime64[m]")).replace("T", " ") if isinstance(value, np.datetime64) else str(value)
 
 
 def draw_image_selection(path: Path, selection: ImageSelection) -> None:
-    """The image, and the map of each token mixer, stage by stage; every map has its own scale, written above it.
+    """Plot an image and the map of Δ of each token mixer, stage by stage, to the PNG file ``path``.
 
-    Writes a PNG to ``path``. ``selection`` needs at least one map.
+    Each map has its own colour scale, whose limits are written above it.
+
+    Args:
+        selection: at least one map.
     """
     lines: list[tuple[str, list[StepMap]]] = []
     for stack, group in groupby(selection.maps, key=lambda m: m.stack):
         prefix, _, number = stack.rpartition(".")
         title = f"stage {int(number) + 1}" if prefix == "stages" and number.isdigit() else stack
         maps = list(group)
-        lines += [(title, maps[i : i + _ABREAST]) for i in range(0, len(maps), _ABREAST)]
+        lines += [(title, maps[i : i + _MAPS_PER_ROW]) for i in range(0, len(maps), _MAPS_PER_ROW)]
     across = 1 + max(len(maps) for _, maps in lines)
     figure = new_figure(2.2 * across, 2.4 * len(lines) + 0.6)
     axes = figure.subplots(len(lines), across, squeeze=False)
@@ -151,24 +174,28 @@ def draw_image_selection(path: Path, selection: ImageSelection) -> None:
             scale = f"{h}×{w} tokens, Δ {found.steps.min():.3g} to {found.steps.max():.3g}"
             axis.set_title(f"{found.label}\n{scale}", fontsize=8)
     figure.suptitle(
-        f"{selection.what}: the mean step Δ of each token mixer\nbright is taken into the state, dark is passed by",
+        f"{selection.what}: mean step Δ of each token mixer\nbright inputs enter the state of the scan, dark inputs are"
+        " ignored",
         fontsize=10,
     )
     save(figure, path)
 
 
-#: The weights are written into their cells up to this number of rows.
+#: Weights are written into the cells of matrices with at most this number of rows.
 _ANNOTATED = 10
 _LABEL_COLORS = {"T": "#1f6f8b", "C": "#b5541c"}
 
 
 @dataclass(frozen=True)
 class AveragingMatrix:
-    """The weights of one stack of mixers (a stage of ViM2, or all of TSM2).
+    """The averaging weights of one stack of mixers (a stage of ViM2, or all blocks of TSM2).
 
-    ``weights`` (rows, columns) float32: row i is the input of mixer ``rows[i]`` (the last one, ``out``, the stack's
-    output), column j the earlier output ``columns[j]`` (the first one, ``x``, the stack's input); NaN where j is not
-    earlier than i. The input's column is the sum of its two copies, y⁰_Token = y⁰_Channel = x.
+    Attributes:
+        name: name of the stack.
+        rows: the mixers whose inputs are averaged. The last one, "out", is the output of the stack.
+        columns: the outputs that are averaged. The first one, "x", is the input of the stack.
+        weights: (rows, columns) float32, NaN for outputs that are not earlier than the mixer. The column "x" is the
+            sum of the weights of its two copies, y⁰_Token = y⁰_Channel = x.
     """
 
     name: str
@@ -177,9 +204,9 @@ class AveragingMatrix:
     weights: NDArray[np.float32]
 
     def family(self, row: int, column: int) -> str:
-        """The paper's letter: α, β (input of a token mixer), θ, γ (of a channel mixer); none for the output.
+        """Return the paper's letter for a weight: α or β for token mixers, θ or γ for channel mixers, "" for "out".
 
-        The input's column holds both letters' weights, of its two copies.
+        The column "x" has both letters, because it is the sum of two weights.
         """
         token, channel = {"T": ("α", "β"), "C": ("θ", "γ")}.get(self.rows[row][0], ("", ""))
         if not token:
@@ -188,13 +215,13 @@ class AveragingMatrix:
 
 
 def draw_averaging(path: Path, matrices: list[AveragingMatrix]) -> None:
-    """One heat map for each stack, all in one colour scale, which is centred at the weights' initial value 1.
+    """Plot one heat map of averaging weights for each stack. All use one colour scale, centred at the initial value 1.
 
     Args:
-        path: the PNG to write.
+        path: the PNG file to write.
         matrices: at least one.
     """
-    # fresh weights are all 1
+    # untrained weights are all 1, so the scale needs a minimum width
     distance = max(1e-3, *(float(np.nanmax(np.abs(m.weights - 1))) for m in matrices))
     cells = [len(m.rows) for m in matrices]
     sizes = [count * (0.55 if count <= _ANNOTATED else 0.3) + 0.4 for count in cells]
@@ -215,11 +242,11 @@ def draw_averaging(path: Path, matrices: list[AveragingMatrix]) -> None:
             color = "white" if abs(weight - 1) > 0.6 * distance else "black"
             text = f"{matrix.family(i, j)}\n{weight:.2f}".strip()
             axis.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
-    axes[0].set_ylabel("the input of …")
-    figure.supxlabel("… is the sum of the earlier outputs, each with its weight", fontsize=10)
+    axes[0].set_ylabel("input of this mixer")
+    figure.supxlabel("is the sum of these earlier outputs, each multiplied by its weight", fontsize=10)
     figure.suptitle(
         "rows of token mixers: α × token, β × channel outputs; rows of channel mixers: θ × token, γ × channel outputs",
         fontsize=10,
     )
-    figure.colorbar(image, ax=list(axes), shrink=0.8, label="weight (1 at the start)")
+    figure.colorbar(image, ax=list(axes), shrink=0.8, label="weight (initially 1)")
     save(figure, path)

@@ -1,4 +1,4 @@
-"""Pictures of series before training on them, with the splits marked."""
+"""Plots of series with their training, validation and test splits."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _SPLITS = {"train": "#dfe7ec", "val": "#f3d9a4", "test": "#f2b8b5"}
-#: Points of a line: of more, the lowest and the highest of each piece are drawn.
+#: Maximum number of points of a line. Longer lines are drawn as the minimum and maximum of each segment.
 _POINTS = 4000
 
 
 @dataclass(frozen=True)
 class Line:
-    """One series: ``values`` (T,) with NaN in holes, times ``stamps`` (T,; None: row numbers).
+    """One series to plot.
 
-    ``borders``: the rows at which training, validation and test end.
+    Attributes:
+        title: name of the series.
+        values: (T,), NaN for missing values.
+        stamps: (T,) times, or None for row numbers.
+        borders: rows at which training, validation and test end.
     """
 
     title: str
@@ -34,7 +38,7 @@ class Line:
 
 
 def draw_series(path: Path, title: str, lines: Sequence[Line]) -> None:
-    """Draw the series one above the other, each in its own axes."""
+    """Plot each series in its own axes, one above the other, with the splits as coloured backgrounds."""
     figure = new_figure(13, 1.5 * len(lines) + 0.8)
     figure.suptitle(title, fontsize=10)
     for axis, line in zip(line_axes(figure, len(lines)), lines, strict=True):
@@ -59,7 +63,7 @@ def _draw(axis: Axes, line: Line) -> None:
 
 
 def _thin(time: NDArray[Any], values: NDArray[np.floating]) -> tuple[NDArray[Any], NDArray[np.floating]]:
-    """At most about :data:`_POINTS` points, spikes and holes kept."""
+    """Reduce a line to about :data:`_POINTS` points. Spikes and gaps of missing values remain visible."""
     size = -(-len(values) // (_POINTS // 2))
     if size < 2:
         return time, values

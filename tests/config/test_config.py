@@ -62,7 +62,7 @@ def test_unknown_keys_are_refused_with_the_layer_and_the_nearest_name(tmp_path: 
         ("seed=1.5", ("seed", "int")),
         ("optim.betas=[a,b]", ("optim.betas",)),
         ("train=3", ("train is a section",)),
-        ("train.batch_size=0", ("train.batch_size is 0", "in [1, 16777216]")),
+        ("train.batch_size=0", ("train.batch_size=0", "in [1, 16777216]")),
         ("data.kind=tape", ("data.kind", "shards, synthetic, series")),
         ("model=vim2_smal", ("did you mean 'vim2_small'",)),
         ("model.dims=[1,2]", ("model.token_mixers",)),
@@ -77,7 +77,7 @@ def test_wrong_values_are_refused_by_key(override: str, words: tuple[str, ...]) 
 
 @pytest.mark.parametrize("key", ["data.length", "data.val_length"])
 def test_made_up_images_are_at_least_one(key: str) -> None:
-    assert f"{key} is 0: it must be at least 1" in message("data=synthetic", f"{key}=0")
+    assert f"{key}=0: must be at least 1" in message("data=synthetic", f"{key}=0")
 
 
 def test_an_unknown_configuration_lists_what_there_is() -> None:
@@ -89,10 +89,10 @@ def test_an_unknown_configuration_lists_what_there_is() -> None:
 def test_broken_files_are_named(tmp_path: Path) -> None:
     broken = tmp_path / "broken.yaml"
     broken.write_text("model: [unclosed\n")
-    assert "broken.yaml: not a YAML file" in message(config=broken)
+    assert "broken.yaml: invalid YAML" in message(config=broken)
     circle = tmp_path / "circle.yaml"
     circle.write_text("include: circle.yaml\n")
-    assert "circle" in message(config=circle)
+    assert "circular include" in message(config=circle)
     lonely = tmp_path / "lonely.yaml"
     lonely.write_text("include: gone.yaml\n")
     assert "gone.yaml" in message(config=lonely)

@@ -121,7 +121,7 @@ def test_new_names_are_listed_and_checked_like_the_others(toys: Path) -> None:
         load_config(toys, ["model=toy_wid"])
     with pytest.raises(UserError, match=r"unknown key 'model\.widht'; did you mean 'model\.width'"):
         load_config(toys, ["model.widht=3"])
-    with pytest.raises(UserError, match=r"command line: model\.width is 0: it must be at least 1"):
+    with pytest.raises(UserError, match=r"command line: model\.width=0: must be at least 1"):
         load_config(toys, ["model.width=0"])
     with pytest.raises(UserError, match=r"known: .*toy_data"):
         load_config(toys, ["data=tape"])

@@ -123,11 +123,11 @@ def test_the_keys_of_the_configuration() -> None:
     assert isinstance(made, SeriesDataConfig)
     assert made.dates == ["2017-01-01", "2017-02-01 06:00"]
     for overrides, message in (
-        (["data.split=date"], r"data\.dates is None: give the first date"),
-        (["data.split=last", "data.last=[3]"], r"data\.last is \[3\]: give the last steps"),
-        (["data.split=half"], r"data\.split is 'half': choose one of etth, ettm, ratio, date, last"),
-        (["data.stride=0"], r"data\.stride is 0"),
-        (["data.missing=drop"], r"data\.missing is 'drop': choose one of error, ffill, interpolate, zero, mask"),
+        (["data.split=date"], r"data\.dates=None: give the first date"),
+        (["data.split=last", "data.last=[3]"], r"data\.last=\[3\]: give the number of time steps"),
+        (["data.split=half"], r"data\.split='half': choose one of etth, ettm, ratio, date, last"),
+        (["data.stride=0"], r"data\.stride=0"),
+        (["data.missing=drop"], r"data\.missing='drop': choose one of error, ffill, interpolate, zero, mask"),
         (["data=panel", "data.split=etth"], "choose one of prepared, ratio, date, last"),
         (["data=panel", "data.split=ratio", "data.missing=ffill"], "choose one of error, mask"),
         (["data.static=[a]"], r"unknown key 'data\.static'"),

@@ -171,7 +171,7 @@ def test_bad_targets_and_examples_are_refused(tmp_path: Path, monkeypatch: pytes
     there = tmp_path / "model.pt2"
     there.write_text("mine")
     model, x = nn.Identity(), torch.ones(2, 3)
-    with pytest.raises(UserError, match=r"model\.pt2 exists already"):
+    with pytest.raises(UserError, match=r"model\.pt2 already exists"):
         export_torch(model, x, there)
     assert there.read_text() == "mine"
     with pytest.raises(UserError, match=r"must end in \.pt2"):
@@ -205,7 +205,7 @@ def test_a_trained_model_is_exported_with_what_it_needs(kind: str, trained: Trai
         torch.testing.assert_close(torch.export.load(out / name).module()(x), answer(trained.model, x))
     if kind == "safetensors":
         torch.testing.assert_close(answer(load_trained(out).model, x), answer(trained.model, x))
-    with pytest.raises(UserError, match="out exists already"):
+    with pytest.raises(UserError, match="out already exists"):
         export_trained(trained, out, kind)
 
 

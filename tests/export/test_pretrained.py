@@ -71,7 +71,7 @@ def test_saving_a_model_with_another_head_saves_its_configuration(folder: Path, 
     model = from_pretrained(folder, num_classes=7)
     again = from_pretrained(save_pretrained(model, config(small()), {}, tmp_path / "tuned"))
     assert again.config.num_classes == 7
-    with pytest.raises(UserError, match="tuned exists already"):
+    with pytest.raises(UserError, match="tuned already exists"):
         save_pretrained(model, config(model), {}, tmp_path / "tuned")
 
 

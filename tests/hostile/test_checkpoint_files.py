@@ -85,11 +85,11 @@ def _state(**changes: Any) -> str:
 
 #: What a state may hold, and the words of the refusal.
 STATES = {
-    "": "it is no JSON",
-    "[]": "it holds no JSON object",
-    "null": "it holds no JSON object",
+    "": "it is not valid JSON",
+    "[]": "it does not contain a JSON object",
+    "null": "it does not contain a JSON object",
     "{}": "it says step None",
-    "[" * 100_000: "it is no JSON",
+    "[" * 100_000: "it is not valid JSON",
     _state(step=-4): "step: Input should be greater than or equal to 0",
     _state(step="4"): "step: Input should be a valid integer",
     _state(step=None): "step: Input should be a valid integer",
@@ -124,7 +124,12 @@ def test_a_damaged_state_is_one_message(use: str, checkpoint: Path, cli: Cli) ->
     assert "Traceback" not in ended.stderr
 
 
-RESULTS = {"": "no JSON", "[]": "no JSON object", "{}": "no step", '{"step": "x", "test": {}}': "no step"}
+RESULTS = {
+    "": "not valid JSON",
+    "[]": "not contain a JSON object",
+    "{}": "no step",
+    '{"step": "x", "test": {}}': "no step",
+}
 
 
 @pytest.mark.parametrize("content", RESULTS)

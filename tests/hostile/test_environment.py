@@ -37,13 +37,13 @@ def test_a_rank_that_is_no_number_is_one_message(
     assert ended.value.code == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
-    assert said[0].startswith(f"error: the environment variable RANK is {text!r}: it must be a whole number")
+    assert said[0].startswith(f"error: environment variable RANK={text!r}: must be an integer")
 
 
 @pytest.mark.parametrize("text", ["abc", "0", "-2", "1.5"])
 def test_a_world_size_that_is_none_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", text)
-    with pytest.raises(UserError, match=r"WORLD_SIZE is .* at least 1.*unset WORLD_SIZE"):
+    with pytest.raises(UserError, match=r"WORLD_SIZE=.* at least 1.*unset WORLD_SIZE"):
         world_size()
 
 
@@ -52,7 +52,7 @@ def test_a_world_size_that_is_none_is_refused(text: str, monkeypatch: pytest.Mon
     [
         ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT is not set"),
         ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "but RANK is 2"),
-        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK='x'"),
     ],
 )
 def test_variables_that_do_not_fit_are_refused(

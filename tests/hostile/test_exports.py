@@ -91,9 +91,12 @@ def _scaler(**changes: Any) -> Callable[[Path], None]:
 #: What is done to an export, and the words of the refusal.
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no assets": (_removed("assets.json"), "assets.json cannot be read"),
-    "empty assets": (_written("assets.json", ""), "assets.json is damaged: it is no JSON"),
-    "assets cut short": (_written("assets.json", '{"columns": ["a"'), "assets.json is damaged: it is no JSON"),
-    "assets of another kind": (_written("assets.json", "[1]"), "assets.json is damaged: it holds no JSON object"),
+    "empty assets": (_written("assets.json", ""), "assets.json is damaged: it is not valid JSON"),
+    "assets cut short": (_written("assets.json", '{"columns": ["a"'), "assets.json is damaged: it is not valid JSON"),
+    "assets of another kind": (
+        _written("assets.json", "[1]"),
+        "assets.json is damaged: it does not contain a JSON object",
+    ),
     "assets that are not text": (_written("assets.json", b"\xff\xfe\x00"), "assets.json is damaged"),
     "deep assets": (_written("assets.json", "[" * 100_000), "assets.json is damaged"),
     "assets without anything": (_written("assets.json", "{}"), "assets.json has no 'lookback'"),

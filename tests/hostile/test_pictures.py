@@ -57,7 +57,7 @@ def test_a_failure_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         raise ValueError("no such font")
 
     assert [try_to_draw(tmp_path / "a.png", fail) for _ in range(3)] == [False] * 3
-    assert told == [f"{tmp_path / 'a.png'} could not be drawn, and is left out (ValueError: no such font)"]
+    assert told == [f"{tmp_path / 'a.png'}: plot skipped, because drawing it failed (ValueError: no such font)"]
     assert try_to_draw(tmp_path / "a.png", lambda: None)
 
 

@@ -169,7 +169,7 @@ def test_bad_input_names_the_cure() -> None:
         create_model("vim2_smal")
     with pytest.raises(UserError, match="num_classes"):
         create_model("vim2_nano", num_clases=3)
-    with pytest.raises(UserError, match="at least one patch"):
+    with pytest.raises(UserError, match=r"must be at least model\.patch_size"):
         create_model("tsm2", lookback=4)
 
 

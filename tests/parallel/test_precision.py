@@ -87,7 +87,7 @@ def test_zero_refuses_fp16(strategy: str) -> None:
 
 
 def test_gather_takes_no_other_dtype() -> None:
-    with pytest.raises(UserError, match=r"parallel.gather is 'fp16': choose one of fp32, bf16"):
+    with pytest.raises(UserError, match=r"parallel.gather='fp16': choose one of fp32, bf16"):
         ParallelConfig(gather="fp16")
 
 

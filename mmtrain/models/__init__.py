@@ -1,8 +1,8 @@
-"""The models, built by name or from their configuration.
+"""The models, and functions that build them by name or from a configuration.
 
-Here belong the architectures (``vim2``, ``tsm2``), their parts (``mixers``, ``s6``, ``averaging``, ``stochastic``),
-their initial weights and the recurrent mode of a causal mixer (``streaming``). Kernels belong in ``mmtrain.ops``.
-Losses, optimizers and everything else that trains belong in ``mmtrain.tasks`` and ``mmtrain.train``.
+This package contains the architectures (``vim2``, ``tsm2``), their modules (``mixers``, ``s6``, ``averaging``,
+``stochastic``), their initialisation (``initialise``) and the recurrent mode of causal mixers (``streaming``). Kernels
+are in ``mmtrain.ops``, losses in ``mmtrain.tasks``, optimizers and the training loop in ``mmtrain.train``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mmtrain.errors import UserError
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The names that :func:`create_model` knows, filtered by a shell pattern such as ``vim2*``."""
+    """Return the names of the models, filtered by a shell pattern such as ``vim2*``."""
     MODELS.discover()
     return [name for name in MODELS if fnmatch.fnmatch(name, pattern)]
 
@@ -28,21 +28,24 @@ def list_models(pattern: str = "*") -> list[str]:
 def create_model(
     name: str, *, features_only: bool = False, out_indices: Sequence[int] | None = None, **overrides: Any
 ) -> nn.Module:
-    """Build the model called ``name``, with arguments of its configuration overridden.
+    """Build the model ``name``.
 
-    Examples: ``create_model("vim2_small", num_classes=10)``; ``create_model("vim2_tiny", features_only=True)`` gives
-    the pyramid of feature maps for dense tasks.
+    Example::
+
+        create_model("vim2_small", num_classes=10)
 
     Args:
-        out_indices: the stages of the pyramid (default: all).
+        features_only: return the pyramid of feature maps for dense tasks instead of the classifier.
+        out_indices: stages of the pyramid; default: all.
+        overrides: keys of the model's configuration, such as ``num_classes``.
 
     Raises:
-        UserError: for an unknown name or argument, with the nearest one.
+        UserError: for an unknown model or argument; the message suggests the nearest one.
     """
     model = build_model(preset(name, **overrides))
     if not features_only:
         if out_indices is not None:
-            raise UserError("out_indices goes with features_only=True")
+            raise UserError("out_indices: only valid with features_only=True")
         return model
     pyramid = getattr(model, "pyramid", None)
     if pyramid is None:
@@ -51,18 +54,27 @@ def create_model(
 
 
 def build_model(config: ModelConfig) -> nn.Module:
-    """Build the model that ``config`` describes, with fresh weights from torch's generator."""
+    """Build the model that ``config`` describes, with initial weights from torch's random generator."""
     return cast(nn.Module, MODELS.implementation(config)(config))
 
 
 def example_inputs(
     config: ModelConfig, *, batch: int = 1, image_size: tuple[int, int] = (224, 224), variates: int = 7
 ) -> tuple[Tensor | None, ...]:
-    """Zeros on the current default device, as the positional inputs of the model of ``config``."""
+    """Return example inputs of the model of ``config`` (zeros), as a tuple of positional arguments.
+
+    Args:
+        batch: number of samples.
+        image_size: height and width of images.
+        variates: number of variates of series.
+
+    Raises:
+        UserError: for a model that takes neither images nor series.
+    """
     if isinstance(config, ImageModelConfig):
         return (torch.zeros(batch, config.in_channels, *image_size),)
     if not isinstance(config, ForecasterConfig):
-        raise UserError(f"model '{config.name}': it takes neither images nor series, so its inputs are not known")
+        raise UserError(f"model '{config.name}': its inputs are unknown, because it takes neither images nor series")
     past, more = torch.zeros(batch, config.lookback, variates), config.auxiliary
     mask = torch.ones_like(past, dtype=torch.bool) if more.mask else None
     static = torch.zeros(batch, variates, more.static) if more.static else None

@@ -15,11 +15,14 @@ from mmtrain.ops import weighted_sum
 
 
 class WeightedAverage(nn.Module):
-    """A learnable weighted sum of the earlier token and channel outputs: the input of one mixer.
+    """The input of a mixer: a weighted sum of the outputs of earlier mixers, with learnable weights.
 
-    The four families of scalars α, β, θ, γ of the paper are the entries of ``weight``: one for each earlier output, in
-    the order in which they were made. They start at 1, so the sum starts as the residual stream of a pre-norm
-    network. The paper's second copy of the input (y⁰_Channel = y⁰_Token = x) has a weight of its own, starting at 0.
+    ``weight`` contains the scalars α, β, θ, γ of the paper, one for each earlier output in order of computation. They
+    are initialised to 1, so the sum initially equals the residual stream of a pre-norm network. The weight of the
+    paper's second copy of the input (y⁰_Channel = y⁰_Token = x) is ``input_copy``, initialised to 0.
+
+    Args:
+        earlier: number of earlier outputs, including the input of the stage.
     """
 
     def __init__(self, earlier: int) -> None:
@@ -34,16 +37,23 @@ class WeightedAverage(nn.Module):
         self.input_copy.zero_()
 
     def forward(self, outputs: list[Tensor]) -> Tensor:
-        """``outputs``: the stage's input, then each earlier mixer's output, all of one shape."""
+        """Return the weighted sum.
+
+        Args:
+            outputs: the input of the stage and the outputs of the earlier mixers, all of one shape.
+        """
         weight = torch.cat([self.weight[:1] + self.input_copy, self.weight[1:]])
         return weighted_sum(outputs, weight)
 
 
 class MixerStack(nn.Module):
-    """Mixers in sequence, each fed with the normalised weighted average of all earlier outputs.
+    """A sequence of mixers. The input of each is the normalised weighted average of all earlier outputs.
 
-    ``mixers[i]`` maps (B, ...) to the same shape *without* adding its input. With ``averaging`` off, the inputs are
-    the plain residual sums.
+    Args:
+        mixers: modules that map (B, ...) to the same shape, *without* a residual connection.
+        norms: the normalisation before each mixer.
+        drops: the dropout or drop path after each mixer.
+        averaging: False replaces the weighted averages by residual sums.
     """
 
     def __init__(
@@ -54,27 +64,27 @@ class MixerStack(nn.Module):
         self.norms = nn.ModuleList(norms)
         self.drops = nn.ModuleList(drops)
         self.averages = nn.ModuleList(WeightedAverage(i + 1) for i in range(len(mixers) + 1) if averaging)
-        #: Recompute every n-th mixer in the backward pass instead of keeping its activations; 0 for none.
+        #: Recompute the activations of every n-th mixer in the backward pass; 0: of none.
         self.checkpoint_every = 0
-        #: What torch.utils.checkpoint takes as ``context_fn``: which results are kept nevertheless.
+        #: The ``context_fn`` of torch.utils.checkpoint, which selects results that are saved and not recomputed.
         self.checkpoint_contexts: Callable[[], Any] = noop_context_fn
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch knows no autocast of the meta device, where models are counted
+        # The meta device, on which parameters are counted, has no autocast.
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-            x = x.float()  # what is summed over the depth stays float32, whatever made the first of it
+            x = x.float()  # sums over the depth are float32, also if a layer before returned a lower precision
         outputs = [x]
         stream = x
         for i in range(len(self.mixers)):
             if self.averages:
                 stream = self.averages[i](outputs)
             if self.checkpoint_every and self.training and i % self.checkpoint_every == 0:
-                # the masks of dropout must come out the same in the backward pass, where the keys are out of context
+                # The recomputation runs outside the context of the random keys, but must use the same dropout masks.
                 branch = with_current_keys(self._branch)
                 y = checkpoint(branch, stream, i, use_reentrant=False, context_fn=self.checkpoint_contexts)
             else:
                 y = self._branch(stream, i)
-            y = y.to(x.dtype)  # once, here: every later average would keep a copy of its own
+            y = y.to(x.dtype)  # once, here: otherwise each later average would convert and save a copy
             if self.averages:
                 outputs.append(y)
             else:
@@ -86,7 +96,7 @@ class MixerStack(nn.Module):
 
 
 def block_places(model: nn.Module) -> list[tuple[nn.ModuleList, int]]:
-    """Where the larger units of ``model`` are, every mixer and what stands between stages: a list and a place each."""
+    """Return the position of each block of ``model`` as (list, index). Blocks are mixers and down-sampling layers."""
     lists = [stack.mixers for stack in model.modules() if isinstance(stack, MixerStack)]
     downs = getattr(model, "downs", None)
     lists += [downs] if isinstance(downs, nn.ModuleList) else []
@@ -94,5 +104,5 @@ def block_places(model: nn.Module) -> list[tuple[nn.ModuleList, int]]:
 
 
 def model_blocks(model: nn.Module) -> list[nn.Module]:
-    """The units of ``model`` that are compiled, or gathered, one at a time."""
+    """Return the blocks of ``model``, which are compiled and sharded one at a time."""
     return [where[i] for where, i in block_places(model)]

@@ -1,7 +1,8 @@
-"""Initial weights: in place for a model of one's own, or as a pure function of a seed for the trainer.
+"""Initial weights of models.
 
-The trainer's weights depend on (seed, name of the module) alone, neither on the order in which modules are made nor on
-the rank that holds them. So every strategy of sharding starts from the same numbers.
+``initialise`` uses torch's generator, for models created in plain Python. The trainer uses ``initial_weights``: the
+weights of a module depend only on the seed and the name of the module. They depend neither on the order of creation nor
+on the rank, so every strategy starts from the same weights.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 
 
 def reset_module(module: nn.Module, linear_std: float | None = None) -> None:
-    """Give the parameters of ``module`` their initial values, from torch's generator.
+    """Initialise the parameters of ``module`` with torch's generator.
 
     Args:
-        linear_std: linear maps come from a truncated normal of this deviation, with biases of 0, as in timm's
-            hierarchical models; None leaves them torch's own initialisation.
+        linear_std: standard deviation of a truncated normal distribution for the weights of linear layers, whose biases
+            are then 0, as in timm's hierarchical models. None: torch's default initialisation.
     """
     if isinstance(module, nn.Linear) and linear_std is not None:
         nn.init.trunc_normal_(module.weight, std=linear_std)
@@ -30,7 +31,7 @@ def reset_module(module: nn.Module, linear_std: float | None = None) -> None:
 
 
 def initialise(model: nn.Module, linear_std: float | None = None) -> None:
-    """:func:`reset_module` for every part of ``model``, in order; not on the meta device, where there are no values."""
+    """Apply :func:`reset_module` to every module of ``model`` in order. On the meta device it does nothing."""
     if any(parameter.is_meta for parameter in model.parameters()):
         return
     for _, module in _owners(model):
@@ -38,10 +39,14 @@ def initialise(model: nn.Module, linear_std: float | None = None) -> None:
 
 
 def initial_weights(meta_model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Names and initial values (CPU) of the parameters of ``meta_model``, module by module.
+    """Yield the names and initial values (on the CPU) of the parameters of ``meta_model``, module by module.
 
-    ``meta_model`` is on the meta device and stays there: no more than one module is in memory at a time. Its class may
-    have a ``reset_module(module)`` that is used instead of ``module.reset_parameters()``.
+    Only one module is in memory at a time.
+
+    Args:
+        meta_model: a model on the meta device. If its class has a method ``reset_module(module)``, this initialises the
+            modules, else :func:`reset_module`.
+        seed: seed of the run.
     """
     reset = getattr(meta_model, "reset_module", reset_module)
     for name, module in _owners(meta_model):
@@ -56,13 +61,16 @@ def initial_weights(meta_model: nn.Module, seed: int) -> Iterator[tuple[str, Ten
 
 
 def _owners(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules that know how to reset all parameters below them, with their names."""
+    """Yield the names and outermost modules that have ``reset_parameters``. Together they own all parameters."""
     if hasattr(model, "reset_parameters"):
         yield prefix, model
         return
-    lost = [name for name, _ in model.named_parameters(recurse=False)]
-    if lost:
-        raise TypeError(f"{type(model).__name__} has {', '.join(lost)} and no reset_parameters to initialise them")
+    without = [name for name, _ in model.named_parameters(recurse=False)]
+    if without:
+        raise TypeError(
+            f"{type(model).__name__} has the parameters {', '.join(without)}, but no method reset_parameters:"
+            " add one that initialises them"
+        )
     for name, child in cast(dict[str, nn.Module], model._modules).items():
         if child is not None:
             yield from _owners(child, f"{prefix}.{name}" if prefix else name)

@@ -1,7 +1,7 @@
 """The selective token and channel mixers (paper, section "The MambaMixer block"), and the MLP of the ablations.
 
-A selective mixer maps x to Linear_out(scan(SiLU(Conv(Linear(x)))) ⊗ SiLU(Linear(x))) and does not add x. The attribute
-``mixes`` of every mixer says what it is in the paper's sense: "tokens" or "channels".
+A selective mixer maps x to Linear_out(scan(SiLU(Conv(Linear(x)))) ⊗ SiLU(Linear(x))), without a residual connection.
+The attribute ``mixes`` of a mixer is "tokens" or "channels", as defined in the paper.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ from mmtrain.ops import linear, selective_mix
 
 
 class Linear(nn.Linear):
-    """``torch.nn.Linear`` by :func:`mmtrain.ops.linear`."""
+    """``torch.nn.Linear`` computed by :func:`mmtrain.ops.linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
 
 
 class SequenceMixer(nn.Module):
-    """Mixes along the sequence x (B, L, dim) or (B, ..., L, ..., dim), the ``axis`` of a tensor of four dimensions.
+    """A mixer along the positions of a sequence x (B, L, dim), or along ``axis`` of a tensor with four dimensions.
 
-    The time mixer (one direction: a Mamba block) and, with the variates as the sequence, the variate mixer (two
-    directions) of TSM2.
+    TSM2 uses it as the time mixer (in one direction, a Mamba block) and as the variate mixer (in both directions).
     """
 
     axis = -2
@@ -49,7 +48,7 @@ class SequenceMixer(nn.Module):
         return self.out_proj(mixed.transpose(self.axis, -2))
 
 
-#: The directions of a scan over an image, as :data:`mmtrain.ops.arguments.NAMES` has them.
+#: The scan orders of each kind of image scan, as names of :data:`mmtrain.ops.arguments.NAMES`.
 IMAGE_SCANS: dict[str, tuple[str, ...]] = {
     "forward": ("rows",),
     "bidirectional": ("rows", "rows_reversed"),
@@ -58,11 +57,19 @@ IMAGE_SCANS: dict[str, tuple[str, ...]] = {
 
 
 class ImageTokenMixer(nn.Module):
-    """Mixes the tokens of an image x (B, H, W, dim): depthwise 3×3 convolution, scans, normalised sum, gate.
+    """A mixer of the tokens of an image x (B, H, W, dim).
 
-    ``scans``: ``cross`` (row-major, column-major, both reversed: ViM2), ``bidirectional`` (row-major both ways) or
-    ``forward``. Each direction has its own S6; with ``shared_conv`` one convolution serves them all (paper, Fig. 8),
-    else each has its own (Fig. 1, 6, 7). The outputs are averaged.
+    It applies a depthwise 3×3 convolution, one S6 per scan direction, the mean over directions, a layer norm and a
+    gate.
+
+    Args:
+        dim: width of x.
+        expand: width of the scans divided by dim.
+        state: state size of the scans.
+        scans: "cross" (row-major, column-major, and both reversed: ViM2), "bidirectional" (row-major and reversed) or
+            "forward".
+        shared_conv: use one convolution for all directions (paper, Fig. 8). Otherwise each direction has its own
+            (Fig. 1, 6, 7).
     """
 
     mixes = "tokens"
@@ -83,13 +90,17 @@ class ImageTokenMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         u, gate = self.in_proj(x).chunk(2, dim=-1)
-        # the view keeps the memory channels-last, which is what the scans want
+        # a view: the memory remains channels-last, which the scans read fastest
         u = u.permute(0, 3, 1, 2)
         grids = [F.silu(conv(u)).permute(0, 2, 3, 1) for conv in self.conv]
         return self.out_proj(self.norm(self._scan(grids)) * F.silu(gate))
 
     def _scan(self, grids: list[Tensor]) -> Tensor:
-        """The average of all directions, on one convolved grid (B, H, W, width) for all, or one for each."""
+        """Return the mean over all directions.
+
+        Args:
+            grids: outputs of the convolutions (B, H, W, width): one for all directions, or one for each.
+        """
         height = grids[0].shape[1]
         if len(grids) == 1:
             x = grids[0].flatten(1, 2)
@@ -104,12 +115,20 @@ class ImageTokenMixer(nn.Module):
 
 
 class ImageChannelMixer(nn.Module):
-    """Mixes the channels of an image x (B, H, W, dim) by scans along the (expanded) channel axis, in both directions.
+    """A mixer of the channels of an image x (B, H, W, dim), by scans along the channels in both directions.
 
-    Each element of that sequence carries the tokens of one ``window`` × ``window`` window as its features, partial
-    windows being zero-padded: so no parameter depends on the size of the image (our reading of "CW-Linear").
-    ``scans`` = 4 adds two scans with the tokens of a window in column-major order (paper, Fig. 7): for the channel axis
-    that only permutes the features, so two is the default.
+    The sequence consists of the (expanded) channels. The features of a channel are its values at the tokens of one
+    ``window`` × ``window`` window; incomplete windows are padded with zeros. Therefore no parameter depends on the size
+    of the image. This is our interpretation of the paper's "CW-Linear".
+
+    Args:
+        dim: width of x.
+        expand: number of scanned channels divided by dim.
+        state: state size of the scans.
+        window: side of the windows in tokens.
+        conv: kernel size of the convolution along the channels.
+        scans: 2, or 4 to add two scans with the tokens of a window in column-major order (paper, Fig. 7). These only
+            permute the features, so the default is 2.
     """
 
     mixes = "channels"
@@ -138,16 +157,16 @@ class ImageChannelMixer(nn.Module):
 
     @staticmethod
     def _along_channels(scan: nn.Module, windows: Tensor) -> Tensor:
-        """Scan windows (windows, tokens, width) with the sequence along the width."""
+        """Scan windows (windows, tokens, width) along the width."""
         return scan(windows.transpose(1, 2)).transpose(1, 2)
 
     def _turned(self, windows: Tensor) -> Tensor:
-        """The tokens of each window in column-major order."""
+        """Reorder the tokens of each window from row-major to column-major."""
         k = self.window
         return windows.view(-1, k, k, windows.shape[-1]).transpose(1, 2).reshape(windows.shape)
 
     def _partition(self, u: Tensor) -> Tensor:
-        """(B, H, W, width) → (B·windows, window², width), zero-padded at the bottom and the right."""
+        """Divide (B, H, W, width) into windows (B·windows, window², width). The bottom and right are zero-padded."""
         b, h, w, width = u.shape
         k = self.window
         u = F.pad(u, (0, 0, 0, -w % k, 0, -h % k))
@@ -155,7 +174,7 @@ class ImageChannelMixer(nn.Module):
         return u.view(b, rows, k, columns, k, width).transpose(2, 3).reshape(-1, k * k, width)
 
     def _merge(self, y: Tensor, h: int, w: int) -> Tensor:
-        """The inverse of :meth:`_partition`, without the padding."""
+        """Invert :meth:`_partition` and remove the padding."""
         k = self.window
         rows, columns = -(-h // k), -(-w // k)
         y = y.reshape(-1, rows, columns, k, k, y.shape[-1]).transpose(2, 3)
@@ -163,7 +182,7 @@ class ImageChannelMixer(nn.Module):
 
 
 class FeatureMLP(nn.Module):
-    """Linear, GELU, Linear on the features of x (..., dim): the ablations use it instead of a channel mixer."""
+    """Linear, GELU, Linear on the features of x (..., dim). It replaces the channel mixer in the ablations."""
 
     mixes = "channels"
 

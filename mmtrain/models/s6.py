@@ -1,4 +1,4 @@
-"""The selective state space model (S6) and its scans in two directions (paper, section "Selective SSM")."""
+"""The selective state space model S6 and its scans in one or two directions (paper, section "Selective SSM")."""
 
 from __future__ import annotations
 
@@ -10,26 +10,34 @@ from torch import Tensor, nn
 
 from mmtrain.ops import Direction, selective_mix
 
-#: Steps are initialised log-uniform in this range (Mamba).
+#: The step sizes Δ are initialised log-uniformly in this range, as in Mamba.
 _STEP_RANGE = (1e-3, 1e-1)
 
 
 def no_weight_decay(*parameters: nn.Parameter) -> None:
-    """Mark parameters that the optimizer must not decay."""
+    """Exclude parameters from weight decay."""
     for parameter in parameters:
         parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
 
 class S6(nn.Module):
-    """One selective scan over sequences of ``features`` channels, with its own B, C and Δ.
+    """The parameters of one selective scan over sequences with ``features`` channels.
 
-    B_t = Linear_B(x_t), C_t = Linear_C(x_t), Δ_t = softplus(Linear_Δ(x_t)) of rank ``rank``;
-    h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t, y_t = C_t h_t + D x_t. The parameters carry Mamba's names. Calling the
-    module gives them as one direction of :func:`mmtrain.ops.selective_mix`, which runs all of a mixer's at once.
-    ``A_log``, ``D`` and the bias of Δ stay in float32 and take no weight decay.
+        B_t = Linear_B(x_t),  C_t = Linear_C(x_t),  Δ_t = softplus(Linear_Δ(x_t)), of rank ``rank``
+        h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t
+        y_t = C_t h_t + D x_t
+
+    The parameters have the names of Mamba's. ``forward`` returns them as a direction for
+    :func:`mmtrain.ops.selective_mix`, which runs all directions of a mixer at once. ``A_log``, ``D`` and the bias of Δ
+    are always float32 and have no weight decay.
+
+    Args:
+        features: number of channels.
+        state: state size N.
+        rank: rank of Δ; default: features / 16, rounded up.
     """
 
-    #: Nobody may keep or send these parameters in less than float32.
+    #: These parameters must not be stored or communicated in lower precision than float32.
     keep_float32 = True
 
     def __init__(self, features: int, state: int = 16, rank: int | None = None) -> None:
@@ -46,20 +54,20 @@ class S6(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         if self.A_log.is_meta:
-            return  # no values to set; the arithmetic below takes seconds there, for nothing
+            return  # there are no values, and the computation below is slow on the meta device
         self.x_proj.reset_parameters()
         nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
         low, high = (math.log(bound) for bound in _STEP_RANGE)
         step = torch.exp(torch.rand_like(self.dt_proj.bias) * (high - low) + low).clamp(min=1e-4)
-        # the inverse of softplus, so that softplus(bias) is the step
+        # the inverse of softplus, so that softplus(bias) = step
         self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
         self.A_log.copy_(torch.log(torch.arange(1, self.state + 1, dtype=torch.float32)).expand_as(self.A_log))
         self.D.fill_(1.0)
 
     def forward(self, order: str = "rows") -> Direction:
-        """What :func:`mmtrain.ops.selective_mix` takes for this scan in an order.
+        """Return the parameters as a direction of :func:`mmtrain.ops.selective_mix` with the given scan order.
 
-        Copies, which outlive this call: what gathers the parameters of a module for its forward lets go of them after.
+        The tensors are copies, because FSDP frees gathered parameters after the forward call of a module.
         """
         return Direction(
             self.x_proj.weight.clone(),
@@ -71,16 +79,27 @@ class S6(nn.Module):
         )
 
     def scan(self, x: Tensor, order: str = "rows", height: int = 1) -> Tensor:
-        """Scan x (B, L, features) in an order of :data:`mmtrain.ops.arguments.NAMES`; returns y (B, L, features)."""
+        """Scan x (B, L, features) and return y (B, L, features).
+
+        Args:
+            order: one of :data:`mmtrain.ops.arguments.NAMES`.
+            height: number of rows of the grid; 1 for a sequence.
+        """
         return selective_mix(x, [self(order)], height=height)
 
 
 class DirectionalScan(nn.Module):
-    """S6 along a sequence in one or two directions, each with its own parameters; the outputs are averaged.
+    """The mean of S6 scans along a sequence in one or two directions, each with its own parameters.
 
-    With ``conv`` > 0 each direction first takes its own causal depthwise convolution of that many taps and SiLU
-    ("forward = SiLU(Conv1d(x)), backward the same on Flip(x)"). Averaging instead of adding keeps the scale of the
-    activations at initialisation, and is the sum itself for one direction.
+    The mean, in contrast to the sum, preserves the scale of the activations at initialisation.
+
+    Args:
+        features: number of channels.
+        state: state size N.
+        rank: rank of Δ.
+        bidirectional: scan in both directions, else only forward.
+        conv: kernel size of a causal depthwise convolution with SiLU before each scan; 0: none. The paper has
+            SiLU(Conv1d(x)) for the forward direction and the same on Flip(x) for the backward direction.
     """
 
     def __init__(
@@ -94,7 +113,12 @@ class DirectionalScan(nn.Module):
         )
 
     def forward(self, x: Tensor, gated: bool = False) -> Tensor:
-        """x (B, L, features) → the same; ``gated``: (B, L, 2·features), the second half the gate before its SiLU."""
+        """Return the mean over the directions, (B, L, features).
+
+        Args:
+            x: (B, L, features), or (B, L, 2·features) if ``gated``.
+            gated: the second half of x is a gate; multiply the result by its SiLU.
+        """
         orders = ("rows_reversed" if reverse else "rows" for reverse in self.reverse)
         directions = [ssm(order) for ssm, order in zip(self.ssm, orders, strict=True)]
         for i, conv in enumerate(self.conv):

@@ -1,8 +1,8 @@
-"""Dropout and stochastic depth whose randomness belongs to the sample, not to the process.
+"""Dropout and drop path with masks that depend on the sample, not on the process.
 
-In training the mask of a sample is a pure function of (its random key, the layer, the position in the activation).
-So it is the same whatever the batch is split into, on any number of ranks, and after any restart, and there is no
-generator state to save. Without keys (a model used from plain Python) the masks come from torch's generator.
+In training, the mask of a sample is a pure function of its random key, the layer and the position in the activation.
+It does not depend on how the batch is split over ranks and micro-batches, it is the same after a restart, and there is
+no generator state to save. Without random keys, as in plain Python code, the masks come from torch's generator.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ _keys: Tensor | None = None
 
 @contextmanager
 def sample_keys(keys: Tensor) -> Iterator[None]:
-    """Within the context, stochastic layers draw from ``keys`` (B,) int64: one random key a sample of the batch."""
+    """Use random keys in the stochastic layers within the context.
+
+    Args:
+        keys: (B,) int64, one random key per sample of the batch.
+    """
     global _keys
     before, _keys = _keys, keys
     try:
@@ -36,7 +40,7 @@ def sample_keys(keys: Tensor) -> Iterator[None]:
 
 
 def with_current_keys(function: Callable[P, R]) -> Callable[P, R]:
-    """``function``, to be called later (in a recomputation) with the keys that are in force now."""
+    """Wrap ``function`` so that later calls, as in a recomputation, use the random keys that are active now."""
     keys = _keys
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -49,24 +53,24 @@ def with_current_keys(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def name_streams(model: nn.Module) -> None:
-    """Give every stochastic layer of ``model`` its own stream of randomness, from its name."""
+    """Set the random stream of every stochastic layer of ``model`` to a hash of its name."""
     for name, module in model.named_modules():
         if isinstance(module, _Stochastic):
             module.stream = zlib.crc32(name.encode())
 
 
 def _seeds(x: Tensor, stream: int) -> Tensor:
-    """One int32 for each sample of x (B, ...): of its key and the layer, or of torch's generator without keys."""
+    """Return a seed (int32) for each sample of x (B, ...), from its key and the layer, or from torch's generator."""
     if _keys is None:
         return torch.randint(-(2**31), 2**31, (x.shape[0],), dtype=torch.int32, device=x.device)
     if len(_keys) != x.shape[0]:
-        raise ValueError(f"{len(_keys)} sample keys for a batch of {x.shape[0]}: the batch must stay dimension 0")
+        raise ValueError(f"{len(_keys)} random keys for a batch of {x.shape[0]}: dimension 0 must be the batch")
     low, high = (_keys + stream) & 0xFFFFFFFF, (_keys >> 32) & 0xFFFFFFFF
     return mix32(mix32(_to_int32(low)) ^ _to_int32(high)).to(x.device)
 
 
 def _to_int32(x: Tensor) -> Tensor:
-    """The low 32 bits of int64 ``x`` in [0, 2³²), as a signed number."""
+    """Reinterpret int64 ``x`` in [0, 2³²) as signed 32-bit integers."""
     return torch.where(x >= 2**31, x - 2**32, x).to(torch.int32)
 
 
@@ -82,7 +86,7 @@ class _Stochastic(nn.Module):
 
 
 class SampleDropout(_Stochastic):
-    """Dropout of elements of x (B, ...) with probability ``drop``; what is kept is scaled by 1/(1 - drop)."""
+    """Dropout: set elements of x (B, ...) to 0 with probability ``drop`` and multiply the others by 1/(1 - drop)."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.drop == 0:
@@ -91,7 +95,7 @@ class SampleDropout(_Stochastic):
 
 
 class DropPath(_Stochastic):
-    """Stochastic depth: drop the whole branch x (B, ...) of a sample with probability ``drop``, scale the kept ones."""
+    """Drop path: set all of a sample in x (B, ...) to 0 with probability ``drop``; multiply others by 1/(1 - drop)."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.drop == 0:

@@ -1,15 +1,15 @@
-"""The recurrent mode of a causal mixer: one position at a time, from a state of fixed size (Mamba, section 3.3).
+"""The recurrent mode of a causal mixer, which processes one position at a time (Mamba, section 3.3).
 
-A :class:`SequenceMixer` of one direction (TSM2's time mixer) is a causal convolution and a linear recurrence. The last
-inputs of the convolution and the state of the S6 sum up what it has read, so a step costs the same after ten positions
-as after a million.
+A :class:`SequenceMixer` of one direction (TSM2's time mixer) is a causal convolution followed by a linear recurrence.
+Its state has a fixed size: the last inputs of the convolution and the state of the S6. So the cost of a step does not
+depend on the number of earlier positions.
 
     y, state = prefill(mixer, past)             # (B, L, dim), in parallel
     y_next, state = step(mixer, x_next, state)  # (B, dim)
 
-A whole TSM2 cannot stream: its window normalisation, its 2-D normalisation over time and features and its head look at
-the whole look-back, so one more observation changes every token. Call the model on the new window instead. The variate
-mixer and the image mixers scan in two or more directions and have no such state either.
+A complete TSM2 has no recurrent mode: its window normalisation, its 2-D normalisation and its head depend on the whole
+lookback, so one more observation changes every token. Call the model on the new window instead. The variate mixer and
+the image mixers have no recurrent mode either, because they scan in two or more directions.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from mmtrain.ops.mix import scan_one
 
 @dataclass(frozen=True)
 class SequenceState:
-    """What a causal mixer remembers. A step makes a new state and leaves the old one as it is.
+    """The state of a causal mixer of width E. A step returns a new state and does not change the old one.
 
-    ``conv``: (B, E, K - 1), the last inputs of the convolution, oldest first (K taps; no elements without one).
-    ``ssm``: (B, E, N), h of the S6. E is the width of the mixer. Both float32 unless :func:`start` was told otherwise.
+    Attributes:
+        conv: (B, E, K - 1) last inputs of the convolution with K taps, oldest first. Empty without a convolution.
+        ssm: (B, E, N) state of the S6. Both are float32 unless :func:`start` was called with another dtype.
     """
 
     conv: Tensor
@@ -40,7 +41,7 @@ class SequenceState:
 
 
 def _parts(mixer: SequenceMixer) -> tuple[nn.Conv1d | None, S6]:
-    """The one convolution and S6 of a causal mixer.
+    """Return the convolution (or None) and the S6 of a causal mixer.
 
     Raises:
         ValueError: for a bidirectional mixer.
@@ -48,8 +49,8 @@ def _parts(mixer: SequenceMixer) -> tuple[nn.Conv1d | None, S6]:
     scan = mixer.scan
     if len(scan.ssm) != 1 or any(scan.reverse):
         raise ValueError(
-            f"this {type(mixer).__name__} scans from the end as well: its output at a position depends on what comes "
-            "later, so it has no recurrent mode. Stream a mixer made with bidirectional=False"
+            f"this {type(mixer).__name__} is bidirectional: its output at a position depends on later positions, so "
+            "it has no recurrent mode. Use a mixer with bidirectional=False"
         )
     return (cast(nn.Conv1d, scan.conv[0]) if len(scan.conv) else None), cast(S6, scan.ssm[0])
 
@@ -57,7 +58,11 @@ def _parts(mixer: SequenceMixer) -> tuple[nn.Conv1d | None, S6]:
 def start(
     mixer: SequenceMixer, batch: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
 ) -> SequenceState:
-    """The state before the first position: zeros. ``device`` defaults to the mixer's.
+    """Return the state before the first position, zeros.
+
+    Args:
+        batch: number of sequences.
+        device: default: the device of the mixer.
 
     Raises:
         ValueError: for a bidirectional mixer.
@@ -73,10 +78,11 @@ def start(
 
 
 def step(mixer: SequenceMixer, x: Tensor, state: SequenceState) -> tuple[Tensor, SequenceState]:
-    """One position: y of x, and the state after it. Equals the full forward at that position.
+    """Process one position. The result equals that of ``SequenceMixer.forward`` at this position.
 
     Args:
-        x: (B, dim).
+        x: (B, dim) input at the position.
+        state: the state before the position.
 
     Returns:
         y (B, dim) in the dtype of the mixer's projections, and the new state.
@@ -87,7 +93,7 @@ def step(mixer: SequenceMixer, x: Tensor, state: SequenceState) -> tuple[Tensor,
     conv, s6 = _parts(mixer)
     if x.ndim != 2 or x.shape != (state.ssm.shape[0], mixer.in_proj.in_features):
         raise ValueError(
-            f"x has shape {tuple(x.shape)}: a step takes one position, "
+            f"x has shape {tuple(x.shape)}, expected one position, "
             f"({state.ssm.shape[0]} sequences of the state, {mixer.in_proj.in_features} features)"
         )
     dtype = state.ssm.dtype
@@ -107,7 +113,7 @@ def step(mixer: SequenceMixer, x: Tensor, state: SequenceState) -> tuple[Tensor,
 
 
 def prefill(mixer: SequenceMixer, x: Tensor) -> tuple[Tensor, SequenceState]:
-    """The full forward of a prefix, and the state to go on from with :func:`step`.
+    """Process a prefix in parallel, and return the state from which :func:`step` continues.
 
     Args:
         x: (B, L, dim), L >= 1.
@@ -116,11 +122,11 @@ def prefill(mixer: SequenceMixer, x: Tensor) -> tuple[Tensor, SequenceState]:
         y (B, L, dim), equal to ``SequenceMixer.forward``, and the state after position L.
 
     Raises:
-        ValueError: for a bidirectional mixer or another shape of x.
+        ValueError: for a bidirectional mixer, or if the shape of x does not fit.
     """
     conv, s6 = _parts(mixer)
     if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != mixer.in_proj.in_features:
-        raise ValueError(f"x has shape {tuple(x.shape)}: give sequences (B, L, {mixer.in_proj.in_features})")
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, L, {mixer.in_proj.in_features}) with L >= 1")
     empty = start(mixer, x.shape[0], device=x.device)
     u, gate = mixer.in_proj(x).chunk(2, dim=-1)
     window = empty.conv

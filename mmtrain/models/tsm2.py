@@ -1,11 +1,11 @@
 """TSM2, the time-series MambaMixer (paper, section "TSM2").
 
-- Each variate is cut into patches on its own and embedded with shared weights.
-- A causal time mixer over the patches and a bidirectional mixer over the variates take turns.
-- Weighted averaging of earlier features takes the place of residual connections.
-- Static and known-future inputs (equations 21-24) stand beside the series, missing values are masked, and quantiles or
-  a Student-t come with the point forecast.
-- No weight depends on the number of variates.
+- Each variate is divided into patches, which are embedded with shared weights.
+- Blocks consist of a causal time mixer over the patches and a bidirectional mixer over the variates.
+- Weighted averaging of earlier features replaces residual connections.
+- Static and known-future inputs (equations 21-24) are appended to the series. Missing values can be masked. Quantiles
+  or a Student t distribution can be forecast in addition to the point forecast.
+- The shapes of the weights do not depend on the number of variates.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from mmtrain.models.stochastic import SampleDropout, name_streams
 
 
 class TimeMixer(SequenceMixer):
-    """The mixer along the patches of x (B, M, P, dim), each variate on its own; causal unless bidirectional."""
+    """A mixer along the patches of x (B, M, P, dim), for each variate separately. It is causal unless bidirectional."""
 
 
 class LinearTimeMixer(nn.Module):
-    """One linear map along the patches of x (B, M, P, dim): the time half of the ablation "Mamba + linear time"."""
+    """A linear map along the patches of x (B, M, P, dim): the time mixer of the ablation "Mamba + linear time"."""
 
     mixes = "tokens"
 
@@ -41,14 +41,14 @@ class LinearTimeMixer(nn.Module):
 
 
 class VariateMixer(SequenceMixer):
-    """The bidirectional mixer along the variates of x (B, M, P, dim), each patch position on its own."""
+    """A mixer along the variates of x (B, M, P, dim), for each patch position separately."""
 
     axis = 1
     mixes = "channels"
 
 
 def _mixers(c: TSM2Config, patches: int) -> list[nn.Module]:
-    """One block: the time mixer and, unless it is ``none``, the variate mixer."""
+    """Return the mixers of one block: the time mixer and, unless it is ``none``, the variate mixer."""
     both = c.block == "bidirectional"
     found: list[nn.Module] = [
         TimeMixer(c.dim, expand=c.expand, state=c.state, conv=c.conv, bidirectional=both)
@@ -64,7 +64,7 @@ def _mixers(c: TSM2Config, patches: int) -> list[nn.Module]:
 
 
 class TimeFeatureNorm(nn.Module):
-    """2-D normalisation: each variate of x (B, M, P, dim) over time and features at once, with a gain a feature."""
+    """2-D normalisation of x (B, M, P, dim) over patches and features, with a gain and a bias for each feature."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -82,11 +82,14 @@ class TimeFeatureNorm(nn.Module):
 
 
 class AuxiliaryInputs(nn.Module):
-    """S_proj = Linear(S) and Z_proj = Linear(ChannelMixer(Z)), each (B, M, lookback), to stand beside the series.
+    """Projections of the static input S and the known-future input Z to the length of the lookback.
 
-    The input of the mixers becomes x ‖ Z_proj ‖ S_proj along the time, up to three times as long. Our reading of
-    ChannelMixer(Z): the C_Z numbers of a step are embedded, mixed over the variates in both directions, and mapped to
-    one number a step; Linear then maps T_Z steps to the look-back. No weight depends on the number of variates.
+    S_proj = Linear(S) and Z_proj = Linear(ChannelMixer(Z)) are (B, M, lookback) each. They are appended to x along
+    time: x ‖ Z_proj ‖ S_proj is up to three times as long as x.
+
+    ChannelMixer(Z) is our interpretation of the paper: the C_Z values of a time step are embedded, mixed over the
+    variates in both directions, and mapped to one value per time step. The linear map then reduces T_Z time steps to
+    the lookback.
     """
 
     def __init__(self, config: TSM2Config) -> None:
@@ -104,14 +107,19 @@ class AuxiliaryInputs(nn.Module):
 
     @property
     def parts(self) -> int:
-        """How many sequences of the look-back's length are appended."""
+        """Number of appended sequences, each as long as the lookback."""
         return (self.static is not None) + (self.known_embed is not None)
 
     def forward(self, static: Tensor | None, known: Tensor | None, x: Tensor) -> list[Tensor]:
-        """static (B, M, C_S), known (B, T_Z, M, C_Z), x (B, M, L) → the projections that the model has, known first.
+        """Return the projections of the inputs that the model has, (B, M, lookback) each: known, then static.
+
+        Args:
+            static: (B, M, C_S).
+            known: (B, T_Z, M, C_Z).
+            x: (B, M, lookback) the series.
 
         Raises:
-            ValueError: for an input that is missing, not wanted, or of another shape.
+            ValueError: if an input is missing, unexpected or of the wrong shape.
         """
         b, m, _ = x.shape
         c = self.config
@@ -132,17 +140,20 @@ class AuxiliaryInputs(nn.Module):
 
 
 def _check(name: str, given: Tensor | None, shape: tuple[int, ...], keys: str) -> None:
-    wanted = shape[-1] > 0
-    if wanted and given is None:
+    expected = shape[-1] > 0
+    if expected and given is None:
         raise ValueError(f"{name} is missing: this model needs it with shape {shape} ({keys})")
-    if given is not None and not wanted:
-        raise ValueError(f"{name} was given, but this model was made without it ({keys})")
+    if given is not None and not expected:
+        raise ValueError(f"{name} was given, but this model does not use it ({keys}): leave it out")
     if given is not None and torch.Size(shape) != given.shape:
-        raise ValueError(f"{name} has shape {tuple(given.shape)}: this model needs {shape} ({keys})")
+        raise ValueError(f"{name} has shape {tuple(given.shape)}, expected {shape} ({keys})")
 
 
 class LinearPath(Linear):
-    """From the look-back to the horizon. It starts at 0: as the mean of the look-back, which the window norm takes."""
+    """A linear map from the lookback to the forecast, initialised to 0.
+
+    The initial forecast is then the mean of the lookback, which the window normalisation adds.
+    """
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -151,9 +162,12 @@ class LinearPath(Linear):
 
 @dataclass(frozen=True)
 class Forecasts:
-    """``point`` (B, horizon, M); ``quantiles`` (B, horizon, M, Q), rising in Q; ``distribution`` of (B, horizon, M).
+    """A forecast in the units of the input.
 
-    All in the units of the input; what the model was not made for is None.
+    Attributes:
+        point: (B, horizon, M).
+        quantiles: (B, horizon, M, Q), increasing along Q, or None if the model has no quantiles.
+        distribution: Student t distribution of shape (B, horizon, M), or None if the model has none.
     """
 
     point: Tensor
@@ -163,11 +177,7 @@ class Forecasts:
 
 @MODELS.implements(TSM2Config)
 class TSM2(nn.Module):
-    """Forecaster: past (B, lookback, M) → future (B, horizon, M), in the units of its input.
-
-    Raises:
-        ValueError: for inputs whose shape is not the one that the model was made for.
-    """
+    """A forecaster that maps the past (B, lookback, M) to the future (B, horizon, M), in the units of the input."""
 
     def __init__(self, config: TSM2Config) -> None:
         super().__init__()
@@ -198,14 +208,17 @@ class TSM2(nn.Module):
         known: Tensor | None = None,
         full: bool = False,
     ) -> Tensor | Forecasts:
-        """The point forecast (B, horizon, M); with ``full`` also what ``config.output`` puts beside it.
+        """Return the point forecast (B, horizon, M), or :class:`Forecasts` if ``full``.
 
         Args:
             past: (B, lookback, M).
-            mask: (B, lookback, M), True where ``past`` was observed; what is not may hold anything, NaN too.
-            static: (B, M, C_S), for a model with ``static_features``.
-            known: (B, T_Z, M, C_Z), known in advance, for a model with ``future_features``.
-            full: return :class:`Forecasts` instead of the point alone.
+            mask: (B, lookback, M), True where ``past`` was observed. Other values are ignored and may be NaN.
+            static: (B, M, C_S) static input, for a model with ``static_features``.
+            known: (B, T_Z, M, C_Z) known-future input, for a model with ``future_features``.
+            full: also return the quantiles or the distribution of ``config.output``.
+
+        Raises:
+            ValueError: if the shape of an input does not fit the configuration of the model.
         """
         point, spread = self._forecast(past, mask, static, known)
         if not full:
@@ -218,18 +231,22 @@ class TSM2(nn.Module):
         return Forecasts(point, distribution=StudentT(2 + F.softplus(freedom), point, scale))
 
     def set_grad_checkpointing(self, enable: bool = True, every: int = 1) -> None:
-        """Recompute every ``every``-th mixer's activations in the backward pass: less memory for more time."""
+        """Recompute the activations of every ``every``-th mixer in the backward pass, which saves memory."""
         self.blocks.checkpoint_every = every if enable else 0
 
     def _forecast(
         self, past: Tensor, mask: Tensor | None, static: Tensor | None, known: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The point (B, horizon, M) and the raw spread (B, horizon, M, K), its scale in the units of the input."""
+        """Return the point forecast (B, horizon, M) and the spread (B, horizon, M, K), None for point models.
+
+        The spread is the distances of the K quantiles, or the scale and the raw degrees of freedom of the Student t
+        distribution. Distances and scale are in the units of the input.
+        """
         c = self.config
         if past.ndim != 3 or past.shape[1] != c.lookback:
-            raise ValueError(f"past has shape {tuple(past.shape)}: give windows (B, {c.lookback}, variates)")
+            raise ValueError(f"past has shape {tuple(past.shape)}, expected (B, {c.lookback}, variates)")
         if mask is not None and mask.shape != past.shape:
-            raise ValueError(f"mask has shape {tuple(mask.shape)}: give one of past's, {tuple(past.shape)}")
+            raise ValueError(f"mask has shape {tuple(mask.shape)}, expected the shape of past, {tuple(past.shape)}")
         seen = None if mask is None else mask.transpose(1, 2)
         x, mean, std = self._window_norm(past.transpose(1, 2), seen)
         y = self.norm(self.blocks(self._tokens(x, seen, static, known))).flatten(2)
@@ -242,18 +259,19 @@ class TSM2(nn.Module):
             return point, None
         spread = self.spread(y).unflatten(-1, (c.horizon, -1)).transpose(1, 2)
         scale = (F.softplus(spread) * std.transpose(1, 2).unsqueeze(-1)).clamp(min=1e-6)
-        # quantiles are spaced by scales; of the Student-t only the first number is one
+        # all values are distances of quantiles; for the Student t distribution only the first is a scale
         return point, scale if c.output == "quantiles" else torch.cat([scale[..., :1], spread[..., 1:]], -1)
 
     def _tokens(self, x: Tensor, seen: Tensor | None, static: Tensor | None, known: Tensor | None) -> Tensor:
-        """Patches of x (B, M, L) and of the auxiliary inputs, embedded: (B, M, P, dim)."""
+        """Return the embedded patches (B, M, P, dim) of x (B, M, lookback) and of the auxiliary inputs."""
         c = self.config
         whole = x
         if self.auxiliary is not None:
             whole = torch.cat([x, *self.auxiliary(static, known, x)], -1)
         elif static is not None or known is not None:
             raise ValueError(
-                "this model was made without auxiliary inputs: set model.static_features or future_features"
+                "static or known was given, but this model has no such input: set model.static_features or"
+                " model.future_features"
             )
         tokens = self.embed(whole.unfold(-1, c.patch_size, c.patch_stride))
         if self.embed_missing is not None and seen is not None:
@@ -262,7 +280,7 @@ class TSM2(nn.Module):
         return tokens
 
     def _window_norm(self, x: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, M, L) with what is missing at 0, and what the forecast gets back: mean, deviation (B, M, 1)."""
+        """Normalise x (B, M, lookback) and set missing values to 0. Return it with the mean and deviation (B, M, 1)."""
         x, count = (x, None) if seen is None else (x.masked_fill(~seen, 0), seen.sum(-1, keepdim=True).clamp(min=1))
         zero, one = x.new_zeros(*x.shape[:2], 1), x.new_ones(*x.shape[:2], 1)
         if self.config.window_norm == "none":
@@ -276,13 +294,13 @@ class TSM2(nn.Module):
         return x / std, mean, std
 
     def _quantiles(self, point: Tensor, gaps: Tensor) -> Tensor:
-        """Quantiles that never cross: rising by positive gaps, centred so that the middle one is at the point."""
+        """Return quantiles that do not cross: cumulative sums of positive ``gaps``, with the median at ``point``."""
         ladder = gaps.cumsum(-1)
         middle = min(range(len(self.config.quantiles)), key=lambda i: abs(self.config.quantiles[i] - 0.5))
         return point.unsqueeze(-1) + ladder - ladder[..., middle : middle + 1]
 
     def stage_parts(self) -> list[tuple[str, list[str], str]]:
-        """Name, modules and module of the output of each row of the table of stages."""
+        """Return the rows of the table of stages: (name, modules of the stage, module whose output is shown)."""
         parts = [("embed", ["auxiliary", "embed", "embed_missing"], "embed")]
         count = len(self.blocks.mixers)
         for i, mixer in enumerate(self.blocks.mixers):

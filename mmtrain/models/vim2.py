@@ -1,9 +1,9 @@
-"""ViM2, the vision MambaMixer (paper, section "ViM2"): a hierarchy of token and channel mixers.
+"""ViM2, the vision MambaMixer (paper, section "ViM2"): a hierarchical model of token and channel mixers.
 
-- A stem and four stages at strides 4, 8, 16, 32 (other sizes by configuration) take images of any size.
-- A stage has groups of two token mixers (cross-scan) and one channel mixer.
-- Weighted averaging of earlier features within a stage takes the place of residual connections.
-- The model has the methods of timm's models: features, head reset, checkpointing, groups for layer decay.
+- A stem is followed by four stages with strides 4, 8, 16 and 32 (configurable). Images may have any size.
+- A stage consists of groups of two token mixers (cross-scan) and one channel mixer.
+- Weighted averaging of earlier features within a stage replaces residual connections.
+- The model has the methods of timm's models: features, head reset, recomputation, groups for layer decay.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from mmtrain.models.initialise import initialise, reset_module
 from mmtrain.models.mixers import FeatureMLP, ImageChannelMixer, ImageTokenMixer, Linear
 from mmtrain.models.stochastic import DropPath, name_streams
 
-#: The scans of each block variant (Fig. 1, 6, 7, 8): of the tokens, whether these share a convolution, of the channels.
+#: For each block variant (Fig. 1, 6, 7, 8): token scans, whether they share a convolution, number of channel scans.
 BLOCKS: dict[str, tuple[str, bool, int]] = {
     "bidirectional": ("bidirectional", False, 2),
     "unidirectional": ("forward", False, 2),
     "multi_scan": ("cross", False, 4),
     "shared_conv": ("cross", True, 2),
 }
-#: The deviation of the truncated normal that linear maps start from.
+#: Standard deviation of the truncated normal distribution that initialises linear layers.
 _LINEAR_STD = 0.02
 
 
 class PatchMerging(nn.Module):
-    """2× down-sampling x (B, H, W, C) → (B, ⌈H/2⌉, ⌈W/2⌉, 2C): the four neighbours joined, normalised, projected."""
+    """Down-sample x (B, H, W, dim) to (B, ⌈H/2⌉, ⌈W/2⌉, out): concatenate 2 × 2 tokens, normalise, project."""
 
     def __init__(self, dim: int, out: int) -> None:
         super().__init__()
@@ -49,10 +49,10 @@ class PatchMerging(nn.Module):
 
 @MODELS.implements(ViM2Config)
 class ViM2(nn.Module):
-    """Image classifier: x (B, in_channels, H, W) → logits (B, num_classes).
+    """An image classifier that maps x (B, in_channels, H, W) to logits (B, num_classes).
 
     Raises:
-        ValueError: for a wrong number of channels, or an image smaller than the stem's stride.
+        ValueError: in ``forward``, for a wrong number of channels or an image smaller than a patch.
     """
 
     def __init__(self, config: ViM2Config) -> None:
@@ -95,26 +95,26 @@ class ViM2(nn.Module):
 
     @staticmethod
     def reset_module(module: nn.Module) -> None:
-        """Initial values for one module of a ViM2."""
+        """Initialise one module of a ViM2."""
         reset_module(module, _LINEAR_STD)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The normalised output of the last stage, (B, H, W, num_features)."""
+        """Return the normalised output of the last stage, (B, H, W, num_features)."""
         return self.norm(self.features(x)[-1])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Average pool, then the linear head unless ``pre_logits``."""
+        """Average x over its tokens and apply the linear head, which ``pre_logits`` leaves out."""
         pooled = x.mean(dim=(1, 2))
         return pooled if pre_logits else self.head(pooled)
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """The output of each stage, (B, H_i, W_i, dims[i])."""
+        """Return the output of each stage i, (B, H_i, W_i, dims[i])."""
         p = self.config.patch_size
         if x.ndim != 4 or x.shape[1] != self.config.in_channels:
-            raise ValueError(f"x has shape {tuple(x.shape)}: give images (B, {self.config.in_channels}, H, W)")
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, {self.config.in_channels}, H, W)")
         if min(x.shape[2:]) < p:
             raise ValueError(f"x has images of {x.shape[2]}×{x.shape[3]} pixels: they must be at least {p}×{p}")
         x = F.pad(x, (0, -x.shape[3] % p, 0, -x.shape[2] % p))
@@ -125,13 +125,13 @@ class ViM2(nn.Module):
             found.append(x)
         return found
 
-    # ------------------------------------------------------------------ what timm's tools ask for
+    # ------------------------------------------------------------------ methods that timm's tools call
 
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
-        """A fresh head for ``num_classes`` classes; 0 leaves the pooled features."""
+        """Replace the head by a new one for ``num_classes`` classes; 0: no head, return the pooled features."""
         self.config.num_classes = num_classes
         self.head = Linear(self.num_features, num_classes) if num_classes else nn.Identity()  # type: ignore[assignment]
         if isinstance(self.head, nn.Linear):
@@ -139,28 +139,32 @@ class ViM2(nn.Module):
             self.head.to(next(self.norm.parameters()).device)
 
     def set_grad_checkpointing(self, enable: bool = True, every: int = 1) -> None:
-        """Recompute every ``every``-th mixer's activations in the backward pass: less memory for more time."""
+        """Recompute the activations of every ``every``-th mixer in the backward pass, which saves memory."""
         for stage in self.stages:
             cast(MixerStack, stage).checkpoint_every = every if enable else 0
 
     def no_weight_decay(self) -> set[str]:
-        """The names of the parameters that must not decay."""
+        """Return the names of the parameters without weight decay."""
         return {name for name, p in self.named_parameters() if getattr(p, "_no_weight_decay", False)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers in order, for ``timm.optim.param_groups_layer_decay``: a group a stage if ``coarse``, else a mixer."""
-        last = r"^norm"  # with the last mixer; the head is a group of its own
+        """Return the groups of layers for ``timm.optim.param_groups_layer_decay``.
+
+        Args:
+            coarse: one group per stage, else one per mixer.
+        """
+        last = r"^norm"  # in the group of the last mixer; the head is a separate group
         if coarse:
             return {"stem": r"^stem", "blocks": [(r"^(?:stages|downs)\.(\d+)", None), (last, (99999,))]}
         mixer = r"^stages\.(\d+)\.(?:mixers|norms|drops|averages)\.(\d+)"
         return {"stem": r"^stem", "blocks": [(r"^downs\.(\d+)", (99998,)), (mixer, None), (last, (99999,))]}
 
     def pyramid(self, out_indices: Sequence[int] | None = None) -> ViM2Features:
-        """This model as the pyramid of feature maps for dense tasks."""
+        """Return this model as a pyramid of feature maps for dense tasks. The model loses its head."""
         return ViM2Features(self, out_indices)
 
     def stage_parts(self) -> list[tuple[str, list[str], str]]:
-        """Name, modules and module of the output of each row of the table of stages."""
+        """Return the rows of the table of stages: (name, modules of the stage, module whose output is shown)."""
         parts = [("stem", ["stem", "stem_norm"], "stem_norm")]
         for i in range(len(self.stages)):
             parts.append((f"stage {i + 1}", [f"downs.{i - 1}"] * (i > 0) + [f"stages.{i}"], f"stages.{i}"))
@@ -168,10 +172,14 @@ class ViM2(nn.Module):
 
 
 class ViM2Features(nn.Module):
-    """The pyramid of a ViM2 for dense tasks: x (B, C, H, W) → a map (B, dims[i], H/stride_i, W/stride_i) for each stage
-    of ``out_indices`` (default: all).
+    """The pyramid of feature maps of a ViM2 for dense tasks.
 
-    Each map is normalised by a layer norm of its own. ``feature_info`` tells widths and strides as timm's does.
+    It maps x (B, C, H, W) to a list of maps (B, dims[i], H/stride_i, W/stride_i), each with its own layer norm.
+    ``feature_info`` contains their widths and strides in timm's format.
+
+    Args:
+        backbone: its head and final norm are removed.
+        out_indices: stages of the pyramid; default: all.
     """
 
     def __init__(self, backbone: ViM2, out_indices: Sequence[int] | None = None) -> None:
@@ -180,7 +188,7 @@ class ViM2Features(nn.Module):
         self.out_indices = tuple(range(len(config.dims))) if out_indices is None else tuple(out_indices)
         wrong = [i for i in self.out_indices if not 0 <= i < len(config.dims)]
         if wrong:
-            raise ValueError(f"out_indices has {wrong}: this model has the stages 0 to {len(config.dims) - 1}")
+            raise ValueError(f"out_indices contains {wrong}: the stages of this model are 0 to {len(config.dims) - 1}")
         backbone.reset_classifier(0)
         backbone.norm = nn.Identity()  # type: ignore[assignment]
         self.backbone = backbone

@@ -1,8 +1,8 @@
-"""The operators of the models: scans, convolutions, mixers, matrix products and dropout, one call for every device.
+"""The operators of the models: scans, convolutions, mixers, matrix products and dropout, for every device.
 
-Each public function checks its arguments, asks :mod:`mmtrain.ops.backend` which implementation runs, and calls it. The
-C++ kernels for CPUs are in ``cpu``, the Triton kernels in ``triton``, calls of mamba-ssm in ``upstream``, and plain
-PyTorch in ``reference``. Modules with parameters do not belong here (see :mod:`mmtrain.models`).
+Each public function checks its arguments, selects an implementation with :mod:`mmtrain.ops.backend`, and calls it. The
+C++ kernels for CPUs are in ``cpu``, the Triton kernels in ``triton``, the calls of mamba-ssm in ``upstream``, and the
+plain PyTorch implementations in ``reference``. Modules with parameters are in :mod:`mmtrain.models`.
 """
 
 from mmtrain.ops.backend import backend_report, scan_backend

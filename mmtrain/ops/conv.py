@@ -1,4 +1,4 @@
-"""``causal_conv1d``: depthwise causal convolution along the sequence, by the same choice of backend as the scan."""
+"""``causal_conv1d``, a depthwise causal convolution along the sequence. It uses the same backend as the scan."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmtrain.ops.cpu.operators import causal_conv1d_fwd
 from mmtrain.ops.reference import causal_conv1d_reference
 
 OP = "causal_conv1d"
-MOST_TAPS = 8  # of the Triton kernel
+MOST_TAPS = 8  # limit of the Triton kernel
 
 
 def causal_conv1d(
@@ -26,16 +26,16 @@ def causal_conv1d(
 
     Args:
         x: (Bt, D, L), float32, bfloat16, float16 or float64; layouts as for ``selective_scan``.
-        weight: (D, K), any K >= 1; the last tap meets the current position.
+        weight: (D, K), K >= 1. The last tap multiplies the current position.
         bias: (D,).
         activation: None or "silu", applied to the output.
-        reverse: anti-causal; equals flip, convolution, flip along L.
+        reverse: anti-causal convolution. Equivalent to flipping input and output along L.
 
     Returns:
-        (Bt, D, L), dtype and memory layout of x. Sums are float32 (float64 if the input is).
+        (Bt, D, L) with the dtype and memory layout of x. Sums are float32 (float64 for float64 inputs).
 
     Raises:
-        UserError: shapes, dtypes, devices or an activation that do not fit; a backend that cannot run.
+        UserError: if an argument does not fit (the message names it), or if the requested backend cannot run.
     """
     check_floats(OP, "x", {"x": x, "weight": weight, "bias": bias}, optional=("bias",))
     if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] == 0:
@@ -46,14 +46,14 @@ def causal_conv1d(
     if bias is not None:
         check_shape(OP, "bias", bias, (channels,), "(D,)")
     if activation not in (None, "silu"):
-        raise UserError(f"{OP}: activation {activation!r} is neither None nor 'silu'")
+        raise UserError(f"{OP}: activation={activation!r}: must be None or 'silu'")
     float64 = x.dtype == torch.float64
     compute = torch.float64 if float64 else torch.float32
     chosen = backend.choose(x.device.type, float64)
     if chosen in backend.GPU_BACKENDS:
         return _on_gpu(chosen, x, weight, bias, activation == "silu", reverse)
-    as_it_is = backend.CPU_DTYPES if chosen == "cpu" else (compute,)
-    x_in = x if x.dtype in as_it_is else x.to(compute)
+    supported = backend.CPU_DTYPES if chosen == "cpu" else (compute,)
+    x_in = x if x.dtype in supported else x.to(compute)
     inputs = (x_in, weight.to(compute), None if bias is None else bias.to(compute))
     if chosen == "cpu":
         out = causal_conv1d_fwd(*inputs, activation == "silu", reverse)
@@ -67,9 +67,9 @@ def _on_gpu(chosen: str, x: Tensor, weight: Tensor, bias: Tensor | None, silu: b
         obstacle = upstream.conv_obstacle(x, weight)
         if obstacle is None:
             return upstream.causal_conv1d_upstream(x, weight, bias, silu, reverse)
-        backend.tell_triton_instead(OP, obstacle)
+        backend.log_triton_instead(OP, obstacle)
     if weight.shape[1] > MOST_TAPS:
-        raise UserError(f"{OP}: weight has {weight.shape[1]} taps, the Triton kernel takes up to {MOST_TAPS}")
+        raise UserError(f"{OP}: weight has {weight.shape[1]} taps; the Triton kernel supports at most {MOST_TAPS}")
     from mmtrain.ops.triton.api import causal_conv1d_triton
 
     return causal_conv1d_triton(x, weight, bias, silu, reverse)

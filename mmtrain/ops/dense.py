@@ -1,8 +1,8 @@
-"""``linear``: y = x Wᵀ + b, in float32 on the CPU by oneDNN where that is faster than the BLAS that torch calls.
+"""``linear``, y = x Wᵀ + b. For float32 on the CPU it uses oneDNN if that is faster than torch's BLAS library.
 
-Torch multiplies float32 matrices by MKL, which on processors of other makers than Intel takes its AVX2 path: half the
-speed of oneDNN's AVX-512 on those that have it (measured by ``benchmarks/linear_cpu.py``; docs/performance.md). The
-choice depends on the processor and the sizes alone. ``MMTRAIN_LINEAR=auto|torch|onednn`` overrides it.
+Torch multiplies float32 matrices with MKL. On processors that are not from Intel, MKL uses AVX2, at half the speed of
+oneDNN with AVX-512 (measured by ``benchmarks/linear_cpu.py``, see docs/performance.md). The choice depends only on the
+processor and the sizes. ``MMTRAIN_LINEAR=auto|torch|onednn`` overrides it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from mmtrain.ops.cpu.library import MatmulArgs
 from mmtrain.ops.registration import register
 
 CHOICES = ("auto", "torch", "onednn")
-#: Multiplications below which the call costs more than it saves: about 10 µs at 100 GFLOP/s.
+#: With fewer multiplications the overhead of the call exceeds the gain (about 10 µs at 100 GFLOP/s).
 _SMALL = 500_000
 
 
 @functools.cache
 def _processor() -> str:
-    """The vendor and the widest vectors of this machine, as "vendor avx512" or the like; "" where it is not told."""
+    """Return the vendor and the widest vector instructions, such as "AuthenticAMD avx512", or "" if unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -42,21 +42,21 @@ def _processor() -> str:
 
 
 @functools.cache
-def _uses_onednn(asked: str) -> bool:
-    if asked not in CHOICES:
-        raise UserError(f"MMTRAIN_LINEAR={asked!r} is none of {', '.join(CHOICES)}{nearest(asked, CHOICES)}")
-    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if asked == "onednn" and not there:
+def _uses_onednn(choice: str) -> bool:
+    if choice not in CHOICES:
+        raise UserError(f"MMTRAIN_LINEAR={choice!r}: must be one of {', '.join(CHOICES)}{nearest(choice, CHOICES)}")
+    available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if choice == "onednn" and not available:
         raise UserError("MMTRAIN_LINEAR=onednn: this build of torch has no oneDNN; use auto or torch")
     processor = _processor()
     better = "avx512" in processor and "GenuineIntel" not in processor
-    chosen = there and (asked == "onednn" or (asked == "auto" and better))
+    chosen = available and (choice == "onednn" or (choice == "auto" and better))
     if chosen:
-        logger.info("float32 matrix products on the CPU: oneDNN (%s)", processor or asked)
+        logger.info("float32 matrix products on the CPU: oneDNN (%s)", processor or choice)
     return chosen
 
 
-# Under torch.compile this runs while tracing and its answer is a constant of the compiled code.
+# Under torch.compile this runs during tracing, and the result is a constant of the compiled code.
 @torch.compiler.assume_constant_result
 def _by_onednn() -> bool:
     return _uses_onednn(os.environ.get("MMTRAIN_LINEAR", "").strip() or "auto") and backend.requested() in {
@@ -66,9 +66,18 @@ def _by_onednn() -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``torch.nn.functional.linear``: x (..., K), weight (N, K), bias (N,) → (..., N), of any dtype and device."""
+    """Return x Wᵀ + b, like ``torch.nn.functional.linear``, for any dtype and device.
+
+    Args:
+        x: (..., K).
+        weight: (N, K).
+        bias: (N,).
+
+    Returns:
+        (..., N).
+    """
     check_tensors("linear", {"x": x, "weight": weight, "bias": bias}, optional=("bias",))
-    # the sizes last: an exported program's are symbols, which a comparison would bind
+    # Compare sizes last: in an exported program they are symbols, and a comparison would fix their values.
     fits = (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -83,13 +92,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K) times b (N, K) transposed, by oneDNN."""
+    """Return a (M, K) times the transpose of b (N, K), computed by oneDNN."""
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 
 @torch.library.custom_op("mmtrain::linear_fwd", mutates_args=(), device_types="cpu")
 def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., K), weight (N, K), bias (N,) or None → (..., N), float32; no view, which FSDP2 warns of."""
+    """Compute :func:`linear` in float32. The result is a new tensor, because FSDP2 warns about views."""
     rows = x.reshape(-1, x.shape[-1])
     y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return y.view(*x.shape[:-1], -1)
@@ -97,7 +106,7 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("mmtrain::linear_bwd", mutates_args=(), device_types="cpu")
 def linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight: bool) -> tuple[Tensor, Tensor]:
-    """(dx, dweight) for dy (..., N) and x (..., K); without elements what is not wanted."""
+    """Return (dx, dweight) for dy (..., N) and x (..., K). Gradients that are not wanted have no elements."""
     nothing = x.new_empty(0)
     rows = dy.reshape(-1, dy.shape[-1])
     dx = _product(rows, weight.T).view(x.shape) if want_x else nothing
@@ -107,10 +116,13 @@ def linear_bwd(dy: Tensor, x: Tensor, weight: Tensor, want_x: bool, want_weight:
 
 
 def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, N) transposed times b (M, K), (N, K): by our own kernel, since oneDNN copies a transposed left factor."""
+    """Return the transpose of a (M, N) times b (M, K), (N, K).
+
+    An own kernel is used, because oneDNN copies a transposed left factor.
+    """
     kernels = library.load().library
     if kernels is None or kernels.isa != "avx512" or b.shape[1] % 16:
-        # let what is copied be the narrower one
+        # oneDNN copies one factor: choose the smaller one
         return _product(b.T, a.T).T.contiguous() if b.shape[1] < a.shape[1] else _product(a.T, b.T)
     out = b.new_empty(a.shape[1], b.shape[1])
     args = MatmulArgs(m=len(a), n=a.shape[1], k=b.shape[1], a=a.data_ptr(), b=b.data_ptr(), c=out.data_ptr())

@@ -1,10 +1,10 @@
-"""``keyed_dropout`` and ``weighted_sum``: elementwise operators in C++ on the CPU in float32, PyTorch's own elsewhere.
+"""``keyed_dropout`` and ``weighted_sum``: elementwise operators, in C++ for float32 on the CPU, else in PyTorch.
 
-``keyed_dropout`` is dropout whose mask is a function of a seed for each sample and the place within it. The operator
-``mmtrain::keyed_dropout`` keeps no mask: the gradient goes through it with the same seeds.
+``keyed_dropout`` is dropout with a mask that is a function of a seed per sample and of the position in the sample. The
+C++ operator does not save the mask: the backward pass recomputes it from the seeds.
 
-``weighted_sum`` is Σ_k w_k y_k in one pass, with its gradients in one (paper, "Weighted Averaging of Earlier
-Features"). Elsewhere it is a chain of ``addcmul``.
+``weighted_sum`` is Σ_k w_k y_k (paper, "Weighted Averaging of Earlier Features"). The C++ operator makes one pass over
+memory, and one for the gradients. In PyTorch it is a chain of ``addcmul``.
 """
 
 from __future__ import annotations
@@ -23,35 +23,40 @@ from mmtrain.ops.cpu import library
 from mmtrain.ops.cpu.library import DropoutArgs, WeightedSumArgs
 from mmtrain.ops.registration import register
 
-#: Weyl steps of an odd constant, so that neighbouring elements start far apart.
+#: The hash input of element i is seed + i · STEP. STEP is odd and large, so neighbouring inputs are far apart.
 STEP = -0x61C88647
 
 
 def mix32(x: Tensor) -> Tensor:
-    """A 32-bit integer hash (xor-shift and multiply, in place) of int32 ``x``; its high bits are the good ones."""
+    """Replace int32 ``x`` by a 32-bit hash of it (xor-shift and multiply) and return it. The high bits mix best."""
     for shift, factor in ((16, 0x7FEB352D), (15, -0x7B935975)):
-        x ^= (x >> shift) & ((1 << (32 - shift)) - 1)  # the shift must bring in zeros, not the sign
+        x ^= (x >> shift) & ((1 << (32 - shift)) - 1)  # a logical shift: clear the copies of the sign bit
         x *= factor
     return x
 
 
 def threshold(drop: float) -> int:
-    """What a hash, as a signed 32-bit number, is below with probability ``drop``."""
+    """Return t such that P(hash < t) = ``drop`` for a signed 32-bit hash."""
     return int((drop - 0.5) * 2**32)
 
 
 def keep_mask(seeds: Tensor, each: int, drop: float) -> Tensor:
-    """Boolean (B, each), False with probability ``drop``; seeds (B,) int32."""
+    """Return a boolean mask (B, each) that is False with probability ``drop``.
+
+    Args:
+        seeds: (B,) int32.
+        each: elements per sample.
+    """
     steps = torch.arange(each, device=seeds.device, dtype=torch.int32) * STEP
     return mix32(seeds[:, None] + steps) >= threshold(drop)
 
 
 def keyed_dropout(x: Tensor, seeds: Tensor, drop: float) -> Tensor:
-    """x with elements set to 0 with probability ``drop`` and the others scaled by 1/(1 - drop).
+    """Set elements of x to 0 with probability ``drop`` and multiply the others by 1/(1 - drop).
 
     Args:
         x: (B, ...).
-        seeds: (B,) int32, on the device of x.
+        seeds: (B,) int32 on the device of x, one seed per sample.
         drop: in [0, 1).
     """
     check_tensors("keyed_dropout", {"x": x, "seeds": seeds})
@@ -65,7 +70,12 @@ def keyed_dropout(x: Tensor, seeds: Tensor, drop: float) -> Tensor:
 
 @torch.library.custom_op("mmtrain::keyed_dropout", mutates_args=(), device_types="cpu")
 def keyed_dropout_op(x: Tensor, seeds: Tensor, threshold: int, scale: float) -> Tensor:
-    """Of a contiguous float32 x."""
+    """Apply dropout to a contiguous float32 tensor.
+
+    Args:
+        threshold: elements whose hash is below it are set to 0.
+        scale: factor of the other elements.
+    """
     out = torch.empty_like(x)
     if x.numel():
         seeds = seeds.contiguous()
@@ -102,14 +112,14 @@ register(
 
 
 def weighted_sum(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
-    """Σ_k weight[k] · tensors[k].
+    """Return Σ_k weight[k] · tensors[k].
 
     Args:
-        tensors: n of one shape and dtype.
+        tensors: n tensors of one shape and dtype.
         weight: (n,).
     """
     if not tensors:
-        raise UserError("weighted_sum: tensors is empty")
+        raise UserError("weighted_sum: tensors is empty; give at least one tensor")
     check_tensors("weighted_sum", {"weight": weight} | {f"tensors[{n}]": tensor for n, tensor in enumerate(tensors)})
     first = tensors[0]
     fits = first.device.type == "cpu" and all(t.dtype == torch.float32 for t in (*tensors, weight))
@@ -136,7 +146,7 @@ def _sum_gradients(dout: Tensor, tensors: list[Tensor], weight: Tensor) -> tuple
 
 @torch.library.custom_op("mmtrain::weighted_sum_fwd", mutates_args=(), device_types="cpu")
 def weighted_sum_fwd(tensors: list[Tensor], weight: Tensor) -> Tensor:
-    """Contiguous float32 tensors of one shape."""
+    """Compute :func:`weighted_sum` of contiguous float32 tensors."""
     out = torch.empty_like(tensors[0])
     weight = weight.contiguous()
     args = _sum_args(tensors, weight)
@@ -147,7 +157,7 @@ def weighted_sum_fwd(tensors: list[Tensor], weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("mmtrain::weighted_sum_bwd", mutates_args=(), device_types="cpu")
 def weighted_sum_bwd(dout: Tensor, tensors: list[Tensor], weight: Tensor) -> tuple[list[Tensor], Tensor]:
-    """(gradients of the tensors, gradient of the weight)."""
+    """Return the gradients of the tensors and the gradient of the weight."""
     grads, dweight = _sum_gradients(dout, tensors, weight)
     dout, weight = dout.contiguous(), weight.contiguous()
     args = _sum_args(tensors, weight)

@@ -1,4 +1,4 @@
-"""``selective_mix``: the interior of a mixer, from its convolution to its gate, for all directions at once."""
+"""``selective_mix``, the inner part of a mixer from its convolution to its gate, for all scan directions at once."""
 
 from __future__ import annotations
 
@@ -21,11 +21,17 @@ OP = "selective_mix"
 
 
 class Direction(NamedTuple):
-    """One selective scan: its parameters and the order in which it walks. R is the rank of Δ, N the states.
+    """The parameters and the order of one selective scan. R is the rank of Δ, N the state size.
 
-    ``x_proj`` (R + 2N, D) makes the low rank of Δ, B and C; ``dt_proj`` (D, R) and ``dt_bias`` (D,) make
-    Δ = softplus(dt_proj low + dt_bias); ``A`` (D, N), ``D`` (D,); ``order`` one of :data:`mmtrain.ops.arguments.NAMES`;
-    ``conv`` (D, K) and ``conv_bias`` (D,): causal taps along that order, with SiLU, before all of it, or None.
+    Attributes:
+        x_proj: (R + 2N, D) projects the input to the low-rank form r of Δ, to B and to C.
+        dt_proj: (D, R); Δ = softplus(dt_proj r + dt_bias).
+        dt_bias: (D,).
+        A: (D, N).
+        D: (D,) weight of the direct path.
+        order: one of :data:`mmtrain.ops.arguments.NAMES`.
+        conv: (D, K) weights of a causal convolution with SiLU along that order, before the scan; None: no convolution.
+        conv_bias: (D,).
     """
 
     x_proj: Tensor
@@ -39,18 +45,18 @@ class Direction(NamedTuple):
 
     @property
     def code(self) -> int:
-        """The number of the order, as the kernels take it."""
+        """The code of the order in the kernels."""
         return NAMES.index(self.order)
 
 
-#: Called with (x, directions, height) by every :func:`selective_mix`.
+#: A function that every :func:`selective_mix` calls with (x, directions, height).
 Observer = Callable[[Tensor, Sequence[Direction], int], None]
 _observers: list[Observer] = []
 
 
 @contextmanager
 def observed(callback: Observer) -> Iterator[None]:
-    """Let ``callback`` see the arguments of every :func:`selective_mix` in the ``with`` block, of all threads."""
+    """Call ``callback`` with the arguments of every :func:`selective_mix` in the ``with`` block, in all threads."""
     _observers.append(callback)
     try:
         yield
@@ -64,10 +70,10 @@ def _check(x: Tensor, directions: Sequence[Direction], gated: bool, height: int)
         raise UserError(f"{OP}: x has shape {tuple(x.shape)}, expected (batch, [inner batch,] positions, channels)")
     length, channels = x.shape[-2:]
     if gated and channels % 2:
-        raise UserError(f"{OP}: x has {channels} channels, which are not two halves, the gate the second one")
+        raise UserError(f"{OP}: x has {channels} channels; with a gate the number must be even")
     channels //= 2 if gated else 1
     if height < 1 or length % height:
-        raise UserError(f"{OP}: {length} positions make no grid of {height} rows")
+        raise UserError(f"{OP}: height={height} must be at least 1 and divide the {length} positions of x")
     check_orders(OP, [direction.order for direction in directions])
     for i, d in enumerate(directions):
         named = {name: value for name, value in d._asdict().items() if name != "order"}
@@ -87,24 +93,25 @@ def _check(x: Tensor, directions: Sequence[Direction], gated: bool, height: int)
 
 
 def selective_mix(x: Tensor, directions: Sequence[Direction], gated: bool = False, height: int = 1) -> Tensor:
-    """The mean over the directions of S6_k(SiLU(Conv_k(x))), times SiLU(z) (paper, "The MambaMixer block").
+    """Return SiLU(z) · mean_k S6_k(SiLU(Conv_k(x))) over the directions k (paper, "The MambaMixer block").
 
-    On the CPU one C++ operator does it all and keeps nothing but x, z and the scans' states at every 64th position:
-    convolutions, projections and gates are computed again in the backward pass. Elsewhere it is composed of
+    On the CPU a single C++ operator computes it. For the backward pass it saves only x, z and the states of the scans
+    at every 64th position; convolutions, projections and gates are recomputed. On other devices it is a composition of
     ``causal_conv1d``, matrix products and ``selective_scan``.
 
     Args:
-        x: (Bt, L, D) or (Bt, Inner, L, D), any strides; the positions are those of a grid of ``height`` rows, row by
-            row. So sequences along any axis of a tensor are a transposed view of it, and none of it is copied.
-        directions: at least one; all of them with the same sizes, and either all or none with ``conv``.
-        gated: the channels of x are twice as many, and the second half of them is the gate z before its SiLU.
-        height: rows of the grid; 1 for a sequence.
+        x: (Bt, L, D) or (Bt, Inner, L, D), any strides. Positions are numbered row by row in a grid of ``height`` rows.
+            To scan along another axis of a tensor, pass a transposed view; it is not copied.
+        directions: at least one.
+        gated: x has 2D channels; the second half is the gate z.
+        height: number of rows of the grid; 1 for a sequence.
 
     Returns:
-        (..., L, D), dtype and memory layout of x.
+        (..., L, D) with the dtype and memory layout of x.
 
     Raises:
-        UserError: shapes, dtypes or devices that do not fit, naming the argument; a backend that cannot run.
+        UserError: if a shape, dtype or device does not fit (the message names the argument), or if the requested
+            backend cannot run.
     """
     _check(x, directions, gated, height)
     for callback in _observers:
@@ -115,7 +122,7 @@ def selective_mix(x: Tensor, directions: Sequence[Direction], gated: bool = Fals
 
 
 def fits_one_operator(x: Tensor, directions: Sequence[Direction]) -> bool:
-    """Whether the C++ operator runs: on the CPU, with the cpu backend in force, for directions of equal sizes."""
+    """Return whether the C++ operator applies: cpu backend, tensors on the CPU, and directions of equal sizes."""
     return (
         _equal(directions)
         and x.device.type == "cpu"
@@ -152,7 +159,7 @@ def _fused(x: Tensor, directions: Sequence[Direction], gated: bool, height: int)
 
 
 def compose(x: Tensor, directions: Sequence[Direction], gated: bool, height: int) -> Tensor:
-    """:func:`selective_mix` of several operators."""
+    """Compute :func:`selective_mix` as a composition of several operators."""
     if x.dim() == 4:
         return compose(x.flatten(0, 1), directions, gated, height).unflatten(0, x.shape[:2])
     if gated:
@@ -162,7 +169,7 @@ def compose(x: Tensor, directions: Sequence[Direction], gated: bool, height: int
 
 
 def _one_launch(x: Tensor, directions: Sequence[Direction]) -> bool:
-    """Whether one Triton kernel walks all directions: of equal sizes, any convolution along the rows."""
+    """Return whether one Triton launch can scan all directions: equal sizes, and convolutions only along rows."""
     return (
         x.device.type != "meta"
         and backend.choose(x.device.type, x.dtype == torch.float64) in backend.GPU_BACKENDS
@@ -173,7 +180,7 @@ def _one_launch(x: Tensor, directions: Sequence[Direction]) -> bool:
 
 
 def _by_grid(x: Tensor, directions: Sequence[Direction], height: int) -> Tensor:
-    """The mean of all directions by one launch that walks the grid in every order: nothing is permuted."""
+    """Return the mean over all directions, computed by one launch without permuting the grid."""
     from mmtrain.ops.triton.api import directional_scan_triton
 
     batch, length, channels = x.shape
@@ -210,7 +217,7 @@ def _by_grid(x: Tensor, directions: Sequence[Direction], height: int) -> Tensor:
 
 
 def _by_axis(x: Tensor, directions: Sequence[Direction], height: int) -> Tensor:
-    """The mean of all directions, one scan each; columns on a transposed copy."""
+    """Return the mean over all directions, with one scan for each. Column orders use a transposed copy of x."""
     batch, length, channels = x.shape
     width = length // height
     by_axis: dict[str, Tensor] = {}
@@ -230,7 +237,7 @@ def _by_axis(x: Tensor, directions: Sequence[Direction], height: int) -> Tensor:
 
 
 def convolved(u: Tensor, d: Direction) -> Tensor:
-    """What one direction scans: SiLU(Conv(u)), or u (Bt, L, D) itself without a convolution."""
+    """Return the input of the scan of ``d``: SiLU(Conv(u)), or u (Bt, L, D) if it has no convolution."""
     if d.conv is None:
         return u
     reverse = ORDERS[d.code].reverse
@@ -238,7 +245,10 @@ def convolved(u: Tensor, d: Direction) -> Tensor:
 
 
 def scan_one(u: Tensor, d: Direction) -> tuple[Tensor, Tensor]:
-    """One direction over u (Bt, L, D), convolved already and in its order or the reverse of it.
+    """Run the scan of one direction.
+
+    Args:
+        u: (Bt, L, D) after the convolution, with positions in the order of ``d`` or its reverse.
 
     Returns:
         y (Bt, L, D) and the last state (Bt, D, N).

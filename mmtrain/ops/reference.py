@@ -1,14 +1,17 @@
-"""Plain PyTorch on any device: the definitions that the kernels are tested against, and a scan that can be exported.
+"""Reference implementations in plain PyTorch for any device, and a parallel scan for exported models.
 
-``selective_scan_reference`` runs position by position and ``causal_conv1d_reference`` calls ``F.conv1d``.
+The kernels are tested against ``selective_scan_reference``, which runs position by position, and
+``causal_conv1d_reference``, which calls ``F.conv1d``.
 
-``selective_scan_parallel`` is an associative scan. Steps of h_t = a_t h_{t-1} + b_t compose to one of the same form,
-(a_1, b_1) then (a_2, b_2) = (a_2 a_1, a_2 b_1 + b_2), and that composition is associative (Blelloch 1990; Martin and
-Cundy, arXiv 1709.04057). Every position is joined with the one 1, 2, 4, … before it (Hillis and Steele 1986): log2 L
-rounds of four operators, the fewest of the associative scans, which keeps an exported graph small. Decays are only
-multiplied, never divided by, so a product that underflows to 0 is the right answer. The positions are cut into chunks
-that run one after the other, and the backward pass computes each chunk again: only the states of one chunk are in
-memory at a time. The number of operators depends on the shapes alone, and no control flow depends on data.
+``selective_scan_parallel`` is an associative scan. Two steps of h_t = a_t h_{t-1} + b_t compose to a step of the same
+form: (a_1, b_1) followed by (a_2, b_2) is (a_2 a_1, a_2 b_1 + b_2), and this composition is associative (Blelloch 1990;
+Martin and Cundy, arXiv 1709.04057). Each position is combined with the positions 1, 2, 4, … before it (Hillis and
+Steele 1986). This takes log2 L rounds of four operators, the smallest number among associative scans, so exported
+graphs are small. Decays are multiplied and never used as divisors, so a product that underflows to 0 is correct.
+
+The positions are divided into chunks, which run one after the other and are recomputed in the backward pass. Memory
+contains the states of only one chunk at a time. The number of operators depends only on the shapes, and there is no
+data-dependent control flow.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from mmtrain.ops.arguments import ScanInputs, wants_gradients
 
 
 def causal_conv1d_reference(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
-    """The definition, by ``F.conv1d`` on the padded input. Shapes as in ``causal_conv1d``, one dtype."""
+    """Compute ``causal_conv1d`` by ``F.conv1d`` on the padded input. All tensors have one dtype."""
     channels, width = weight.shape
     padded = F.pad(x, (0, width - 1) if reverse else (width - 1, 0))
     kernel = weight.flip(1) if reverse else weight
@@ -31,25 +34,28 @@ def causal_conv1d_reference(x: Tensor, weight: Tensor, bias: Tensor | None, silu
 
 
 def _steps(inputs: ScanInputs) -> Tensor:
-    """Δ (Bt, D, L)."""
+    """Return the step sizes Δ (Bt, D, L)."""
     delta = inputs.delta if inputs.delta_bias is None else inputs.delta + inputs.delta_bias[:, None]
     return F.softplus(delta) if inputs.delta_softplus else delta
 
 
 def selective_scan_reference(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
-    """h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t, y_t = C_t·h_t + D u_t (Mamba's discretisation; paper section 2).
+    """Compute h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t, y_t = C_t·h_t + D u_t position by position.
+
+    This is Mamba's discretisation (paper, section 2). The gate is not applied. Autograd saves the state of every
+    position, Bt·D·L·N elements.
 
     Args:
-        inputs: of one float dtype; group g of B and C serves channels g·D/G to (g+1)·D/G - 1. The gate is not applied.
+        inputs: tensors of one float dtype. Group g of B and C belongs to channels g·D/G to (g+1)·D/G - 1.
 
     Returns:
-        y (Bt, D, L) and the last state (Bt, D, N). Autograd keeps the state of every position: memory Bt·D·L·N.
+        y (Bt, D, L) and the last state (Bt, D, N).
     """
     u, delta, (batch, channels, length) = inputs.u, _steps(inputs), inputs.u.shape
     groups = inputs.B.shape[1]
-    # Channels by group, so that B and C broadcast over the channels of theirs: (Bt, G, D/G, ...).
+    # (Bt, G, D/G, ...), so that B and C broadcast over the channels of their group.
     A = inputs.A.reshape(groups, channels // groups, -1)
-    by_group = (batch, groups, channels // groups, length)  # no -1, which an empty batch leaves open
+    by_group = (batch, groups, channels // groups, length)  # without -1, which is ambiguous for an empty batch
     delta_t = delta.reshape(by_group).unbind(-1)
     delta_u_t = (delta * u).reshape(by_group).unbind(-1)
     B_t, C_t = inputs.B.unbind(-1), inputs.C.unbind(-1)
@@ -64,28 +70,28 @@ def selective_scan_reference(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     return out if inputs.D is None else out + inputs.D[:, None] * u, h.reshape(batch, *inputs.A.shape)
 
 
-#: Positions a chunk: memory Bt·CHUNK·D·N at a time, and ⌈L/CHUNK⌉ copies of the chunk in an exported graph.
+#: Positions in a chunk. Memory contains Bt·CHUNK·D·N states, and an exported graph contains ⌈L/CHUNK⌉ chunks.
 CHUNK = 128
 
 
 def linear_recurrence(a: Tensor, b: Tensor, initial: Tensor | None = None) -> Tensor:
-    """h_t = a_t h_{t-1} + b_t along dimension 1, from h_{-1} = ``initial``.
+    """Compute h_t = a_t h_{t-1} + b_t along dimension 1 by an associative scan.
 
     Args:
         a, b: (Bt, L, ...), L >= 1, of one shape.
-        initial: (Bt, 1, ...), or None for zeros.
+        initial: h_{-1} (Bt, 1, ...), or None for zeros.
 
     Returns:
-        All h, (Bt, L, ...).
+        h at all positions, (Bt, L, ...).
     """
-    if b.shape[1] == 1:  # with zeros too, so that a always has a gradient
+    if b.shape[1] == 1:  # also without an initial state, so that a always has a gradient
         return torch.addcmul(b, a, torch.zeros_like(b) if initial is None else initial)
     if initial is not None:
         b = torch.cat([torch.addcmul(b[:, :1], a[:, :1], initial), b[:, 1:]], 1)
     length, shift = b.shape[1], 1
     features = (0, 0) * (b.dim() - 2)
     while shift < length:
-        # before: a_t and b_t stand for the last `shift` steps up to t; after: for twice as many
+        # a_t and b_t describe the last `shift` steps up to t; after this round, the last 2 `shift` steps.
         later = (*features, shift, -shift)
         b = torch.addcmul(b, a, F.pad(b, later))
         shift *= 2
@@ -95,19 +101,23 @@ def linear_recurrence(a: Tensor, b: Tensor, initial: Tensor | None = None) -> Te
 
 
 def _chunk(h: Tensor | None, delta: Tensor, delta_u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """One chunk of n positions from state h (Bt, 1, G, D/G, N) or zeros: y (Bt, n, G, D/G) and the state at its end."""
+    """Scan one chunk of n positions from state h (Bt, 1, G, D/G, N), None for zeros.
+
+    Returns:
+        y (Bt, n, G, D/G) and the state at the end of the chunk.
+    """
     decay = torch.exp(delta[..., None] * A)
     states = linear_recurrence(decay, delta_u[..., None] * B[..., None, :], h)
-    # a copy of the last state: a view would keep the states of the whole chunk
+    # Copy the last state: a view would keep the states of the whole chunk in memory.
     return torch.matmul(states, C[..., None]).squeeze(-1), states[:, -1:].clone()
 
 
 def selective_scan_parallel(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
-    """The recurrence of :func:`selective_scan_reference` in log2 L steps, with the same arguments and results."""
+    """Compute :func:`selective_scan_reference` in log2 L rounds, with the same arguments and results."""
     u, delta = inputs.u, _steps(inputs)
     groups, length = inputs.B.shape[1], u.shape[2]
     A = inputs.A.unflatten(0, (groups, -1))
-    # Positions before channels, so that the slices of the recurrence are whole blocks; channels by group.
+    # (Bt, L, G, D/G): with positions before channels, the slices of the recurrence are contiguous blocks.
     per_channel = [t.transpose(1, 2).unflatten(2, (groups, -1)) for t in (delta, delta * u)]
     sequences = [*per_channel, *(t.permute(0, 3, 1, 2) for t in (inputs.B, inputs.C))]
     if inputs.reverse:
@@ -116,7 +126,7 @@ def selective_scan_parallel(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     h = None if initial is None else initial.reshape(u.shape[0], 1, *A.shape)
     keep_inputs_only = length > CHUNK and not torch.compiler.is_exporting() and wants_gradients(A, *sequences, h)
     parts = []
-    # split, not slices: the gradient of each slice would be a whole sequence of zeros
+    # split instead of slices: the gradient of each slice would be a tensor of zeros for the whole sequence
     for delta_c, delta_u_c, B_c, C_c in zip(*(t.split(CHUNK, 1) for t in sequences), strict=True):
         args = (h, delta_c, delta_u_c, A, B_c, C_c)
         if keep_inputs_only:

@@ -1,4 +1,4 @@
-"""Registration of the custom operators: fake kernels, gradients and FLOP counts, and the FLOP rules of the kernels."""
+"""Register the custom operators with torch: fake kernels, gradients and FLOP counts."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch.utils.flop_counter import register_flop_formula
 
 
 def scan_flops(u: torch.Size, A: torch.Size) -> int:
-    """Floating-point operations of one forward scan: 9·N + 1 an element of u (the count customary for Mamba)."""
+    """Return the floating-point operations of a forward scan: 9N + 1 per element of u, as usual for Mamba."""
     return prod(u) * (9 * A[-1] + 1)
 
 
 def conv_flops(x: torch.Size, weight: torch.Size) -> int:
-    """Floating-point operations of one forward convolution: 2·K an element of x."""
+    """Return the floating-point operations of a forward convolution: 2K per element of x."""
     return 2 * prod(x) * weight[1]
 
 
 def no_flops(*args: Any, **kwargs: Any) -> int:
-    """The count of an elementwise operator, as torch's counter takes it."""
+    """Return 0, the FLOP count of an elementwise operator in torch's counter."""
     return 0
 
 
@@ -34,13 +34,13 @@ def register(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> None:
-    """Give an operator its fake kernel, its FLOP rule and, with ``backward``, its gradient.
+    """Register the fake kernel, the FLOP count and, if ``backward`` is given, the gradient of an operator.
 
     Args:
-        operator: what ``torch.library.custom_op`` returned.
-        fake: outputs without values, of the operator's arguments.
-        flops: floating-point operations, of the operator's arguments with shapes for tensors.
-        setup_context, backward: as ``CustomOpDef.register_autograd`` takes them.
+        operator: the result of ``torch.library.custom_op``.
+        fake: returns empty outputs for the arguments of the operator.
+        flops: returns the floating-point operations for the arguments of the operator, with shapes in place of tensors.
+        setup_context, backward: passed to ``CustomOpDef.register_autograd``.
     """
     operator.register_fake(fake)
     if backward is not None:
@@ -61,18 +61,19 @@ def register_pair(
     fake_backward: Callable[..., Any],
     flops: Callable[..., int],
 ) -> None:
-    """Register an operator and the operator of its gradient, which counts twice the FLOPs.
+    """Register a forward operator and its backward operator, which has twice the FLOPs.
 
-    ``backward`` takes the gradients of the outputs, the tensors, the states if there are any, and the settings.
+    The arguments of ``backward`` are the gradients of the outputs, the tensors and the saved states of ``forward``, and
+    its settings.
 
     Args:
-        tensors: how many tensors ``forward`` takes first; an absent one (None) gets no gradient.
-        settings: how many arguments after them ``backward`` takes too.
-        outputs: how many outputs have a gradient.
-        states: whether ``forward`` returns after them tensors for ``backward``.
-        materialize: whether the gradient of an output that nothing used is zeros; else it is None, unless it is the
-            first one's.
-        fake, fake_backward, flops: as for :func:`register`; ``flops`` of the forward operator.
+        tensors: number of tensors at the beginning of the arguments of ``forward``. Those that are None get no
+            gradient.
+        settings: number of arguments after the tensors that are also passed to ``backward``.
+        outputs: number of outputs that have a gradient.
+        states: ``forward`` returns further tensors, which are saved for ``backward``.
+        materialize: pass zeros as the gradient of an unused output. Otherwise pass None, except for the first output.
+        fake, fake_backward, flops: as for :func:`register`; ``flops`` is that of the forward operator.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -1,4 +1,4 @@
-"""``selective_scan``: the S6 recurrence on any device. Checks, choice of the backend, gate."""
+"""``selective_scan``, the S6 recurrence on any device: argument checks, choice of the backend, gate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmtrain.ops.cpu.operators import selective_scan_fwd
 from mmtrain.ops.reference import selective_scan_parallel, selective_scan_reference
 
 OP = "selective_scan"
-MOST_STATES = 256  # of the Triton kernel
+MOST_STATES = 256  # limit of the Triton kernel
 
 
 def _check(inputs: ScanInputs) -> None:
@@ -41,7 +41,8 @@ def _check(inputs: ScanInputs) -> None:
         else:
             raise UserError(f"{OP}: {name} has {tensor.dim()} dimensions, expected (batch, [groups,] N, positions)")
     if (B.shape[1] if B.dim() == 4 else 1) != (C.shape[1] if C.dim() == 4 else 1):
-        raise UserError(f"{OP}: B has shape {tuple(B.shape)}, C {tuple(C.shape)}; the numbers of groups differ")
+        shapes = f"B has shape {tuple(B.shape)}, C has shape {tuple(C.shape)}"
+        raise UserError(f"{OP}: {shapes}: their numbers of groups must be equal")
     for name, optional in (("D", D), ("delta_bias", delta_bias)):
         if optional is not None:
             check_shape(OP, name, optional, (channels,), "(D,)")
@@ -102,31 +103,35 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selective state space recurrence (S6; MambaMixer, arXiv 2403.19888, section 2; Mamba, arXiv 2312.00752).
 
-    Δ = delta + delta_bias, through softplus if ``delta_softplus``; then for every channel, with N states,
-    h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t and y_t = C_t·h_t + D u_t, times silu(z_t) if z is given.
-    The meaning of the arguments is that of ``selective_scan_fn`` in mamba_ssm, plus ``reverse`` and ``initial_state``.
+    For each channel with a state h of size N, and Δ = delta + delta_bias (or its softplus),
+
+        h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t
+        y_t = (C_t·h_t + D u_t) silu(z_t)
+
+    The arguments are those of ``selective_scan_fn`` in mamba_ssm, plus ``reverse`` and ``initial_state``.
 
     Args:
-        u: (Bt, D, L) input: float32, bfloat16, float16 or float64. A contiguous tensor and the transposed view of a
-            contiguous (Bt, L, D) tensor are read in place; so is any other strided tensor, more slowly.
-        delta: (Bt, D, L) step before bias and softplus, in any layout.
+        u: (Bt, D, L) input: float32, bfloat16, float16 or float64. Any strides are accepted without a copy. Contiguous
+            tensors and transposed views of contiguous (Bt, L, D) tensors are fastest.
+        delta: (Bt, D, L) step size before bias and softplus, any strides.
         A: (D, N) real; negative for a stable recurrence.
-        B, C: (Bt, N, L), or (Bt, G, N, L) with G dividing D: channels of one group share B and C.
-        D: (D,) weight of the direct path.
-        z: (Bt, D, L) gate.
+        B, C: (Bt, N, L), or (Bt, G, N, L) where G divides D. The channels of a group share B and C.
+        D: (D,) weight of the direct path from u to y; None: no direct path.
+        z: (Bt, D, L) gate; None: no gate.
         delta_bias: (D,).
-        delta_softplus: whether Δ passes through softplus.
-        reverse: run from the last position to the first; equals flip, scan, flip along L.
-        initial_state: (Bt, D, N), h before the first position (of the recurrence); zeros if not given.
-        return_last_state: return also h after the last position, (Bt, D, N) in float32 (float64 if the input is).
+        delta_softplus: apply softplus to Δ.
+        reverse: run from the last position to the first. Equivalent to flipping inputs and output along L.
+        initial_state: (Bt, D, N) state before the first position of the recurrence; None: zeros.
+        return_last_state: also return the state after the last position of the recurrence.
 
     Returns:
-        (Bt, D, L), dtype and memory layout of u; with ``return_last_state`` a pair of it and the state. State and sums
-        are float32 (float64 if the input is). The kernel's gradients have the layout of their inputs, and like the
-        output do not depend on the number of threads.
+        y, (Bt, D, L) with the dtype and memory layout of u. With ``return_last_state`` the pair of y and the last
+        state, (Bt, D, N). States and sums are float32 (float64 for float64 inputs). Results and gradients of the
+        kernels do not depend on the number of threads; gradients have the layout of their inputs.
 
     Raises:
-        UserError: shapes, dtypes or devices that do not fit, naming the argument; a backend that cannot run.
+        UserError: if a shape, dtype or device does not fit (the message names the argument), or if the requested
+            backend cannot run.
     """
     inputs = ScanInputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, initial_state)
     _check(inputs)
@@ -138,7 +143,7 @@ def selective_scan(
     if chosen in backend.GPU_BACKENDS:
         out, last = _on_gpu(chosen, inputs)
         return (out, last) if return_last_state else out
-    # the C++ kernel reads and writes bfloat16 itself; a gate needs the output before it is rounded
+    # The C++ kernel reads and writes bfloat16. With a gate, float32 is used: the output is rounded after the gate.
     inputs = inputs.to(compute, kept=backend.CPU_DTYPES if chosen == "cpu" and z is None else ())
     if chosen == "cpu":
         tensors = (*inputs[:6], inputs.delta_bias, inputs.initial_state)
@@ -154,15 +159,15 @@ def selective_scan(
 
 
 def _on_gpu(chosen: str, inputs: ScanInputs) -> tuple[Tensor, Tensor]:
-    """By mamba-ssm if it is asked for and can, else by Triton, which the first call imports."""
+    """Run mamba-ssm if it is selected and supports these inputs, else the Triton kernel (imported at first use)."""
     if chosen == "mamba_ssm":
         obstacle = upstream.obstacle(inputs)
         if obstacle is None:
             return upstream.selective_scan_upstream(inputs)
-        backend.tell_triton_instead(OP, obstacle)
+        backend.log_triton_instead(OP, obstacle)
     states = inputs.A.shape[1]
     if states > MOST_STATES:
-        raise UserError(f"{OP}: A has {states} states, the Triton kernel takes up to {MOST_STATES}")
+        raise UserError(f"{OP}: A has state size {states}; the Triton kernel supports at most {MOST_STATES}")
     from mmtrain.ops.triton.api import selective_scan_triton
 
     return selective_scan_triton(inputs)

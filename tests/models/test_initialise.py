@@ -72,5 +72,5 @@ def test_a_parameter_that_nobody_initialises_is_refused() -> None:
 
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(2, 2), Lost())
-    with pytest.raises(TypeError, match="Lost has scale"):
+    with pytest.raises(TypeError, match="Lost has the parameters scale"):
         list(initial_weights(model, 0))

@@ -60,5 +60,5 @@ def test_nothing_is_dropped_in_evaluation() -> None:
 
 
 def test_keys_of_another_batch_are_refused() -> None:
-    with sample_keys(keys(3)), pytest.raises(ValueError, match="3 sample keys for a batch of 4"):
+    with sample_keys(keys(3)), pytest.raises(ValueError, match="3 random keys for a batch of 4"):
         SampleDropout(0.5)(torch.ones(4, 2))

@@ -125,12 +125,12 @@ def test_what_cannot_stream_says_why() -> None:
         lambda: prefill(both, torch.zeros(1, 2, 4)),
         lambda: step(both, torch.zeros(1, 4), start(SequenceMixer(4), 1)),
     ):
-        with pytest.raises(ValueError, match=r"VariateMixer scans from the end as well.*bidirectional=False"):
+        with pytest.raises(ValueError, match=r"VariateMixer is bidirectional.*bidirectional=False"):
             call()
     causal = SequenceMixer(4)
     with pytest.raises(ValueError, match=r"\(1, 5\).*one position"):
         step(causal, torch.zeros(1, 5), start(causal, 1))
     with pytest.raises(ValueError, match=r"\(3, 4\).*one position"):
         step(causal, torch.zeros(3, 4), start(causal, 1))
-    with pytest.raises(ValueError, match=r"give sequences \(B, L, 4\)"):
+    with pytest.raises(ValueError, match=r"expected \(B, L, 4\)"):
         prefill(causal, torch.zeros(1, 0, 4))

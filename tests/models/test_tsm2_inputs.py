@@ -117,5 +117,5 @@ def test_wrong_inputs_are_named(inputs: dict[str, tuple[int, ...]], words: str) 
     model = create_model("tsm2", static_features=2, **SMALL)
     with pytest.raises(ValueError, match=words):
         model(torch.randn(2, 48, 3), **{name: torch.zeros(shape) for name, shape in inputs.items()})
-    with pytest.raises(ValueError, match="without auxiliary inputs"):
+    with pytest.raises(ValueError, match="this model has no such input"):
         create_model("tsm2", **SMALL)(torch.randn(2, 48, 3), static=torch.zeros(2, 3, 1))

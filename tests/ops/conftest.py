@@ -31,7 +31,7 @@ def threads() -> Iterator[None]:
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As at the start of a process: no library loaded, nothing told; put back afterwards."""
-    monkeypatch.setattr(backend, "_told", set())
+    monkeypatch.setattr(backend, "_logged", set())
     library.load.cache_clear()
     yield
     monkeypatch.undo()

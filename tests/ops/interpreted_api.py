@@ -109,9 +109,9 @@ def test_half_precision_in_and_out() -> None:
 def test_what_the_kernels_cannot_do_is_refused() -> None:
     u = torch.randn(1, 2, 4)
     with scan_backend("triton"):
-        with pytest.raises(UserError, match="A has 300 states, the Triton kernel takes up to 256"):
+        with pytest.raises(UserError, match="A has state size 300; the Triton kernel supports at most 256"):
             selective_scan(u, u, -torch.rand(2, 300), torch.randn(1, 300, 4), torch.randn(1, 300, 4))
-        with pytest.raises(UserError, match="weight has 9 taps, the Triton kernel takes up to 8"):
+        with pytest.raises(UserError, match="weight has 9 taps; the Triton kernel supports at most 8"):
             causal_conv1d(u, torch.randn(2, 9))
-        with pytest.raises(UserError, match="the triton backend was asked for, but the kernels compute in float32"):
+        with pytest.raises(UserError, match="the triton backend was requested, but the kernels do not support float64"):
             causal_conv1d(u.double(), torch.randn(2, 4).double())

@@ -91,7 +91,7 @@ def test_the_choice_is_by_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unknown_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMTRAIN_LINEAR", "mkl")
-    with pytest.raises(UserError, match="MMTRAIN_LINEAR='mkl' is none of auto, torch, onednn"):
+    with pytest.raises(UserError, match="MMTRAIN_LINEAR='mkl': must be one of auto, torch, onednn"):
         linear(torch.randn(300, 64), torch.randn(40, 64))
 
 

@@ -201,7 +201,7 @@ def test_fusion_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMTRAIN_FUSE", "0")
     assert "selective_mix" not in operator()
     monkeypatch.setenv("MMTRAIN_FUSE", "no")
-    with pytest.raises(UserError, match="MMTRAIN_FUSE='no' is neither 1"):
+    with pytest.raises(UserError, match="MMTRAIN_FUSE='no': must be 1"):
         operator()
 
 
@@ -210,10 +210,10 @@ def test_bad_input_names_the_argument() -> None:
     good = Direction(**made[0])  # type: ignore[arg-type]
     for wrong, match in (
         (lambda: selective_mix(x[0], [good], True), r"x has shape \(70, 40\), expected \(batch"),
-        (lambda: selective_mix(x[..., :39], [good], True), "39 channels, which are not two halves"),
-        (lambda: selective_mix(x, [good], True, 3), "70 positions make no grid of 3 rows"),
-        (lambda: selective_mix(x, [], True), "orders is empty"),
-        (lambda: selective_mix(x, [good._replace(order="row")], True), r"order 'row' is none of .* 'rows'"),
+        (lambda: selective_mix(x[..., :39], [good], True), "39 channels; with a gate"),
+        (lambda: selective_mix(x, [good], True, 3), "height=3 must .* divide the 70 positions"),
+        (lambda: selective_mix(x, [], True), "no order given"),
+        (lambda: selective_mix(x, [good._replace(order="row")], True), r"unknown order 'row'.* 'rows'"),
         (lambda: selective_mix(x, [good, good._replace(D=x)], True), r"directions\[1\]\.D has shape"),
         (lambda: selective_mix(x, [good._replace(x_proj=x[0])], True), r"x_proj has shape .* \(R \+ 2N, D\)"),
         (lambda: selective_mix(x, [good._replace(A=good.A.double())], True), r"directions\[0\]\.A is torch.float64"),

@@ -22,6 +22,6 @@ def test_gpu_backends_refuse_tensors_of_the_cpu(backend: str) -> None:
     u, states = torch.randn(1, 2, 4), torch.randn(1, 3, 4)
     with (
         scan_backend(backend),
-        pytest.raises(UserError, match=f"the {backend} backend was asked for, but the tensors are on the CPU"),
+        pytest.raises(UserError, match=f"the {backend} backend was requested, but the tensors are on the CPU"),
     ):
         selective_scan(u, u, -torch.rand(2, 3), states, states)

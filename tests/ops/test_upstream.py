@@ -137,13 +137,13 @@ def test_obstacles() -> None:
     scan = ScanInputs(t["u"], t["delta"], t["A"], t["B"], t["C"])
     u, with_state = scan.u, scan._replace(initial_state=torch.zeros(2, 6, 3))
     assert upstream._scan_limits(scan) is None
-    assert "zero state" in (upstream._scan_limits(with_state) or "")
+    assert "initial state" in (upstream._scan_limits(with_state) or "")
     assert "256 states" in (upstream._scan_limits(scan._replace(A=torch.zeros(6, 257))) or "")
-    assert "float32 A" in (upstream._scan_limits(scan._replace(A=scan.A.to(torch.complex64))) or "")
+    assert "A in float32" in (upstream._scan_limits(scan._replace(A=scan.A.to(torch.complex64))) or "")
     assert "float64" in (upstream._scan_limits(scan._replace(u=u.double())) or "")
     assert "one dtype" in (upstream._scan_limits(scan._replace(B=scan.B.half())) or "")
     assert "CUDA" in (upstream.obstacle(scan) or "")
-    with pytest.raises(ValueError, match="zero state"):
+    with pytest.raises(ValueError, match="initial state"):
         upstream.selective_scan_upstream(with_state)
     assert upstream._conv_limits(u, torch.zeros(6, 4)) is None
     assert "taps" in (upstream._conv_limits(u, torch.zeros(6, 5)) or "")

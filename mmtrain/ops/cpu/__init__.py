@@ -1,5 +1,5 @@
-"""The C++ kernels for CPU tensors (``csrc``), compiled by ``build``, loaded by ``library``.
+"""The C++ kernels for CPU tensors. ``csrc`` contains the sources, ``build`` compiles and ``library`` loads them.
 
-Each other module registers the torch operators of one kernel: it allocates outputs, passes addresses and strides, and
-has the fake kernels and gradients. Checks of arguments and the choice of a backend belong in :mod:`mmtrain.ops`.
+``operators`` registers the kernels as torch operators with fake kernels and gradients. It allocates outputs and passes
+addresses and strides. The checks of arguments and the choice of the backend are in :mod:`mmtrain.ops`.
 """

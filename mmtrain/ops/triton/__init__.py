@@ -1,5 +1,5 @@
 """Triton kernels of the selective scan, the directional scan and the causal convolution, for CUDA tensors.
 
-Nothing is imported here, so that ``import mmtrain.ops`` does not need Triton: see :mod:`mmtrain.ops.triton.api` for
-what the dispatcher calls, and the heads of ``scan_forward.py`` and ``scan_backward.py`` for the design.
+This module imports nothing, so that ``import mmtrain.ops`` does not require Triton. The public functions are in
+:mod:`mmtrain.ops.triton.api`. The docstrings of ``scan_kernels`` and ``scan_backward_kernels`` explain the design.
 """

@@ -1,5 +1,5 @@
-"""Jobs of runs: the Slurm batch script, the task, requeueing, stopping, and several processes on one machine.
+"""Launching and stopping runs: Slurm jobs and their requeueing, and several processes on one machine.
 
-Nothing here imports torch before a process trains. How a run trains is in ``mmtrain.train``; what it leaves on disk,
-and the questions to Slurm about it, are in ``mmtrain.runs``.
+These modules import torch only in a process that trains. ``mmtrain.train`` contains the training itself,
+``mmtrain.runs`` the files of a run folder and the queries to Slurm.
 """

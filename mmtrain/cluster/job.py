@@ -1,4 +1,4 @@
-"""The Slurm job of a run, through submitit: one task for each GPU."""
+"""Submission of a run as a Slurm job, through submitit, with one task per GPU."""
 
 from __future__ import annotations
 
@@ -27,23 +27,29 @@ if TYPE_CHECKING:
     from mmtrain.plan import Plan
 
 
-#: A job needs so many seconds to start and to take some steps, beside its margin.
-_LEAST = 30
+#: Seconds that a job needs to start and to take some steps, in addition to its margin.
+_LEAST_TIME = 30
 
-#: Unicode's categories of characters that are no part of a line of text: control characters, halves of characters, and
-#: separators of lines and paragraphs.
+#: Unicode categories that must not occur in a line of text: control characters, surrogates, and separators of lines
+#: and paragraphs.
 _NOT_IN_A_LINE = ("Cc", "Cs", "Zl", "Zp")
 
+#: File systems in the memory of one node, which other nodes cannot see.
 _FILE_SYSTEMS_OF_ONE_NODE = ("tmpfs", "ramfs", "devtmpfs")
 
 
 def parameters(config: RunConfig, run: Path) -> dict[str, Any]:
-    """submitit's names for the job that ``config.cluster`` asks for.
+    """Return submitit's parameters for the job described by ``config.cluster``.
 
-    One task a GPU, or a task a node without GPUs; a task that fails ends the others.
+    The job has one task per GPU, or ``cluster.tasks_per_node`` tasks per node without GPUs. If one task fails, Slurm
+    ends the others.
+
+    Args:
+        config: The configuration of the run.
+        run: The absolute path of the run folder.
 
     Raises:
-        UserError: for a value that Slurm cannot be given.
+        UserError: If a value contains a character that a batch script cannot contain.
     """
     _refuse_what_breaks_a_line(config, run)
     cluster = config.cluster
@@ -67,20 +73,23 @@ def parameters(config: RunConfig, run: Path) -> dict[str, Any]:
 
 
 def _around(config: RunConfig, run: Path) -> list[str]:
-    """Lines of the batch script before its srun: what is done when that ends, and that no signal ends it before."""
+    """Return the lines of the batch script before srun.
+
+    They make the script ignore signals, and run ``mmtrain.cluster.requeue`` when srun has ended.
+    """
     cluster = config.cluster
-    words = [sys.executable, "-m", "mmtrain.cluster.requeue", "--margin", str(cluster.margin)]
-    words += ["--max-losses", str(cluster.max_losses)]
-    words += ["--max-timeouts", str(cluster.max_timeouts)] if cluster.max_timeouts is not None else []
-    words += ["--replace-nodes"] if cluster.replace_nodes else []
+    command = [sys.executable, "-m", "mmtrain.cluster.requeue", "--margin", str(cluster.margin)]
+    command += ["--max-losses", str(cluster.max_losses)]
+    command += ["--max-timeouts", str(cluster.max_timeouts)] if cluster.max_timeouts is not None else []
+    command += ["--replace-nodes"] if cluster.replace_nodes else []
     root = Path(__file__).resolve().parents[2]
     return [
-        "# signals are for the tasks: this script waits for them",
+        "# the tasks handle signals; this script waits until they have ended",
         "trap : TERM USR1 USR2 CONT",
         f"export PYTHONPATH={shlex.quote(str(root))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        "# in a function, so that every value is quoted once",
+        "# a function, because the string of a trap would have to be quoted twice",
         "mmtrain_at_exit() {",
-        f'  {shlex.join([*words, str(run)])} "$?"',
+        f'  {shlex.join([*command, str(run)])} "$?"',
         "  exit $?",
         "}",
         "trap mmtrain_at_exit EXIT",
@@ -88,27 +97,27 @@ def _around(config: RunConfig, run: Path) -> list[str]:
 
 
 def _refuse_what_breaks_a_line(config: RunConfig, run: Path) -> None:
-    """Refuse characters that would end a line of the batch script, or that cannot be written to it.
+    """Refuse characters that would end a line of the batch script, or that it cannot contain.
 
-    Quoting does not help: Slurm reads its options line by line, and drops a backslash wherever it stands.
+    Quoting does not help, because Slurm reads the ``#SBATCH`` lines one by one and removes every backslash.
 
     Raises:
-        UserError: with the key and the character.
+        UserError: Names the key and the character.
     """
     values = {f"cluster.{key}": value for key, value in config.cluster if isinstance(value, str)}
     for key, value in {**values, "name": config.name, "the run folder": str(run)}.items():
         for character in value:
             if character == "\\" or unicodedata.category(character) in _NOT_IN_A_LINE:
-                raise UserError(f"{key} is {value!r}: {character!r} must not be in what is given to Slurm; remove it")
+                raise UserError(f"{key} is {value!r}: Slurm does not accept the character {character!r}. Remove it")
     if "%" in str(run):
         raise UserError(
-            f"the run folder is {str(run)!r}: Slurm replaces what follows % in the names of logs; choose a folder"
-            " without % with name=…, run_root=… or --run-dir"
+            f"the run folder is {str(run)!r}: Slurm interprets % in the names of log files. Choose a folder without %"
+            " with name=…, run_root=… or --run-dir"
         )
 
 
 def describe(config: RunConfig, run_dir: str | None) -> str:
-    """What would be submitted: the run folder, the size of the job and the sbatch script. Touches nothing."""
+    """Return the text of a dry run: run folder, size of the job, plan and sbatch script. Writes no file."""
     from submitit.slurm.slurm import _make_sbatch_string
 
     from mmtrain.plan import render
@@ -119,10 +128,10 @@ def describe(config: RunConfig, run_dir: str | None) -> str:
     script = _make_sbatch_string(command=command, folder=folder, **parameters(config, path))
     cluster = config.cluster
     world = (cluster.max_nodes or cluster.nodes) * cluster.tasks
-    batch, parts = config.train.batch_size, world * config.train.accumulation
-    share = f"{batch // parts} samples per rank and micro-batch"
-    if batch % parts:
-        share = f"which does not divide by {world} ranks × accumulation {config.train.accumulation}: this would fail"
+    batch, micro_batches = config.train.batch_size, world * config.train.accumulation
+    share = f"{batch // micro_batches} samples per rank and micro-batch"
+    if batch % micro_batches:
+        share = f"not divisible by {world} ranks × accumulation {config.train.accumulation}: this would fail"
     plan = _plan(config)
     shown = plan if isinstance(plan, str) else render(plan)
     return (
@@ -133,27 +142,27 @@ def describe(config: RunConfig, run_dir: str | None) -> str:
 
 
 def warn_of_misfits(config: RunConfig) -> None:
-    """Warn of a job that would be refused, or run out of memory, once it starts."""
+    """Log the warnings of the plan, such as too little memory, before the job waits in the queue."""
     plan = _plan(config)
     for warning in [] if isinstance(plan, str) else plan.warnings:
-        logger.warning("by the plan (mmtrain plan): %s", warning)
+        logger.warning("the plan (mmtrain plan) warns: %s", warning)
 
 
 def _plan(config: RunConfig) -> Plan | str:
-    """The plan of the job, or why there is none: that must not keep anyone from submitting."""
+    """Return the plan of the job, or the reason why there is none. A job without a plan can still be submitted."""
     cluster = config.cluster
     if not cluster.gpus_per_node:
-        return "plan: none, since cluster.gpus_per_node is 0"
-    from mmtrain.plan import plan_run  # brings torch, for which a job without GPUs need not wait
+        return "plan: none, because cluster.gpus_per_node is 0"
+    from mmtrain.plan import plan_run  # imports torch, which a job without GPUs does not need here
 
     try:
         return plan_run(config, cluster.max_nodes or cluster.nodes, cluster.gpus_per_node, cluster.gpu)
     except UserError as error:
-        return f"plan: none, since {error}"
+        return f"plan: none: {error}"
 
 
 def of_seeds(config: RunConfig, run_dir: str | None, seeds: Sequence[int]) -> list[tuple[RunConfig, str | None]]:
-    """The configuration and the run folder of each seed; those that are given without seeds."""
+    """Return the configuration and run folder of each seed, or the given ones if there are no seeds."""
     if not seeds:
         return [(config, run_dir)]
     return [
@@ -166,15 +175,16 @@ def of_seeds(config: RunConfig, run_dir: str | None, seeds: Sequence[int]) -> li
 
 
 def submit(config: RunConfig, run_dir: str | None, seeds: Sequence[int] = ()) -> str:
-    """Submit the job, or one a seed; returns what to tell the user.
+    """Submit one job, or one per seed, and return a message for the user.
 
     Raises:
-        UserError: for what Slurm, or the run folder, would refuse, and what could never finish.
+        UserError: If the job could never finish, the run folder is in use or belongs to another configuration, or Slurm
+            refuses the job.
     """
     if seeds:
         return "\n\n".join(submit(one, folder) for one, folder in of_seeds(config, run_dir, seeds))
     path = run_path(config, run_dir).resolve()
-    asked = parameters(config, path)
+    settings = parameters(config, path)
     _check(config, path)
     warn_of_misfits(config)
     folder = path / "slurm"
@@ -183,7 +193,7 @@ def submit(config: RunConfig, run_dir: str | None, seeds: Sequence[int] = ()) ->
     executor = submitit.SlurmExecutor(folder=folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        executor.update_parameters(**asked)
+        executor.update_parameters(**settings)
     (path / requeue.STOP).unlink(missing_ok=True)
     try:
         job = executor.submit(SlurmTask(config, str(path)))
@@ -196,80 +206,84 @@ def submit(config: RunConfig, run_dir: str | None, seeds: Sequence[int] = ()) ->
         "watch": f"mmtrain runs logs {path} --follow",
         "state": f"mmtrain runs {path.parent}",
         "stop": f"mmtrain runs stop {path}",
-        "go on": f"mmtrain submit --resume {path}",
+        "resume": f"mmtrain submit --resume {path}",
     }
     return "\n".join(f"{name:<11}{text}" for name, text in rows.items())
 
 
 def _check(config: RunConfig, path: Path) -> None:
-    """Refuse what could not run, before it waits in a queue."""
+    """Refuse a job that could not run, before it waits in the queue, and create the run folder."""
     cluster = config.cluster
     run = RunFolder(path)
     run.check(config)
     if run.result() is not None:
-        raise UserError(f"{path}: this run is finished; give a new one another name=… or --run-dir")
+        raise UserError(f"{path}: this run is finished. Give a new run another name=… or --run-dir")
     job = journal.last_job(path)
     if job is not None and slurm.is_live(job):
         raise UserError(
-            f"{path}: job {job} of this run is still in the queue: end it first with mmtrain runs stop {path}"
+            f"{path}: job {job} of this run is still in the queue. Stop it first with mmtrain runs stop {path}"
         )
     if (holder := live_holder(path)) is not None:
         raise refusal(path, holder)
     limit = slurm.parse_duration(cluster.time)
     if limit is None:
         raise UserError(
-            f"cluster.time (--time) is {cluster.time!r}: write it as Slurm does, such as 24:00:00 or 2-12:00:00"
+            f"cluster.time (--time) is {cluster.time!r}: write it in Slurm's format, such as 24:00:00 or 2-12:00:00"
         )
-    if limit < cluster.margin + _LEAST:
+    if limit < cluster.margin + _LEAST_TIME:
         raise UserError(
             f"--time {cluster.time} leaves no time to train: the run saves cluster.margin = {cluster.margin} s before"
-            f" the limit and needs {_LEAST} s to start. Raise --time, or lower cluster.margin"
+            f" the limit and needs {_LEAST_TIME} s to start. Raise --time or lower cluster.margin"
         )
-    wanted = cluster.min_nodes or cluster.nodes
-    if wanted > (there := _nodes_of(cluster.partition)):
+    nodes = cluster.min_nodes or cluster.nodes
+    if nodes > (available := _nodes_of(cluster.partition)):
         where = f"partition {cluster.partition}" if cluster.partition else "the cluster"
-        raise UserError(f"--nodes is {wanted}, more than {where} has ({there}): the job would wait for ever")
+        raise UserError(f"--nodes {nodes}: {where} has only {available}, so the job would never start. Lower --nodes")
     run.make()
     kind = _file_system(path)
     if kind in _FILE_SYSTEMS_OF_ONE_NODE and (cluster.max_nodes or cluster.nodes) > 1:
         raise UserError(
-            f"{path} lies in the memory of this machine ({kind}), which other nodes do not see: choose a folder on"
-            " shared storage with --run-dir or run_root=…"
+            f"{path} is in the memory of this machine ({kind}), which other nodes cannot see. Choose a folder on shared"
+            " storage with --run-dir or run_root=…"
         )
 
 
 def _nodes_of(partition: str | None) -> int:
-    """How many nodes the partition has, or the cluster; a partition that is not there is for sbatch to refuse."""
-    lines = _ask("sinfo", "-h", "-N", "-o", "%N", *(["-p", partition] if partition else []))
+    """Return the number of nodes of the partition (default: of the cluster).
+
+    If sinfo does not know the partition, return a large number and leave the refusal to sbatch.
+    """
+    lines = _query("sinfo", "-h", "-N", "-o", "%N", *(["-p", partition] if partition else []))
     return len(set(lines.split(", "))) if lines else 10**9
 
 
 def _file_system(path: Path) -> str:
-    """The kind of file system that ``path`` lies on; empty where the system does not tell."""
+    """Return the type of the file system that contains ``path``, or "" if it is unknown."""
     mounts = [mount for mount in psutil.disk_partitions(all=True) if path.is_relative_to(mount.mountpoint)]
     return max(mounts, key=lambda mount: len(mount.mountpoint)).fstype if mounts else ""
 
 
-def _refusal(words: str) -> str:
-    """sbatch's refusal in one line, with what may be meant."""
-    said = next((line for line in words.splitlines() if "error:" in line), words.strip().splitlines()[-1])
-    said = re.sub(r"^.*?error: *", "", said).strip()
+def _refusal(output: str) -> str:
+    """Return sbatch's error message in one line, followed by a likely cure."""
+    message = next((line for line in output.splitlines() if "error:" in line), output.strip().splitlines()[-1])
+    message = re.sub(r"^.*?error: *", "", message).strip()
     cures = (
-        # what is in the refusal, the cure, and what sinfo is to add to it
+        # (text in the message, cure, format with which sinfo lists the valid values)
         ("partition", "--partition must be one of: ", "%R"),
         ("account", "--account must be one of yours (sacctmgr show associations user=$USER)", ""),
         ("qos", "--qos must be one that your account may use (sacctmgr show qos)", ""),
         ("reservation", "see scontrol show reservation", ""),
-        ("cpu count", "no node has so many CPUs for its tasks; nodes have: ", "%c CPUs"),
-        ("configuration", "no node has what is asked for; nodes have: ", "%G and %c CPUs"),
+        ("cpu count", "no node has enough CPUs for its tasks; nodes have: ", "%c CPUs"),
+        ("configuration", "no node has the requested resources; nodes have: ", "%G and %c CPUs"),
         ("gres", "no node has these GPUs; nodes have: ", "%G"),
         ("time limit", "--time is above the partition's limit: ", "%R %l"),
     )
-    found = ((cure, asked) for key, cure, asked in cures if key in said.lower())
-    cure, asked = next(found, ("see sbatch's manual", ""))
-    return f"Slurm refused the job: {said}. {cure}{_ask('sinfo', '-h', '-o', asked) if asked else ''}"
+    found = ((cure, columns) for key, cure, columns in cures if key in message.lower())
+    cure, columns = next(found, ("see the manual of sbatch", ""))
+    return f"Slurm refused the job: {message}. {cure}{_query('sinfo', '-h', '-o', columns) if columns else ''}"
 
 
-def _ask(*command: str) -> str:
-    asked = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    return ", ".join(dict.fromkeys(asked.stdout.split("\n"))).strip(", ")
+def _query(*command: str) -> str:
+    """Return the distinct lines of a command's output, joined by commas."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    return ", ".join(dict.fromkeys(done.stdout.split("\n"))).strip(", ")

@@ -1,4 +1,4 @@
-"""Ask a run to save and end, for good: it is not queued again."""
+"""Stopping of runs: a run saves a checkpoint, ends and is not requeued."""
 
 from __future__ import annotations
 
@@ -15,50 +15,55 @@ from mmtrain.runs import slurm
 from mmtrain.runs.reader import RunRecord, check_run_folder, read_run
 from mmtrain.runs.status import WAITING, last_launch, runs_training
 
-_GO_ON = "go on with the same command that started it: it resumes from the newest checkpoint"
+_RESUME = "the command that started the run resumes it from the newest checkpoint"
 
 
 def stop_run(run: str) -> str:
-    """Stop what trains in the folder ``run``; returns what was done and how to go on.
+    """Stop the run in the folder ``run``. Return a message that says what was done and how to resume.
 
     Raises:
-        UserError: when nothing trains there, or where it cannot be reached from here.
+        UserError: If the run is not training, or cannot be reached from this machine.
     """
     record = read_run(check_run_folder(run), recent=1)
     if record.result is not None:
-        raise UserError(f"{run} is finished: there is nothing to stop")
+        raise UserError(f"{run}: this run is finished, so there is nothing to stop")
     begin = last_launch(record)
     if begin is None:
         raise UserError(
-            f"{run} has no jobs.jsonl, so it is not known where it runs: stop it where it was started (Ctrl-C)"
+            f"{run}: there is no jobs.jsonl, so mmtrain does not know where this run trains. Stop it with Ctrl-C where"
+            " it was started"
         )
     done = _stop_job(record, str(begin["job"])) if begin.get("job") else _stop_process(record, begin)
-    return f"{done}\n{_GO_ON}"
+    return f"{done}\n{_RESUME}"
 
 
 def _stop_job(record: RunRecord, job: str) -> str:
     if not slurm.has_slurm():
-        raise UserError(f"{record.path} runs as Slurm job {job}, and there is no Slurm here: stop it on a login node")
+        raise UserError(
+            f"{record.path} runs as Slurm job {job}, but this machine has no Slurm. Stop it on a login node"
+        )
     known = slurm.query_states([job])
     if known is None:
-        raise UserError(f"{record.path} runs as Slurm job {job}, and Slurm does not answer here: see what squeue says")
+        raise UserError(f"{record.path} runs as Slurm job {job}, but Slurm does not answer. Check with squeue")
     state = known.get(job)
     if state not in slurm.LIVE:
-        raise UserError(f"{record.path}: its last job, {job}, has ended ({state or 'unknown to Slurm'}): nothing runs")
+        raise UserError(
+            f"{record.path}: nothing to stop, because its last job {job} has ended ({state or 'unknown to Slurm'})"
+        )
     if state in WAITING:
         _scancel(job)
-        return f"job {job} was waiting ({state.lower()}), and is cancelled"
+        return f"job {job} was waiting ({state.lower()}) and has been cancelled"
     with _requested(record):
         _scancel("--signal=USR2", job)
     return (
-        f"job {job} is asked to save and end (SIGUSR2 to all its steps), and will not be queued again\n"
+        f"job {job} will save, end and not be requeued (SIGUSR2 was sent to all its steps)\n"
         f"watch it with `mmtrain runs logs {record.path} --follow`; `scancel {job}` ends it at once"
     )
 
 
 @contextmanager
 def _requested(record: RunRecord) -> Iterator[None]:
-    """The request is in the folder before the signal, for the end of the job to see; it goes if the signal fails."""
+    """Write the stop request before the signal is sent, so that the ending job finds it; remove it on failure."""
     request = record.path / STOP
     request.touch()
     try:
@@ -68,22 +73,22 @@ def _requested(record: RunRecord) -> Iterator[None]:
         raise
 
 
-def _scancel(*words: str) -> None:
-    done = subprocess.run(["scancel", *words], capture_output=True, text=True, timeout=60)
+def _scancel(*arguments: str) -> None:
+    done = subprocess.run(["scancel", *arguments], capture_output=True, text=True, timeout=60)
     if done.returncode:
-        raise UserError(f"scancel {' '.join(words)}: {done.stderr.strip() or done.stdout.strip()}")
+        raise UserError(f"scancel {' '.join(arguments)} failed: {done.stderr.strip() or done.stdout.strip()}")
 
 
 def _stop_process(record: RunRecord, begin: dict[str, object]) -> str:
     host, pid = begin.get("host"), begin.get("pid")
     if host != socket.gethostname():
-        raise UserError(f"{record.path} runs on {host}, not here: run `mmtrain runs stop` there")
+        raise UserError(f"{record.path} runs on another machine, {host}. Call `mmtrain runs stop` there")
     if not isinstance(pid, int) or not runs_training(pid):
-        raise UserError(f"{record.path}: its process ({pid}) is gone: nothing runs there")
+        raise UserError(f"{record.path}: nothing to stop, because its process ({pid}) has ended")
     try:
         os.kill(pid, signal.SIGTERM)
     except PermissionError:
-        raise UserError(f"{record.path}: process {pid} is another user's: ask them to stop it") from None
+        raise UserError(f"{record.path}: process {pid} belongs to another user. Ask them to stop it") from None
     except ProcessLookupError:
-        raise UserError(f"{record.path}: its process ({pid}) is gone: nothing runs there") from None
-    return f"process {pid} is asked to save and end (SIGTERM)"
+        raise UserError(f"{record.path}: nothing to stop, because its process ({pid}) has ended") from None
+    return f"process {pid} will save and end (SIGTERM was sent)"

@@ -1,6 +1,6 @@
-"""What each process of a run does: it trains, as a task of a Slurm job or by itself, and leaves word how it ended.
+"""The process of a rank: it trains, as a task of a Slurm job or alone, and records how it ended.
 
-Only training itself imports torch, which takes seconds: the signals of a Slurm job are listened to before that.
+torch is imported late, because this takes seconds and the handlers for the signals of Slurm must be installed first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ from mmtrain.train.preemption import StopRequest
 
 
 def run_training(config: RunConfig, run_dir: str | Path | None = None, debug: bool = False) -> None:
-    """Train, say how it ended and what to do next. Exits with 128 + signal after a signal stopped it."""
+    """Train, then log how the run ended and what to do next.
+
+    Raises:
+        SystemExit: With status 128 + signal, if a signal stopped the run.
+    """
     from mmtrain.train.session import train
 
     path = run_path(config, run_dir)
@@ -35,28 +39,28 @@ def run_training(config: RunConfig, run_dir: str | Path | None = None, debug: bo
         raise
     _note_end(path, "finished" if outcome.finished else "stopped")
     if outcome.stopped_by is not None:
-        logger.info("stopped at step %d with a checkpoint in %s: the same command goes on", outcome.step, path)
+        logger.info("stopped at step %d with a checkpoint in %s: the same command resumes it", outcome.step, path)
         sys.exit(128 + outcome.stopped_by)
     shown = ", ".join(f"{k} {v:.4g}" for k, v in (outcome.test or {}).items())
     logger.info("done: %s at step %d%s", path, outcome.step, f", test: {shown}" if shown else "")
     curves = RunFolder(path).curves_file
     drawn = f"curves: {curves}   " if curves.is_file() else ""
-    logger.info("%suse it: mmtrain predict %s FILE", drawn, path)
+    logger.info("%suse the model: mmtrain predict %s FILE", drawn, path)
 
 
 def _note_end(run: Path, reason: str) -> None:
-    """Note how a run without Slurm ended; what a Slurm job comes to is noted when all its tasks have ended."""
+    """Record how a run without Slurm ended. For a Slurm job, mmtrain.cluster.requeue does this after all tasks."""
     if journal.began_here(run):
-        with contextlib.suppress(OSError):  # a folder that cannot be written was why the run ended, and was told
+        with contextlib.suppress(OSError):  # an unwritable folder has already ended the run with its own message
             journal.record(run, "ended", job=None, restart=0, reason=reason, step=newest_step(run), requeued=False)
 
 
 @dataclass
 class SlurmTask:
-    """Pickled by submitit, called in every task. It carries no checkpoint: the newest one is found at the start.
+    """The function of a Slurm task, pickled by submitit. It resumes from the newest checkpoint in the run folder.
 
-    A run that was stopped by a signal ends without an error: whether the job comes back is decided after all tasks have
-    ended, in :mod:`mmtrain.cluster.requeue`, from what they leave in the run folder.
+    A task that was stopped by a signal ends without an error. :mod:`mmtrain.cluster.requeue` decides from the files in
+    the run folder whether the job is requeued, after all tasks have ended.
     """
 
     config: RunConfig
@@ -76,7 +80,7 @@ class SlurmTask:
         return 0
 
     def _seconds(self, attempt: JobAttempt, rank: int) -> float | None:
-        """When rank 0 leaves by its own clock: the time limit may not be announced."""
+        """Return after how many seconds rank 0 stops by itself, since Slurm may not announce the time limit."""
         left = slurm.seconds_left(attempt.job) if rank == 0 else None
         return max(left - self.config.cluster.margin, 0.0) if left is not None else None
 
@@ -89,7 +93,7 @@ class SlurmTask:
 
 
 def _report(attempt: JobAttempt, run: Path, rank: int, error: BaseException) -> None:
-    """Leave for the user, and for what decides about another job, what ended this rank."""
+    """Write the error of this rank to the run folder, for the user and for the decision about requeueing."""
     from mmtrain.parallel.preflight import NodesAtFault
     from mmtrain.parallel.ranks import is_collective_error
 
@@ -100,7 +104,7 @@ def _report(attempt: JobAttempt, run: Path, rank: int, error: BaseException) -> 
         "error": f"{type(error).__name__}: {error}",
         "text": text,
         "bad_nodes": error.nodes if isinstance(error, NodesAtFault) else [],
-        # it lost its connection to a rank that ended before
+        # true if the error is only the lost connection to a rank that failed earlier
         "follows": isinstance(error, RuntimeError) and is_collective_error(error),
     }
     folder = attempt.failure_folder(run)
@@ -109,17 +113,18 @@ def _report(attempt: JobAttempt, run: Path, rank: int, error: BaseException) -> 
 
 
 def torch_variables(slurm_variables: os._Environ[str] | dict[str, str]) -> dict[str, str]:
-    """torch's rendezvous variables from those of a Slurm step. The port follows from the job, so that jobs which
-    share a node do not meet.
+    """Return torch's rendezvous variables, computed from those of a Slurm step.
+
+    The port depends on the job id, so that two jobs on one node use different ports.
 
     Raises:
-        UserError: outside a Slurm step.
+        UserError: Outside a Slurm step.
     """
     try:
         job, nodes = int(slurm_variables["SLURM_JOB_ID"]), slurm_variables["SLURM_JOB_NODELIST"]
         rank, world, local = (slurm_variables[f"SLURM_{name}"] for name in ("PROCID", "NTASKS", "LOCALID"))
     except KeyError as error:
-        raise UserError(f"{error.args[0]} is not set: this must run inside a Slurm step (srun)") from None
+        raise UserError(f"{error.args[0]} is not set. Run this command inside a Slurm step (srun)") from None
     return {
         "RANK": rank,
         "WORLD_SIZE": world,

@@ -1,7 +1,7 @@
-"""One HTML file about one or several runs: nothing to serve, nothing to fetch, no script. Imports no torch.
+"""HTML report of one or several runs: a single file without scripts and without links to other files.
 
-``collect`` gathers what is shown as plain data, ``charts`` draws the curves, ``report.html.jinja`` lays out the page.
-How a run folder is read, and what state a run is in, belongs in ``mmtrain.runs``.
+``collect`` gathers the content as plain data, ``charts`` draws the curves, and ``report.html.jinja`` is the page's
+layout. ``mmtrain.runs`` reads run folders and determines the state of runs. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from mmtrain.report.collect import collect
 
 
 def write_report(runs: Sequence[Path], out: Path) -> Path:
-    """Write the report on ``runs`` to ``out``; returns its path.
+    """Write the report of the run folders ``runs`` to the file ``out`` and return its path.
 
     Raises:
-        UserError: when it cannot be written.
+        UserError: If the file cannot be written.
     """
     environment = Environment(
         loader=PackageLoader("mmtrain.report", ""),
@@ -34,8 +34,8 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     )
     environment.filters["svg"] = draw_chart
     template = environment.get_template("report.html.jinja")
-    page = template.render(report=collect(runs), made=time.strftime("%Y-%m-%d %H:%M:%S %Z"))
-    with os_errors(f"{out} cannot be written", "choose another file with --out"):
+    page = template.render(report=collect(runs), created=time.strftime("%Y-%m-%d %H:%M:%S %Z"))
+    with os_errors(f"--out {out}: cannot be written", "choose another file"):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, page)
     return out

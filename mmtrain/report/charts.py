@@ -1,4 +1,4 @@
-"""Charts as SVG that stands inside an HTML page."""
+"""Charts as SVG elements for an HTML page."""
 
 from __future__ import annotations
 
@@ -14,14 +14,21 @@ from mmtrain.plotting import load_matplotlib, new_figure
 
 Points = Sequence[tuple[float, float]]
 
-#: A series of more points is thinned, so that the page of a long run stays small.
-_MOST = 800
+#: A series with more points is thinned, which keeps the report of a long run small.
+_MOST_POINTS = 800
 _WIDTH, _HEIGHT = 4.2, 2.5
 
 
 @dataclass(frozen=True)
 class Series:
-    """The points of one run, and the steps at which it was started again or went back."""
+    """The curve of one run.
+
+    Attributes:
+        points: Pairs of step and value.
+        color: Colour of the run.
+        restarts: Steps from which the run was resumed.
+        rollbacks: Steps to which the run returned after a loss spike.
+    """
 
     points: Points
     color: str
@@ -31,7 +38,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """``marked``: points are few, and each is shown. ``log``: on a logarithmic scale where the values are far apart."""
+    """Curves of several runs in one figure.
+
+    Attributes:
+        title: Title of the chart, unique within a report.
+        series: One curve per run.
+        log: Use a logarithmic scale if the values differ by more than a factor of 30.
+        marked: Draw a marker at each point.
+    """
 
     title: str
     series: list[Series]
@@ -40,10 +54,10 @@ class Chart:
 
 
 def draw_chart(chart: Chart) -> Markup:
-    """The chart as an ``<svg>`` element. Its text stays text; nothing in it points outside of the page."""
+    """Return the chart as an ``<svg>`` element that contains its labels as text and refers to no other file."""
     from matplotlib.ticker import MaxNLocator
 
-    # the salt makes the identifiers within the page differ from chart to chart, but not from one report to the next
+    # the salt gives each chart of a page other identifiers, which are the same in every report
     with load_matplotlib().rc_context(
         {"svg.fonttype": "none", "svg.hashsalt": chart.title, "font.family": "sans-serif"}
     ):
@@ -53,7 +67,7 @@ def draw_chart(chart: Chart) -> Markup:
         axis.grid(alpha=0.25)
         for i, series in enumerate(chart.series):
             points = thinned(series.points)
-            # an earlier one is broader, so that it shows below a later one that is the same
+            # earlier curves are wider, so that they remain visible below identical later ones
             width = 1.3 + min(0.9 * (len(chart.series) - 1 - i), 2.7)
             marker = "o" if chart.marked or len(points) == 1 else None
             axis.plot(*zip(*points, strict=True), color=series.color, lw=width, marker=marker, ms=3.5)
@@ -68,16 +82,17 @@ def draw_chart(chart: Chart) -> Markup:
         axis.set_xlabel("step", fontsize=9)
         axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axis.tick_params(labelsize=8)
-        made = io.StringIO()
-        figure.savefig(made, format="svg", transparent=True)
-    return Markup(_inline(made.getvalue(), chart.title))
+        svg = io.StringIO()
+        figure.savefig(svg, format="svg", transparent=True)
+    return Markup(_inline(svg.getvalue(), chart.title))
 
 
 def _inline(svg: str, name: str) -> str:
-    """The ``<svg>`` element of a file, without what only a file of its own needs.
+    """Return the ``<svg>`` element of an SVG file without metadata and namespaces.
 
     Args:
-        name: differs from chart to chart of a page, and so do then the identifiers.
+        svg: The text of the SVG file.
+        name: A name that is unique within the page. It becomes the prefix of all identifiers.
     """
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
@@ -89,13 +104,13 @@ def _inline(svg: str, name: str) -> str:
 
 
 def thinned(points: Points) -> Points:
-    """At most as many points as a chart can show: the lowest and the highest of each stretch, so that no peak goes."""
-    if len(points) <= _MOST:
+    """Return at most ``_MOST_POINTS`` points: the lowest and the highest of each interval, so that peaks remain."""
+    if len(points) <= _MOST_POINTS:
         return points
     kept: list[tuple[float, float]] = []
-    size = math.ceil(len(points) / (_MOST / 2))
+    size = math.ceil(len(points) / (_MOST_POINTS / 2))
     for begin in range(0, len(points), size):
-        part = [point for point in points[begin : begin + size] if math.isfinite(point[1])]
-        if part:
-            kept += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
+        interval = [point for point in points[begin : begin + size] if math.isfinite(point[1])]
+        if interval:
+            kept += sorted({min(interval, key=lambda p: p[1]), max(interval, key=lambda p: p[1])})
     return kept

@@ -1,4 +1,4 @@
-"""What a report shows of its runs, as plain data: nothing here is HTML."""
+"""Content of a report as plain data, without HTML."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from mmtrain.runs.reader import Line, RunRecord, read_run
 from mmtrain.runs.status import METRICS, Status, number, observe, status
 from mmtrain.runs.table import COLUMNS, figure
 
-#: One colour for each run; with more runs they come again.
+#: Colours of the runs; they repeat if there are more runs.
 _COLORS = ("#2e6f95", "#d1495b", "#3a8f5c", "#c9852c", "#6c5b9e", "#5b6770", "#b0508f", "#1c9aa0")
-#: A larger picture is named, not shown: a report can be sent by mail.
+#: A larger plot is named but not included, so that a report can be sent by mail.
 _MOST_BYTES = 4 * 2**20
 _FAULTS = ("*faults*.jsonl", "*/*faults*.jsonl")
-#: The most lines of a file of faults that are shown.
+#: Largest number of lines shown of a file of data faults.
 _MOST_FAULTS = 200
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run, with its name and colour in the report."""
+    """A run with its name and colour in the report."""
 
     name: str
     color: str
@@ -34,10 +34,11 @@ class Run:
     status: Status
 
     def cells(self) -> dict[str, str]:
-        """State, progress and results by the columns of `mmtrain runs`, but the folder."""
+        """Return state, progress and results by column, with the columns of `mmtrain runs` except the folder."""
         return {name: show(self.status) for name, show in COLUMNS.items() if name != "run"}
 
     def configuration(self) -> str:
+        """Return the text of config.yaml, or the reason why it cannot be read."""
         try:
             return (self.record.path / "config.yaml").read_text(errors="replace")
         except OSError as error:
@@ -46,7 +47,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Picture:
-    """``source``: the file as a data URL; without it, ``problem`` says why the picture is not shown."""
+    """A plot of a run. ``source`` is the file as a data URL, or "" if ``problem`` says why it is not included."""
 
     run: Run
     file: Path
@@ -67,7 +68,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Excerpt:
-    """The text of a file, shown on a click."""
+    """The text of a file in a section that opens on a click."""
 
     run: Run
     title: str
@@ -76,10 +77,21 @@ class Excerpt:
 
 @dataclass(frozen=True)
 class Report:
-    """All that is shown. Without content, a section is left out.
+    """The content of a report. Empty sections are not shown.
 
-    ``speed``: for each run that has figures, what they are called and the figures. ``differences``: for each key that
-    is not the same in all configurations, its values (None where it is missing).
+    Attributes:
+        title: Title of the page.
+        runs: The runs, in the given order.
+        charts: The curves.
+        remarks: Explanation of the lines in the charts, and of damaged metrics.
+        pictures: The plots found in the run folders.
+        speed: Runs with their figures by name; runs without figures are left out.
+        speed_names: Names of all figures, in the order of the rows.
+        differences: Keys whose values are not the same in all configurations, with the value in each configuration
+            (None where it is missing).
+        events: Lines of the journals.
+        failures: Errors of failed jobs.
+        faults: Lists of data faults.
     """
 
     title: str
@@ -96,7 +108,7 @@ class Report:
 
 
 def collect(paths: Sequence[Path]) -> Report:
-    """Read the run folders ``paths``."""
+    """Read the run folders ``paths`` and return the content of their report."""
     records = [read_run(path, recent=None) for path in dict.fromkeys(paths)]
     environment = observe(records)
     names = distinct_names([record.path for record in records])
@@ -106,8 +118,8 @@ def collect(paths: Sequence[Path]) -> Report:
     ]
     speed = [(run, figures) for run in runs if (figures := _speed(run.record))]
     remarks = {
-        "resume": "dotted: the run was started again and went on from there",
-        "rollback": "dashed: the loss jumped and the run went back to there",
+        "resume": "dotted line: the run was resumed from this step",
+        "rollback": "dashed line: the run returned to this step after a loss spike",
     }
     return Report(
         title=names[0] if len(names) == 1 else f"{len(names)} runs",
@@ -116,7 +128,7 @@ def collect(paths: Sequence[Path]) -> Report:
         remarks="; ".join(
             [text for kind, text in remarks.items() if any(run.record.of_kind(kind) for run in runs)]
             + [
-                f"damaged lines were left out of {run.record.path / 'metrics.jsonl'}, the first is line {line}"
+                f"damaged lines of {run.record.path / 'metrics.jsonl'} were ignored; the first is line {line}"
                 for run in runs
                 if (line := run.record.damaged) is not None
             ]
@@ -132,7 +144,7 @@ def collect(paths: Sequence[Path]) -> Report:
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """The last part of each path, or as much more of it as tells it from the others."""
+    """Return the last component of each path, or as many components as needed to make all names distinct."""
     whole = [path.resolve().parts for path in paths]
     longest = max((len(parts) for parts in whole), default=1)
     for length in range(1, longest + 1):
@@ -144,23 +156,23 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
 
 # ---------------------------------------------------------------- curves
 
-#: Title, key in a line of metrics, and whether on a logarithmic scale.
+#: Tuples of title, key in metrics.jsonl, and whether the scale may be logarithmic.
 _CURVES = (
     ("learning rate", "lr", False),
     ("gradient norm", "grad_norm", True),
     ("samples/s", "samples_per_second", False),
-    ("averaging α: distance from its start", "averaging_alpha", False),
-    ("averaging β: distance from its start", "averaging_beta", False),
-    ("averaging θ: distance from its start", "averaging_theta", False),
-    ("averaging γ: distance from its start", "averaging_gamma", False),
+    ("averaging α: distance from its initial value", "averaging_alpha", False),
+    ("averaging β: distance from its initial value", "averaging_beta", False),
+    ("averaging θ: distance from its initial value", "averaging_theta", False),
+    ("averaging γ: distance from its initial value", "averaging_gamma", False),
 )
 
 
 def _charts(runs: Sequence[Run]) -> list[Chart]:
-    """A chart for each curve that any run has, with all runs in it."""
+    """Return one chart for each quantity that at least one run has recorded. Each chart shows all runs."""
     metrics = {METRICS.get(str(run.record.setting("task.kind")), ("loss", min))[0] for run in runs}
     measured = sorted(metrics - {"loss"})
-    if metrics != {"mse"}:  # it is the loss of a forecaster
+    if metrics != {"mse"}:  # the mean squared error of a forecaster is its loss
         measured = ["loss", *measured]
     charts = [_chart(runs, "train loss", "loss")]
     charts += [_chart(runs, f"val {name}", name, "eval") for name in measured]
@@ -187,22 +199,22 @@ def _steps(lines: Iterable[Line]) -> list[float]:
 # ---------------------------------------------------------------- speed
 
 _PHASES = ("data", "forward", "backward", "optimizer", "communication", "other")
-#: What is measured, by its key in a line of metrics: what it is called, and its factor.
+#: Maps keys of metrics.jsonl to the name of the figure and the factor of its unit.
 _FIGURES = {
     "samples_per_second": ("samples/s", 1.0),
-    "samples_per_second_per_rank": ("samples/s a rank", 1.0),
+    "samples_per_second_per_rank": ("samples/s per rank", 1.0),
     "step_seconds": ("step, ms", 1000.0),
-    "tflops": ("TFLOP/s a rank", 1.0),
-    "mfu": ("of the peak, %", 100.0),
+    "tflops": ("TFLOP/s per rank", 1.0),
+    "mfu": ("share of peak FLOP/s, %", 100.0),
     "memory_peak_gib": ("peak memory, GiB", 1.0),
-    "slowest_ratio": ("slowest rank / median", 1.0),
+    "slowest_ratio": ("slowest rank / median rank", 1.0),
 }
-_STARTS = {"ready_seconds": "ready after, s", "first_step_seconds": "first step done after, s"}
+_STARTS = {"ready_seconds": "start until ready, s", "first_step_seconds": "start until first step done, s"}
 _SPEED_NAMES = [*(name for name, _ in _FIGURES.values()), *(f"{phase}, %" for phase in _PHASES), *_STARTS.values()]
 
 
 def _speed(record: RunRecord) -> dict[str, str]:
-    """The medians over the run, for the figures that it has."""
+    """Return the medians of the recorded figures over the run, as text."""
     train = record.of_kind("train")
     lines = train[1:] if len(train) > 2 else train  # the first line includes the warm-up
     found = {}
@@ -227,7 +239,7 @@ def _speed(record: RunRecord) -> dict[str, str]:
 
 
 def differences(flat: Sequence[Mapping[str, Any]]) -> dict[str, list[str | None]]:
-    """The keys that are not the same everywhere, with their value in each configuration; None where it is missing."""
+    """Return the keys whose values differ, with the value in each configuration, or None where the key is missing."""
     missing = object()
     found: dict[str, list[str | None]] = {}
     for key in sorted({key for each in flat for key in each}):
@@ -238,7 +250,7 @@ def differences(flat: Sequence[Mapping[str, Any]]) -> dict[str, list[str | None]
 
 
 def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"train.epochs": 3, …}``."""
+    """Return the values of nested sections by their full key, such as ``{"train.epochs": 3}``."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
         name = f"{prefix}{key}"
@@ -250,17 +262,17 @@ def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _pictures(run: Run) -> Iterable[Picture]:
-    """Forecasts, confusion matrices and whatever else a run has drawn, but its curves: the report has its own."""
+    """Yield all plots in the run folder except curves.png, because the report has its own charts."""
     for file in sorted(run.record.path.glob("*.png")):
         try:
             content = b"" if file.name == "curves.png" else file.read_bytes()
         except OSError:
             continue
-        if not content.startswith(b"\x89PNG\r\n\x1a\n"):  # a partial file
+        if not content.startswith(b"\x89PNG\r\n\x1a\n"):  # an incomplete file
             continue
         if len(content) > _MOST_BYTES:
             size = f"{len(content) / 2**20:.0f} MiB"
-            yield Picture(run, file, problem=f"{file} is too large to be shown here ({size})")
+            yield Picture(run, file, problem=f"{file} is not included, because it is too large ({size})")
         else:
             yield Picture(run, file, "data:image/png;base64," + base64.b64encode(content).decode())
 
@@ -278,7 +290,7 @@ def _event(run: Run, line: Line) -> Event:
 
 
 def _excerpts(run: Run, *patterns: str, most: int | None = None) -> Iterable[Excerpt]:
-    """The files of these names that are not empty, with at most ``most`` lines."""
+    """Yield the files that match ``patterns`` and are not empty, with at most ``most`` lines each."""
     folder = run.record.path
     for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
         try:

@@ -82,8 +82,8 @@ def test_one_run_beside_itself(cli: Cli, tmp_path: Path) -> None:
         assert text in page.text
     for text in ("gradient norm", "averaging γ", "n1, n2", "preempted", "<b>9</b>", "name: vim2_digits"):
         assert text in page.text
-    assert "started again" in page.text
-    assert "the loss jumped" in page.text
+    assert "resumed from this step" in page.text
+    assert "after a loss spike" in page.text
     assert "no space <left>" in page.text
     tags = [tag for tag, _ in page.seen]
     assert tags.count("svg") == 10

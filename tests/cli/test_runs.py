@@ -125,7 +125,7 @@ def test_a_run_here_is_stopped_by_a_signal(cli: Cli, tmp_path: Path, process: su
     assert "same command" in done.stdout
     assert process.wait(10) == -signal.SIGTERM
     assert not (run / "stop.request").exists()  # nothing would queue it again
-    refused(cli("runs", "stop", run), "gone")
+    refused(cli("runs", "stop", run), "has ended")
 
 
 def test_what_does_not_run_cannot_be_stopped(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ def test_what_does_not_run_cannot_be_stopped(cli: Cli, tmp_path: Path, monkeypat
     run = make_run(tmp_path / "run")
     refused(cli("runs", "stop", run), "jobs.jsonl", "Ctrl-C")
     noted(run, "started", BEGIN, job=None, restart=0, hosts=["far"], world=1, pid=1, host="far")
-    refused(cli("runs", "stop", run), "runs on far")
+    refused(cli("runs", "stop", run), "runs on another machine, far")
     noted(run, "submitted", BEGIN, job="7", nodes="1", tasks=1)
     refused(cli("runs", "stop", run), "job 7", "login node")
     (run / "result.json").write_text(json.dumps({"test": None}))
@@ -145,7 +145,7 @@ def test_what_does_not_run_cannot_be_stopped(cli: Cli, tmp_path: Path, monkeypat
 def test_a_slurm_job_is_signalled_or_cancelled(cli: Cli, slurm: Path) -> None:
     run = make_run(slurm / "run")
     noted(run, "submitted", BEGIN, job="7", nodes="1", tasks=1)
-    refused(cli("runs", "stop", run), "job, 7, has ended")
+    refused(cli("runs", "stop", run), "job 7 has ended")
     assert not (run / "stop.request").exists()
     (slurm / "queue").write_text("6|PENDING\n7|RUNNING\n")
     done = cli("runs", "stop", run)
@@ -153,7 +153,7 @@ def test_a_slurm_job_is_signalled_or_cancelled(cli: Cli, slurm: Path) -> None:
     assert (run / "stop.request").exists()
     (slurm / "queue").write_text("7|PENDING\n")
     (run / "stop.request").unlink()
-    assert "is cancelled" in cli("runs", "stop", run).stdout
+    assert "has been cancelled" in cli("runs", "stop", run).stdout
     assert not (run / "stop.request").exists()
     assert (slurm / "cancelled").read_text().splitlines() == ["--signal=USR2 7", "7"]
 

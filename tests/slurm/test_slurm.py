@@ -282,10 +282,10 @@ def test_a_running_run_outlives_its_launcher_and_is_not_submitted_twice(cluster:
     ("words", "said"),
     [
         (("--partition", "nowhere"), "--partition must be one of: low, high"),
-        (("--nodes", "9"), "--nodes is 9, more than the cluster has (4)"),
-        (("--gpus-per-node", "9"), "no node has so many CPUs"),
+        (("--nodes", "9"), "--nodes 9: the cluster has only 4"),
+        (("--gpus-per-node", "9"), "no node has enough CPUs"),
         (("--time", "1:00"), "leaves no time to train"),
-        (("--time", "soon"), "write it as Slurm does"),
+        (("--time", "soon"), "write it in Slurm's format"),
         (("--run-dir", "/dev/shm/a_run"), "on shared storage"),
         (("--run-dir", "/proc/a_run"), "cannot be written"),
     ],

@@ -55,7 +55,7 @@ def test_thirty_kills_of_random_ranks(config: Path, tmp_path: Path) -> None:
         hit = job.saving()
         os.kill(victim, signal.SIGKILL)
         assert job.end(300) != 0, job.said
-        assert "was ended by SIGKILL" in job.said, job.said
+        assert "was killed by SIGKILL" in job.said, job.said
         saving += hit
         resumed += "resuming at step" in job.said
         assert not any(alive(rank) for rank in (victim, *job.ranks()))

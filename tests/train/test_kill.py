@@ -71,7 +71,7 @@ def test_a_signal_saves_and_leaves(vision: Path, tmp_path: Path, which: signal.S
         time.sleep(0.01)
     job.send_signal(which)
     assert job.end() == 128 + which, job.said
-    assert "the same command goes on" in job.said
+    assert "the same command resumes it" in job.said
     newest = max((folder / "checkpoints").iterdir())
     # the step it was in when the signal came, not the last periodic checkpoint
     assert int(newest.name.removeprefix("step_")) == steps_noted(folder)

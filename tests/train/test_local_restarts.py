@@ -33,7 +33,7 @@ def test_a_killed_rank_is_started_again(tmp_path: Path) -> None:
     _wait_for_step(job, 30)
     os.kill(job.ranks()[1], signal.SIGKILL)
     assert job.end(120) == 0, job.said
-    assert "started again from the newest checkpoint (0 restarts left)" in job.said
+    assert "restarting all ranks from the newest checkpoint (0 restarts left)" in job.said
     assert "lost its connection to another rank (" in job.said
     assert "Traceback" not in job.said
     assert "Traceback" in (tmp_path / "killed" / "hangs" / "traceback_rank00000.txt").read_text()
@@ -49,4 +49,4 @@ def test_a_stopped_run_is_not_started_again(tmp_path: Path) -> None:
     _wait_for_step(job, 3)
     job.send_signal(signal.SIGTERM)
     assert job.end() == 128 + signal.SIGTERM
-    assert "started again" not in job.said
+    assert "restarting" not in job.said

@@ -122,7 +122,7 @@ def test_a_run_here_is_stopped_by_a_signal(cli: Cli, tmp_path: Path, process: su
     done = cli("runs", "stop", run)
     assert done.returncode == 0, done.stderr
     assert f"process {process.pid}" in done.stdout
-    assert "same command" in done.stdout
+    assert "the command that started the run" in done.stdout
     assert process.wait(10) == -signal.SIGTERM
     assert not (run / "stop.request").exists()  # nothing would queue it again
     refused(cli("runs", "stop", run), "has ended")

@@ -18,6 +18,8 @@ from mmtrain.config.section import Section, allowed, key_schemas
 PAGE = Path(__file__).with_name("config.md")
 _HEAD = """# Configuration keys
 
+*Which keys does a configuration have, and what do they mean?*
+
 This page is generated from the schema by `python docs/make_config_reference.py`. Do not edit it.
 
 A key is written `section.key=value` on the command line and `section: {key: value}` in a YAML file. An empty cell under

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,20 +30,29 @@ _TOGETHER = ("tests/slurm", "tests/parallel")
 _LONGEST = (*_TOGETHER, "tests/train/test_chaos.py")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Group the tests by file for pytest-xdist (``--dist loadgroup``)."""
-    item.add_marker(pytest.mark.xdist_group(_group(item)))
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the groups with slow tests first, and the longest before them."""
-    slow = {_group(item) for item in items if item.get_closest_marker("slow")}
+    slow = {_group(item.nodeid) for item in items if item.get_closest_marker("slow")}
     order = {name: rank for rank, name in enumerate(_LONGEST)}
-    items.sort(key=lambda item: (order.get(_group(item), len(order)), _group(item) not in slow))
+    groups = {item: _group(item.nodeid) for item in items}
+    items.sort(key=lambda item: (order.get(groups[item], len(order)), groups[item] not in slow))
 
 
-def _group(item: pytest.Item) -> str:
-    file = item.location[0]  # the name of the test has a suffix under pytest-xdist
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give a group to one worker as a whole, in the order of collection."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    config.option.loadscopereorder = False
+    return ByGroup(config, log)
+
+
+def _group(nodeid: str) -> str:
+    file = nodeid.partition("::")[0]
     return next((folder for folder in _TOGETHER if file.startswith(f"{folder}/")), file)
 
 

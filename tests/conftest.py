@@ -23,11 +23,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 
-#: Folders whose tests share a cluster or gangs of processes. They stay on one worker of pytest-xdist.
-_TOGETHER = ("tests/slurm", "tests/parallel")
+#: Folders whose tests share a cluster, gangs of processes or runs. They stay on one worker of pytest-xdist.
+_TOGETHER = ("tests/slurm", "tests/parallel", "tests/inspect")
 
 #: Groups that take minutes. They start first, so that no worker is left with one of them at the end.
-_LONGEST = (*_TOGETHER, "tests/train/test_chaos.py")
+_LONGEST = ("tests/slurm", "tests/parallel", "tests/train/test_chaos.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -137,16 +137,24 @@ def test_the_planner_says_what_it_does_not_know(toys: Path) -> None:
 
 def test_the_model_command_knows_the_file(tmp_path: Path) -> None:
     drop_in(tmp_path)
-    code = (
-        "import sys, mmtrain.models; mmtrain.models.__path__.append(sys.argv.pop(1));"
-        "from mmtrain.cli import main; main()"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "models"), "model"]
-    done = subprocess.run([*command, "toy_model"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "toy_model" in done.stdout
-    done = subprocess.run([*command, "toy_modle"], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, "toy_model" in done.stderr) == (2, True)
+    code = """
+import sys, mmtrain.models
+from mmtrain.cli import main
+
+mmtrain.models.__path__.append(sys.argv[1])
+for name in ("toy_model", "toy_modle"):
+    sys.argv = ["mmtrain", "model", name]
+    try:
+        main()
+    except SystemExit as end:
+        print(f"{name} ended with {end.code}")
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "models")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    shown, _, ended = done.stdout.partition("toy_model ended with 0\n")
+    assert "toy_model" in shown, done.stderr
+    assert ended == "toy_modle ended with 2\n"
+    assert "toy_model" in done.stderr
 
 
 def test_built_in_names_need_no_torch() -> None:

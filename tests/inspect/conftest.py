@@ -21,7 +21,7 @@ Look = Callable[..., Done]
 def vision_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inspect") / "vision"
     overrides = [f"data.root={digits}", "data.image_size=16", "model.dims=[8,16,16]", "train.max_steps=8"]
-    train(load_config("vim2_digits", [*overrides, "train.ema_decay=null", "threads=1"]), folder)
+    train(load_config("vim2_digits", [*overrides, "train.ema_decay=null", "tracking.plots=false", "threads=1"]), folder)
     return folder
 
 
@@ -29,7 +29,7 @@ def vision_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def series_run(waves: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inspect") / "series"
     overrides = [f"data.path={waves}", "data.columns=null", "model.lookback=48", "model.horizon=24", "model.dim=8"]
-    train(load_config("tsm2_traffic", [*overrides, "train.max_steps=8", "threads=1"]), folder)
+    train(load_config("tsm2_traffic", [*overrides, "train.max_steps=8", "tracking.plots=false", "threads=1"]), folder)
     return folder
 
 

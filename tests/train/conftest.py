@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 
-@pytest.fixture
-def vision(digits: Path, tmp_path: Path) -> Path:
-    """ViM2 with everything random on: augmentation, Mixup, CutMix, drop path, EMA, accumulation."""
-    path = tmp_path / "vision.yaml"
-    path.write_text(f"""
+@pytest.fixture(scope="session")
+def vision_in(digits: Path) -> Callable[[Path], Path]:
+    """Write ViM2 with everything random on: augmentation, Mixup, CutMix, drop path, EMA, accumulation."""
+
+    def write(folder: Path) -> Path:
+        path = folder / "vision.yaml"
+        path.write_text(f"""
 model: {{name: vim2_nano, num_classes: 10, dims: [8, 16], token_mixers: [2, 2], channel_expand: [2, 1], drop_path: 0.2}}
 data: {{kind: shards, root: {digits}, test: test, image_size: 16, augment: light, mean: [0.3, 0.3, 0.3],
         std: [0.3, 0.3, 0.3]}}
@@ -20,9 +23,17 @@ optim: {{lr: 3.0e-3, warmup_epochs: 0.2}}
 train: {{epochs: 1.3, max_steps: 24, batch_size: 64, accumulation: 2, ema_decay: 0.9, log_every: 1}}
 eval: {{every_steps: 8}}
 checkpoint: {{every_steps: 3}}
+tracking: {{plots: false}}
 threads: 1
 """)
-    return path
+        return path
+
+    return write
+
+
+@pytest.fixture
+def vision(vision_in: Callable[[Path], Path], tmp_path: Path) -> Path:
+    return vision_in(tmp_path)
 
 
 @pytest.fixture
@@ -36,6 +47,7 @@ task: {{kind: forecasting}}
 optim: {{lr: 3.0e-3, weight_decay: 0.01}}
 train: {{epochs: 4, batch_size: 32, log_every: 2}}
 eval: {{every_epochs: 1}}
+tracking: {{plots: false}}
 threads: 1
 """)
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def test_vision_run_leaves_a_whole_folder(vision: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    outcome = run(vision, folder)
+    outcome = run(vision, folder, "tracking.plots=true")
     assert outcome.finished
     assert outcome.test is not None
     assert outcome.test["samples"] == 359  # every sample of the held-out fifth
@@ -49,7 +50,7 @@ def test_vision_run_leaves_a_whole_folder(vision: Path, tmp_path: Path) -> None:
 
 def test_forecasting_run_learns_the_waves(series: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    outcome = run(series, folder)
+    outcome = run(series, folder, "tracking.plots=true")
     assert outcome.test is not None
     # the waves have variance 1 after standardising, of which noise of variance 0.02 cannot be forecast
     assert outcome.test["mse"] < 0.3
@@ -65,11 +66,18 @@ def test_a_finished_run_is_left_alone(series: Path, tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+@pytest.fixture(scope="module")
+def whole(vision_in: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with all its checkpoints."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(vision_in(folder), folder / "run", "checkpoint.keep=100")
+    return folder / "run"
+
+
 @pytest.mark.parametrize("cut", ["checkpoint", "torn", "flipped"])
-def test_resuming_gives_the_weights_of_an_unbroken_run(vision: Path, tmp_path: Path, cut: str) -> None:
+def test_resuming_gives_the_weights_of_an_unbroken_run(vision: Path, whole: Path, tmp_path: Path, cut: str) -> None:
     """From any checkpoint; past a torn or damaged one, from the one before it."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run(vision, whole, "checkpoint.keep=100")
+    broken = tmp_path / "broken"
     shutil.copytree(whole, broken)
     (broken / "result.json").unlink()
     for path in (broken / "checkpoints").iterdir():
@@ -118,10 +126,10 @@ def test_bfloat16_trains(vision: Path, tmp_path: Path) -> None:
 
 
 def test_only_the_newest_and_the_best_checkpoints_stay(vision: Path, tmp_path: Path) -> None:
-    run(vision, tmp_path / "run", "checkpoint.every_steps=1", "checkpoint.keep=2")
+    run(vision, tmp_path / "run", "checkpoint.every_steps=1", "checkpoint.keep=2", "train.max_steps=9", "eval.every_steps=3")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     there = {int(p.name.removeprefix("step_")) for p in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert there == {23, 24, result["tested_step"]}
+    assert there == {8, 9, result["tested_step"]}
 
 
 def test_another_configuration_is_refused(series: Path, tmp_path: Path) -> None:

@@ -7,6 +7,9 @@ STAMP := $(VENV)/.installed
 DIGITS := data/digits/meta.json
 TRAFFIC := data/traffic/traffic.csv
 
+PYTEST := $(BIN)/python -m pytest --durations 10
+WORKERS := $(shell echo $$(($$(nproc 2>/dev/null || echo 2) + 1)))
+
 .PHONY: demo test test-fast lint format clean
 
 demo: $(DIGITS) $(TRAFFIC)
@@ -25,11 +28,13 @@ demo: $(DIGITS) $(TRAFFIC)
 	@echo "  mmtrain submit --config vim2_base_in1k --debug data=synthetic"
 	@echo "  mmtrain submit --config vim2_base_in1k --nodes 4 --dry-run"
 
+# One worker more than there are cores, since some tests wait; those that measure time run afterwards, alone.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST) --numprocesses $(WORKERS) -m "not timed"
+	$(PYTEST) -m timed
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) --numprocesses $(WORKERS) -m "not slow and not timed"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

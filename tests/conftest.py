@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -95,6 +97,14 @@ def benchmarks() -> Path:
         if folder and Path(folder).is_dir():
             return Path(folder)
     pytest.skip("the benchmark tables are not here: put ETTh1.csv in a folder and set MMTRAIN_DATA to it")
+
+
+def cpu_seconds(*words: object) -> float:
+    """The seconds of CPU that ``python WORDS`` takes. Other processes lengthen the time on the clock, but not these."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 Cli = Callable[..., Done]

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from mmtrain.cli import data
 from mmtrain.cli.app import app
 from mmtrain.config import config_names, load_config
 from mmtrain.train.session import train
-from tests.conftest import ROOT, Cli, Done
+from tests.conftest import ROOT, Cli, Done, cpu_seconds
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +55,7 @@ def refused(done: Done, *words: str) -> None:
 
 
 def quickest(*command: str) -> float:
-    times = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
-        times.append(time.perf_counter() - begin)
-    return min(times)
+    return min(cpu_seconds(*command) for _ in range(3))
 
 
 def test_import_and_help_are_quick() -> None:

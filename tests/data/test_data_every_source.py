@@ -190,6 +190,7 @@ def test_small_batches_cross_the_end_of_the_epoch(kind: Kind) -> None:
 
 @settings(max_examples=12, deadline=None)
 @given(number=st.integers(0, 26), world=st.sampled_from(WORLDS), size=st.integers(1, 30))
+@pytest.mark.slow
 def test_evaluation_is_every_sample_once(kind: Kind, number: int, world: int, size: int) -> None:
     check_evaluation(kind.held_out[number % len(kind.held_out)], world, size, 0)
 

@@ -186,6 +186,7 @@ class Deadly:
         return {"number": torch.from_numpy(indices.copy())}
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_started_again_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"seed": 3, "batch_size": 2, "start": 0, "steps": 6, "workers": 1}
     expected = [batch["number"].tolist() for batch in train_batches(Deadly(tmp_path, 0), **options)]

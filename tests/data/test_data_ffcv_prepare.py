@@ -322,6 +322,7 @@ def test_a_run_on_ffcv_is_that_on_the_shards(cli: Any, ffcv: None, digits: Path,
 
 
 @pytest.mark.parametrize("orientation", [3, 6])
+@pytest.mark.slow
 def test_a_photo_that_its_camera_turned_is_stored_upright(ffcv: None, tmp_path: Path, orientation: int) -> None:
     """FFCV does not look at EXIF: a file kept as it is would be another image than from the shards."""
     turned, exif = io.BytesIO(), Image.Exif()

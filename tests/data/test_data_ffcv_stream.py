@@ -51,6 +51,7 @@ def test_exit_in_the_middle_of_a_run_is_quiet(photos: Made) -> None:
     assert (done.returncode, done.stderr) == (7, "")
 
 
+@pytest.mark.slow
 def test_two_streams_at_once(photos: Made) -> None:
     train, val = photos.source(augment="crop"), photos.source("val", train=False)
     expected = [next(forever(train, workers=3))["image"], next(eval_batches(val, batch_size=7, workers=3))["image"]]

@@ -256,6 +256,7 @@ def test_indexes_are_made_silently(make_tar: Callable, samples: Callable, caplog
     assert not caplog.records
 
 
+@pytest.mark.slow
 def test_torchvision_and_timm_import_after_the_shim() -> None:
     code = (
         "from mmtrain.torchvision_compat import ensure_torchvision as e; e(); e()\n"

@@ -97,6 +97,7 @@ def _bug() -> None:
     raise KeyError("a bug in a source")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_an_error_and_no_hang() -> None:
     begin = time.monotonic()
     with pytest.raises(RuntimeError, match=r"(?s)worker died .*memory.*data\.workers"):

@@ -103,6 +103,7 @@ def test_the_named_sizes_export_as_they_are(name: str, tmp_path: Path) -> None:
     assert made.error <= export.TOLERANCE * max(1, answer(model, x).abs().max().item())
 
 
+@pytest.mark.slow
 def test_auxiliary_inputs_are_exported_for_any_batch(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = create_model("tsm2", **TINY_TSM2, static_features=2)
@@ -124,6 +125,7 @@ def test_a_model_that_was_trained_on_holes_takes_a_mask(trained: TrainedModel) -
 
 
 @pytest.mark.parametrize("kind", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_holes_are_forecast_as_mmtrain_does(kind: str, tmp_path: Path) -> None:
     """The mask is an input of the file, and what stands in a hole does not matter."""
     torch.manual_seed(0)
@@ -195,6 +197,7 @@ def trained(tmp_path: Path) -> TrainedModel:
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_trained_model_is_exported_with_what_it_needs(kind: str, trained: TrainedModel, tmp_path: Path) -> None:
     out = export_trained(trained, tmp_path / "out", kind)
     name = {"safetensors": "model.safetensors", "torch": "model.pt2", "onnx": "model.onnx"}[kind]

@@ -33,6 +33,7 @@ def _at_step_2(monkeypatch: pytest.MonkeyPatch, action: Any) -> None:
 
 @pytest.mark.parametrize("how", ["deleted", "moved"])
 @pytest.mark.parametrize("log_every", [1, 1000])
+@pytest.mark.slow
 def test_a_folder_that_is_gone_is_one_message(
     how: str, log_every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

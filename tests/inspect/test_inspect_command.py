@@ -60,6 +60,7 @@ def test_what_is_unknown_is_refused_with_the_nearest(look: Look, tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["vision_run", "series_run"])
+@pytest.mark.slow
 def test_a_run_is_drawn_into_its_folder(
     kind: str, look: Look, picture: Picture, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

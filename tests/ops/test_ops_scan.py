@@ -349,6 +349,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
     # L·D·N floats would be 4.3 GB and 0.8 GB; each of the large inputs is 34 to 67 MB
     [(2**17, 64, 128, 1000), (65536, 192, 16, 400)],
 )
+@pytest.mark.slow
 def test_memory_stays_near_that_of_the_inputs(length: int, channels: int, state: int, most: int) -> None:
     """What a forward and backward pass adds: outputs, gradients and saved states."""
     command = [sys.executable, "-c", MEMORY_SCRIPT, *map(str, (length, channels, state))]

@@ -17,6 +17,7 @@ def test_scan_kernels_under_the_interpreter() -> None:
     run_interpreted("interpreted_scan.py")
 
 
+@pytest.mark.slow
 def test_the_package_does_not_import_triton() -> None:
     code = """
 import sys, mmtrain.ops, mmtrain.ops.triton

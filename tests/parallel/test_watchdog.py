@@ -260,11 +260,11 @@ def test_the_timeout_of_collectives_can_be_shortened(start: Start) -> None:
 
 def test_beats_cost_nothing(tmp_path: Path) -> None:
     with Watchdog(Ranks(0, 1, torch.device("cpu")), 60, 60, tmp_path) as watch:
-        begin = time.perf_counter()
+        begin = time.thread_time()
         for step in range(10_000):
             watch.beat(step, "data")
             watch.beat(step, "forward")
-        assert (time.perf_counter() - begin) / 20_000 < 20e-6
+        assert (time.thread_time() - begin) / 20_000 < 20e-6
         assert watch.describe() == "there is no other rank"
 
 

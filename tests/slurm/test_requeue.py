@@ -53,7 +53,7 @@ def test_fifty_jobs_come_back_once_each(cluster: Cluster, tmp_path: Path) -> Non
 def test_looking_for_a_signal_costs_nothing() -> None:
     """At most a thousandth of a step of 50 ms."""
     with StopRequest(seconds=1000) as stop:
-        began = time.perf_counter()
+        began = time.thread_time()
         for _ in range(1000):
             assert stop.received is None
-        assert (time.perf_counter() - began) / 1000 < 50e-6
+        assert (time.thread_time() - began) / 1000 < 50e-6

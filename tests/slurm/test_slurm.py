@@ -41,6 +41,7 @@ def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> R
     return run
 
 
+@pytest.mark.timed
 def test_the_first_step_comes_soon(cluster: Cluster, tmp_path: Path) -> None:
     """On 4 nodes 15 s after sbatch, which is dominated by the imports of four processes on two cores."""
     began = time.monotonic()

@@ -29,11 +29,13 @@ def damaged(vision: Path, digits: Path, tmp_path: Path) -> list[str]:
     return [f"data.root={copy}", "train.max_steps=null", "train.epochs=1", "data.workers=1"]
 
 
+@pytest.mark.slow
 def test_the_first_fault_stops_a_run(vision: Path, damaged: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sample '.*': the image cannot be decoded.*data\.faults=skip"):
         train(load_config(str(vision), damaged), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_faults_are_left_out_and_listed_in_the_report(vision: Path, damaged: list[str], tmp_path: Path) -> None:
     config = load_config(str(vision), [*damaged, "data.faults=skip", "data.max_faults=0.005"])
     outcome = train(config, tmp_path / "run")

@@ -105,10 +105,10 @@ def test_only_the_first_and_the_last_of_many_ranks_trace(tmp_path: Path) -> None
 def test_without_a_span_it_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiling, "profile", None)
     with StepProfiler(None, tmp_path, ALONE) as profiler:
-        begin = time.perf_counter()
+        begin = time.thread_time()
         for number in range(1000):
             profiler.step(number)
-        assert time.perf_counter() - begin < 0.02
+        assert time.thread_time() - begin < 0.02
     assert list(tmp_path.iterdir()) == []
 
 

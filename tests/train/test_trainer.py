@@ -20,6 +20,10 @@ from mmtrain.train.session import train
 from mmtrain.train.state import TrainState
 
 
+#: Nine steps with three evaluations.
+NINE = ("train.max_steps=9", "eval.every_steps=3")
+
+
 def run(config: Path, folder: Path, *overrides: str) -> Outcome:
     return train(load_config(config, overrides), folder)
 
@@ -126,7 +130,14 @@ def test_bfloat16_trains(vision: Path, tmp_path: Path) -> None:
 
 
 def test_only_the_newest_and_the_best_checkpoints_stay(vision: Path, tmp_path: Path) -> None:
-    run(vision, tmp_path / "run", "checkpoint.every_steps=1", "checkpoint.keep=2", "train.max_steps=9", "eval.every_steps=3")
+    run(
+        vision,
+        tmp_path / "run",
+        "checkpoint.every_steps=1",
+        "checkpoint.keep=2",
+        "train.max_steps=9",
+        "eval.every_steps=3",
+    )
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     there = {int(p.name.removeprefix("step_")) for p in (tmp_path / "run" / "checkpoints").iterdir()}
     assert there == {8, 9, result["tested_step"]}

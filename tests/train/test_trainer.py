@@ -19,7 +19,6 @@ from mmtrain.train.loop import Outcome
 from mmtrain.train.session import train
 from mmtrain.train.state import TrainState
 
-
 #: Nine steps with three evaluations.
 NINE = ("train.max_steps=9", "eval.every_steps=3")
 

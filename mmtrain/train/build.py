@@ -1,4 +1,4 @@
-"""From a task and a configuration to a model spread over the ranks, its values not set yet."""
+"""Build the distributed model of a task, compiled and with recomputation as configured. Weights are not set yet."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmtrain.tasks import Task
 from mmtrain.train.optim import autocast_dtype, build_optimizer
 
 _aten = torch.ops.aten
-#: What selective checkpointing keeps: results that cost much to compute and little to hold.
+#: Operations whose results selective checkpointing keeps: they are expensive to compute and small to store.
 _KEPT = {
     _aten.mm.default,
     _aten.addmm.default,
@@ -33,32 +33,37 @@ _KEPT = {
 
 
 def micro_batches(config: RunConfig, world: int) -> int:
-    """Micro-batches a step: the fewest, and at least ``train.accumulation``, that cut the batch evenly over ``world``
-    ranks into pieces of at most ``train.micro_batch`` samples. So the steps are the same on any number of ranks.
+    """Return the number of micro-batches per step on each rank.
+
+    It is the smallest number, from ``train.accumulation`` up, that divides the global batch evenly over ``world`` ranks
+    into micro-batches of at most ``train.micro_batch`` samples. The global batch is the same for any number of ranks.
 
     Raises:
-        SharedError: when the ranks do not divide the batch, with the numbers that do.
+        SharedError: if the ranks do not divide the batch. The message lists numbers of ranks that do.
     """
     batch, most = config.train.batch_size, config.train.micro_batch
-    for parts in range(config.train.accumulation, batch // world + 1):
-        size, rest = divmod(batch, world * parts)
+    for micros in range(config.train.accumulation, batch // world + 1):
+        size, rest = divmod(batch, world * micros)
         if rest == 0 and (most is None or size <= most):
-            return parts
+            return micros
     unit = world * config.train.accumulation
     fits = [n for n in range(1, batch + 1) if batch % n == 0 and batch // n >= config.train.accumulation]
     near = [n for n in (batch // unit * unit, (batch // unit + 1) * unit) if n]
     raise SharedError(
-        f"train.batch_size is {batch}, which {world} ranks and train.accumulation={config.train.accumulation} do not"
-        f" divide: use so many ranks: {', '.join(map(str, fits[-12:])) or 'none fits'}; or a"
-        f" batch that is a multiple of {unit} (use {' or '.join(map(str, near))})"
+        f"train.batch_size={batch} is not divisible by {world} ranks × train.accumulation={config.train.accumulation}."
+        f" Possible numbers of ranks: {', '.join(map(str, fits[-12:])) or 'none'}. Or use a multiple of {unit} for"
+        f" train.batch_size ({' or '.join(map(str, near))})"
     )
 
 
 def parallelize_model(config: RunConfig, task: Task, ranks: Ranks, micros: int) -> Strategy:
-    """Build the model of ``task`` on the meta device, compile and split it as configured, and give it memory.
+    """Build the model of ``task``, compile it if configured, and distribute it over the ranks.
 
     Args:
-        micros: the number of :func:`micro_batches`.
+        micros: number of micro-batches per step (:func:`micro_batches`).
+
+    Returns:
+        The strategy with the model and its optimizer. The parameters have memory, but no values yet.
     """
     model = build_meta_model(task)
     checkpoint_activations(model, config.train)
@@ -70,7 +75,7 @@ def parallelize_model(config: RunConfig, task: Task, ranks: Ranks, micros: int) 
         ranks,
         config.parallel,
         blocks,
-        lambda split: build_optimizer(split, config.optim),
+        lambda sharded: build_optimizer(sharded, config.optim),
         autocast=autocast_dtype(config.train),
         micro_batches=micros,
         micro_batch_size=config.train.batch_size // (ranks.world * micros),
@@ -80,22 +85,25 @@ def parallelize_model(config: RunConfig, task: Task, ranks: Ranks, micros: int) 
 
 
 def build_meta_model(task: Task) -> nn.Module:
-    """The model of ``task`` on the meta device: shapes without memory."""
+    """Build the model of ``task`` on the meta device: shapes without memory."""
     with torch.device("meta"):
         return task.build_model()
 
 
 def checkpoint_activations(model: nn.Module, config: TrainConfig) -> None:
-    """Set up activation checkpointing as ``train.checkpointing`` says.
+    """Set up recomputation of activations (``train.checkpointing``).
 
     Raises:
-        UserError: for a model that has no hooks for it.
+        UserError: if the model does not support it.
     """
     if config.checkpointing == "none":
         return
     switch = getattr(model, "set_grad_checkpointing", None)
     if switch is None:
-        raise UserError(f"train.checkpointing is '{config.checkpointing}', but {type(model).__name__} cannot recompute")
+        raise UserError(
+            f"train.checkpointing={config.checkpointing}: {type(model).__name__} does not support recomputation."
+            " Use train.checkpointing=none"
+        )
     switch(True, config.checkpointing_every)
     if config.checkpointing == "selective":
         for module in model.modules():

@@ -1,4 +1,4 @@
-"""Evaluation: every sample of a split exactly once, on any number of ranks."""
+"""Evaluate a model on every sample of a split exactly once, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mmtrain.data.core.source import OnFault, Source
 from mmtrain.parallel.ranks import Ranks
 from mmtrain.tasks import Batch, Task
 
-#: Batches between two looks at whether a rank was asked to leave.
-_LOOK_EVERY = 8
+#: Batches between two checks for a stop signal on any rank.
+_CHECK_EVERY = 8
 
 
 @torch.no_grad()
@@ -32,22 +32,25 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
     on_fault: OnFault | None = None,
 ) -> dict[str, float] | None:
-    """The task's metrics over the whole of ``source``, the same on every rank; None where it was given up.
+    """Compute the metrics of ``task`` over all samples of ``source``.
 
     Args:
-        model: what is called on a batch.
-        together: a forward pass is a collective, so all ranks make as many as the one with the most batches; what a
-            rank makes beyond its own counts nowhere.
-        beat: told at each batch, and before the ranks add up.
-        stop: whether this rank was asked to leave; all ranks look at it together every few batches.
-        on_fault: told of samples that cannot be used.
+        model: module that ``task.measure`` calls on a batch.
+        together: the forward pass is a collective. All ranks then run as many passes as the rank with the most
+            batches. Results of additional passes are discarded.
+        beat: called with the name of the phase at each batch and before the sums of the ranks are added.
+        stop: returns whether this rank received a stop signal. The ranks exchange it every few batches.
+        on_fault: called for each damaged sample.
+
+    Returns:
+        The metrics, equal on every rank, or None if a rank received a stop signal.
     """
     model.eval()
     names: list[str] = []
     totals = torch.zeros(0, dtype=torch.float64)
     for number, (batch, counts) in enumerate(_batches(source, config, ranks, together, on_fault)):
         beat("evaluate")
-        if number % _LOOK_EVERY == 0 and ranks.any(stop()):
+        if number % _CHECK_EVERY == 0 and ranks.any(stop()):
             return None
         if batch is None:
             continue
@@ -59,7 +62,7 @@ def evaluate(
         totals = values if not len(totals) else totals + values
     beat("add up")
     if ranks.world > 1:
-        names = max(ranks.gather(names), key=len)  # a rank may have had no sample at all
+        names = max(ranks.gather(names), key=len)  # a rank without samples has no names
         totals = ranks.sum(totals if len(totals) else torch.zeros(len(names), dtype=torch.float64))
     return task.metrics(dict(zip(names, totals.tolist(), strict=True)))
 
@@ -67,7 +70,10 @@ def evaluate(
 def _batches(
     source: Source, config: RunConfig, ranks: Ranks, together: bool, on_fault: OnFault | None
 ) -> Iterator[tuple[Batch | None, bool]]:
-    """This rank's batches, and whether each counts; as many as the rank with the most has, with None for none."""
+    """Yield (batch, whether it counts) of this rank, as often as on the rank with the most batches.
+
+    Additional batches do not count. They are None, or a batch of one sample if ``together``.
+    """
     size, made = config.eval.batch_size, 0
     batches = eval_batches(
         source,
@@ -81,10 +87,10 @@ def _batches(
     for batch in batches:
         made += 1
         yield batch, True
-    most = math.ceil(math.ceil(len(source) / ranks.world) / size)  # of rank 0
+    most = math.ceil(math.ceil(len(source) / ranks.world) / size)  # number of batches of rank 0
     if made < most:
         stand_in: Batch | None = None
-        if together:  # on the first sample that can be used
+        if together:  # use the first undamaged sample
             with closing(eval_batches(source, batch_size=1, device=ranks.device)) as usable:  # type: ignore[type-var]
                 stand_in = next(usable, None)
         for _ in range(most - made):

@@ -1,6 +1,6 @@
-"""Floating-point operations of a training step, and their share of the GPU's peak (MFU).
+"""Count the floating-point operations of training, and compare them with the peak of the GPU (MFU).
 
-The peak rates of matrix products are from the makers' data sheets.
+Peak rates of matrix products are from the manufacturers' data sheets.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from mmtrain.errors import UserError
 from mmtrain.models import build_model, example_inputs
 from mmtrain.ops.backend import scan_backend
 
-#: Dense 10¹² FLOP/s of one GPU, by the name that the driver gives: (pattern, peaks by precision). fp16 and bf16
-#: accumulate in fp32. Where a data sheet gives only the figure with sparsity (marked *), this is half of it.
+#: Dense peak of one GPU in 10¹² FLOP/s, by the name that the driver reports: (pattern, peaks by precision). fp16 and
+#: bf16 accumulate in fp32. If a data sheet gives only the figure with sparsity (marked *), the entry is half of it.
 #:
 #: NVIDIA: H100 Tensor Core GPU data sheet (SXM 1979*, PCIe 1513*, NVL 1671*), H200 data sheet (SXM 1979*, NVL 1671*),
 #: A100 data sheet, L40S data sheet, V100 data sheet (SXM2 125, PCIe 112, V100S 130), Ada GPU architecture whitepaper
@@ -37,7 +37,7 @@ _PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
         {"bf16": 312, "fp16": 312, "tf32": 156, "fp32": 19.5},
     ),
     (r"L40S", {"bf16": 362, "fp16": 362, "tf32": 183, "fp32": 91.6}),
-    # no bfloat16 and no TF32 on its tensor cores: fp32 runs as fp32, whatever is asked for
+    # The tensor cores of V100 support neither bfloat16 nor TF32: fp32 runs as fp32, also with train.tf32.
     (r"V100-SXM2-(16|32)GB", {"fp16": 125, "tf32": 15.7, "fp32": 15.7}),
     (r"V100-PCIE-(16|32)GB", {"fp16": 112, "tf32": 14, "fp32": 14}),
     (r"V100S-PCIE-32GB", {"fp16": 130, "tf32": 16.4, "fp32": 16.4}),
@@ -48,7 +48,9 @@ _MAKERS = r"(NVIDIA|Tesla|AMD)?\s*(Tesla\s*)?"
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak FLOP/s of dense matrix products on ``device``; None for a CPU, a part of a GPU (MIG) or an unknown GPU.
+    """Return the peak FLOP/s of dense matrix products on ``device``.
+
+    None for a CPU, for a slice of a GPU (MIG), and for an unknown GPU.
 
     Args:
         precision: bf16, fp16, tf32 or fp32.
@@ -57,9 +59,9 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def peak_by_name(name: str, precision: str) -> float | None:
-    """As :func:`peak_flops`, for the name that torch gives to a GPU.
+    """Return :func:`peak_flops` of the GPU that torch reports as ``name``.
 
-    The whole name must fit: a "4090 Laptop GPU", a "4090 D" and a slice "… MIG 1g.10gb" are other machines.
+    The whole name must match: "4090 Laptop GPU", "4090 D" and the slice "… MIG 1g.10gb" are different devices.
     """
     for pattern, peaks in _PEAKS:
         if re.fullmatch(f"{_MAKERS}({pattern})", name.strip(), re.IGNORECASE):
@@ -69,16 +71,17 @@ def peak_by_name(name: str, precision: str) -> float | None:
 
 
 def _convolution_backward(grad: torch.Size, x: torch.Size, weight: torch.Size, *rest: Any, **kwargs: Any) -> int:
-    """The gradient of the input and that of the weight, if wanted, cost as much as the forward pass each.
+    """Count the FLOPs of the backward pass of a convolution.
 
-    torch's own rule counts the weight's gradient without regard to groups. For a depthwise convolution that is too much
-    by the number of channels: it would put vim2_base at 184 GFLOP a sample of 224 × 224 pixels, which takes 95.
+    The gradients of the input and of the weight each cost as much as the forward pass, if they are computed. torch's
+    rule for the weight ignores groups, so a depthwise convolution is overestimated by a factor of its channels: it
+    gives 184 GFLOP for a sample of vim2_base (224 × 224 pixels) instead of 95.
     """
     transposed, *_, wanted = rest[4:]
     return 2 * x[0] * math.prod(weight) * math.prod((x if transposed else grad)[2:]) * sum(wanted[:2])
 
 
-#: Our rules for FlopCounterMode, by operator, where torch's own miscount. They take shapes in place of tensors.
+#: Rules for FlopCounterMode that replace incorrect ones of torch, by operator. A rule gets shapes instead of tensors.
 FLOP_RULES = {torch.ops.aten.convolution_backward: _convolution_backward}
 
 
@@ -86,20 +89,20 @@ _counted: dict[tuple[str, int, int], float] = {}
 
 
 def sample_flops(config: RunConfig, variates: int | None = None) -> float:
-    """Operations of the forward and the backward pass for one training sample, 2 to a multiply-add.
+    """Count the FLOPs of the forward and backward pass of one training sample. A multiply-add counts as 2.
 
-    Counted on the meta device, which takes no memory, by torch's counter: matrix products, convolutions and the
-    selective scans, 9·L·D·N + L·D forward and twice that backward. Left out are activations, gates, normalisation and
-    the optimizer. What activation checkpointing computes again is not counted, whatever the configuration says.
+    torch's FLOP counter runs on the meta device, which needs no memory. It counts matrix products, convolutions and
+    selective scans (9·L·D·N + L·D forward, twice that backward). It does not count activations, gates, normalisation,
+    the optimizer, or recomputation.
 
     Args:
-        variates: the number M of series in a sample; needed for TSM2 (its data knows it), not for ViM2.
+        variates: number M of variates in a sample. Required for TSM2, ignored for ViM2.
 
     Raises:
-        UserError: for a model that cannot be counted, or an input that it cannot take.
+        UserError: if the model does not accept the input, or if ``variates`` is missing.
     """
     if isinstance(config.model, ForecasterConfig) and variates is None:
-        raise UserError(f"model '{config.model.name}': the FLOPs of a sample need its number of variates")
+        raise UserError(f"model '{config.model.name}': cannot count FLOPs without the number of variates of a sample")
     side = config.data.image_size if isinstance(config.data, ImageDataConfig) else 224
     key = (repr(config.model), side, variates or 1)
     if key not in _counted:
@@ -110,19 +113,19 @@ def sample_flops(config: RunConfig, variates: int | None = None) -> float:
 def _count(config: RunConfig, side: int, variates: int) -> float:
     batch = 2
     with torch.device("meta"):
-        # eval: dropout and drop path want the samples' keys, and change no count
+        # In eval mode, dropout and drop path need no sample keys. They do not change the count.
         model = build_model(config.model).eval()
         inputs = example_inputs(config.model, batch=batch, image_size=(side, side), variates=variates)
     outputs: list[torch.Tensor] = []
-    spread = getattr(model, "spread", None)  # TSM2 returns the point alone, unless asked: its loss needs both
+    spread = getattr(model, "spread", None)  # TSM2 returns only the point forecast by default, but its loss uses both
     if spread is not None:
         spread.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
-        # the kernel's own rule for the FLOPs, whatever backend the environment asks for
         counter = FlopCounterMode(display=False, custom_mapping=FLOP_RULES)
-        # nothing to detect, and no values to look at, when a debug run looks for anomalies
-        calm = torch.autograd.set_detect_anomaly(False)
-        with counter, calm, scan_backend("auto"), torch.enable_grad():
+        # Meta tensors have no values in which anomaly detection could find a NaN.
+        no_anomalies = torch.autograd.set_detect_anomaly(False)
+        # Only the backend "auto" has a FLOP rule, so a backend set in the environment is ignored here.
+        with counter, no_anomalies, scan_backend("auto"), torch.enable_grad():
             outputs.append(model(*inputs))
             torch.stack([output.sum() for output in outputs]).sum().backward()
     except ValueError as error:
@@ -132,9 +135,11 @@ def _count(config: RunConfig, side: int, variates: int) -> float:
 
 @dataclass(frozen=True)
 class Utilization:
-    """From samples a second to achieved operations a second of one rank.
+    """Converts samples per second into achieved FLOP/s of one rank.
 
-    ``flops``: of one training sample. ``peak``: of the rank's device, FLOP/s; None where it is not known.
+    Attributes:
+        flops: FLOPs of one training sample.
+        peak: peak FLOP/s of the rank's device, or None if it is not known.
     """
 
     flops: float
@@ -142,21 +147,21 @@ class Utilization:
 
     @classmethod
     def of_run(cls, config: RunConfig, device: torch.device, variates: int | None = None) -> Utilization:
-        """Of the model and the precision of ``config`` on ``device``; for ``variates`` see :func:`sample_flops`."""
+        """Build from the model and the precision of ``config``. For ``variates`` see :func:`sample_flops`."""
         train = config.train
         precision = "tf32" if train.precision == "fp32" and train.tf32 else train.precision
         return cls(sample_flops(config, variates), peak_flops(device, precision))
 
     def line(self, samples_per_second: float) -> dict[str, float]:
-        """For a line of metrics.
+        """Return the utilisation metrics of one rank.
 
         Args:
-            samples_per_second: of one rank.
+            samples_per_second: throughput of one rank.
 
         Returns:
-            ``tflops``: achieved 10¹² FLOP/s of a rank; ``mfu``: their share of the peak, 0 to 1, where that is known.
-            The peak is that of matrix products in the run's precision: the scans, which compute in fp32 and are no
-            matrix products, cannot reach it.
+            ``tflops``: achieved 10¹² FLOP/s. ``mfu``: fraction of the peak, 0 to 1, if the peak is known. The peak is
+            for matrix products in the precision of the run. Selective scans compute in fp32 without matrix products,
+            so they cannot reach it.
         """
         achieved = self.flops * samples_per_second
         line = {"tflops": achieved / 1e12}

@@ -1,6 +1,6 @@
-"""What is done about numbers that go wrong: ranks agree on a step, spikes are found, fp16 is rescaled, NaN is traced.
+"""Guards of the numbers of a step: non-finite values, loss spikes, fp16 loss scaling, and the search for the first NaN.
 
-A step is left out on every rank or on none, so its loss and its gradient are judged together, in one small all-reduce.
+A step is skipped on every rank or on none. The ranks therefore decide together, in one small all-reduce.
 """
 
 from __future__ import annotations
@@ -21,13 +21,20 @@ from mmtrain.parallel.strategy import to_local
 from mmtrain.tasks import Batch
 from mmtrain.train.state import TrainState
 
-#: Good steps in a row after which the loss scale of fp16 doubles.
+#: Number of consecutive finite steps after which the fp16 loss scale doubles.
 _GROW_AFTER = 2000
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """The same on every rank. ``loss``: the mean over ranks; NaN when it is not finite on some rank."""
+    """What all ranks agreed on after the backward pass of a step. Equal on every rank.
+
+    Attributes:
+        loss: mean over ranks, or NaN if the loss of any rank is not finite.
+        stop: some rank must stop.
+        save: some rank requests a checkpoint.
+        save_failed: an asynchronous save failed on some rank.
+    """
 
     loss: float
     stop: bool
@@ -36,22 +43,26 @@ class Agreement:
 
     @property
     def finite(self) -> bool:
+        """Whether loss and gradient are finite on every rank."""
         return math.isfinite(self.loss)
 
 
 def agree(ranks: Ranks, loss: float, *, stop: bool, save: bool, save_failed: bool) -> Agreement:
-    """Share this rank's ``loss`` and wishes: one rank's wish to stop or save is everybody's."""
+    """Exchange ``loss`` and the flags of this rank with all ranks. A flag is true if it is true on any rank.
+
+    A collective: all ranks call it together.
+    """
     finite = math.isfinite(loss)
-    mine = [loss if finite else 0.0, float(not finite), float(stop), float(save), float(save_failed)]
-    total, broken, stops, saves, failures = ranks.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
+    local = [loss if finite else 0.0, float(not finite), float(stop), float(save), float(save_failed)]
+    total, broken, stops, saves, failures = ranks.sum(torch.tensor(local, dtype=torch.float64)).tolist()
     return Agreement(math.nan if broken else total / ranks.world, stops > 0, saves > 0, failures > 0)
 
 
 def is_spike(config: TrainConfig, state: TrainState, loss: float) -> bool:
-    """Whether ``loss`` (finite) is above ``spike_factor`` times the median of the last ``spike_window`` steps.
+    """Return whether a finite ``loss`` exceeds ``spike_factor`` times the median of the last ``spike_window`` losses.
 
-    Otherwise it is noted in ``state``, and so in every checkpoint: a run that is started again must judge as one that
-    was not. The first ``spike_window`` steps are only noted: there is nothing to compare them with.
+    A loss that is no spike is added to ``state.recent_losses``. Checkpoints contain this list, so a resumed run decides
+    as an uninterrupted one. No step is a spike before ``spike_window`` losses are known.
     """
     if config.spike_factor is None:
         return False
@@ -63,15 +74,19 @@ def is_spike(config: TrainConfig, state: TrainState, loss: float) -> bool:
 
 
 def initial_loss_scale(config: TrainConfig) -> float:
-    """What the loss is multiplied by before the backward pass, and the gradient divided by: fp16 loses small ones."""
+    """Return the initial loss scale: 2¹⁵ for fp16, whose small gradients would underflow, otherwise 1.
+
+    The loss is multiplied by the scale before the backward pass, and the gradient is divided by it afterwards.
+    """
     return 2.0**15 if config.precision == "fp16" else 1.0
 
 
 def update_loss_scale(state: TrainState, config: TrainConfig, *, finite: bool) -> bool:
-    """Note a step in ``state``: the scale halves after an overflow and doubles after 2,000 good steps.
+    """Halve the fp16 loss scale of ``state`` after an overflow, or double it after 2,000 consecutive finite steps.
 
     Returns:
-        True when an overflow was the scale's fault, so that a smaller one may cure it.
+        True if the step overflowed and a smaller scale may prevent it. False if the step is finite, if the precision is
+        not fp16, or if the scale has fallen below 1.
     """
     if config.precision != "fp16":
         return False
@@ -85,26 +100,26 @@ def update_loss_scale(state: TrainState, config: TrainConfig, *, finite: bool) -
 
 
 def first_bad(model: nn.Module, loss: Callable[[Batch], Tensor], batches: list[Batch], ranks: Ranks) -> str:
-    """Words for the first thing that is not finite, the same on every rank.
+    """Describe the first non-finite tensor. The text is the same on every rank.
 
-    Looks at the inputs, the weights, then at each module's output in a forward pass, in the order of execution. All
-    ranks call it together.
+    Checks the inputs, then the weights, then the output of each module during a forward pass, in order of execution.
+    A collective: all ranks call it together.
 
     Args:
-        loss: runs ``model`` on a batch once.
-        batches: the micro-batches of the step, as many on every rank.
+        loss: runs ``model`` once on a batch and returns the loss.
+        batches: the micro-batches of the step. Every rank has the same number of them.
     """
-    # every rank makes all forward passes, since one may be a collective
+    # Every rank runs all forward passes, because a forward pass can be a collective.
     outputs = [_bad_output(model, loss, batch) for batch in batches]
     found = [*map(_bad_input, batches), _bad_weight(model), *outputs]
-    for rank, words in enumerate(ranks.gather(next((words for words in found if words is not None), None))):
-        if words is not None:
-            return words if ranks.world == 1 else f"rank {rank}: {words}"
+    for rank, fault in enumerate(ranks.gather(next((fault for fault in found if fault is not None), None))):
+        if fault is not None:
+            return fault if ranks.world == 1 else f"rank {rank}: {fault}"
     return "the forward pass is finite on every rank: the overflow is in the backward pass"
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite."""
+    """Return whether no element is NaN or infinite."""
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
@@ -127,15 +142,15 @@ def _bad_weight(model: nn.Module) -> str | None:
 def _bad_output(model: nn.Module, loss: Callable[[Batch], Tensor], batch: Batch) -> str | None:
     first: list[str] = []
 
-    def watch(name: str) -> Callable[..., None]:
-        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+    def check_output_of(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
             if not first and not all(is_finite(t) for t in tensors):
                 first.append(f"the output of module {name or 'the model'} ({type(module).__name__}) is not finite")
 
-        return look
+        return hook
 
-    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
+    hooks = [module.register_forward_hook(check_output_of(name)) for name, module in model.named_modules()]
     try:
         value = loss(batch)
     finally:
@@ -143,4 +158,4 @@ def _bad_output(model: nn.Module, loss: Callable[[Batch], Tensor], batch: Batch)
             hook.remove()
     if first:
         return first[0]
-    return None if is_finite(value) else "the loss itself is not finite, though the model's output is"
+    return None if is_finite(value) else "the loss is not finite, although the output of the model is"

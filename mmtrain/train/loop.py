@@ -1,8 +1,8 @@
 """The train loop: one for every task and every strategy.
 
-All that a step does is a function of (configuration, weights, step): the order of samples, their augmentation and
-the masks of dropout follow from the seed and the number of samples consumed. So a run that is killed and started
-again ends in the same weights as one that was not.
+A step depends only on the configuration, the weights and the step number: the order of samples, their augmentation and
+the dropout masks are derived from the seed and the number of samples consumed. A resumed run therefore ends with the
+same weights as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from mmtrain.train.trackers.tracker import Tracker
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call of :meth:`Trainer.fit` ended. ``stopped_by`` is the signal that ended it early, if one did."""
+    """Result of :meth:`Trainer.fit`. ``stopped_by`` is the signal that ended it early, or None."""
 
     step: int
     finished: bool
@@ -55,10 +55,10 @@ class Outcome:
 
 
 class Trainer:
-    """Trains ``task`` in ``run``, from the newest valid checkpoint there; ``micros`` is the number of micro-batches.
+    """Trains ``task`` in the run folder ``run``, starting from its newest valid checkpoint if there is one.
 
-    The parts: ``strategy`` holds the model and the optimizer, ``state`` says where the run stands, ``snapshots`` saves
-    and loads both, ``tracker`` writes down what happens, and ``watch`` ends the process if a rank does not come.
+    ``micros`` is the number of micro-batches per step. ``strategy`` contains the model and the optimizer, ``state`` the
+    progress of the run. ``snapshots`` saves and loads both. ``tracker`` logs. ``watch`` detects ranks that hang.
     """
 
     def __init__(
@@ -87,18 +87,18 @@ class Trainer:
         self._rewound = self._settled = False
 
     def fit(self) -> Outcome:
-        """Train to the end, or until a signal asks to stop; then test the selected checkpoint."""
+        """Train to the last step and test the selected checkpoint, or save and return early on a stop signal."""
         self.state = self.snapshots.begin(self.state, build_meta_model(self.task), self.task.assets)
         self.tracker.start(self.state, self.schedule)
         with self.stop, self.profiler, _no_automatic_gc():
             if self.ranks.any(self.stop.requested):
-                return self._stopped()  # there is nothing to save yet
+                return self._stopped()  # nothing has changed, so nothing is saved
             if (self.state.evaluation_due and not self._evaluate()) or not self._train():
                 return self._stopped()
             return self._finish()
 
     def _train(self) -> bool:
-        """Take the remaining steps; False when a rank was asked to leave, and all is saved."""
+        """Take the remaining steps. Return False if a rank received a stop signal; the run is then saved."""
         if self._out_of_patience():
             return True
         for batches in self._steps():
@@ -122,13 +122,14 @@ class Trainer:
         return Outcome(self.state.step, finished=False, stopped_by=self.stop.received or signal.SIGTERM)
 
     def close(self) -> None:
+        """Wait for a running save and release the strategy."""
         self.snapshots.store.close()
         self.strategy.close()
 
     # ------------------------------------------------------------------ one step
 
     def _steps(self) -> Iterator[list[Batch]]:
-        """The micro-batches of each remaining step, from the sample after the last one consumed."""
+        """Yield the micro-batches of each remaining step, starting after the last consumed sample."""
         while (remaining := self.schedule.steps - self.state.step) > 0:
             self._rewound = False
             stream = train_batches(
@@ -159,7 +160,7 @@ class Trainer:
         self.tracker.before_step()
         seed_step(config.seed, state.step, self.ranks.rank)
         rate = learning_rate(config.optim, state.step, self.schedule.steps, self.schedule.warmup)
-        if not self.strategy.model.training:  # an evaluation was before; going through all modules takes a while
+        if not self.strategy.model.training:  # after an evaluation; train() visits all modules, which is slow
             self.strategy.runner.train()
         loss = self._backward(batches)
         self._beat("agree")
@@ -182,7 +183,7 @@ class Trainer:
         return agreed
 
     def _backward(self, batches: list[Batch]) -> Tensor:
-        """Gradients of the mean loss of the step, summed over micro-batches; returns this rank's mean loss."""
+        """Compute the gradients of all micro-batches. Return the mean loss of this rank."""
         total = torch.zeros((), device=self.ranks.device)
         for i, batch in enumerate(batches):
             with self.strategy.micro_batch(last=i == len(batches) - 1):
@@ -205,7 +206,7 @@ class Trainer:
         return torch.autocast(self.ranks.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
     def _agree(self, loss: Tensor) -> tuple[float, Agreement]:
-        """The norm of the gradient, and what the ranks think of going on: the one place where a step waits for all."""
+        """Return the gradient norm and the ranks' agreement. The only point where a step waits for all ranks."""
         norm, value = torch.stack([self.strategy.gradient_norm(), loss.float()]).tolist()
         every, minutes = self.config.checkpoint.every_steps, self.config.checkpoint.every_minutes
         by_step = every is not None and (self.state.step + 1) % every == 0
@@ -221,7 +222,7 @@ class Trainer:
         return norm / self.state.loss_scale, agreed
 
     def _update(self, norm: float, rate: float) -> None:
-        """Clip, step, average."""
+        """Clip the gradient, update the weights and the averaged weights."""
         limit = self.config.optim.clip_norm
         factor = min(limit / (norm + 1e-6), 1.0) if limit is not None else 1.0
         if factor != 1 or self.state.loss_scale != 1:
@@ -233,30 +234,30 @@ class Trainer:
         update_loss_scale(self.state, self.config.train, finite=True)
 
     def _skip(self, batches: list[Batch]) -> None:
-        """Leave out a step whose loss or gradient is not finite on some rank; stop after too many in a row."""
+        """Skip a step with a non-finite loss or gradient. Raise SharedError after ``train.max_bad_steps`` in a row."""
         state, limit = self.state, self.config.train.max_bad_steps
         self.strategy.drop_gradients()
         if update_loss_scale(state, self.config.train, finite=False):
-            return  # fp16 overflowed, and is scaled down
+            return  # an fp16 overflow, which a smaller loss scale may prevent
         state.skipped += 1
         state.bad_in_a_row += 1
-        self.tracker.warn(f"step {state.step}: the loss or its gradient is not finite: the step is skipped")
+        self.tracker.warn(f"step {state.step}: the loss or its gradient is not finite. The step is skipped")
         if state.bad_in_a_row >= limit:
             found = first_bad(self.strategy.model, self._loss, batches, self.ranks)
             raise SharedError(
-                f"{limit} steps in a row had a loss or gradient that is not finite; {found}. Lower optim.lr, raise"
-                " optim.warmup_epochs, or use train.precision=fp32; the last checkpoint is from before them"
+                f"the loss or gradient was not finite for {limit} consecutive steps: {found}. Lower optim.lr, raise"
+                " optim.warmup_epochs, or use train.precision=fp32. The last checkpoint is from before these steps"
             )
 
     def _roll_back(self, loss: float) -> None:
-        """Return to the last checkpoint, and go on with the samples after this step."""
+        """Return to the last checkpoint and continue with the samples after this step."""
         self.strategy.drop_gradients()
         back = self.snapshots.roll_back(self.state, loss)
         self.tracker.rolled_back(self.state, back, loss)
         self.state, self._rewound = back, True
 
     def _settle(self) -> None:
-        """After the first step all is open and compiled: from now on a rank that stays away is missed sooner."""
+        """Shorten the timeouts after the first step, when the data is open and the model is compiled."""
         if not self._settled and self.ranks.world > 1:
             self.ranks.barrier()
             set_collective_timeout(collective_timeout(self.config.parallel.step_timeout))
@@ -266,7 +267,7 @@ class Trainer:
     # ------------------------------------------------------------------ between steps
 
     def _evaluate(self) -> bool:
-        """Evaluate; False where a rank was asked to leave meanwhile, and the next job has to do it."""
+        """Evaluate on val. Return False if a rank received a stop signal; the next job then repeats the evaluation."""
         results = self._measure("val")
         self.state.evaluation_due = results is None
         if results is None:
@@ -296,7 +297,7 @@ class Trainer:
         return {"train": self.task.train, "val": self.task.val, "test": self.task.test}[split]
 
     def _on_fault(self, split: str) -> OnFault | None:
-        """Where samples that cannot be used are noted; None where the first one stops the run."""
+        """Return the callback that logs damaged samples, or None if the first one stops the run."""
         data, source = self.config.data, self._source(split)
         if data.faults == "stop" or source is None:
             return None
@@ -322,54 +323,54 @@ class Trainer:
     # ------------------------------------------------------------------ the end
 
     def _finish(self) -> Outcome:
-        """Save, test the chosen checkpoint, draw."""
+        """Save, test the selected checkpoint, draw plots, and write the result."""
         self._beat("finish")
         store, state = self.snapshots.store, self.state
         self._save()
         store.wait()
-        chosen = state.best_step if self.config.eval.select == "best" else state.step
-        assert chosen is not None
-        if chosen != state.step and not store.whole(chosen):
-            self.tracker.warn(f"the best checkpoint, {store.at(chosen)}, is damaged or gone: the last one is tested")
-            chosen = state.step
-        if chosen != state.step:
-            self.snapshots.load(store.at(chosen))
+        selected = state.best_step if self.config.eval.select == "best" else state.step
+        assert selected is not None
+        if selected != state.step and not store.whole(selected):
+            self.tracker.warn(f"{store.at(selected)}: the best checkpoint is damaged or missing. The newest is tested")
+            selected = state.step
+        if selected != state.step:
+            self.snapshots.load(store.at(selected))
         results = self._measure("test") if self.task.test is not None else None
         if results is None and self.task.test is not None:
-            return self._stopped()  # the weights are safe; the next job comes straight here
-        self._refuse_broken(chosen, results or {})
-        pictures = self._illustrate(store.at(chosen)) if self.ranks.main and self.config.tracking.plots else []
+            return self._stopped()  # the run is saved; the next job continues with the test
+        self._refuse_broken(selected, results or {})
+        pictures = self._illustrate(store.at(selected)) if self.ranks.main and self.config.tracking.plots else []
         if self.ranks.main:
             self.run.check_there()
             self.run.write_result(
                 {
                     "step": state.step,
-                    "tested_step": chosen,
-                    "checkpoint": store.at(chosen).name,
+                    "tested_step": selected,
+                    "checkpoint": store.at(selected).name,
                     "val": {self.task.metric: state.best},
                     "test": results,
                     "skipped_steps": state.skipped,
                     "pictures": [p.name for p in pictures],
                 }
             )
-        self.tracker.finish(state, results, chosen, pictures)
+        self.tracker.finish(state, results, selected, pictures)
         self.ranks.barrier()
         return Outcome(state.step, finished=True, test=results)
 
     def _refuse_broken(self, step: int, results: dict[str, float]) -> None:
-        """Raise SharedError where the weights of ``step``, or their results, are not finite."""
+        """Raise SharedError if the weights of ``step`` or their test results are not finite."""
         weights = all(is_finite(to_local(tensor)) for tensor in self.strategy.local_parameters().values())
         wrong = next((f"{name} on the test split is {x}" for name, x in results.items() if not math.isfinite(x)), None)
         if self.ranks.any(not weights):
             wrong = "weights are not finite"
         if wrong is not None:
             raise SharedError(
-                f"the checkpoint of step {step} is of no use: {wrong}. No result was written. Lower optim.lr or raise"
-                " optim.warmup_epochs, and start again in a new folder"
+                f"the checkpoint of step {step} is unusable: {wrong}. No result was written. Lower optim.lr or raise"
+                " optim.warmup_epochs, and train again in a new run folder"
             )
 
     def _illustrate(self, checkpoint: Path) -> list[Path]:
-        """Let the task draw, with a whole model of this rank's own: the trained one may be split."""
+        """Draw the task's plots with a separate complete model, since the trained one may be sharded."""
         made: list[Path] = []
 
         def draw() -> None:
@@ -377,16 +378,16 @@ class Trainer:
             read_weights(model, checkpoint, averaged=self.snapshots.average is not None)
             made.extend(self.task.illustrate(model.eval().to(self.ranks.device), self.run.path))
 
-        try_to_draw(self.run.path / "pictures of the test", draw)
+        try_to_draw(self.run.path / "test plots", draw)
         return made
 
 
 @contextmanager
 def _no_automatic_gc() -> Iterator[None]:
-    """Python collects no garbage by itself, which would halt one rank while the others wait for it.
+    """Disable automatic garbage collection within this context. It would pause one rank while the others wait.
 
-    What is there by now (a hundred thousand objects of the libraries) is left out of our own collections, which brings
-    each from a tenth of a second down to some milliseconds.
+    Objects that exist already (about 100,000, of libraries) are excluded from the collections of ``train.gc_every``.
+    Each collection then takes a few milliseconds instead of a tenth of a second.
     """
     gc.collect()
     gc.freeze()

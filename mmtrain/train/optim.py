@@ -1,4 +1,4 @@
-"""The optimizer, its learning rate, the average of the weights (EMA), number formats, and the seed of each step."""
+"""Optimizer, learning-rate schedule, averaged weights (EMA), arithmetic precision, and the random seed of each step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mmtrain.parallel.strategy import to_local
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """AdamW in two groups: with weight decay, and without (see :func:`decays`)."""
+    """Build an AdamW optimizer with two groups: parameters with and without weight decay (see :func:`decays`)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if decays(p)], "weight_decay": config.weight_decay},
@@ -30,12 +30,22 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
 
 
 def decays(parameter: nn.Parameter) -> bool:
-    """False for biases, gains and what is marked ``_no_weight_decay`` (A_log, D, the bias of Δ, averages)."""
+    """Return whether weight decay applies to ``parameter``.
+
+    It does not apply to vectors (biases, gains), nor to parameters marked ``_no_weight_decay``: A_log, D, the bias of
+    Δ, and the weights of the weighted averaging.
+    """
     return parameter.ndim > 1 and not getattr(parameter, "_no_weight_decay", False)
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int, warmup: int) -> float:
-    """The learning rate of step ``step`` of ``steps`` (counted from 0), after ``warmup`` steps of linear warm-up."""
+    """Return the learning rate of one step: linear warm-up, then constant or cosine decay (``optim.schedule``).
+
+    Args:
+        step: index of the step, from 0.
+        steps: number of steps of the run, warm-up included.
+        warmup: number of warm-up steps.
+    """
     if step < warmup:
         return config.lr * (step + 1) / warmup
     if config.schedule == "constant":
@@ -46,10 +56,11 @@ def learning_rate(config: OptimConfig, step: int, steps: int, warmup: int) -> fl
 
 
 class WeightAverage:
-    """Keeps w̄ ← d·w̄ + (1 - d)·w after each step, with d = min(decay, (1 + t)/(10 + t)) so that it warms up.
+    """Exponential moving average of the weights: w̄ ← d·w̄ + (1 - d)·w after each step.
 
-    ``weights`` is this rank's part of each weight (``Strategy.local_parameters``). The update is local and element by
-    element, so a split average costs no communication.
+    The decay warms up: d = min(decay, (1 + t)/(10 + t)), where t is the number of earlier updates. ``weights`` are this
+    rank's shards of the parameters (``Strategy.local_parameters``). The update is local and elementwise, so a sharded
+    average needs no communication.
     """
 
     def __init__(self, weights: dict[str, Tensor], decay: float) -> None:
@@ -58,21 +69,24 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, weights: dict[str, Tensor], step: int) -> None:
-        """``step``: how many steps were taken, this one not counted."""
+        """Move the average towards ``weights``. ``step`` is the number of updates before this one."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        pairs = [(to_local(mine), to_local(weights[name].detach())) for name, mine in self.shadow.items()]
-        mine, current = zip(*[pair for pair in pairs if pair[0].numel()], strict=True)
-        torch._foreach_lerp_(list(mine), list(current), 1 - decay)
+        pairs = [(to_local(average), to_local(weights[name].detach())) for name, average in self.shadow.items()]
+        averages, current = zip(*[pair for pair in pairs if pair[0].numel()], strict=True)
+        torch._foreach_lerp_(list(averages), list(current), 1 - decay)
 
     @torch.no_grad()
     def reset(self, weights: dict[str, Tensor]) -> None:
-        """Start again from the weights."""
-        for name, mine in self.shadow.items():
-            to_local(mine).copy_(to_local(weights[name].detach()))
+        """Set the average to ``weights``."""
+        for name, average in self.shadow.items():
+            to_local(average).copy_(to_local(weights[name].detach()))
 
     @contextmanager
     def applied(self, weights: Callable[[], dict[str, Tensor]]) -> Iterator[None]:
-        """Within the context the model holds the averaged weights. ``weights`` is asked anew for each exchange."""
+        """Put the averaged weights into the model within this context.
+
+        ``weights`` returns the model's weights. It is called on entry and again on exit.
+        """
         self._swap(weights())
         try:
             yield
@@ -82,19 +96,19 @@ class WeightAverage:
     @torch.no_grad()
     def _swap(self, weights: dict[str, Tensor]) -> None:
         for name, parameter in weights.items():
-            mine, theirs = to_local(self.shadow[name]), to_local(parameter.detach())
-            kept = theirs.clone()
-            theirs.copy_(mine)
-            mine.copy_(kept)
+            average, weight = to_local(self.shadow[name]), to_local(parameter.detach())
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
 
 
 def autocast_dtype(config: TrainConfig) -> torch.dtype | None:
-    """What autocast narrows to; None without autocast."""
+    """Return the lower-precision dtype of autocast, or None if ``train.precision`` uses no autocast."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
 
 
 def set_up_arithmetic(config: TrainConfig) -> None:
-    """TF32 for float32 matrix products on GPUs that have it, and deterministic algorithms where asked for."""
+    """Configure TF32 for float32 matrix products (``train.tf32``) and deterministic algorithms for the process."""
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
     torch.backends.cudnn.allow_tf32 = config.tf32
     torch.use_deterministic_algorithms(config.deterministic)
@@ -104,13 +118,14 @@ def set_up_arithmetic(config: TrainConfig) -> None:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Set the global generators of torch, numpy and Python from (seed, step, rank).
+    """Seed the global random generators of torch, NumPy and Python from (seed, step, rank).
 
-    Nothing of ours draws from them. Code that does is then the same after a restart, with no state to save.
+    mmtrain itself does not use them. Other code that uses them gives the same results after a resume, and checkpoints
+    need no generator state.
     """
     value = int(mix64(seed, step, rank)[0])
     torch.default_generator.manual_seed(value)
-    if torch.cuda.is_initialized():  # torch.manual_seed would note the call for later, with a traceback, every step
+    if torch.cuda.is_initialized():  # before that, torch.manual_seed queues each call together with a stack trace
         torch.cuda.manual_seed_all(value)
     np.random.seed(value % 2**32)
     random.seed(value)

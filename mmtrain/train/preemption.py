@@ -1,4 +1,4 @@
-"""Signals and time limits that ask a run to save and leave; the loop looks at a flag between steps. Needs no torch."""
+"""Signals and time limits that stop a run early. The train loop reads them between steps. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 class StopRequest:
-    """``received`` is the first signal that came, or None. A second one takes its default course.
+    """Context manager that records SIGTERM, SIGINT or SIGUSR2 instead of ending the process.
 
-    Whoever starts a run may listen before the trainer is there: the trainer joins the one that listens.
+    Only the first signal is recorded; a second one has its usual effect. A caller may enter a request before it creates
+    the trainer: the trainer then uses that request (:meth:`current`).
 
     Args:
-        seconds: after so many the request counts as received (SIGALRM): a time limit that nobody announces.
+        seconds: time limit. After it, ``received`` is SIGALRM although no signal was sent. None: no limit.
     """
 
     _listening: StopRequest | None = None
@@ -29,17 +30,19 @@ class StopRequest:
 
     @classmethod
     def current(cls) -> StopRequest:
-        """The one that listens already, or a new one."""
+        """Return the request whose signal handlers are installed, or a new one."""
         return cls._listening or cls()
 
     @property
     def received(self) -> signal.Signals | None:
+        """The first signal received, SIGALRM after the time limit, or None."""
         if self._signal is None and self._deadline is not None and time.monotonic() > self._deadline:
             return signal.SIGALRM
         return self._signal
 
     @property
     def requested(self) -> bool:
+        """Whether the run must save and stop."""
         return self.received is not None
 
     def __enter__(self) -> StopRequest:

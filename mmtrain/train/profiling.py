@@ -1,4 +1,4 @@
-"""``train.profile``: the trace, the slowest operations and the memory of a few steps, in the run folder."""
+"""Profile a few steps (``train.profile``): a trace, a table of operations and memory, written to the run folder."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from mmtrain.log import logger
 from mmtrain.parallel.ranks import Ranks
 
-#: In a run of more ranks, only the first and the last one trace: a trace has tens of megabytes.
+#: With more ranks than this, only the first and the last are profiled: a trace takes tens of megabytes.
 _ALL_RANKS = 8
-#: Lines of the table of operations, and allocations that CUDA's history keeps.
+#: Rows of the table of operations; length of CUDA's allocation history.
 _ROWS, _HISTORY = 60, 200_000
 
 
 class StepProfiler:
-    """Traces the steps ``span``; costs nothing without one. Around the train loop, as a context manager.
+    """Profiles the steps ``span``. A context manager around the train loop. Without a span it costs nothing.
 
-    Written to ``<folder>/profile`` when the last step of the span is over, or the run:
+    After the last step of the span, or at the end of the run, it writes to ``<folder>/profile``:
 
-    - ``trace_rank00000_steps10-12.json.gz``: a Chrome trace (chrome://tracing, ui.perfetto.dev), each step named;
-    - ``ops_rank00000_steps10-12.txt``: the operations that took the most time of their own;
-    - on a GPU ``memory_rank00000_steps10-12.pickle``, torch's memory snapshot (docs.pytorch.org/memory_viz); on a CPU,
-      which has none, ``memory_rank00000_steps10-12.csv``: the bytes allocated since the tracing began, over time.
+    - ``trace_rank00000_steps10-12.json.gz``: a Chrome trace (chrome://tracing, ui.perfetto.dev) with named steps;
+    - ``ops_rank00000_steps10-12.txt``: operations by self time, longest first;
+    - on a GPU, ``memory_rank00000_steps10-12.pickle``: torch's memory snapshot (docs.pytorch.org/memory_viz);
+    - on a CPU, ``memory_rank00000_steps10-12.csv``: bytes allocated since the start of the profile, over time.
 
-    What cannot be written is a warning: the run goes on.
+    If a file cannot be written, the profiler logs a warning and the run continues.
 
     Args:
-        span: the first and the last step to trace, counted from 1, or None (``config.train.profiled()``).
+        span: first and last step to profile, counted from 1, or None (``config.train.profiled()``).
         folder: the run folder.
     """
 
@@ -45,7 +45,7 @@ class StepProfiler:
         self._first = self._last = 0
 
     def step(self, number: int) -> None:
-        """Call it before each step, with its number, counted from 1."""
+        """Start or stop the profile as needed. Call it before each step with the step's number, counted from 1."""
         if self.span is None:
             return
         first, last = self.span
@@ -62,7 +62,7 @@ class StepProfiler:
         elif self._profile is not None:
             self._stop()
         elif number > last:
-            logger.info("train.profile: the run goes on at step %d, after the steps %d to %d", number, first, last)
+            logger.info("train.profile: the run resumes at step %d, after the steps %d to %d", number, first, last)
             self.span = None
 
     def __enter__(self) -> StepProfiler:
@@ -75,7 +75,7 @@ class StepProfiler:
             self._stop()
 
     def _name_step(self, number: int | None) -> None:
-        """Close the span of the step before in the trace, and open the next."""
+        """End the named range of the previous step in the trace. Begin the next one unless ``number`` is None."""
         if self._named is not None:
             self._named.__exit__(None, None, None)
             self._named = None
@@ -85,16 +85,16 @@ class StepProfiler:
             self._named.__enter__()
 
     def _stop(self) -> None:
-        """End the tracing, for good, and write what was found."""
+        """End the profile and write its files. There is no second profile in this process."""
         assert self._profile is not None
         self._name_step(None)
         found, self._profile, self.span = self._profile, None, None
         try:
             if self._on_gpu:
-                torch.cuda.synchronize(self.ranks.device)  # the kernels of the last step belong to it
+                torch.cuda.synchronize(self.ranks.device)  # wait for the kernels of the last step
             found.stop()
             self._write(found)
-        # kineto says with a RuntimeError what it cannot write; and after an error of CUDA nothing works
+        # Kineto raises RuntimeError if it cannot write. After a CUDA error, every call raises RuntimeError.
         except (OSError, RuntimeError) as error:
             logger.warning("train.profile: could not write to %s: %s", self.folder, error)
         finally:
@@ -112,16 +112,16 @@ class StepProfiler:
             memory = "a memory snapshot"
         else:
             (self.folder / f"memory_{name}.csv").write_text(_timeline(found))
-            memory = "a timeline of allocated bytes (there are memory snapshots of GPUs alone)"
+            memory = "a timeline of allocated bytes (memory snapshots exist for GPUs only)"
         found.export_chrome_trace(str(self.folder / f"trace_{name}.json.gz"))
-        said = "profile of steps %d to %d: a trace, %s and a table of operations in %s"
-        logger.info(said, self._first, self._last, memory, self.folder)
+        message = "train.profile: wrote a trace, %s and a table of operations of steps %d to %d to %s"
+        logger.info(message, memory, self._first, self._last, self.folder)
 
 
 def _timeline(found: profile) -> str:
-    """CSV of (seconds, change in bytes, bytes allocated since the tracing began) for each allocation and release.
+    """Return a CSV with one row per allocation or release: seconds, change in bytes, bytes allocated since the start.
 
-    What was allocated before and is released meanwhile makes it fall below zero.
+    The last column can become negative, if memory is released that was allocated before the profile.
     """
     results = getattr(found.profiler, "kineto_results", None)
     changes = [(e.start_ns(), e.nbytes()) for e in (results.events() if results else []) if e.name() == "[memory]"]

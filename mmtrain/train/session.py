@@ -1,4 +1,4 @@
-"""One call from a configuration to a trained run folder."""
+"""Train a configuration in its run folder, with one call."""
 
 from __future__ import annotations
 
@@ -26,21 +26,24 @@ from mmtrain.train.optim import set_up_arithmetic
 from mmtrain.train.trackers.sinks import check_installed
 from mmtrain.train.trackers.tracker import Tracker
 
-#: How many samples of each split a debug run looks at.
+#: Number of samples of each split that a debug run uses.
 _DEBUG_SAMPLES = 64
 
 
 def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool = False, check: bool = False) -> Outcome:
-    """Train ``config`` in its run folder, or go on there; a finished run is left alone.
+    """Train ``config`` in its run folder. Resume a run that was interrupted; do nothing if it is finished.
 
     Args:
-        run_dir: the run folder, where it is not ``run_root``/``name``.
-        debug: only the first samples of each split, and autograd's anomaly detection.
-        check: see first that the nodes can work together in the run folder.
+        run_dir: the run folder. Default: ``run_root``/``name`` of the configuration.
+        debug: use only the first samples of each split, and enable autograd's anomaly detection.
+        check: first check that all ranks can communicate and see the same run folder.
+
+    Returns:
+        The last step, whether the run is finished, and its test metrics.
 
     Raises:
-        UserError: for bad data, a folder of another configuration, a batch that does not divide, a full disk, and a
-            folder in which another process trains.
+        UserError: if the data is invalid, the run folder belongs to another configuration, the ranks do not divide the
+            batch, the disk is full, or another process trains in the folder.
     """
     run = RunFolder(run_path(config, run_dir))
     set_threads(config.threads)
@@ -53,23 +56,23 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
     with (
         init_distributed(config.device, collective_timeout(parallel.start_timeout), group) as ranks,
         torch.autograd.set_detect_anomaly(debug),
-        ExitStack() as held,
+        ExitStack() as locks,
     ):
         if check:
-            seen = check_ranks(ranks, run.path, config.device)
+            summary = check_ranks(ranks, run.path, config.device)
             if ranks.main:
-                logger.info("%s", seen)
+                logger.info("%s", summary)
         run.check(config)
         done = run.result()
         if done is not None:
             return Outcome(done["step"], finished=True, test=done["test"])
         check_installed(config)
-        # the data is opened before the folder is made: a run whose data is missing leaves nothing behind
+        # Open the data before creating the folder, so that a run with missing data leaves no folder.
         task = build_task(config)
         task.check_batch(config.train.batch_size // (world * micros))
         if debug:
             task.shorten(_DEBUG_SAMPLES)
-        ranks.on_main(lambda: _prepare(run, config, task, world, held))
+        ranks.on_main(lambda: _prepare(run, config, task, world, locks))
         with Watchdog(ranks, parallel.start_timeout, parallel.step_timeout, run.hangs) as watch:
             try:
                 return _fit(config, task, run, ranks, watch, micros)
@@ -81,9 +84,9 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
 
 
 def _raise_briefly(run: RunFolder, ranks: Ranks, error: RuntimeError) -> None:
-    """Raise one message, with the traceback in a file: where this rank waited for another says little of the cause.
+    """Write the traceback to a file and raise LostConnection. Return if the file cannot be written.
 
-    Returns if the file cannot be written.
+    The traceback shows where this rank waited for another one, which says little about the cause.
     """
     file = run.hangs / f"traceback_rank{ranks.rank:05d}.txt"
     try:
@@ -92,10 +95,10 @@ def _raise_briefly(run: RunFolder, ranks: Ranks, error: RuntimeError) -> None:
     except OSError:
         return
     # "[…/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:26834. This is typically caused by …"
-    said = str(error).partition("] ")[2].partition(". ")[0] or type(error).__name__
+    reason = str(error).partition("] ")[2].partition(". ")[0] or type(error).__name__
     raise LostConnection(
-        f"rank {ranks.rank} lost its connection to another rank ({said[:120]}): the same command"
-        f" continues from the last checkpoint; the traceback is in {file}"
+        f"rank {ranks.rank} lost its connection to another rank ({reason[:120]}). Run the same command again to"
+        f" continue from the last checkpoint. The traceback is in {file}"
     ) from error
 
 
@@ -107,12 +110,12 @@ def _fit(config: RunConfig, task: Task, run: RunFolder, ranks: Ranks, watch: Wat
         return trainer.fit()
 
 
-def _prepare(run: RunFolder, config: RunConfig, task: Task, world: int, held: ExitStack) -> None:
-    """Take the folder, which is given back when ``held`` ends, and make or check what is in it."""
+def _prepare(run: RunFolder, config: RunConfig, task: Task, world: int, locks: ExitStack) -> None:
+    """Create and lock the run folder, and write or check its files. The lock is released when ``locks`` is closed."""
     run.make()
-    held.enter_context(hold_folder(run.path))
+    locks.enter_context(hold_folder(run.path))
     known = run.config_file.is_file() and run.assets_file.is_file()
-    if known and run.data() is None and not config.data.accept_changes:  # of an earlier version: no fingerprint
+    if known and run.data() is None and not config.data.accept_changes:  # version 0.1.0 stored no fingerprint
         task.check_assets(run.assets(), run.path)
     run.prepare(config, task.assets(), task.fingerprint)
     journal.record_start(run.path, world)
@@ -120,7 +123,7 @@ def _prepare(run: RunFolder, config: RunConfig, task: Task, world: int, held: Ex
 
 
 def _introduce(config: RunConfig, task: Task, trainer: Trainer) -> None:
-    """Say in one line what is about to run."""
+    """Log one line about the run: model, number of samples, steps, ranks and strategy."""
     world, micros = trainer.ranks.world, trainer.micros
     parameters = sum(p.numel() for p in build_meta_model(task).parameters())
     logger.info(
@@ -138,7 +141,8 @@ def _introduce(config: RunConfig, task: Task, trainer: Trainer) -> None:
     )
     if micros > config.train.accumulation:
         logger.info(
-            "train.accumulation is %d here, more than the %d asked for: %d ranks and train.micro_batch=%s want it so",
+            "using %d micro-batches per step instead of train.accumulation=%d, because of %d ranks and"
+            " train.micro_batch=%s",
             micros,
             config.train.accumulation,
             world,

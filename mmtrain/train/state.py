@@ -1,9 +1,8 @@
-"""What a run goes on from: its schedule, where it stands, and the exchange of state and tensors with checkpoints.
+"""The schedule of a run, its progress, and saving and loading both with the tensors of a checkpoint.
 
-A run continues only with the data that it was trained on. The fingerprint of the data is in ``data.json`` of the run
-folder and in every checkpoint (``data`` of its state). A run that finds other data stops; with
-``data.accept_changes=true`` it continues, the journal says what has changed, and the data is that of the run from then
-on.
+A run resumes only with the data it was trained on. ``data.json`` in the run folder and every checkpoint (``data`` of
+its state) contain the fingerprint of the data. If the data differs, the run stops with an error. With
+``data.accept_changes=true`` it continues, records the changes in the journal, and stores the new fingerprint.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ from mmtrain.train.optim import WeightAverage
 
 @dataclass(frozen=True)
 class Schedule:
-    """The length of a run in steps of the global batch: a function of the configuration and the data alone.
+    """Length of a run in steps, warm-up included. It depends only on the configuration and the number of samples N.
 
-    A run sees ``epochs`` × N samples, rounded up to whole batches: batches run on over the borders of epochs.
+    A run consumes ``epochs`` × N samples, rounded up to whole global batches. A batch may span two epochs.
     """
 
     steps: int
@@ -48,6 +47,7 @@ class Schedule:
 
     @classmethod
     def of(cls, config: RunConfig, samples: int) -> Schedule:
+        """Compute the schedule for a training set of ``samples`` samples."""
         per_epoch = samples / config.train.batch_size
         steps = math.ceil(config.train.epochs * per_epoch)
         if config.train.max_steps is not None:
@@ -62,13 +62,24 @@ Count = Annotated[int, Field(ge=0)]
 
 @dataclass
 class TrainState:
-    """Where a run stands: a few numbers, saved as JSON with every checkpoint.
+    """Progress of a run, saved as JSON in every checkpoint.
 
-    ``step`` and ``samples`` are what was *consumed*; the order of the data needs nothing else.
-    ``updates``: steps that changed the weights. ``left_out``: samples that a rollback passed over.
-    ``evaluation_due``: the run left in the middle of the evaluation that belongs to this step.
-    ``data``: the fingerprint of the training data; None in checkpoints of earlier versions.
-    ``recent_losses``: what the next loss is compared with, where ``train.spike_factor`` asks for it.
+    Attributes:
+        step: steps taken, skipped steps included.
+        samples: samples consumed. They determine the next sample.
+        updates: steps that changed the weights.
+        best: best value of the task's metric so far; ``best_step`` is its step.
+        evals_since_best: evaluations without improvement.
+        skipped: steps without an update because loss or gradient was not finite.
+        bad_in_a_row: consecutive skipped steps up to now.
+        rollbacks: number of rollbacks so far.
+        left_out: samples that were not trained on because of rollbacks.
+        evaluation_due: the run stopped during the evaluation of this step.
+        recent_losses: losses that the next one is compared with (``train.spike_factor``).
+        loss_scale: loss scale of fp16; ``good_in_a_row`` counts finite steps since its last change.
+        dataset_length: number of training samples.
+        data: fingerprint of the training data; None in checkpoints of version 0.1.0.
+        tracker_id: run identifier of the external tracker.
     """
 
     step: Count = 0
@@ -91,17 +102,17 @@ class TrainState:
 
     @classmethod
     def read(cls, checkpoint: Path) -> TrainState:
-        """The state in a checkpoint.
+        """Read the state of a checkpoint.
 
         Raises:
-            SharedError: for one of another version of mmtrain, or one that is damaged.
+            SharedError: if the checkpoint is damaged or was written by an incompatible version of mmtrain.
         """
         found = load_state(checkpoint)
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(found) - known):
             raise SharedError(
-                f"{checkpoint} is of another version of mmtrain: its state has {', '.join(unknown)}, unknown here"
-                " (see code.json in the run folder)"
+                f"{checkpoint} was written by another version of mmtrain: this version does not know"
+                f" {', '.join(unknown)} of its state. Use the version named in code.json of the run folder"
             )
         try:
             state = TypeAdapter(cls).validate_json(json.dumps(found), strict=True)
@@ -109,16 +120,17 @@ class TrainState:
             first = error.errors()[0]
             raise _damaged(checkpoint, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
         if checkpoint.name != checkpoint_name(state.step):
-            raise _damaged(checkpoint, f"it says step {found.get('step')}")
+            raise _damaged(checkpoint, f"it names step {found.get('step')}")
         return state
 
     @property
     def trained_on(self) -> TrainedOn:
+        """The data that the weights were trained on."""
         return TrainedOn(self.dataset_length, self.data)
 
     def note_evaluation(self, value: float, *, higher_is_better: bool) -> bool:
-        """Take the result of an evaluation of this step; True if it is the best so far."""
-        if self.best is None or math.isnan(self.best):  # anything is better than NaN, except NaN
+        """Record the result of an evaluation of this step. Return True if it is the best so far."""
+        if self.best is None or math.isnan(self.best):  # any number is better than NaN
             better = self.best is None or not math.isnan(value)
         else:
             better = value > self.best if higher_is_better else value < self.best
@@ -131,13 +143,13 @@ class TrainState:
 
 def _damaged(checkpoint: Path, fault: str) -> SharedError:
     return SharedError(
-        f"{checkpoint / 'state.json'} is damaged ({fault}): restore it, or remove {checkpoint.name} to use the"
-        " checkpoint before it"
+        f"{checkpoint / 'state.json'} is damaged ({fault}). Restore it, or delete {checkpoint.name} to use the"
+        " previous checkpoint"
     )
 
 
 class Snapshots:
-    """Moves a training state between memory (``strategy``, ``average``) and the checkpoints of ``run``."""
+    """Saves and loads the checkpoints of ``run``: model, optimizer, averaged weights and :class:`TrainState`."""
 
     def __init__(self, config: RunConfig, run: RunFolder, strategy: Strategy, ranks: Ranks) -> None:
         self.config, self.run, self.strategy = config, run, strategy
@@ -153,12 +165,18 @@ class Snapshots:
         self.average = WeightAverage(strategy.local_parameters(), decay) if decay is not None else None
 
     def begin(self, fresh: TrainState, meta_model: nn.Module, assets: Callable[[], dict[str, Any]]) -> TrainState:
-        """Load the newest valid checkpoint, or start from the seed; returns where the run stands.
+        """Load the newest valid checkpoint, or initialise the weights from the seed.
 
-        ``assets``: of the task, for a run that accepts other data.
+        Args:
+            fresh: state of a run that starts at step 0, with the fingerprint of the present data.
+            meta_model: the model on the meta device.
+            assets: returns the assets of the task. They replace those of the run if it accepts changed data.
+
+        Returns:
+            The state of the checkpoint, or ``fresh``.
 
         Raises:
-            UserError: when the data or the configuration is not what the run was trained with.
+            UserError: if the data or the configuration differs from the one the run was trained with.
         """
         newest = self.store.newest()
         if newest is not None:
@@ -180,6 +198,7 @@ class Snapshots:
         return state
 
     def save(self, state: TrainState) -> None:
+        """Save a checkpoint of ``state`` and all tensors."""
         self.store.save(state.step, self._tensors(), asdict(state), best=state.best_step)
 
     def _tensors(self) -> StateDict:
@@ -190,28 +209,31 @@ class Snapshots:
         return self.average.shadow if self.average is not None else None
 
     def load(self, path: Path) -> None:
-        """Fill weights, moments and average from a checkpoint that was verified."""
+        """Load weights, optimizer moments and averaged weights from a verified checkpoint."""
         updates = TrainState.read(path).updates
         alone = self.strategy.ranks.world == 1
         self.strategy.load(lambda tensors: read_tensors(path, tensors, alone=alone), updates, self._shadow)
 
     def roll_back(self, state: TrainState, loss: float) -> TrainState:
-        """Load the last checkpoint because ``loss``, of the step after ``state``, has jumped.
+        """Load the newest checkpoint because ``loss``, the loss of the step after ``state``, is a spike.
 
-        The run goes on with the samples after that step: those in between are left out.
+        The run then continues with the samples after that step. Samples between the checkpoint and there are skipped.
+
+        Returns:
+            The state of the checkpoint, with the stream position after the spike.
 
         Raises:
-            SharedError: without a checkpoint, or after ``train.max_bad_steps`` rollbacks.
+            SharedError: if there is no checkpoint, or after ``train.max_bad_steps`` rollbacks.
         """
         train = self.config.train
         self.store.wait()
         newest = self.store.newest()
         if newest is None or state.rollbacks >= train.max_bad_steps:
-            times = f"the run went back {state.rollbacks} times already (train.max_bad_steps)"
+            times = f"the run was rolled back {state.rollbacks} times already (train.max_bad_steps)"
             why = "there is no checkpoint yet" if newest is None else times
             raise SharedError(
                 f"step {state.step}: the loss jumped to {loss:.4g}, above train.spike_factor ="
-                f" {train.spike_factor} times its median, and {why}: lower optim.lr, or raise the factor"
+                f" {train.spike_factor} times its median, and {why}. Lower optim.lr or raise train.spike_factor"
             )
         self.load(newest)
         back, reached = TrainState.read(newest), state.samples + train.batch_size
@@ -220,12 +242,13 @@ class Snapshots:
         return back
 
     def update_average(self, updates: int) -> None:
+        """Update the averaged weights, if there are any. ``updates`` is the number of earlier updates."""
         if self.average is not None:
             self.average.update(self.strategy.local_parameters(), updates)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within the context the model holds the averaged weights, where they are kept."""
+        """Put the averaged weights, if there are any, into the model within this context."""
         if self.average is None:
             yield
         else:
@@ -235,7 +258,7 @@ class Snapshots:
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """The data that is trained on: its number of samples, and its fingerprint; None in what earlier versions wrote."""
+    """Identity of the training data: its number of samples and its fingerprint (None if version 0.1.0 wrote it)."""
 
     samples: int
     fingerprint: Fingerprint | None
@@ -249,26 +272,33 @@ def check_data(
     step: int,
     assets: Callable[[], dict[str, Any]],
 ) -> None:
-    """Compare the data of ``now`` with that of the run, and with that of the newest checkpoint, which is of ``step``.
+    """Check that the present data is the data of the run folder and of the newest checkpoint.
 
-    For rank 0, since it writes: ``assets`` of the new data replace those of the run folder where changes are accepted.
+    Only rank 0 calls it, since it writes: with ``data.accept_changes`` the new fingerprint and ``assets`` replace those
+    of the run folder.
+
+    Args:
+        now: the present data.
+        found: the data of the newest checkpoint, or None without a checkpoint.
+        step: step of that checkpoint.
+        assets: returns the assets of the present data.
 
     Raises:
-        UserError: when the data is not what the run was trained on, with what changed.
+        UserError: if the data differs and changes are not accepted. The message lists the differences.
     """
     own, fingerprint = run.data(), now.fingerprint or {}
     different = [] if own is None else changes(own, fingerprint)
     if found is not None and (different or not _accepted_before(run, own)):
         if found.samples != now.samples:
-            different.insert(0, f"it was trained on {found.samples} samples, the data now has {now.samples}")
+            different.insert(0, f"the run was trained on {found.samples} samples, the data now has {now.samples}")
         different += changes(found.fingerprint or {}, fingerprint)
     different = list(dict.fromkeys(different))
     unknown = own is None and (found is None or found.fingerprint is None)
     if different and not config.data.accept_changes:
         raise UserError(
-            f"{run.path}: the data is not what the run was trained on:\n  "
+            f"{run.path}: the data differs from the data that the run was trained on:\n  "
             + "\n  ".join(different)
-            + "\nRestore the data, start another run with name=…, or continue with the data as it is now:"
+            + "\nRestore the data, start another run with name=…, or continue with the changed data:"
             " data.accept_changes=true"
         )
     if different or unknown:
@@ -276,7 +306,7 @@ def check_data(
 
 
 def _accepted_before(run: RunFolder, own: Fingerprint | None) -> bool:
-    """Whether the data of the run is not that of its checkpoints because a change was accepted since."""
+    """Return whether the run accepted changed data, so that older checkpoints may have another fingerprint."""
     return own is not None and any(line.get("kind") == "data_changed" for line in journal.read(run.path))
 
 
@@ -284,13 +314,13 @@ def _record(
     run: RunFolder, data: Fingerprint, different: list[str], step: int, assets: Callable[[], dict[str, Any]]
 ) -> None:
     if different:
-        logger.warning("%s continues with other data (data.accept_changes=true): %s", run.path, "; ".join(different))
+        logger.warning("%s continues with changed data (data.accept_changes=true): %s", run.path, "; ".join(different))
         journal.record(run.path, "data_changed", step=step, changes=different)
         run.write_assets(assets())
     else:
         logger.warning(
-            "%s is of an earlier version, which kept no fingerprint of its data: whether this is the data it was"
-            " trained on cannot be checked. From now on it can",
+            "%s was started by an earlier version, which stored no fingerprint of the data. mmtrain cannot check that"
+            " the data is unchanged. It stores the fingerprint now, for later checks",
             run.path,
         )
         journal.record(run.path, "data_recorded", step=step)

@@ -1,9 +1,8 @@
-"""Where the time of a step goes: data, forward, backward, optimizer, communication, and the rest.
+"""Measure the phases of a step: data, forward, backward, optimizer, communication, and other.
 
-On a CPU the border between two phases is a reading of the clock. On a GPU it is an event put into the stream, so what
-is measured is when the GPU came past it: work that the CPU only queued is counted where it runs, and a wait for data
-that the GPU did not notice, being busy still, counts as nothing. The events are read once a window: no step waits for
-the GPU.
+On a CPU, a boundary between two phases is a reading of the clock. On a GPU, it is an event in the current stream, so
+the time is measured when the GPU reaches it. Queued work counts in the phase that queued it. A wait for data does not
+count while the GPU is still busy. The events are read once per window, so no step waits for the GPU.
 """
 
 from __future__ import annotations
@@ -20,16 +19,18 @@ import torch
 
 
 class Clock(Protocol):
-    """Borders in time, cheap to set and read later."""
+    """Source of time marks that are cheap to set and are read later."""
 
     def now(self) -> Any:
-        """A border."""
+        """Set and return a time mark."""
 
     def gaps(self, borders: list[Any]) -> list[float]:
-        """Seconds between each border and the next; the borders are not used again."""
+        """Return the seconds between successive marks. The marks must not be used afterwards."""
 
 
 class HostClock:
+    """Time marks from the clock of the CPU."""
+
     def now(self) -> float:
         return time.perf_counter()
 
@@ -38,7 +39,7 @@ class HostClock:
 
 
 class CudaClock:
-    """Events in the current stream of ``device``, used again once they are read."""
+    """Time marks as CUDA events in the current stream of ``device``. Events are reused after they are read."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -56,17 +57,17 @@ class CudaClock:
         return gaps
 
 
-#: The phases of a step; what is in none of them is "other".
+#: The phases of a step. Time outside them counts as "other".
 PHASES = ("data", "forward", "backward", "optimizer", "communication")
 
-#: So many borders are kept before they are summed up, should nobody ask for a window (about 300 steps).
+#: Number of time marks that are kept before they are summed up, if no window ends earlier (about 300 steps).
 _MOST_BORDERS = 4096
 _OTHER, _PAUSED = "other", ""
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Means over ``steps`` steps, in seconds a step. ``total`` is the sum of the phases and ``other``."""
+    """Mean seconds per step over ``steps`` steps. ``total`` is the sum of the phases and ``other``."""
 
     steps: int
     total: float
@@ -78,27 +79,32 @@ class Timings:
     other: float
 
     def busy(self, gathers: bool = False) -> float:
-        """Seconds a step that this rank did not spend waiting for the others: what to compare among ranks.
+        """Return the seconds per step that this rank did not wait for others. Used to find slow ranks.
 
         Args:
-            gathers: the passes wait for other ranks too (fsdp, hsdp, zero3). Then they take as long on every rank, and
-                only a rank that is slow between them, at its data above all, can be told: data and other are counted.
+            gathers: forward and backward passes include waiting for other ranks (fsdp, hsdp, zero3). They then take
+                equally long on every rank, so only ``data`` and ``other`` are counted.
         """
         return self.data + self.other if gathers else self.total - self.communication
 
     def speed(self, batch_size: int, world: int) -> dict[str, float]:
-        """Samples a second of all ranks, whose step takes ``batch_size`` samples, and of each of ``world`` ranks."""
+        """Return the throughput in samples per second: of all ranks together, and per rank.
+
+        Args:
+            batch_size: the global batch.
+            world: number of ranks.
+        """
         every = batch_size / self.total if self.total > 0 else 0.0
         return {"samples_per_second": every, "samples_per_second_per_rank": every / world}
 
     def line(self) -> dict[str, float]:
-        """For a line of metrics: ``step_seconds``, and ``<phase>_seconds`` of each phase."""
+        """Return metrics: ``step_seconds``, and ``<phase>_seconds`` for each phase."""
         seconds = {f"{name}_seconds": value for name, value in asdict(self).items() if name not in ("steps", "total")}
         return {"step_seconds": self.total, **seconds}
 
 
 class _Phase:
-    """``with`` a phase; one object serves every time, since what is open is kept by the timer."""
+    """Context manager of one phase. It is reusable, since the timer stores which phases are open."""
 
     def __init__(self, timer: StepTimer, name: str) -> None:
         self.timer, self.name = timer, name
@@ -113,9 +119,9 @@ class _Phase:
 
 
 class StepTimer:
-    """Splits the time of steps into phases. Made, and given back by :meth:`window`, with the clock running.
+    """Measures the time of steps by phase. The clock runs from the construction on.
 
-    Each moment counts in the innermost open phase alone, so the parts add up to the total.
+    Time counts only in the innermost open phase, so the phases and "other" add up to the total.
     """
 
     def __init__(self, device: torch.device, clock: Clock | None = None) -> None:
@@ -125,25 +131,29 @@ class StepTimer:
         self._start()
 
     def phase(self, name: str) -> _Phase:
-        """``with timer.phase("forward"):``; one of :data:`PHASES`. An inner phase's time is not the outer's."""
+        """Return a context manager that counts time in phase ``name``, one of :data:`PHASES`.
+
+        Phases can be nested. The time of an inner phase does not count in the outer one.
+        """
         if name not in PHASES:
-            raise ValueError(f"phase '{name}' is none of {', '.join(PHASES)}")
+            raise ValueError(f"unknown phase '{name}'. Use one of {', '.join(PHASES)}")
         return self._phases[name]
 
     def paused(self) -> _Phase:
-        """``with timer.paused():`` evaluation or a checkpoint between two steps: counted nowhere, in no total."""
+        """Return a context manager whose time is not counted, for evaluations and saves between steps."""
         return self._phases[_PAUSED]
 
     def end_step(self) -> None:
-        """A step is done."""
+        """Count one step as finished."""
         self._steps += 1
         if len(self._borders) > _MOST_BORDERS:
             self._sum_up()
 
     def window(self) -> Timings:
-        """The means over the steps since the last call, and begin anew. On a GPU this waits for the steps to be done.
+        """Return the means over the steps since the last call, and begin a new window.
 
-        Call it after :meth:`end_step`: the time of a step under way would count for those before it.
+        On a GPU this waits until the steps are finished. Call it after :meth:`end_step`: the time of an unfinished step
+        would count for the steps before it.
         """
         self._sum_up()
         spent = {name: self._spent[name] / max(self._steps, 1) for name in (*PHASES, _OTHER)}
@@ -152,7 +162,7 @@ class StepTimer:
         return timings
 
     def _start(self) -> None:
-        """Begin a window."""
+        """Begin a new window."""
         self._spent = dict.fromkeys((*PHASES, _OTHER, _PAUSED), 0.0)
         self._steps = 0
         self._names: list[str] = []
@@ -167,7 +177,7 @@ class StepTimer:
         self._open.pop()
 
     def _border(self) -> None:
-        """The time since the last border was of the phase that is open now."""
+        """Set a time mark. The time since the previous mark belongs to the phase that is open now."""
         self._names.append(self._open[-1] if self._open else _OTHER)
         self._borders.append(self.clock.now())
 
@@ -180,28 +190,29 @@ class StepTimer:
 
 @contextmanager
 def exposed_reduction(loss: torch.Tensor, timer: StepTimer) -> Iterator[None]:
-    """Around ``loss.backward()``, inside the backward phase: count the wait for the gradients' reduction apart.
+    """Count the wait for gradient reduction at the end of ``loss.backward()`` as "communication".
 
-    DDP and FSDP2 reduce gradients while the backward pass goes on, and wait for the rest in a callback that they queue
-    on the autograd engine, which runs the callbacks when the graph is done, in the order in which they were queued. The
-    hook of the loss is the first thing of a backward pass, so our callback comes before theirs: from it to the end of
-    the ``with`` block is the part of the reduction that computing did not hide, and is counted as "communication".
+    Use it around ``loss.backward()`` within the backward phase. DDP and FSDP2 reduce gradients during the backward
+    pass. They wait for the remaining reductions in a callback of the autograd engine, which runs callbacks after the
+    graph, in the order of registration. A hook of the loss runs first in a backward pass, so the callback registered
+    there precedes theirs. The time from that callback to the end of the ``with`` block is the part of the reduction
+    that computation did not hide.
 
-    What this leaves in the forward and backward phases: the gathers of FSDP2; on a CPU, where its collectives block,
-    all of its reductions but the root's own; and whatever else is waited for while the graph runs. So under FSDP2 a
-    slow rank makes the others' forward and backward longer, and only the tail of the reduction is communication.
+    Waits while the graph runs stay in the forward and backward phases: the gathers of FSDP2 and, on a CPU, where
+    collectives block, all its reductions except the one of the root module. Under FSDP2 a slow rank therefore lengthens
+    the forward and backward phases of the others.
     """
     begun = False
 
-    def graph_is_done() -> None:
+    def after_graph() -> None:
         nonlocal begun
         begun = True
         timer._enter("communication")
 
-    def first(_: torch.Tensor) -> None:
-        torch.autograd.Variable._execution_engine.queue_callback(graph_is_done)
+    def queue(_: torch.Tensor) -> None:
+        torch.autograd.Variable._execution_engine.queue_callback(after_graph)
 
-    handle = loss.register_hook(first)
+    handle = loss.register_hook(queue)
     try:
         yield
     finally:

@@ -62,8 +62,8 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no configuration": (_without("config.yaml"), "does not name config.yaml"),
     "no index": (_without(PICKLED), "does not name tensors.json"),
     "a file of tensors that is not listed": (_not_named("__0_0.distcp"), "does not name __0_0.distcp"),
-    "a file elsewhere": (_named_too("/dev/zero"), "'/dev/zero', which is no file of a checkpoint"),
-    "a file above": (_named_too("../../config.yaml"), "'../../config.yaml', which is no file of a checkpoint"),
+    "a file elsewhere": (_named_too("/dev/zero"), "'/dev/zero', which is not a file of a checkpoint"),
+    "a file above": (_named_too("../../config.yaml"), "'../../config.yaml', which is not a file of a checkpoint"),
 }
 
 
@@ -88,13 +88,13 @@ STATES = {
     "": "it is not valid JSON",
     "[]": "it does not contain a JSON object",
     "null": "it does not contain a JSON object",
-    "{}": "it says step None",
+    "{}": "it names step None",
     "[" * 100_000: "it is not valid JSON",
     _state(step=-4): "step: Input should be greater than or equal to 0",
     _state(step="4"): "step: Input should be a valid integer",
     _state(step=None): "step: Input should be a valid integer",
-    _state(step=5): "it says step 5",
-    _state(step=10**30): "it says step 1000000000000",
+    _state(step=5): "it names step 5",
+    _state(step=10**30): "it names step 1000000000000",
     _state(samples=-1): "samples: Input should be greater",
     _state(samples=[1]): "samples: Input should be a valid integer",
     _state(best_step="x"): "best_step: Input should be a valid integer",

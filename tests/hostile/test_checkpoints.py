@@ -70,7 +70,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "BINPERSID": (b"\x80\x04" + text("name") + b"Q.", "BINPERSID"),
     "a huge place in the memo": (b"\x80\x04Nr\xff\xff\xff\x7f.", "LONG_BINPUT"),
     "the state of a class": (b"\x80\x04" + GENUINE + b"}b.", "no record"),
-    "a name that is no text": (b"\x80\x04" + GENUINE + text("Metadata") + b"\x93.", "which no checkpoint needs"),
+    "a name that is no text": (b"\x80\x04" + GENUINE + text("Metadata") + b"\x93.", "which checkpoints never use"),
     "a key that takes for ever to hash": (b"\x80\x04}" + b")" + b"2\x86" * 60 + b"Ns.", "DUP"),
     "a key that is a tuple": (b"\x80\x04})\x94h\x00h\x00\x86Ns.", "no text"),
     "not a pickle": (b"\x00" * 40, "not the index"),
@@ -100,7 +100,7 @@ def test_no_use_of_a_run_executes_its_checkpoint(use: str, here: Path, cli: Cli)
     else:
         ended = cli(*USES[use])
         assert ended.returncode == 2
-        assert "os.system, which no checkpoint needs" in ended.stderr
+        assert "os.system, which checkpoints never use" in ended.stderr
         assert "Traceback" not in ended.stderr
     assert not (here / "executed").exists()
     assert not (here / "exported").exists()
@@ -202,19 +202,19 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another format": (lambda content: content.update(format=2), "another version of mmtrain"),
     "no format": (lambda content: content.pop("format"), "damaged: KeyError"),
     "no tensors": (lambda content: content.update(tensors=None), "damaged"),
-    "a file elsewhere": (_part(file="../../x/__0_0.distcp"), "a wrong name"),
-    "an absolute file": (_part(file="/etc/passwd"), "a wrong name"),
-    "a file that is no text": (_part(file=5), "a wrong name"),
-    "a negative place": (_part(at=-1), "sizes that are none"),
-    "a place that is no number": (_part(at=True), "sizes that are none"),
-    "a huge place": (_part(at=2**70), "sizes that are none"),
+    "a file elsewhere": (_part(file="../../x/__0_0.distcp"), "an invalid name"),
+    "an absolute file": (_part(file="/etc/passwd"), "an invalid name"),
+    "a file that is no text": (_part(file=5), "an invalid name"),
+    "a negative place": (_part(at=-1), "invalid sizes"),
+    "a place that is no number": (_part(at=True), "invalid sizes"),
+    "a huge place": (_part(at=2**70), "invalid sizes"),
     "a part outside": (_part(offset=[10**6, 0, 0]), "outside"),
     "a part of other dimensions": (_part(offset=[]), "outside"),
-    "too few parts": (_tensor(parts=[]), "parts do not fit"),
+    "too few parts": (_tensor(parts=[]), "parts do not cover it"),
     "parts that are none": (_tensor(parts=[5]), "damaged: TypeError"),
-    "an unknown type": (_tensor(dtype="object"), "unknown type"),
+    "an unknown type": (_tensor(dtype="object"), "unknown dtype"),
     "a type that is none": (_tensor(dtype=[1]), "damaged"),
-    "a shape that is none": (_tensor(shape="ab"), "sizes that are none"),
+    "a shape that is none": (_tensor(shape="ab"), "invalid sizes"),
 }
 
 
@@ -260,7 +260,7 @@ def test_a_file_of_tensors_runs_nothing(use: str, here: Path, cli: Cli) -> None:
         sign(path)
     ended = cli(*USES[use])
     assert ended.returncode == 2
-    assert "step_00000004 cannot be read (a file holds something else than tensors" in ended.stderr
+    assert "step_00000004 cannot be read (a file contains something other than tensors" in ended.stderr
     assert "weights_only" not in ended.stderr
     assert "Traceback" not in ended.stderr
     assert not (here / "executed").exists()

@@ -164,7 +164,10 @@ def test_a_run_with_weights_that_are_nan(checkpoint: Path, cli: Cli) -> None:
 RUN_DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     name: DAMAGE[name] for name in ("no assets", "empty assets", "assets of another kind", "a depth that never ends")
 }
-RUN_DAMAGE["a huge width"] = (_setting("dim: 8", "dim: 100000000"), "holds another model than its configuration")
+RUN_DAMAGE["a huge width"] = (
+    _setting("dim: 8", "dim: 100000000"),
+    "does not contain the model that its configuration describes",
+)
 
 
 @pytest.mark.parametrize("name", RUN_DAMAGE)

@@ -37,10 +37,11 @@ def test_the_fewest_pieces_that_fit(
 
 def test_a_batch_that_does_not_fit_says_which_numbers_of_ranks_do(series: Path) -> None:
     with pytest.raises(
-        UserError, match=r"train.batch_size is 8, which 3 ranks .*: 1, 2, 4, 8; or a batch .* of 3 \(use 6 or 9\)$"
+        UserError,
+        match=r"train.batch_size=8 is not divisible by 3 ranks .*: 1, 2, 4, 8\. Or .* of 3 for .* \(6 or 9\)$",
     ):
         micro_batches(load_config(series, ("train.batch_size=8",)), 3)
-    with pytest.raises(UserError, match=r"so many ranks: 1, 2; or a batch that is a multiple of 32"):
+    with pytest.raises(UserError, match=r"numbers of ranks: 1, 2\. Or use a multiple of 32"):
         micro_batches(load_config(series, ("train.batch_size=8", "train.accumulation=4")), 8)
 
 
@@ -50,7 +51,7 @@ def test_one_rank_and_two_learn_the_same_from_pieces_of_two(series: Path, tmp_pa
     for world, parts in ((1, 4), (2, 2)):
         ended = run_ranks(series, tmp_path / str(world), *options, world=world)
         assert [rank.status for rank in ended] == [0] * world, ended
-        assert f"train.accumulation is {parts} here, more than the 1 asked for" in ended[0].said
+        assert f"using {parts} micro-batches per step instead of train.accumulation=1" in ended[0].said
     one, two = (tensors_of(last_checkpoint(tmp_path / world)) for world in "12")
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)  # sums in another order
@@ -60,5 +61,5 @@ def test_one_rank_and_two_learn_the_same_from_pieces_of_two(series: Path, tmp_pa
 def test_two_ranks_that_do_not_divide_the_batch_say_so_once(series: Path, tmp_path: Path) -> None:
     ended = run_ranks(series, tmp_path / "run", "train.batch_size=7")
     assert [rank.status for rank in ended] == [2, 2]
-    assert "use so many ranks: 1, 7" in ended[0].said
+    assert "Possible numbers of ranks: 1, 7" in ended[0].said
     assert ended[1].said == ""

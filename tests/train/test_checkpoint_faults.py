@@ -100,7 +100,7 @@ def test_a_best_checkpoint_that_is_damaged_is_said_and_the_last_is_tested(
     _claim(last_checkpoint(broken), '"best_step": 12', '"best_step": 6')
     ended = run_ranks(config, broken, *OPTIONS)
     assert statuses(ended) == [0, 0], ended
-    assert "step_00000006, is damaged or gone: the last one is tested" in ended[0].said
+    assert "step_00000006: the best checkpoint is damaged or missing. The newest is tested" in ended[0].said
 
 
 def _claim(checkpoint: Path, was: str, now: str) -> None:
@@ -142,8 +142,8 @@ def test_a_full_disk_ends_both_ranks_and_a_larger_one_lets_them_go_on(
     options = (*OPTIONS, "checkpoint.keep=100", f"checkpoint.asynchronous={asynchronous}")
     ended = run_ranks(config, disk / "run", *options)
     assert statuses(ended) == [2, 2], ended
-    assert "No space left on device" in ended[0].said or "is the disk full?" in ended[0].said
-    assert "goes on from" in ended[0].said
+    assert "No space left on device" in ended[0].said or "the disk may be full" in ended[0].said
+    assert "continues from" in ended[0].said
     assert "Traceback" not in ended[0].said + ended[1].said
     assert verify(last_checkpoint(disk / "run")) is None
     _as_root("mount", "-o", "remount,size=64m", str(disk))
@@ -197,4 +197,4 @@ def test_a_file_where_the_checkpoints_should_be(config: Path, tmp_path: Path) ->
     (tmp_path / "run" / "checkpoints").write_text("")
     ended = run_ranks(config, tmp_path / "run", *OPTIONS)
     assert statuses(ended) == [2, 2], ended
-    assert "checkpoints cannot be written there" in ended[0].said
+    assert "cannot write checkpoints there" in ended[0].said

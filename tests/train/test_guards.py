@@ -25,7 +25,7 @@ def test_a_bad_loss_on_one_rank_is_skipped_by_both(series: Path, tmp_path: Path)
         ended = run_ranks(series, tmp_path / str(on), *SHORT, fault=NanLoss(on, steps=(2, 4)))
         assert [rank.status for rank in ended] == [0, 0], ended
         assert result(tmp_path / str(on))["skipped_steps"] == 2
-        assert ended[0].said.count("the step is skipped") == 2
+        assert ended[0].said.count("The step is skipped") == 2
     assert all(t.isfinite().all() for t in tensors_of(last_checkpoint(tmp_path / "0")).values())
     assert same_end(tmp_path / "0", tmp_path / "1")
 
@@ -34,7 +34,7 @@ def test_a_bad_loss_on_one_rank_is_skipped_by_both(series: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        (NanLoss(1, steps=(2, 3)), "rank 1: the loss itself is not finite"),
+        (NanLoss(1, steps=(2, 3)), "rank 1: the loss is not finite"),
         (NanWeight(1, step=2), "rank 1: the weight .* is not finite"),
         (Overflow(1, "TimeFeatureNorm"), r"rank 1: the output of module \S+ \(TimeFeatureNorm\) is not finite"),
     ],
@@ -47,7 +47,7 @@ def test_two_bad_steps_in_a_row_end_both_ranks_with_one_message(
     assert [rank.status for rank in ended] == [2, 2], ended
     assert "Traceback" not in ended[0].said + ended[1].said
     assert "error" not in ended[1].said  # rank 0 says it for both
-    assert re.search(f"error: 2 steps in a row .*{words}", ended[0].said), ended
+    assert re.search(f"error: .*2 consecutive steps: .*{words}", ended[0].said), ended
 
 
 def test_a_bad_sample_is_named_in_whichever_micro_batch_it_is(

@@ -148,7 +148,7 @@ def test_the_warning_comes_once_in_a_while(monkeypatch: pytest.MonkeyPatch, capl
             watch.check(1.0)
             other.check(1.0)
         assert [record.getMessage() for record in caplog.records] == [
-            "rank 2 holds the others up: it is busy for 2.000 s a step, the median is 1.000 s (× 2.00)"
+            "rank 2 slows down the others: it needs 2.000 s per step, the median rank 1.000 s (× 2.00)"
         ]
         now[0] = 1601.0
         watch.check(1.0)

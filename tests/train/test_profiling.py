@@ -39,7 +39,7 @@ def test_a_profile_has_the_steps_asked_for(tmp_path: Path, caplog: pytest.LogCap
         assert not (tmp_path / "profile").exists()
         go(profiler, 5, 7)
         assert len(caplog.records) == 1
-        assert "memory snapshots of GPUs alone" in caplog.text
+        assert "memory snapshots exist for GPUs only" in caplog.text
     stem = "rank00000_steps3-4"
     assert names(tmp_path) == {f"trace_{stem}.json.gz", f"memory_{stem}.csv", f"ops_{stem}.txt"}
     with gzip.open(tmp_path / "profile" / f"trace_{stem}.json.gz", "rt") as file:
@@ -85,7 +85,7 @@ def test_a_span_that_is_past_is_said(tmp_path: Path, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.INFO, "mmtrain"), StepProfiler((2, 3), tmp_path, ALONE) as profiler:
         go(profiler, 5, 7)
     assert [record.getMessage() for record in caplog.records] == [
-        "train.profile: the run goes on at step 5, after the steps 2 to 3"
+        "train.profile: the run resumes at step 5, after the steps 2 to 3"
     ]
     assert list(tmp_path.iterdir()) == []
 

@@ -197,7 +197,7 @@ def test_what_fails_in_the_thread_is_said_by_the_next_call(
     store.wait()
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_manifest", full)
-        with pytest.raises(UserError, match=r"step_00000002: .*No space left on device.*goes on from it"):
+        with pytest.raises(UserError, match=r"step_00000002: .*No space left on device.*continues from it"):
             save_and_wait(store, 2)
     assert steps(tmp_path) == ["1"]
     store.save(3, tensors(3), {})
@@ -207,5 +207,5 @@ def test_what_fails_in_the_thread_is_said_by_the_next_call(
 
 def test_a_file_in_the_way_is_said(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(UserError, match=r"checkpoints cannot be written there \(File exists\): choose another"):
+    with pytest.raises(UserError, match=r"cannot write checkpoints there \(File exists\)\. Choose another"):
         CheckpointStore(tmp_path / "checkpoints", ALONE)

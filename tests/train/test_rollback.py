@@ -41,7 +41,7 @@ def test_a_run_killed_after_a_rollback_ends_as_one_that_was_not(series: Path, tm
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     ended = run_ranks(series, whole, *OPTIONS, fault=SPIKE)
     assert [rank.status for rank in ended] == [0, 0], ended
-    assert "back to the checkpoint of step 7" in ended[0].said
+    assert "returns to the checkpoint of step 7" in ended[0].said
     state = load_state(last_checkpoint(whole))
     # from the checkpoint of step 7 to the end of the 9th step
     assert (state["rollbacks"], state["left_out"], state["step"]) == (1, 2 * BATCH, 14)
@@ -69,6 +69,6 @@ def test_without_a_checkpoint_a_spike_ends_the_run(series: Path, tmp_path: Path)
 def test_rollbacks_without_end_end_the_run(series: Path, tmp_path: Path) -> None:
     Spike(first=8 * BATCH, last=10**9)(0)  # all that follows
     config = load_config(series, (*OPTIONS, "train.max_bad_steps=2"))
-    with pytest.raises(UserError, match=r"the run went back 2 times already"):
+    with pytest.raises(UserError, match=r"the run was rolled back 2 times already"):
         train(config, tmp_path / "run")
     assert load_state(last_checkpoint(tmp_path / "run"))["step"] == 7  # what was good is there

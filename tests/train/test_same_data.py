@@ -88,7 +88,7 @@ def test_the_same_data_is_taken_without_a_word(here: Path, caplog: pytest.LogCap
     [
         (table(b=3.0), "the values of the training rows are others"),
         (table().rename(columns={"b": "c"}), "columns: a, b before, a, c now"),
-        (table(220), r"it was trained on 113 samples, the data now has 127\n  training rows: 140 before, 154 now"),
+        (table(220), r"the run was trained on 113 samples, the data now has 127\n  training rows: 140 before, 154 now"),
     ],
 )
 @pytest.mark.parametrize("fallback", [False, True])
@@ -99,7 +99,7 @@ def test_other_data_is_refused(here: Path, changed: pd.DataFrame, told: str, fal
         told = told.rpartition(r"\n  ")[2]
     changed.to_csv(here / "t.csv", index=False)
     before = {file: file.read_bytes() for file in (here / "run").rglob("*.json")}
-    with pytest.raises(UserError, match=rf"run: the data is not what .*\n  {told}(.|\n)*data\.accept_changes=true"):
+    with pytest.raises(UserError, match=rf"run: the data differs from .*\n  {told}(.|\n)*data\.accept_changes=true"):
         start(here)
     assert {file: file.read_bytes() for file in (here / "run").rglob("*.json")} == before
     table().to_csv(here / "t.csv", index=False)
@@ -124,7 +124,7 @@ def test_changes_are_accepted_and_recorded(here: Path, caplog: pytest.LogCapture
     (line,) = data_lines(here)
     assert (line["kind"], line["step"]) == ("data_changed", 4)
     assert line["changes"] == ["columns: a, b before, a, c now", "the values of the training rows are others"]
-    assert "continues with other data (data.accept_changes=true): columns: a, b before" in caplog.text
+    assert "continues with changed data (data.accept_changes=true): columns: a, b before" in caplog.text
     trained = load_trained(here / "run", "last")
     assert trained.assets["columns"] == ["a", "c"]
     assert trained.assets["scaler"]["mean"][1] == pytest.approx(np.arange(140).mean())
@@ -152,14 +152,14 @@ def test_another_number_of_samples_is_accepted(tmp_path: Path) -> None:
     (line,) = data_lines(tmp_path)
     assert line["step"] == 2
     assert json.loads((tmp_path / "run" / "result.json").read_text())["step"] == 4
-    assert line["changes"][0] == "it was trained on 113 samples, the data now has 155"
+    assert line["changes"][0] == "the run was trained on 113 samples, the data now has 155"
 
 
 def test_a_run_of_an_earlier_version_gets_a_fingerprint(here: Path, caplog: pytest.LogCaptureFixture) -> None:
     as_earlier_versions_wrote(here)
     start(here)
     assert [line["kind"] for line in data_lines(here)] == ["data_recorded"]
-    assert caplog.text.count("kept no fingerprint of its data") == 1
+    assert caplog.text.count("stored no fingerprint of the data") == 1
     stopped(here)
     start(here)
     assert [line["kind"] for line in data_lines(here)] == ["data_recorded"]  # it is said once

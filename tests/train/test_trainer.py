@@ -163,7 +163,7 @@ def test_data_that_is_missing_leaves_no_folder(vision: Path, tmp_path: Path) -> 
 
 
 def test_a_batch_that_does_not_divide_says_which_fit(vision: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"train.batch_size is 64.*multiple of 65"):
+    with pytest.raises(UserError, match=r"train.batch_size=64.*multiple of 65"):
         run(vision, tmp_path / "run", "train.accumulation=65")
     with pytest.raises(UserError, match="odd"):
         run(vision, tmp_path / "run", "train.accumulation=64")
@@ -186,7 +186,7 @@ def test_gradients_that_are_not_finite_are_skipped_then_stop_the_run(
     assert json.loads((tmp_path / "one" / "result.json").read_text())["skipped_steps"] == 1
     assert all(w.isfinite().all() for w in weights(tmp_path / "one").values())
     bad = set(range(100))
-    with pytest.raises(UserError, match="3 steps in a row"):
+    with pytest.raises(UserError, match="3 consecutive steps"):
         run(series, tmp_path / "all", "train.max_bad_steps=3")
 
 

@@ -1,6 +1,6 @@
-"""Checkpoints that are complete or do not exist.
+"""Write and read checkpoints. A checkpoint is either complete or does not exist.
 
-``store.py`` has the checkpoints of a run folder: when one is whole, which are kept, which is loaded.
-``tensor_files.py`` has the tensors of one checkpoint, on disk and in the copy that a thread writes. What a training
-state consists of is not known here but in ``train/state.py``.
+``store.py`` manages the checkpoints of a run folder: it saves, verifies, selects and deletes them. ``tensor_files.py``
+writes and reads the tensors of one checkpoint, and copies them for asynchronous saves. ``metadata.py`` reads and writes
+the index of the tensors. The contents of a training state are defined in ``train/state.py``.
 """

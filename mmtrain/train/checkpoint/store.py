@@ -1,12 +1,12 @@
-"""Checkpoints that are complete or do not exist.
+"""Save, verify, find and delete the checkpoints of a run folder. A checkpoint is either complete or does not exist.
 
-A checkpoint is a folder ``step_00001234``: the tensors as torch's distributed checkpoint (DCP) writes them,
-``state.json`` (where the run stands), ``config.yaml`` and ``manifest.json`` (size and SHA-256 of every file). It is
-written under another name, made durable with fsync and then renamed. At load the manifest is verified, and the newest
-valid checkpoint wins. The layout depends neither on the number of ranks nor on the strategy.
+A checkpoint is a folder ``step_00001234``. It contains the tensors in the format of torch's distributed checkpoint
+(DCP), ``state.json`` (progress of the run), ``config.yaml`` and ``manifest.json`` (size and SHA-256 of every file). It
+is written under a temporary name, synced to disk and then renamed. Loading verifies the manifest and uses the newest
+valid checkpoint. The layout does not depend on the number of ranks or on the strategy.
 
-A save copies the state aside and returns; a thread of each rank writes the copy while training goes on. There is no
-generator state to save: all randomness follows from the seed and the step.
+An asynchronous save copies the state and returns. A thread of each rank writes the copy while training continues.
+Random generator states are not saved, since all randomness is derived from the seed and the step.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from mmtrain.train.checkpoint.tensor_files import Stage, write_tensors
 
 MANIFEST, _STATE, _CONFIG = "manifest.json", "state.json", "config.yaml"
 
-#: Of a manifest: size and SHA-256 of each file, by name.
+#: Entries of a manifest: size and SHA-256 of each file, by name.
 Entries = dict[str, dict[str, Any]]
 
 
 def entries_of(paths: Iterable[Path]) -> Entries:
-    """Size and digest of each of ``paths``, by name."""
+    """Compute the size and SHA-256 of each file of ``paths``, by name."""
     return {p.name: {"size": p.stat().st_size, "sha256": _digest(p)} for p in paths}
 
 
 def write_manifest(folder: Path, entries: Entries) -> None:
-    """Write the manifest, durably."""
+    """Write the manifest to ``folder``, with fsync."""
     path = folder / MANIFEST
     path.write_text(json.dumps(dict(sorted(entries.items())), indent=1))
     sync(path)
@@ -53,10 +53,10 @@ def write_manifest(folder: Path, entries: Entries) -> None:
 
 
 def verify(folder: Path, share: int = 0, of: int = 1) -> str | None:
-    """What is wrong with the checkpoint in ``folder``, or None.
+    """Check the checkpoint in ``folder`` against its manifest. Return a description of the first fault, or None.
 
-    Every ``of``-th file is hashed, from number ``share`` on, so that ranks can divide the work; presence and size are
-    looked at for all.
+    The presence and size of all files are checked. Only every ``of``-th file, starting with file ``share``, is hashed,
+    so that ranks can divide the work.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -68,7 +68,7 @@ def verify(folder: Path, share: int = 0, of: int = 1) -> str | None:
             return f"its {MANIFEST} does not name {INDEX}"
         strange = sorted(name for name in names - {_STATE, _CONFIG, INDEX, PICKLED} if not DATA_FILE.fullmatch(name))
         if strange:
-            return f"its {MANIFEST} names {strange[0]!r}, which is no file of a checkpoint"
+            return f"its {MANIFEST} names {strange[0]!r}, which is not a file of a checkpoint"
         for number, (name, entry) in enumerate(manifest.items()):
             file = folder / name
             if not file.is_file():
@@ -78,7 +78,7 @@ def verify(folder: Path, share: int = 0, of: int = 1) -> str | None:
             if number % of == share and _digest(file) != entry["sha256"]:
                 return f"{name} does not match its checksum"
         present = {file.name for file in folder.iterdir() if file.name == INDEX or DATA_FILE.fullmatch(file.name)}
-        if unnamed := sorted(present - names):  # it would be read without a check
+        if unnamed := sorted(present - names):  # DCP would read it unchecked
             return f"its {MANIFEST} does not name {unnamed[0]}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__})"
@@ -91,7 +91,7 @@ def _digest(path: Path) -> str:
 
 
 class CheckpointStore:
-    """The checkpoints of one run folder. All ranks call its methods together, except :meth:`at`."""
+    """The checkpoints of one run folder. All ranks call each method together, except :meth:`at`."""
 
     def __init__(
         self,
@@ -106,48 +106,53 @@ class CheckpointStore:
     ) -> None:
         """
         Args:
-            keep: how many of the newest stay.
-            keep_every: those of every so many-th step stay as well.
+            keep: number of newest checkpoints to keep.
+            keep_every: also keep checkpoints whose step is a multiple of this.
             asynchronous: :meth:`save` returns before the files are written.
-            config: the run's configuration, a copy of which goes into every checkpoint.
-            clean: remove what an interrupted save left: only for the process that trains in this folder.
+            config: configuration of the run as YAML, copied into every checkpoint.
+            clean: delete the remains of interrupted saves. Only for the process that trains in this folder.
+
+        Raises:
+            SharedError: if the folder cannot be written.
         """
         self.folder, self.ranks, self.keep, self.keep_every, self.config = folder, ranks, keep, keep_every, config
-        # the writing threads talk over a group of their own, beside the training's collectives
+        # The writing threads use a separate group, since they run in parallel with the collectives of training.
         self._group = dist.new_group(backend="gloo", group_desc=PATIENT) if ranks.world > 1 else None
         self._stage = Stage() if asynchronous else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._newest_valid: Path | None = None
-        self._torn: set[Path] = set()
+        self._damaged: set[Path] = set()
         _, error = _attempt(self._clean) if ranks.main and clean else (None, None)
-        words = ranks.gather(_words(error))[0]
-        if words is not None:
-            raise SharedError(f"{folder}: checkpoints cannot be written there ({words}): choose another --run-dir")
+        problem = ranks.gather(_message(error))[0]
+        if problem is not None:
+            raise SharedError(f"{folder}: cannot write checkpoints there ({problem}). Choose another --run-dir")
 
     def _clean(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for torn in unfinished_in(self.folder):
-            shutil.rmtree(torn, ignore_errors=True)
+        for unfinished in unfinished_in(self.folder):
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     # ------------------------------------------------------------------ saving
 
     def prepare(self, tensors: StateDict) -> None:
-        """Take the memory that saves of such ``tensors`` will copy them to, in the background; optional."""
+        """Allocate the memory for asynchronous saves of ``tensors`` in the background. Optional."""
         if self._stage is not None:
             self._stage.prepare(tensors)
 
     def save(self, step: int, tensors: StateDict, state: dict[str, Any], best: int | None = None) -> None:
-        """Begin the checkpoint of ``step``; once it stands, delete all but the newest ``keep`` and the others to stay.
+        """Save a checkpoint of ``step``, then delete old ones except those of ``keep``, ``keep_every`` and ``best``.
+
+        An asynchronous store only copies the tensors and returns.
 
         Args:
-            tensors: ranks may hold different names.
+            tensors: tensors of this rank. Ranks may have tensors of different names.
             state: JSON values.
-            best: a step whose checkpoint stays.
+            best: step of the best checkpoint, which is kept.
 
         Raises:
-            SharedError: when the disk is full or the folder cannot be written (the save before this one too, if it
-                was asynchronous); the older checkpoints stay.
+            SharedError: if this save, or the previous asynchronous one, failed, for example because the disk is full.
+                Older checkpoints are not affected.
         """
         self.wait()
         if self._newest_valid == self.at(step):
@@ -161,10 +166,10 @@ class CheckpointStore:
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when no save is under way any more.
+        """Wait until no save is running.
 
         Raises:
-            SharedError: when the last save failed.
+            SharedError: if the last save failed.
         """
         if self._thread is not None:
             self._thread.join()
@@ -173,11 +178,11 @@ class CheckpointStore:
 
     @property
     def failed(self) -> bool:
-        """Whether a save has failed on this rank: :meth:`wait` will say why."""
+        """Whether a save failed on this rank. :meth:`wait` then raises its error."""
         return self._error is not None
 
     def close(self) -> None:
-        """Wait for the thread, whatever became of its save."""
+        """Wait for the writing thread. Errors of its save are ignored."""
         if self._thread is not None:
             self._thread.join()
         if self._stage is not None:
@@ -189,77 +194,77 @@ class CheckpointStore:
             raise error
 
     def _write(self, step: int, tensors: StateDict, state: dict[str, Any], best: int | None) -> None:
-        """Write, commit, prune; an error is kept for the training thread, on every rank."""
+        """Write the checkpoint and delete old ones. An error is stored for the training thread, on every rank."""
         try:
             self._error = self._commit(step, tensors, state, best)
-        except Exception as error:  # of the ranks' talk: one of them is gone
+        except Exception as error:  # a collective failed because a rank has ended
             self._error = error
 
     def _commit(self, step: int, tensors: StateDict, state: dict[str, Any], best: int | None) -> BaseException | None:
         final = self.at(step)
-        aside = final.with_suffix(".partial")
+        temporary = final.with_suffix(".partial")
 
         def write() -> Entries:
-            write_tensors(aside, tensors, self._group)
-            return entries_of(aside.glob(f"__{self.ranks.rank}_*"))
+            write_tensors(temporary, tensors, self._group)
+            return entries_of(temporary.glob(f"__{self.ranks.rank}_*"))
 
         def commit(entries: Entries) -> None:
-            (aside / _STATE).write_text(json.dumps(state, indent=1))
-            (aside / _CONFIG).write_text(self.config)
-            small = [aside / _STATE, aside / _CONFIG]
+            (temporary / _STATE).write_text(json.dumps(state, indent=1))
+            (temporary / _CONFIG).write_text(self.config)
+            small = [temporary / _STATE, temporary / _CONFIG]
             for path in small:
                 sync(path)
-            write_manifest(aside, entries | entries_of([*small, aside / INDEX]))
-            if final.exists():  # torn, or it would be the newest
+            write_manifest(temporary, entries | entries_of([*small, temporary / INDEX]))
+            if final.exists():  # it is damaged, or the run would have resumed from it
                 self._drop(final)
-            os.rename(aside, final)
+            os.rename(temporary, final)
             sync(self.folder)
             self._prune(best)
 
-        mine, error = _attempt(write)
-        written = self.ranks.gather((mine, _words(error)), self._group)
-        words = next((said for _, said in written if said is not None), None)
-        if words is None:
+        local, error = _attempt(write)
+        written = self.ranks.gather((local, _message(error)), self._group)
+        problem = next((message for _, message in written if message is not None), None)
+        if problem is None:
             if self.ranks.main:
                 entries = {name: entry for found, _ in written for name, entry in found.items()}
                 _, error = _attempt(lambda: commit(entries))
-            words = self.ranks.gather(_words(error), self._group)[0]
-        if words is None:
+            problem = self.ranks.gather(_message(error), self._group)[0]
+        if problem is None:
             self._newest_valid = final
-            self._torn.discard(final)
+            self._damaged.discard(final)
             return None
         if self.ranks.main:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         if error is not None and _disk_error(error) is None:
             return error
         return SharedError(
-            f"{final}: the checkpoint could not be written ({words}). Free or grow the disk, or give another"
-            " folder with --run-dir; the last good checkpoint is untouched and the same command goes on from it"
+            f"{final}: the checkpoint could not be written ({problem}). Free some disk space, or choose another folder"
+            " with --run-dir. The last good checkpoint is intact; the same command continues from it"
         )
 
     def _prune(self, best: int | None) -> None:
         found = checkpoints_in(self.folder)
-        good = [step for step, path in found.items() if path not in self._torn and (path / MANIFEST).exists()]
+        good = [step for step, path in found.items() if path not in self._damaged and (path / MANIFEST).exists()]
         for step in good[: -self.keep]:
             path = found[step]
             if step != best and not (self.keep_every and step % self.keep_every == 0):
                 _, error = _attempt(partial(self._drop, path))
-                if error is not None:  # the new one stands all the same
-                    logger.warning("%s could not be deleted: %s", path, _words(error))
+                if error is not None:  # the new checkpoint is complete nevertheless
+                    logger.warning("%s: the old checkpoint could not be deleted: %s", path, _message(error))
 
     def _drop(self, path: Path) -> None:
-        """Delete a checkpoint, so that a kill in between leaves no part of it under its name."""
-        aside = path.with_suffix(".old.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(path, aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        """Delete a checkpoint. Rename it first, so that an interruption leaves no incomplete checkpoint."""
+        temporary = path.with_suffix(".old.partial")
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.rename(path, temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
 
     # ------------------------------------------------------------------ finding
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that passes its manifest; torn ones are passed over with a warning.
+        """Return the newest valid checkpoint, or None. Log a warning for each damaged one that is newer.
 
-        The ranks share the work of hashing, and all come to the same answer.
+        The ranks divide the hashing. The result is the same on every rank.
         """
         steps = self.ranks.gather(list(checkpoints_in(self.folder)))[0]
         for step in reversed(steps):
@@ -268,30 +273,30 @@ class CheckpointStore:
             if fault is None:
                 self._newest_valid = path
                 return path
-            self._torn.add(path)
+            self._damaged.add(path)
             if self.ranks.main:
                 logger.warning("%s is not used: %s", path, fault)
         return None
 
     def whole(self, step: int) -> bool:
-        """Whether the checkpoint of ``step`` is there and passes its manifest."""
+        """Return whether the checkpoint of ``step`` exists and matches its manifest."""
         return self._fault(self.at(step)) is None
 
     def _fault(self, path: Path) -> str | None:
-        """As :func:`verify`, the same on every rank."""
+        """Return the first fault that :func:`verify` finds on any rank, or None. Equal on every rank."""
         faults = self.ranks.gather(verify(path, self.ranks.rank, self.ranks.world))
         return next((fault for fault in faults if fault is not None), None)
 
     def at(self, step: int) -> Path:
-        """The folder of the checkpoint of ``step``, which may not exist."""
+        """Return the folder of the checkpoint of ``step``. It may not exist."""
         return self.folder / checkpoint_name(step)
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """The JSON part of checkpoint ``path``.
+    """Read ``state.json`` of the checkpoint ``path``.
 
     Raises:
-        SharedError: when it is missing or damaged.
+        SharedError: if the file is missing or damaged.
     """
     return read_json(path / _STATE, f"use another checkpoint than {path.name}, or restore the file", kind=SharedError)
 
@@ -303,14 +308,14 @@ def _attempt(action: Callable[[], Any]) -> tuple[Any, BaseException | None]:
         return None, error
 
 
-def _words(error: BaseException | None) -> str | None:
+def _message(error: BaseException | None) -> str | None:
     if error is None:
         return None
     return _disk_error(error) or f"{type(error).__name__}: {error}"
 
 
 def _disk_error(error: BaseException) -> str | None:
-    """The operating system's words, when ``error`` or what DCP wrapped in it is about the disk."""
+    """Return the operating system's message if ``error``, or an error that DCP wrapped, is a disk error."""
     if isinstance(error, dcp.api.CheckpointException):
         inner = [wrapped[0] for wrapped in error.failures.values()]
         return next((found for e in inner if (found := _disk_error(e))), None)
@@ -319,6 +324,6 @@ def _disk_error(error: BaseException) -> str | None:
         if isinstance(cause, OSError):
             return cause.strerror or str(cause)
         cause = cause.__cause__ or cause.__context__
-    # torch's archive writer reports a short write as a RuntimeError of its own
+    # torch's archive writer reports a short write as a RuntimeError.
     archive = "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
-    return "a write was cut short; is the disk full?" if archive else None
+    return "incomplete write; the disk may be full" if archive else None

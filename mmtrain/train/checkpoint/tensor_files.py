@@ -1,15 +1,13 @@
-"""The tensors of a checkpoint: on disk as torch's distributed checkpoint (DCP), and the copy that a thread writes.
+"""Write and read the tensors of a checkpoint with torch's distributed checkpoint (DCP), and copy them for async saves.
 
-DCP fits any number of ranks. It would keep its metadata, and all that is no tensor, as pickles. We save tensors only,
-with an index in JSON (``metadata.py``), and refuse anything else at load: no checkpoint can run code.
+DCP checkpoints load on any number of ranks. DCP stores its metadata and all non-tensors as pickles. mmtrain saves only
+tensors, with a JSON index (``metadata.py``), and refuses anything else when loading. No checkpoint can run code.
 
-:class:`Stage` copies a training state into memory of its own, which a thread can write while the training changes the
-state. The training waits for the copy, so the copy is all that it may wait for. The memory is taken once, by a thread
-at the start of the run, since the pages of fresh memory take longer to come by than to fill; every copy goes into the
-same. From a GPU the memory is pinned, and the copies of all tensors are queued before one wait for all of them. On the
-CPU numpy copies, in one thread: torch would share out each of thousands of tensors among all threads, which gains
-little on the memory bus, and where the cores are busy, with a save before this or another rank, waits for them every
-time.
+:class:`Stage` copies a training state, so that a thread can write the copy while training changes the state. Training
+waits only for the copy. The memory for it is allocated once, by a thread at the start of the run, and reused, since
+allocating pages takes longer than filling them. For a GPU the memory is pinned, and one synchronisation waits for the
+copies of all tensors. On the CPU, NumPy copies in one thread. torch would split each of thousands of tensors over all
+threads. That gains little, because memory bandwidth is the limit, and costs a wait per tensor if the cores are busy.
 """
 
 from __future__ import annotations
@@ -39,26 +37,26 @@ from mmtrain.train.checkpoint.metadata import read_index, write_index
 
 
 class Stage:
-    """Memory for one copy of a training state on the CPU."""
+    """Reusable CPU memory for one copy of a training state."""
 
     def __init__(self) -> None:
         self._copies: dict[tuple[str, str], Tensor] = {}
         self._thread: threading.Thread | None = None
 
     def prepare(self, tensors: StateDict) -> None:
-        """Take the memory for a copy of ``tensors`` in the background, and return at once. Values are not looked at."""
+        """Start allocating memory for a copy of ``tensors`` in a thread. Only shapes and dtypes are used."""
         self.close()
         shapes = [(key, to_local(tensor).shape, tensor.dtype, tensor.is_cuda) for key, tensor in _flat(tensors)]
 
-        def take() -> None:
+        def allocate() -> None:
             self._copies.update({key: _memory(shape, dtype, pinned) for key, shape, dtype, pinned in shapes})
 
-        self._thread = threading.Thread(target=take, name="staging")
+        self._thread = threading.Thread(target=allocate, name="staging")
         self._thread.start()
 
     @torch.no_grad()
     def copy(self, tensors: StateDict) -> StateDict:
-        """A copy of ``tensors``, which stays as it is until the next call. A DTensor stays one, its part on the CPU."""
+        """Copy ``tensors`` to the CPU. The result is valid until the next call. DTensors stay DTensors."""
         self.close()
         cuda = False
         for key, tensor in _flat(tensors):
@@ -73,34 +71,34 @@ class Stage:
         if cuda:
             torch.cuda.current_stream().synchronize()
         return {
-            part: {name: _like(tensor, self._copies[part, name]) for name, tensor in named.items()}
-            for part, named in tensors.items()
+            section: {name: _like(tensor, self._copies[section, name]) for name, tensor in named.items()}
+            for section, named in tensors.items()
         }
 
     def close(self) -> None:
-        """Wait for the thread of :meth:`prepare`."""
+        """Wait for the thread that :meth:`prepare` started."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
 
 def _flat(tensors: StateDict) -> list[tuple[tuple[str, str], Tensor]]:
-    return [((part, name), tensor) for part, named in tensors.items() for name, tensor in named.items()]
+    return [((section, name), tensor) for section, named in tensors.items() for name, tensor in named.items()]
 
 
 def _memory(shape: torch.Size, dtype: torch.dtype, pinned: bool) -> Tensor:
     memory = torch.empty(shape, dtype=dtype, pin_memory=pinned)
-    memory.numpy().fill(0)  # or the system would look for the pages during the first copy
+    memory.numpy().fill(0)  # touch the pages now, not during the first copy
     return memory
 
 
 def _like(tensor: Tensor, copied: Tensor) -> Tensor:
-    """``copied`` in the guise of ``tensor``. (``DTensor.from_local`` would move it to the device of the mesh.)"""
+    """Return ``copied`` as a DTensor if ``tensor`` is one. (``DTensor.from_local`` would move it to another device.)"""
     return DTensor(copied, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else copied
 
 
 class _Writer(FileSystemWriter):
-    """DCP's writer to a folder, with an index of ours in place of DCP's pickle."""
+    """DCP writer that writes mmtrain's JSON index instead of DCP's pickle."""
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         metadata.storage_data = {written.index: written.storage_data for rank in results for written in rank}
@@ -108,7 +106,7 @@ class _Writer(FileSystemWriter):
 
 
 class _Reader(FileSystemReader):
-    """DCP's reader of a folder, with an index that was checked."""
+    """DCP reader that uses an index that was checked before."""
 
     def __init__(self, folder: Path, index: Metadata) -> None:
         super().__init__(folder)
@@ -119,17 +117,24 @@ class _Reader(FileSystemReader):
 
 
 class _TensorsOnly(DefaultLoadPlanner):
-    """Refuses entries that are no tensors: DCP would unpickle them."""
+    """Load planner that refuses entries other than tensors, which DCP would unpickle."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise UserError(f"a checkpoint holds {read_item.dest_index.fqn} as an object and not as a tensor: not loaded")
+        raise UserError(
+            f"the checkpoint contains {read_item.dest_index.fqn} as an object instead of a tensor, which could run"
+            " code: not loaded. Use another checkpoint"
+        )
 
 
 def write_tensors(folder: Path, tensors: StateDict, group: dist.ProcessGroup | None) -> None:
-    """Write ``tensors``, DTensors too, of all ranks of ``group``; ranks may have different names.
+    """Write the tensors of all ranks to ``folder``. All ranks of ``group`` call it together.
+
+    Args:
+        tensors: tensors or DTensors of this rank. Ranks may have tensors of different names.
+        group: process group of the ranks, or None for a single process.
 
     Raises:
-        OSError, RuntimeError, CheckpointException: when a rank cannot write.
+        OSError, RuntimeError, CheckpointException: if a rank cannot write.
     """
     with _no_group_warning():
         writer = _Writer(folder, sync_files=True, overwrite=True)
@@ -137,61 +142,61 @@ def write_tensors(folder: Path, tensors: StateDict, group: dist.ProcessGroup | N
 
 
 def read_tensors(folder: Path, tensors: StateDict, *, alone: bool) -> None:
-    """Fill ``tensors`` in place from ``folder``.
+    """Load ``tensors`` in place from the checkpoint in ``folder``.
 
     Args:
-        alone: this process reads on its own; otherwise all ranks of the default group read together.
+        alone: only this process reads. Otherwise all ranks of the default group call it together.
 
     Raises:
-        UserError: for an index or files that no checkpoint of ours has, or weights of another model.
+        UserError: if the checkpoint is damaged, is not one of mmtrain, or contains another model.
     """
-    index = _fitting_index(folder, tensors)  # here, since DCP would bury what is wrong with it
+    index = _fitting_index(folder, tensors)  # checked here, since DCP's error messages hide the cause
     try:
         with _no_group_warning():
             dcp.load(tensors, storage_reader=_Reader(folder, index), planner=_TensorsOnly(), no_dist=alone)
-    except dcp.api.CheckpointException as error:  # the same on all ranks that read together
+    except dcp.api.CheckpointException as error:  # DCP raises it on all ranks
         raise SharedError(
-            f"{folder} cannot be read ({_cause(error)}): use another checkpoint, or restore its files"
+            f"{folder} cannot be read ({_cause(error)}). Use another checkpoint, or restore its files"
         ) from error
 
 
 def _fitting_index(folder: Path, tensors: StateDict) -> Metadata:
-    """The index of ``folder``, which has all of ``tensors`` in their shapes."""
+    """Read the index of ``folder``. Raise UserError unless it contains all of ``tensors``, with the same shapes."""
     index = read_index(folder)
-    there = index.state_dict_metadata
+    present = index.state_dict_metadata
     wrong = []
-    for (part, name), tensor in _flat(tensors):
-        found = there.get(f"{part}.{name}")
-        what = name if part == MODEL else f"{part} of {name}"
+    for (section, name), tensor in _flat(tensors):
+        found = present.get(f"{section}.{name}")
+        label = name if section == MODEL else f"{section} of {name}"
         if not isinstance(found, TensorStorageMetadata):
-            wrong.append(f"{what} is not in it")
+            wrong.append(f"{label} is missing")
         elif found.size != tensor.shape:
-            wrong.append(f"{what} is {tuple(found.size)} in it and {tuple(tensor.shape)} in the model")
+            wrong.append(f"{label} has shape {tuple(found.size)} instead of {tuple(tensor.shape)}")
         elif found.properties.dtype.is_floating_point != tensor.dtype.is_floating_point:
-            wrong.append(f"{what} is {found.properties.dtype} in it and {tensor.dtype} in the model")
+            wrong.append(f"{label} has dtype {found.properties.dtype} instead of {tensor.dtype}")
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UserError(
-            f"{folder} holds another model than its configuration describes: {'; '.join(wrong[:5])}{more}."
-            " It may be of another version of mmtrain (see code.json in the run folder)"
+            f"{folder} does not contain the model that its configuration describes: {'; '.join(wrong[:5])}{more}."
+            " It may have been written by another version of mmtrain (see code.json in the run folder)"
         )
     return index
 
 
 def _cause(error: dcp.api.CheckpointException) -> str:
     cause = next(iter(error.failures.values()))[0]
-    if isinstance(cause, UnpicklingError):  # torch's own words advise to load it all the same
-        return "a file holds something else than tensors, which could run code: not loaded"
+    if isinstance(cause, UnpicklingError):  # torch's message advises loading it nevertheless
+        return "a file contains something other than tensors, which could run code: not loaded"
     return f"{type(cause).__name__}: {str(cause).strip().splitlines()[0][:200]}" if str(cause) else type(cause).__name__
 
 
 def read_weights(model: nn.Module, folder: Path, *, averaged: bool) -> None:
-    """Give ``model`` the trained weights in ``folder``, or their average; on this process's own."""
+    """Load the trained weights of a checkpoint into ``model``, or the averaged weights. No collective."""
     read_tensors(folder, _weights(model, averaged), alone=True)
 
 
 def check_weights(model: nn.Module, folder: Path, *, averaged: bool) -> None:
-    """Raise UserError where the shapes in ``folder`` are not those of ``model``, which may be on the meta device."""
+    """Raise UserError if shapes in the checkpoint differ from those of ``model``, which may be on the meta device."""
     _fitting_index(folder, _weights(model, averaged))
 
 
@@ -200,7 +205,7 @@ def _weights(model: nn.Module, averaged: bool) -> StateDict:
 
 
 class _no_group_warning(warnings.catch_warnings):
-    """Without torch's remark that a lone process needs no process group."""
+    """Suppress torch's warning that a single process uses no process group."""
 
     def __enter__(self) -> None:
         super().__enter__()

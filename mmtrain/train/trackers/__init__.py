@@ -1,5 +1,5 @@
-"""What a run writes down while it trains: ``tracker.py`` decides what and when, ``sinks.py`` has the places.
+"""Log metrics during training. ``tracker.py`` decides what to log and when, ``sinks.py`` writes it.
 
-A further place for metrics is a :class:`~mmtrain.train.trackers.sinks.MetricSink`, opened in ``open_sinks``. Reading a
-run that was written belongs in :mod:`mmtrain.runs`, pictures of it in :mod:`mmtrain.plotting`.
+To log to another destination, subclass :class:`~mmtrain.train.trackers.sinks.MetricSink` and create it in
+``open_sinks``. :mod:`mmtrain.runs` reads the metrics of a run, :mod:`mmtrain.plotting` plots them.
 """

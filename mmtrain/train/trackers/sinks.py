@@ -1,7 +1,7 @@
-"""The places that the lines and pictures of a run go to: JSON lines always, W&B and TensorBoard when asked for.
+"""Destinations of metrics and plots: always JSON lines, optionally W&B and TensorBoard.
 
-``metrics.jsonl`` of a run folder is complete whatever happens to the others: a failure of W&B or TensorBoard is said
-once, and the run goes on without it.
+``metrics.jsonl`` in the run folder is always complete. If W&B or TensorBoard fails, the error is logged once and the
+run continues without it.
 """
 
 from __future__ import annotations
@@ -25,49 +25,50 @@ from mmtrain.runs import slurm
 from mmtrain.runs.folder import RunFolder
 from mmtrain.runs.journal import read_lines
 
-#: How long W&B may keep the run waiting for its server, in seconds: at the start, and for the last of its data at the
-#: end. The end is the shorter: a job that is preempted has little time. What is left stays in the run folder.
+#: Maximum seconds that a run waits for the W&B server: at the start, and for uploading the remaining data at the end.
+#: The end is shorter, since a preempted job has little time. Data not uploaded stays in the run folder.
 _WANDB_START_SECONDS, _WANDB_END_SECONDS = 60.0, 30.0
-#: TensorBoard's lines are on the disk so many seconds later at most: a killed run should not lose minutes.
+#: Seconds between two flushes of TensorBoard's file. A killed run loses at most this much.
 _FLUSH_SECONDS = 10
-#: The kinds of lines that TensorBoard draws as curves.
+#: The kinds of lines that TensorBoard shows as curves.
 _CURVES = ("train", "eval")
 
 
 def check_installed(config: RunConfig) -> None:
-    """See that the packages that ``config.tracking`` wants are there, before anything is made or loaded.
+    """Check that the packages that ``config.tracking`` needs are installed.
 
     Raises:
-        SharedError: with the command that installs what is missing; on every rank alike.
+        SharedError: if one is missing, with the command that installs it. Raised on every rank.
     """
-    wanted = {"wandb": config.tracking.wandb != "disabled", "tensorboard": config.tracking.tensorboard}
-    for name, on in wanted.items():
+    needed = {"wandb": config.tracking.wandb != "disabled", "tensorboard": config.tracking.tensorboard}
+    for name, on in needed.items():
         if on and importlib.util.find_spec(name) is None:
             off = f"tracking.{name}={'disabled' if name == 'wandb' else 'false'}"
             raise SharedError(
-                f"tracking.{name} is on, but {name} is not installed: pip install 'mmtrain[{name}]', or {off}"
+                f"tracking.{name} is on, but {name} is not installed. Run pip install 'mmtrain[{name}]', or set {off}"
             )
 
 
 class MetricSink(ABC):
-    """Takes the lines and pictures of a run. Rank 0 alone has any."""
+    """Interface of a destination of metrics and plots. Only rank 0 has sinks."""
 
     @abstractmethod
     def log(self, line: dict[str, Any]) -> None:
-        """Take a line: its ``kind``, its ``step``, and values."""
+        """Log a line of metrics: ``kind``, ``step``, and values by name."""
 
-    def image(self, name: str, path: Path, step: int) -> None:  # noqa: B027 - most have no place for pictures
-        """Take the picture in ``path``."""
+    def image(self, name: str, path: Path, step: int) -> None:  # noqa: B027 - most sinks do not log images
+        """Log the image file ``path`` under ``name``."""
 
-    def finish(self) -> None:  # noqa: B027 - nothing to close
-        """End; also after an error."""
+    def finish(self) -> None:  # noqa: B027 - some sinks have nothing to close
+        """Close the sink. Also called after an error."""
 
 
 class BestEffortSink(MetricSink):
-    """A sink whose failure is said once, with a cure: the training goes on without it."""
+    """A sink whose first failure is logged, with a cure. Training then continues without the sink."""
 
-    #: What it is called in the message, and what may help.
+    #: Name of the sink in the message.
     title: str
+    #: Advice at the end of the message.
     cure: str
 
     def __init__(self) -> None:
@@ -87,10 +88,10 @@ class BestEffortSink(MetricSink):
             return
         try:
             action()
-        except Exception as error:  # any failure of a tracker must leave the training alone
+        except Exception as error:  # no failure of a sink may end the training
             self.failed = True
             logger.error(
-                "%s failed (%s: %s): this run goes on without it, its metrics.jsonl is complete. %s",
+                "%s failed (%s: %s). The run continues without it; metrics.jsonl is complete. %s",
                 self.title,
                 type(error).__name__,
                 error,
@@ -108,14 +109,14 @@ class BestEffortSink(MetricSink):
 
 
 def values(line: dict[str, Any]) -> dict[str, int | float]:
-    """The numbers of a line, each named by the split, or the kind of line, that it is of."""
+    """Return the numbers of a line as ``<split>/<name>``, or ``<kind>/<name>`` for lines without a split."""
     prefix = line.get("split", line["kind"])
     numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and k not in ("step", "time")}
     return {f"{prefix}/{name}": number for name, number in numbers.items()}
 
 
 class JsonLines(MetricSink):
-    """Appends each line, with the time, to ``metrics.jsonl``. An error such as a full disk ends the run."""
+    """Appends each line, with the time, to ``metrics.jsonl``. An error, such as a full disk, ends the run."""
 
     def __init__(self, run: RunFolder) -> None:
         self.file = run.metrics_file
@@ -125,7 +126,7 @@ class JsonLines(MetricSink):
             file.write(json.dumps({**line, "time": time.time()}) + "\n")
 
     def drop_after(self, step: int) -> None:
-        """Leave out what was noted after ``step``: those steps are taken again, and come out the same."""
+        """Delete the lines of steps after ``step``. These steps are taken again, with the same results."""
         found = read_lines(self.file)
         if warning := found.warning(self.file):
             logger.warning("%s", warning)
@@ -133,19 +134,19 @@ class JsonLines(MetricSink):
         write_atomically(self.file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def restarts(self) -> int:
-        """How often the run was started again: Slurm's count, or that of the resumptions here where it is higher.
+        """Return the number of restarts: the larger of Slurm's count and the number of "resume" lines.
 
-        Slurm's starts from 0 for a job that is submitted anew; the lines miss what ended before its first checkpoint.
+        Slurm counts from 0 for every submitted job. The lines do not contain restarts before the first checkpoint.
         """
         resumed = sum(line["kind"] == "resume" for line in read_lines(self.file).lines)
         return max(slurm.restart_count(), resumed)
 
 
 class TensorBoard(BestEffortSink):
-    """Writes to ``folder``, after what earlier processes of the run wrote up to ``step``."""
+    """Writes TensorBoard event files to ``folder``, continuing after ``step`` if the folder exists."""
 
     title = "TensorBoard"
-    cure = "tracking.tensorboard=false turns it off"
+    cure = "To turn it off, set tracking.tensorboard=false"
 
     def __init__(self, folder: Path, step: int) -> None:
         super().__init__()
@@ -154,15 +155,15 @@ class TensorBoard(BestEffortSink):
         self._try(lambda: self._open(step if folder.is_dir() else None))
 
     def _open(self, after: int | None) -> None:
-        """Begin an event file. TensorBoard hides the events of steps past ``after`` that older files hold."""
+        """Begin an event file. TensorBoard then hides events of steps after ``after`` in older files."""
         from torch.utils.tensorboard import SummaryWriter
 
-        # a run that was killed before its first checkpoint starts over, from whatever was counted as step 0
+        # A run killed before its first checkpoint starts again at step 0, so all its events are hidden.
         purge = None if after is None else after + 1 if after else 0
         self._writer = SummaryWriter(str(self.folder), purge_step=purge, flush_secs=_FLUSH_SECONDS)
 
     def _log(self, line: dict[str, Any]) -> None:
-        if line["kind"] == "rollback":  # the steps since then are taken again
+        if line["kind"] == "rollback":  # the later steps are taken again
             self._writer.close()
             self._open(line["step"])
         if line["kind"] in _CURVES:
@@ -180,10 +181,10 @@ class TensorBoard(BestEffortSink):
 
 
 class WandbRun(BestEffortSink):
-    """One W&B run over all restarts of a run folder.
+    """One W&B run for all restarts of a run folder.
 
-    Its id is in ``wandb_id.txt`` from the first start on, so that a run killed before its first checkpoint keeps it,
-    and in every checkpoint (``known_id``), so that it outlives the loss of the file.
+    ``wandb_id.txt`` stores its id from the first start on, so that a run killed before its first checkpoint keeps it.
+    Every checkpoint stores it too (``known_id``), in case the file is lost.
     """
 
     title = "W&B"
@@ -207,12 +208,12 @@ class WandbRun(BestEffortSink):
         if mode == "online" and not has_wandb_key():
             mode = "offline"
             logger.warning(
-                "tracking.wandb=online, but there is no W&B key: this run is recorded in %s. Set WANDB_API_KEY or call"
-                " `wandb login`; `mmtrain runs sync %s` uploads it",
+                "tracking.wandb=online, but there is no W&B key. The run is recorded in %s. To upload it later, set"
+                " WANDB_API_KEY or call `wandb login`, then `mmtrain runs sync %s`",
                 self.folder / "wandb",
                 self.folder,
             )
-        # left behind where the server took the run on: only then must it know the run
+        # This file shows that the server has accepted the run. Only then must the server know it.
         known = self.folder / "wandb" / f"online-{self.run_id}"
         self._run = wandb.init(
             project=self.config.tracking.project,
@@ -220,7 +221,7 @@ class WandbRun(BestEffortSink):
             id=self.run_id,
             group=self.config.tracking.group or self.config.name,
             job_type=f"restart {self.restart}",
-            # "must": a run that is gone from the server is not started anew under the same name, without its past
+            # "must": if the run was deleted on the server, do not create one with the same name and no history
             resume="must" if mode == "online" and known.exists() else "allow",
             mode=mode,
             dir=str(self.folder),
@@ -229,17 +230,16 @@ class WandbRun(BestEffortSink):
                 silent=True,
                 init_timeout=_WANDB_START_SECONDS,
                 finish_timeout=_WANDB_END_SECONDS,
-                # its own diff of the checkout would hold secrets: code.diff of the run folder leaves them out
+                # W&B's diff of the checkout could contain secrets, which code.diff of the run folder omits
                 disable_code=True,
             ),
         )
         if mode == "online":
             known.touch()
-        # steps that are taken again after a restart are logged again, since W&B appends rows and takes none back: they
-        # fall on the same place of this axis, with the same loss
+        # W&B cannot delete rows, so steps that are taken again are logged twice, at the same step with the same loss.
         self._run.define_metric("*", step_metric="step")
         for path in (self.folder / "code.json", self.folder / "code.diff"):
-            if path.is_file():  # a copy: of a file elsewhere W&B makes a link, with a warning
+            if path.is_file():  # W&B would link a file outside its folder, with a warning
                 copy = shutil.copy(path, self._run.dir)
                 self._run.save(copy, base_path=self._run.dir, policy="now", glob=False)
 
@@ -256,7 +256,7 @@ class WandbRun(BestEffortSink):
 
 
 def has_wandb_key() -> bool:
-    """Whether W&B finds a key by itself: in the environment, the netrc file, or its settings. It would ask, else."""
+    """Return whether W&B finds a key in the environment, the netrc file or its settings. Without one it prompts."""
     import wandb
     from wandb.sdk.lib import wbauth
 
@@ -267,11 +267,11 @@ def has_wandb_key() -> bool:
 def open_sinks(
     config: RunConfig, run: RunFolder, lines: JsonLines, step: int, known_id: str | None
 ) -> list[MetricSink]:
-    """All that ``config.tracking`` asks for, ``lines`` first; rank 0 calls it.
+    """Open the sinks that ``config.tracking`` enables, ``lines`` first. Only rank 0 calls it.
 
     Args:
-        step: the last step that counts: what was written of later ones is taken again.
-        known_id: the W&B run id in the checkpoint that the run goes on from.
+        step: step at which the run starts or resumes. Later steps in the sinks are taken again.
+        known_id: W&B run id from the checkpoint, or None.
     """
     sinks: list[MetricSink] = [lines]
     if config.tracking.wandb != "disabled":

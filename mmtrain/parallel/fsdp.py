@@ -1,4 +1,4 @@
-"""FSDP2 and HSDP: the device mesh, which modules are gathered together, and the strategy."""
+"""The FSDP2 and HSDP strategies: the device mesh, and the modules that are sharded and gathered as units."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from mmtrain.parallel.strategy import TorchStrategy, sum_of_squares
 
 
 class FSDPStrategy(TorchStrategy):
-    """FSDP2: parameters, gradients and moments split over the ranks of a mesh; HSDP where the mesh has two axes."""
+    """FSDP2: parameters, gradients and moments are sharded over a mesh. With a mesh of two axes this is HSDP."""
 
     collective_forward = True
 
-    def _split(self) -> None:
+    def _shard(self) -> None:
         options, cpu = self.options, self.ranks.device.type == "cpu"
         if type(self.model).__module__.startswith("mmtrain."):
-            # FSDP2 warns where a module returns a view, since an operation in place on it would lose the hook that
-            # gathers the parameters for the backward pass. Our models and tasks change no output in place
-            # (tests/train/test_outputs_in_place.py), so that the warning is right for models of others only.
+            # FSDP2 warns if a module returns a view, since an in-place operation on it would lose the hook that gathers
+            # the parameters for the backward pass. mmtrain's models and tasks change no output in place
+            # (tests/train/test_outputs_in_place.py), so the warning concerns only other models.
             warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
         self.mesh = build_mesh(self.ranks, options.config)
         own_unit_above = LARGE if cpu and options.plain else None
@@ -48,14 +48,14 @@ class FSDPStrategy(TorchStrategy):
         if reduction is None:
             super().backward(loss)
             return
-        # FSDP2 reads what was reduced at once only where it adds to a gradient that is there, or over the replicas
+        # Defer only if FSDP2 does not read the reduced gradient at once. It does so with replicas, or to accumulate.
         reduction.deferred = self.mesh.ndim == 1 and all(p.grad is None for p in self.parameters.values())
         super().backward(loss)
         reduction.finish()
 
     def local_parameters(self) -> dict[str, Tensor]:
-        # an evaluation leaves some modules whole (the root, and those that stay whole until their backward pass):
-        # what is written to the parts would not be seen there
+        # After an evaluation some modules are still gathered (the root, and those kept until the backward pass). They
+        # would ignore changes of the shards.
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -68,10 +68,12 @@ class FSDPStrategy(TorchStrategy):
 
 
 def build_mesh(ranks: Ranks, config: ParallelConfig) -> DeviceMesh:
-    """The mesh of the run: (shard,) for fsdp, (replicate, shard) for hsdp, of ``parallel.shard_size`` ranks or a node.
+    """Build the device mesh: axis (shard,) for fsdp, axes (replicate, shard) for hsdp.
+
+    With hsdp the shard axis has ``parallel.shard_size`` ranks. Default: the ranks of a node.
 
     Raises:
-        UserError: when ``parallel.shard_size`` does not divide the number of ranks.
+        UserError: if ``parallel.shard_size`` does not divide the number of ranks.
     """
     kind, world = ranks.device.type, ranks.world
     if config.strategy != "hsdp":
@@ -80,7 +82,7 @@ def build_mesh(ranks: Ranks, config: ParallelConfig) -> DeviceMesh:
     if world % size:
         fits = [n for n in range(1, world + 1) if world % n == 0]
         raise UserError(
-            f"parallel.shard_size is {size}, which does not divide {world} ranks: use {', '.join(map(str, fits))}"
+            f"parallel.shard_size={size}: must divide the number of ranks ({world}). Use {', '.join(map(str, fits))}"
         )
     return init_device_mesh(kind, (world // size, size), mesh_dim_names=("replicate", "shard"))
 
@@ -92,20 +94,22 @@ def apply_fsdp(
     config: ParallelConfig,
     own_unit_above: int | None = None,
 ) -> None:
-    """Make the parameters of ``model`` DTensors over ``mesh``, block by block; works on the meta device.
+    """Shard the parameters of ``model`` over ``mesh`` as DTensors, block by block. Works on the meta device.
 
-    Each block is gathered when it runs, and what is in no block with the root. Linear layers within blocks whose matrix
-    has more than ``own_unit_above`` elements are gathered on their own. With ``parallel.gather=bf16`` the blocks'
-    matrices travel as bf16. What must stay float32 (modules marked ``keep_float32``, which hold A_log, D and the bias
-    of Δ, and all norms) travels on its own, and gradients are always reduced in float32.
+    Each block is gathered when it runs. Parameters outside the blocks are gathered with the root. With
+    ``parallel.gather=bf16``, matrices of the blocks are gathered in bfloat16. Modules marked ``keep_float32`` (with
+    A_log, D and the bias of Δ) and norms are gathered separately in float32. Gradients are always reduced in float32.
+
+    Args:
+        own_unit_above: linear layers within blocks with more weight elements than this are gathered separately.
     """
     float32 = MixedPrecisionPolicy(cast_forward_inputs=False)
-    narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    lower = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     after = config.reshard_after_forward
     for block in blocks:
         policy = float32
         if config.gather == "bf16":
-            policy = narrow
+            policy = lower
             for module in _float32_modules(block):
                 fully_shard(module, mesh=mesh, reshard_after_forward=after, mp_policy=float32)
         if own_unit_above is not None:
@@ -117,7 +121,7 @@ def apply_fsdp(
 
 
 def _float32_modules(block: nn.Module) -> list[nn.Module]:
-    """The outermost modules of ``block`` whose parameters must not be narrowed."""
+    """Return the outermost modules of ``block`` whose parameters must stay in float32."""
     found: list[nn.Module] = []
     for child in block.children():
         if getattr(child, "keep_float32", False) or isinstance(child, nn.LayerNorm):

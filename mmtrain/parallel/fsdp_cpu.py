@@ -1,14 +1,15 @@
-"""FSDP2 between processes without a GPU: collectives over gloo's sends and receives, and what is gathered when.
+"""FSDP2 on CPUs: faster collectives, built from Gloo's send and receive, and a schedule for gathering parameters.
 
-gloo's own collectives are wasteful here: torch makes its reduce-scatter an all-reduce, which sends every byte twice,
-and its all-gather copies all it receives once more. Each rank sends its part straight to each other rank instead, which
-for n ranks moves the least there is to move, (n-1)/n of the tensor. FSDP2 takes collectives and their memory from
-outside (``FSDPModule.set_custom_all_gather``, ``set_custom_reduce_scatter``). The buffers are kept from one collective
-to the next, since fresh pages cost as much as what is written to them.
+Gloo's collectives are slow here. torch implements reduce-scatter as an all-reduce, which sends every byte twice, and
+all-gather copies all received data once more. Instead, each rank sends its shard directly to each other rank. For n
+ranks this moves (n-1)/n of the tensor, which is the minimum. FSDP2 accepts custom collectives and buffers
+(``FSDPModule.set_custom_all_gather``, ``set_custom_reduce_scatter``). Buffers are reused, since allocating new pages
+costs as much as writing to them.
 
-A gather takes the very processors that compute. So large matrices are gathered on their own, so that less is whole at
-once. Each unit asks for the next one before it runs. And the last half of the model stays whole between the forward and
-the backward pass: there is room for it, since the gradients, which are as large, come into being while it is let go.
+Gathering uses the same processors as computing. Large matrices are gathered separately, so that less memory is gathered
+at once. Each unit prefetches the next one before it runs. The last half of the model stays gathered between the forward
+and backward pass. This needs no additional memory at the peak, since gradients of the same size are allocated only
+while it is released.
 """
 
 from __future__ import annotations
@@ -24,20 +25,24 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-# not exported by torch.distributed.fsdp, though its setters ask for them
+# torch.distributed.fsdp does not export these base classes, although its setters require them.
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.profiler import record_function
 
 from mmtrain.data.core.buffers import Buffers
 from mmtrain.parallel.strategy import StrategyOptions
 
-#: A matrix of more elements (10 MB of float32) is gathered on its own. Its gradient is not deferred, since what is sent
-#: and received would be in memory for long.
+#: A matrix with more elements (10 MB of float32) is gathered separately. The reduction of its gradient is not deferred,
+#: since its buffers would stay in memory too long.
 LARGE = 2_500_000
 
 
 def use_direct_collectives(model: nn.Module, options: StrategyOptions, mesh: DeviceMesh) -> DirectReduceScatter | None:
-    """Set FSDP2 units up for processes on CPUs; returns what reduces their gradients, None in one process."""
+    """Install the direct collectives and the gathering schedule in the FSDP2 units of ``model``.
+
+    Returns:
+        The reduce-scatter of the units, or None if the shard axis of ``mesh`` has one rank.
+    """
     world = mesh.size(mesh.ndim - 1)
     if world == 1:
         return None
@@ -49,7 +54,7 @@ def use_direct_collectives(model: nn.Module, options: StrategyOptions, mesh: Dev
     if options.plain:
         for unit in _last_half(options.blocks):
             unit.set_reshard_after_forward(False, recurse=False)
-        # each unit asks for the next one of its stack of blocks, which is certain to run after it
+        # Each unit prefetches the next one of the same stack of blocks, which always runs after it.
         parents = {id(module): name.rpartition(".")[0] for name, module in model.named_modules()}
         stacks: dict[str, list[nn.Module]] = {}
         for block in options.blocks:
@@ -61,12 +66,12 @@ def use_direct_collectives(model: nn.Module, options: StrategyOptions, mesh: Dev
 
 
 def _units(modules: Sequence[nn.Module]) -> list[FSDPModule]:
-    """The FSDP2 units in ``modules``; of blocks, in the order in which they run."""
+    """Return the FSDP2 units within ``modules``, in order of execution for blocks."""
     return [unit for module in modules for unit in module.modules() if isinstance(unit, FSDPModule)]
 
 
 def _last_half(blocks: Sequence[nn.Module]) -> list[FSDPModule]:
-    """The last of the units in ``blocks`` that have at most half of their parameters together."""
+    """Return the last FSDP2 units of ``blocks`` that together have at most half of the parameters."""
     seen: set[int] = set()
     limit = sum(p.numel() for block in blocks for p in block.parameters()) / 2
     found: list[FSDPModule] = []
@@ -81,7 +86,7 @@ def _last_half(blocks: Sequence[nn.Module]) -> list[FSDPModule]:
 
 
 class DirectAllGather(AllGather):
-    """Every rank's part, in the order of the ranks."""
+    """All-gather with direct sends: the output contains the shard of each rank, in order of rank."""
 
     def __init__(self, buffers: Buffers) -> None:
         self.buffers = buffers
@@ -92,28 +97,28 @@ class DirectAllGather(AllGather):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work:
-        parts, rank = output_tensor.chunk(group.size()), group.rank()
-        if parts[rank].data_ptr() != input_tensor.data_ptr():
-            parts[rank].copy_(input_tensor)
-        return _exchange(dict.fromkeys(_others(group), input_tensor), dict(enumerate(parts)), group)
+        shards, rank = output_tensor.chunk(group.size()), group.rank()
+        if shards[rank].data_ptr() != input_tensor.data_ptr():
+            shards[rank].copy_(input_tensor)
+        return _exchange(dict.fromkeys(_others(group), input_tensor), dict(enumerate(shards)), group)
 
 
 class DirectReduceScatter(ReduceScatter):
-    """The sum or the mean over the ranks of this rank's part, added in the order of the ranks.
+    """Reduce-scatter with direct sends: the sum or mean of this rank's shard over all ranks, added in order of rank.
 
-    What comes out is the gradient of the parts, which lives until the step: it does not sit on the buffers that the
-    next module needs. While ``deferred`` is set it is there only after the next call, or :meth:`finish`: the ranks send
-    to each other while they go on with the backward pass, and none waits for one that is a little behind.
+    The output is the sharded gradient. It has its own memory, since it is needed until the step. If ``deferred`` is
+    set, it is valid only after the next call or :meth:`finish`. The ranks then communicate while the backward pass
+    continues, and no rank waits for a slightly slower one.
     """
 
     def __init__(self, buffers: Buffers, world: int) -> None:
         self.buffers, self.world = buffers, world
         self.deferred = False
         self._last = 0
-        self._under_way: _Reduction | None = None
+        self._running: _Reduction | None = None
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        # FSDP2 asks for the input, then for the output
+        # FSDP2 allocates the input first, then the output.
         count = prod(int(n) for n in size)
         is_output = count * self.world == self._last
         self._last = 0 if is_output else count
@@ -132,32 +137,32 @@ class DirectReduceScatter(ReduceScatter):
             dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group)
             return
         received = self.buffers.tensor((group.size() - 1, output_tensor.numel()), output_tensor.dtype)
-        self._under_way = _Reduction(output_tensor, input_tensor, received, group, mean=op == dist.ReduceOp.AVG)
+        self._running = _Reduction(output_tensor, input_tensor, received, group, mean=op == dist.ReduceOp.AVG)
         if not self.deferred or input_tensor.numel() > LARGE:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the reduction under way, if there is one."""
-        if self._under_way is not None:
+        """Wait for the running reduction, if there is one."""
+        if self._running is not None:
             with record_function("direct::reduce_scatter"):
-                self._under_way.finish()
-            self._under_way = None
+                self._running.finish()
+            self._running = None
 
 
 class _Reduction:
-    """One reduce-scatter, begun when it is made."""
+    """One reduce-scatter. The constructor starts the communication."""
 
     def __init__(
         self, output: Tensor, whole: Tensor, received: Tensor, group: dist.ProcessGroup, *, mean: bool
     ) -> None:
         self.output, self.divisor = output, group.size() if mean else 1
-        self.parts, others = dict(enumerate(whole.chunk(group.size()))), _others(group)
-        self.arrived = dict(zip(others, received.unbind(), strict=True))
-        self.work = _exchange(self.parts, self.arrived, group)
+        self.shards, others = dict(enumerate(whole.chunk(group.size()))), _others(group)
+        self.received = dict(zip(others, received.unbind(), strict=True))
+        self.work = _exchange(self.shards, self.received, group)
 
     def finish(self) -> None:
         self.work.wait()
-        terms = [self.arrived.get(n, part) for n, part in self.parts.items()]
+        terms = [self.received.get(n, shard) for n, shard in self.shards.items()]
         torch.add(terms[0], terms[1], out=self.output)
         for term in terms[2:]:
             self.output.add_(term)
@@ -170,7 +175,7 @@ def _others(group: dist.ProcessGroup) -> list[int]:
 
 
 class _All(dist.Work):
-    """Several works as one."""
+    """Several works, waited for together."""
 
     def __init__(self, works: list[dist.Work]) -> None:
         super().__init__()
@@ -183,7 +188,7 @@ class _All(dist.Work):
 
 
 def _exchange(outgoing: dict[int, Tensor], incoming: dict[int, Tensor], group: dist.ProcessGroup) -> dist.Work:
-    """Begin to send to and to receive from every other rank of ``group`` (numbers within it)."""
+    """Start sending to and receiving from every other rank of ``group``. The keys are ranks within the group."""
     works = []
     for n in _others(group):
         works.append(dist.irecv(incoming[n], group=group, group_src=n))

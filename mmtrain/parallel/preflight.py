@@ -1,4 +1,4 @@
-"""What must hold on every rank before a job of several nodes begins: devices, shared storage, clocks, a reduction."""
+"""Checks before a job on several nodes begins: devices, shared storage, clocks, and a reduction."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from mmtrain.errors import SharedError, os_errors
 from mmtrain.parallel.ranks import Ranks
 
-#: Clocks may differ by so many seconds: the journal and the ages of files are compared between nodes.
+#: Maximum difference between clocks in seconds. Times in the journal and of files are compared between nodes.
 _MOST_SKEW = 5.0
 
 
 class NodesAtFault(SharedError):
-    """Nodes that keep the ranks from working together. ``nodes``: those that a job could do without."""
+    """Some nodes failed a check. ``nodes`` are the failed nodes that the job can exclude."""
 
     def __init__(self, message: str, nodes: list[str]) -> None:
         super().__init__(message)
@@ -26,49 +26,55 @@ class NodesAtFault(SharedError):
 
 
 def check_ranks(ranks: Ranks, folder: Path, device: str) -> str:
-    """See that all ranks can work together in ``folder``; returns a line that says what was seen.
+    """Check that all ranks can work together in ``folder``. A collective: all ranks call it together.
+
+    The checks: all ranks or none have a GPU, all see the same files, the clocks agree, and a reduction is correct.
 
     Args:
-        device: as configured: auto, cpu or cuda.
+        folder: the run folder.
+        device: ``device`` of the configuration: auto, cpu or cuda.
+
+    Returns:
+        A summary of ranks and nodes, for the log.
 
     Raises:
-        NodesAtFault: on every rank, with the cure.
+        NodesAtFault: on every rank, with the nodes and the cure.
     """
     host = socket.gethostname()
-    seen = ranks.gather({"host": host, "cuda": device != "cpu" and torch.cuda.is_available()})
-    hosts = [str(one["host"]) for one in seen]
+    found = ranks.gather({"host": host, "cuda": device != "cpu" and torch.cuda.is_available()})
+    hosts = [str(one["host"]) for one in found]
     faults: dict[str, set[str]] = {}
 
-    def blame(ranks_at_fault: list[int], what: str) -> None:
+    def report(ranks_at_fault: list[int], fault: str) -> None:
         if ranks_at_fault:
-            faults.setdefault(what, set()).update(hosts[r] for r in ranks_at_fault)
+            faults.setdefault(fault, set()).update(hosts[r] for r in ranks_at_fault)
 
-    blind = [r for r, one in enumerate(seen) if not one["cuda"]]
-    if blind and (len(blind) < ranks.world or device == "cuda"):
-        blame(blind, "sees no GPU, though others do: look at nvidia-smi there")
+    without_gpu = [r for r, one in enumerate(found) if not one["cuda"]]
+    if without_gpu and (len(without_gpu) < ranks.world or device == "cuda"):
+        report(without_gpu, "has no visible GPU: check nvidia-smi there")
     readers = ranks.gather(_reads_what_rank_0_wrote(ranks, folder))
-    blame(
+    report(
         [r for r, good in enumerate(readers) if not good],
-        f"does not see what rank 0 ({hosts[0]}) wrote in {folder}: put the run folder on storage that all nodes share"
-        " (--run-dir, run_root)",
+        f"does not see a file that rank 0 ({hosts[0]}) wrote in {folder}: put the run folder on storage that all nodes"
+        " share (--run-dir, run_root)",
     )
     ranks.barrier()
     clocks = ranks.gather(time.time())
     middle = statistics.median(clocks)
-    blame(
+    report(
         [r for r, clock in enumerate(clocks) if abs(clock - middle) > _MOST_SKEW],
-        f"has a clock that is more than {_MOST_SKEW:.0f} s off: start its time service (chrony)",
+        f"has a clock that differs by more than {_MOST_SKEW:.0f} s: start its time service (chrony)",
     )
     total = ranks.sum(torch.ones((), device=ranks.device)).item()
-    blame([0] if total != ranks.world else [], f"added {ranks.world} ones up to {total:g}")
+    report([0] if total != ranks.world else [], f"computed {total:g} as the sum of {ranks.world} ones")
     if faults:
         raise NodesAtFault(
-            "; ".join(f"{', '.join(sorted(names))} {what}" for what, names in faults.items())
-            + ". To leave a node out: --exclude NODE",
-            # without the node of rank 0 the others would be judged by another one
+            "; ".join(f"{', '.join(sorted(names))} {fault}" for fault, names in faults.items())
+            + ". To start without a node, add --exclude NODE",
+            # The node of rank 0 is the reference of the checks, so it is not excluded.
             sorted(set().union(*faults.values()) - {hosts[0]}),
         )
-    kinds = "GPU" if not blind else "CPU"
+    kinds = "GPU" if not without_gpu else "CPU"
     return f"{ranks.world} ranks ({kinds}) on {len(set(hosts))} nodes: {', '.join(sorted(set(hosts)))}"
 
 

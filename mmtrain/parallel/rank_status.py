@@ -1,4 +1,4 @@
-"""What each rank publishes about itself for the watchdog, and which ranks the others wait for."""
+"""The status that each rank publishes for the watchdog, and the description of ranks that the others wait for."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import json
 from collections.abc import Mapping
 from typing import NamedTuple
 
-#: How many ranks a message names before it only counts.
+#: Maximum number of ranks named in a message. Further ranks are counted.
 _NAMED = 8
 
 
 class Position(NamedTuple):
-    """Where the main thread of a rank is. All ranks pass the same positions in the same order: a lower one is behind.
+    """Position of the main thread of a rank in training.
 
-    ``phase_number`` counts the changes of phase within the step. ``beats`` counts the beats within the phase, such as
-    the batches of an evaluation, of which ranks may have different numbers.
+    All ranks pass the same positions in the same order, so the rank with the lowest position is behind.
+
+    Attributes:
+        step: the current step, from 1.
+        phase_number: number of phase changes within the step.
+        beats: number of beats within the phase, such as batches of an evaluation. It may differ between ranks.
+        phase: name of the current phase.
     """
 
     step: int
@@ -23,6 +28,7 @@ class Position(NamedTuple):
     phase: str
 
     def next(self, step: int, phase: str) -> Position:
+        """Return the position after a beat in ``phase`` of ``step``."""
         if step != self.step:
             return Position(step, 0, 0, phase)
         return (
@@ -36,10 +42,15 @@ class Position(NamedTuple):
 
 
 class Status(NamedTuple):
-    """What a rank tells the others.
+    """Status that a rank publishes.
 
-    ``who``: host and pid. ``waited``: seconds since its last beat. ``late``: that is more than its timeout.
-    ``left``: how it left the watchdog, empty while it has not. ``number``: grows with every publication.
+    Attributes:
+        who: host and pid.
+        position: position of its main thread.
+        waited: seconds since its last beat.
+        late: ``waited`` exceeds its timeout.
+        left: how the rank left the watchdog, empty before that.
+        number: counter of publications. It makes every status different, as a sign of life.
     """
 
     who: str
@@ -50,41 +61,42 @@ class Status(NamedTuple):
     number: int = 0
 
     def pack(self) -> str:
-        """The first byte says whether it is late, so that rank 0 need not parse thousands of these each second."""
+        """Serialise the status. The first byte marks a late rank, so that rank 0 need not parse the JSON."""
         return ("!" if self.late else ".") + json.dumps(self)
 
     @staticmethod
     def unpack(raw: bytes) -> Status:
+        """Parse the result of :meth:`pack`."""
         who, position, *rest = json.loads(raw[1:])
         return Status(who, Position(*position), *rest)
 
 
 def describe_missing(statuses: Mapping[int, Status | None], silent: Mapping[int, float], store_silent: bool) -> str:
-    """Name the ranks that the others wait for.
+    """Describe the ranks that the others wait for, for an error message.
 
     Args:
-        statuses: of all ranks that are known; None for one that never published any.
-        silent: seconds since the last sign of life, of the ranks that do not answer.
-        store_silent: the store does not answer either. Rank 0 hosts it (or torchrun's agent on the first node).
+        statuses: status of each known rank, or None for a rank that has never published one.
+        silent: seconds since the last sign of life, for each rank that does not respond.
+        store_silent: whether the store does not respond either. Rank 0 or torchrun's agent on the first node hosts it.
     """
     found = []
     for rank, status in sorted(statuses.items()):
         if status is None:
-            found.append(f"rank {rank} has not been seen at all")
+            found.append(f"rank {rank} has never responded")
         elif status.left:
             found.append(f"rank {rank} ({status.who}) {status.left}, in {status.position}")
         elif rank in silent:
-            detail = f"was last seen in {status.position}, {silent[rank]:.0f} s ago, and does not answer"
+            detail = f"was last seen in {status.position}, {silent[rank]:.0f} s ago, and does not respond"
             found.append(f"rank {rank} ({status.who}) {detail}{', nor does the store' * (store_silent and rank == 0)}")
     known = {rank: status for rank, status in sorted(statuses.items()) if status is not None}
     if not found:
         farthest = min(status.position[:3] for status in known.values())
-        # only the farthest behind: whoever is between waits for them, as the others do
+        # Name only the ranks with the lowest position. All others wait for them.
         behind = {rank: status for rank, status in known.items() if status.position[:3] == farthest}
         if len(behind) == len(known):
-            return f"no rank is behind: all {len(known)} answer and are in {min(s.position for s in known.values())}"
+            return f"no rank is behind: all {len(known)} respond and are in {min(s.position for s in known.values())}"
         for rank, status in behind.items():
-            detail = f"answers but is still in {status.position}, for {status.waited:.0f} s"
+            detail = f"responds but has been in {status.position} for {status.waited:.0f} s"
             found.append(f"rank {rank} ({status.who}) {detail}")
     more = len(found) - _NAMED
     return "; ".join(found[:_NAMED]) + (f"; and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""This process among the ranks of a run: the process group, small collectives, their timeouts and their failures."""
+"""The process group of a run: joining it, small collectives, timeouts, and errors of collectives."""
 
 from __future__ import annotations
 
@@ -23,13 +23,20 @@ from mmtrain.log import logger
 T = TypeVar("T")
 
 
-#: The description of a process group whose collectives may wait longer than a step, because they run beside it.
+#: Description of process groups that run in parallel with training. Their collectives may take longer than a step.
 PATIENT = "mmtrain: patient"
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among ``world``; ``device`` is where it computes, ``local_world`` how many share its node."""
+    """This process and the ranks of its run.
+
+    Attributes:
+        rank: rank of this process, from 0.
+        world: number of ranks.
+        device: device on which this rank computes.
+        local_world: number of ranks on this node.
+    """
 
     rank: int
     world: int
@@ -38,17 +45,22 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """True on the one rank that writes files and talks."""
+        """Whether this is rank 0, which writes files and logs."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of ``tensor`` over all ranks, on every rank; small tensors of the CPU stay there."""
+        """Sum ``tensor`` over all ranks, in place, and return it. CPU tensors are reduced on the CPU."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def gather(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-        """``value`` of every rank, on every rank. Small JSON-like objects only. ``group``: another one of all ranks."""
+        """Return the ``value`` of every rank, on every rank.
+
+        Args:
+            value: a small JSON-like object.
+            group: a process group of all ranks. Default: the default group.
+        """
         if self.world == 1:
             return [value]
         found: list[T | None] = [None] * self.world
@@ -56,14 +68,14 @@ class Ranks:
         return found  # type: ignore[return-value]
 
     def any(self, flag: bool) -> bool:
-        """True on every rank if ``flag`` is true on at least one."""
+        """Return whether ``flag`` is true on at least one rank, on every rank."""
         return flag if self.world == 1 else bool(self.sum(torch.tensor(int(flag))).item())
 
     def on_main(self, action: Callable[[], None]) -> None:
-        """Do ``action`` on rank 0 while the others wait.
+        """Call ``action`` on rank 0 while the other ranks wait.
 
         Raises:
-            SharedError: on every rank, where ``action`` raised a UserError.
+            SharedError: on every rank, if ``action`` raised a UserError.
         """
         message: str | None = None
         if self.main:
@@ -76,33 +88,36 @@ class Ranks:
             raise SharedError(message)
 
     def barrier(self) -> None:
+        """Wait for all ranks."""
         if self.world > 1:
             self.sum(torch.zeros(1))
 
 
 def world_size() -> int:
-    """The number of ranks, from the environment variable WORLD_SIZE; 1 without it.
+    """Return the number of ranks, from the environment variable WORLD_SIZE (default 1).
 
     Raises:
-        UserError: where it holds no whole number, or 0.
+        UserError: if it is not a positive integer.
     """
     return environment_number("WORLD_SIZE", 1, least=1)
 
 
 @contextmanager
 def init_distributed(device: str = "auto", timeout: float = 1800.0, group: bool = False) -> Iterator[Ranks]:
-    """Join the process group described by RANK, WORLD_SIZE, LOCAL_RANK (torchrun's variables); alone without them.
+    """Join the process group that torchrun's variables describe (RANK, WORLD_SIZE, LOCAL_RANK, …). Leave it at the end.
+
+    Without these variables the process is the only rank.
 
     Args:
-        device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
-        timeout: seconds after which a collective operation fails.
-        group: make a process group even for one process.
+        device: ``auto`` (CUDA if available), ``cpu`` or ``cuda``.
+        timeout: seconds after which a collective fails.
+        group: create a process group even for a single rank.
 
     Raises:
-        UserError: when CUDA is asked for and there is none, or a variable makes no sense.
+        UserError: if ``cuda`` is requested but not available, or a variable is missing or invalid.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is 'cuda', but torch sees no CUDA device: use device=cpu, or see `mmtrain doctor`")
+        raise UserError("device=cuda: torch finds no CUDA device. Use device=cpu, or see `mmtrain doctor`")
     cuda = device != "cpu" and torch.cuda.is_available()
     world, rank = world_size(), environment_number("RANK", 0)
     local_rank, local_world = environment_number("LOCAL_RANK", 0), environment_number("LOCAL_WORLD_SIZE", 1)
@@ -124,7 +139,7 @@ def init_distributed(device: str = "auto", timeout: float = 1800.0, group: bool 
         yield Ranks(0, 1, here)
         return
     enable_flight_recorder()
-    # a tensor of the CPU goes over gloo, whatever the model's device
+    # CPU tensors always use gloo, even if the model is on a GPU.
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     limit = timedelta(seconds=timeout)
     if world == 1:
@@ -134,12 +149,12 @@ def init_distributed(device: str = "auto", timeout: float = 1800.0, group: bool 
     try:
         yield Ranks(rank, world, here, max(local_world, 1))
     except Exception as error:
-        # said before the others lose their connection to us: their errors follow from this one
+        # Log the error before the process ends. The other ranks then lose their connection and fail as a consequence.
         if not isinstance(error, UserError) and not is_collective_error(error):
             logger.error("rank %d failed: %s: %s", rank, type(error).__name__, error)
         raise
     finally:
-        if "deepspeed.comm" in sys.modules:  # it remembers the group, and would use it in the next run
+        if "deepspeed.comm" in sys.modules:  # it caches the group and would use it in the next run
             import deepspeed.comm.comm as deepspeed_comm
 
             if deepspeed_comm.cdb is not None:
@@ -150,38 +165,37 @@ def init_distributed(device: str = "auto", timeout: float = 1800.0, group: bool 
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: activations and gradients come again at every step, and fresh pages cost time.
+    """Make glibc keep freed memory, since every step allocates the same activations and gradients again.
 
-    Without it, what lies at the end of the heap goes back to the system whenever it exceeds 64 MB. Does nothing where
-    the C library is another.
+    By default, glibc returns free memory at the end of the heap to the system if it exceeds 64 MB, and new pages cost
+    time. Does nothing for other C libraries.
     """
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        # setting one of the two ends the adaptation of the other, so both are set
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD of <malloc.h>, to the largest that is allowed
+        # Setting one threshold disables the automatic adaptation of the other, so set both.
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD of <malloc.h>: the largest value allowed
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def is_collective_error(error: BaseException) -> bool:
-    """True for what torch raises when a peer is gone or late. Gloo throws a plain RuntimeError that names itself."""
+    """Return whether ``error`` means that another rank is gone or late. Gloo raises a RuntimeError that names gloo."""
     return isinstance(error, dist.DistError | LostConnection) or (
         isinstance(error, RuntimeError) and "gloo" in str(error)
     )
 
 
 def collective_timeout(seconds: float) -> float:
-    """The timeout for collectives, in seconds, under which a watchdog of ``seconds`` speaks first."""
+    """Return a timeout for collectives, in seconds, that is long enough for a watchdog of ``seconds`` to act first."""
     return 1.1 * seconds + 30.0
 
 
 def set_collective_timeout(seconds: float) -> None:
-    """Give every process group of this process, sub-groups of a mesh too, a new timeout on all its backends.
+    """Set the timeout of all existing process groups, those of meshes included. :data:`PATIENT` groups are excluded.
 
-    A collective gets the timeout that holds when it starts. So call this on all ranks after a barrier, or a rank that
-    is ahead waits with the new one for a rank that still does what the old one was for. Groups made later have theirs,
-    and :data:`PATIENT` ones keep theirs.
+    The timeout applies to collectives that start afterwards. Call it on all ranks after a barrier. Otherwise a rank
+    waits with the new timeout for a rank whose work needs the old one.
     """
     for group in list(c10d._world.pg_map):
         if group.group_desc != PATIENT:
@@ -189,10 +203,10 @@ def set_collective_timeout(seconds: float) -> None:
 
 
 def enable_flight_recorder(entries: int = 2000) -> None:
-    """Let torch remember the last ``entries`` collectives; call it before ``init_process_group``, which reads the size.
+    """Let torch record the last ``entries`` collectives. Call it before ``init_process_group``, which reads the size.
 
-    Gloo's recorder is on without this in torch 2.13; NCCL's size has differed between releases. What a user has set
-    stays, under either of the variable's two names.
+    In torch 2.13 Gloo's recorder is always on. The default size of NCCL's recorder differs between releases. A size set
+    by the user, under either name of the variable, is kept.
     """
     names = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")  # torch reads the first that is set
     if not any(os.environ.get(name) for name in names):
@@ -202,9 +216,9 @@ def enable_flight_recorder(entries: int = 2000) -> None:
 def dump_flight_recorder(folder: Path, rank: int) -> None:
     """Write ``flight_gloo_rank_N.json`` and, in CUDA builds, ``flight_nccl_rank_N`` (a pickle for ``torchfrtrace``).
 
-    Gloo's in JSON: torchfrtrace does not accept them (2.13 stores them without the group's name), the pickle takes
-    seconds to look up source lines, and ``pg_status`` holds the point: the number of the last collective that was
-    enqueued and of the last that was completed. The state of gloo's single entries is always "scheduled".
+    Gloo's record is written as JSON because torchfrtrace does not accept it (torch 2.13 omits the name of the group),
+    and because a pickle takes seconds to look up source lines. Its ``pg_status`` contains the numbers of the last
+    enqueued and the last completed collective. The state of single Gloo entries is always "scheduled".
     """
     c10d_module: Any = torch._C._distributed_c10d
     (folder / f"flight_gloo_rank_{rank}.json").write_bytes(c10d_module._dump_fr_trace_json())

@@ -1,8 +1,8 @@
-"""The interface between the trainer and parallelism, and the two simplest strategies: one process, and DDP.
+"""The interface of strategies, and the two simplest ones: a single process, and DDP.
 
-The order is always the same: the model is built on the meta device, split (``__init__``), given memory, and then either
-initialised from the seed or loaded from a checkpoint. Tensors are saved under the names of the parameters and in their
-whole shapes, so that a checkpoint of any strategy loads into any other.
+The model is first built on the meta device. The strategy shards it and allocates memory. Then the weights are either
+initialised from the seed or loaded from a checkpoint. Tensors are saved under the names of the parameters and with
+their full shapes, so a checkpoint of any strategy loads into any other.
 """
 
 from __future__ import annotations
@@ -23,20 +23,27 @@ from torch.optim import Optimizer
 from mmtrain.config import ParallelConfig
 from mmtrain.parallel.ranks import Ranks
 
-#: The tensors of a training state: {part: {name of a parameter: tensor}}.
+#: The tensors of a training state: {section: {parameter name: tensor}}. The sections are listed below.
 StateDict = dict[str, dict[str, Tensor]]
-#: Fills the tensors of a state dict in place, from a checkpoint.
+#: Function that loads the tensors of a state dict in place, from a checkpoint.
 LoadInto = Callable[[StateDict], None]
-#: The parts of a training state: the weights, AdamW's two moments and, where there is one, the average of the weights.
+#: The sections of a training state: the weights, AdamW's two moments and, optionally, the averaged weights.
 MODEL, MOMENTS, AVERAGE = "model", ("exp_avg", "exp_avg_sq"), "average"
 
 
 @dataclass(frozen=True)
 class StrategyOptions:
-    """What a strategy is made for. ``blocks``: the modules that are gathered one at a time, each with its dtype.
+    """Arguments of a strategy.
 
-    ``make_optimizer`` is called on the parameters as the strategy has split them. ``plain``: each block runs once in a
-    step, as it is written: neither compiled nor computed again in the backward pass.
+    Attributes:
+        ranks: the ranks of the run.
+        config: the section ``parallel`` of the configuration.
+        blocks: modules that FSDP shards and gathers as units, in order of execution.
+        make_optimizer: builds the optimizer of a model whose parameters are already sharded.
+        autocast: lower-precision dtype of autocast, or None.
+        micro_batches: micro-batches per step.
+        micro_batch_size: samples per micro-batch.
+        plain: the blocks are not compiled, and nothing is recomputed in the backward pass.
     """
 
     ranks: Ranks
@@ -50,17 +57,19 @@ class StrategyOptions:
 
 
 class Strategy(ABC):
-    """A training state spread over ranks.
+    """Interface of a training state that is distributed over ranks. All ranks call every method together.
 
-    ``model`` carries the parameters (split or not); ``runner`` is what a forward pass calls, in training and evaluation
-    alike. All ranks call every method together.
+    Attributes:
+        model: module with the parameters, sharded or not.
+        runner: module to call for a forward pass in training.
+        optimizer: the optimizer of this rank's parameters or shards.
     """
 
-    #: Whether a forward pass is a collective operation, so that all ranks must make the same number of them.
+    #: Whether a forward pass is a collective, so that all ranks must run the same number of passes.
     collective_forward = False
-    #: Whether the model's parameters can be read between steps, whole or as DTensors.
+    #: Whether the model's parameters can be read between steps, as complete tensors or DTensors.
     readable = True
-    #: Whether :meth:`state_dict` gives the very tensors of the state, for nothing, and not copies gathered for it.
+    #: Whether :meth:`state_dict` returns the tensors of the state themselves, at no cost, instead of gathered copies.
     saved_in_place = True
 
     model: nn.Module
@@ -70,34 +79,37 @@ class Strategy(ABC):
 
     @property
     def evaluator(self) -> nn.Module:
-        """What an evaluation calls."""
+        """Module to call for a forward pass in evaluation."""
         return self.runner
 
     @abstractmethod
     def set_parameter(self, name: str, value: Tensor) -> None:
-        """Set parameter ``name`` to ``value``, whole and on the CPU."""
+        """Set parameter ``name`` to ``value``, a complete tensor on the CPU."""
 
     def initialise(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Set all parameters from pairs of name and complete tensor."""
         for name, value in weights:
             self.set_parameter(name, value)
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of one micro-batch: gradients are reduced once a step, in the last."""
+        """Return a context for the forward and backward pass of one micro-batch. Only the last reduces gradients."""
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
+        """Run the backward pass."""
         loss.backward()
 
     @abstractmethod
     def gradients(self) -> list[Tensor]:
-        """This rank's part of the reduced gradient: what is scaled in place before the step."""
+        """Return this rank's shards of the reduced gradient. They may be scaled in place before the step."""
 
     @abstractmethod
     def gradient_norm(self) -> Tensor:
-        """The 2-norm of the whole reduced gradient, float32; the same on every rank."""
+        """Return the 2-norm of the complete reduced gradient in float32. Equal on every rank."""
 
     @torch.no_grad()
     def scale_gradients(self, factor: float) -> None:
+        """Multiply the gradient by ``factor``."""
         gradients = self.gradients()
         if gradients:
             torch._foreach_mul_(gradients, factor)
@@ -108,44 +120,54 @@ class Strategy(ABC):
 
     @abstractmethod
     def drop_gradients(self) -> None:
-        """Leave this step out."""
+        """Drop the gradients without updating the weights."""
 
     @abstractmethod
     def local_parameters(self) -> dict[str, Tensor]:
-        """This rank's part of each parameter, by name (a DTensor under FSDP2), to be read and written in place."""
+        """Return this rank's shard of each parameter, by name (a DTensor under FSDP2). It may be changed in place."""
 
     @abstractmethod
     def state_dict(self, average: dict[str, Tensor] | None) -> StateDict:
-        """The tensors to save. ``average``: of the weights, split as :meth:`local_parameters` are."""
+        """Return the tensors to save.
+
+        Args:
+            average: averaged weights, sharded like :meth:`local_parameters`, or None.
+        """
 
     @abstractmethod
     def load(self, load_into: LoadInto, updates: int, average: dict[str, Tensor] | None) -> None:
-        """Read what :meth:`state_dict` gave. ``updates``: how many optimizer steps were taken."""
+        """Load a saved state.
+
+        Args:
+            load_into: loads the tensors of a state dict in place.
+            updates: number of optimizer steps taken.
+            average: averaged weights to load, or None.
+        """
 
     def close(self) -> None:
-        """Give back what the strategy holds outside the model."""
+        """Release resources outside the model."""
         return
 
 
 class TorchStrategy(Strategy):
-    """Parameters that are whole on every rank, or DTensors; one torch optimizer over them. As it is: one process."""
+    """Strategy with a torch optimizer over complete parameters or DTensors. Used directly for a single process."""
 
     def __init__(self, model: nn.Module, options: StrategyOptions) -> None:
         self.model, self.ranks, self.options = model, options.ranks, options
-        self._split()
+        self._shard()
         model.to_empty(device=options.ranks.device)
-        # the parameters as they are between steps: FSDP2 puts others in their place while a module runs
+        # Keep the sharded parameters. FSDP2 replaces them by gathered ones while a module runs.
         self.parameters = dict(model.named_parameters())
         self.optimizer = options.make_optimizer(model)
-        # AdamW's state before its first step, which torch would make only then: a checkpoint is loaded into it
+        # Create AdamW's state now, so that a checkpoint can be loaded. torch creates it at the first step.
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 zeros = {key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in MOMENTS}
                 self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
         self.runner = self._wrap()
 
-    def _split(self) -> None:
-        """Split the parameters, which have no memory yet."""
+    def _shard(self) -> None:
+        """Shard the parameters, which have no memory yet."""
 
     def _wrap(self) -> nn.Module:
         return self.model
@@ -155,9 +177,9 @@ class TorchStrategy(Strategy):
         parameter = self.parameters[name]
         if isinstance(parameter, DTensor):
             mesh = parameter.device_mesh
-            # every rank has the value: each takes its part of it, and nothing is sent
-            split = distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
-            parameter.to_local().copy_(split.to_local())
+            # Every rank has the value and takes its shard of it, without communication.
+            sharded = distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(sharded.to_local())
         else:
             parameter.copy_(value)
 
@@ -183,7 +205,7 @@ class TorchStrategy(Strategy):
         return self._state(average)
 
     def _state(self, average: dict[str, Tensor] | None) -> StateDict:
-        """The very tensors of the training state."""
+        """Return the tensors of the training state themselves, not copies."""
         trained = {name: self.optimizer.state[p] for name, p in self.parameters.items() if p.requires_grad}
         moments = {key: {name: state[key] for name, state in trained.items()} for key in MOMENTS}
         return {MODEL: self.local_parameters(), **moments, **({AVERAGE: average} if average is not None else {})}
@@ -195,15 +217,15 @@ class TorchStrategy(Strategy):
 
 
 class DDPStrategy(TorchStrategy):
-    """Every rank holds everything; gradients are averaged in buckets while the backward pass runs."""
+    """DDP: every rank has a replica. Gradients are averaged in buckets during the backward pass."""
 
     def _wrap(self) -> nn.Module:
-        # a depthwise convolution of channels-last images gives its gradient in that layout; DDP rightly copies it
+        # The gradient of a depthwise convolution of channels-last images has that layout. DDP copies it correctly.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         cuda = self.ranks.device.type == "cuda"
-        # DDP arranges its buckets anew after the first step, and where in a bucket a gradient lies decides in which
-        # order the ranks' terms are added: a run that was started again would differ in its first step from one that
-        # was not. It does not when it looks for unused parameters, which costs milliseconds: on a GPU only if asked for
+        # DDP rearranges its buckets after the first step, which changes the order of additions. The first step after a
+        # resume would then differ from an uninterrupted run. find_unused_parameters prevents the rearrangement at a
+        # cost of milliseconds. On a GPU it is used only with train.deterministic.
         fixed = not cuda or torch.are_deterministic_algorithms_enabled()
         warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         return DistributedDataParallel(
@@ -216,27 +238,27 @@ class DDPStrategy(TorchStrategy):
 
     @property
     def evaluator(self) -> nn.Module:
-        return self.model  # ranks may evaluate different numbers of batches
+        return self.model  # not the DDP module, since ranks may evaluate different numbers of batches
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if last else cast(DistributedDataParallel, self.runner).no_sync()
 
     def state_dict(self, average: dict[str, Tensor] | None) -> StateDict:
-        """Every rank saves its share of the whole tensors."""
+        """Return every ``world``-th tensor, so that the ranks divide the saving."""
         world, rank = self.ranks.world, self.ranks.rank
         return {
-            part: {name: t for i, (name, t) in enumerate(tensors.items()) if i % world == rank}
-            for part, tensors in self._state(average).items()
+            section: {name: t for i, (name, t) in enumerate(tensors.items()) if i % world == rank}
+            for section, tensors in self._state(average).items()
         }
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor itself."""
+    """Return this rank's shard of a DTensor, or any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Of all elements of ``tensors``, float32, on ``device``."""
+    """Return the sum of the squares of all elements of ``tensors``, as a float32 scalar on ``device``."""
     present = [t for t in tensors if t.numel()]
     if not present:
         return torch.zeros((), device=device)

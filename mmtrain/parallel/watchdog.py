@@ -1,18 +1,18 @@
-"""A run that hangs ends, and says which ranks were missing.
+"""End a run that hangs, with a message that names the missing ranks.
 
-A collective that waits for a rank that is stuck, stopped or dead waits in C++, often for ever. So each rank has two
-threads beside its main one: the *publisher* publishes, about once a second, where the main thread is, and reads what
-others published; the *monitor* counts the time since the main thread's last :meth:`Watchdog.beat` and, past the
-timeout, names the missing ranks, dumps all stacks and the flight recorder, and ends the process with :data:`EXIT_HANG`.
+A collective that waits for a stuck, stopped or dead rank blocks in C++, often forever. Each rank therefore runs two
+additional threads. The *publisher* publishes the position of the main thread about once a second and reads the status
+of other ranks. The *monitor* measures the time since the main thread's last :meth:`Watchdog.beat`. After the timeout it
+names the missing ranks, dumps all stacks and the flight recorder, and ends the process with :data:`EXIT_HANG`.
 
-They are two, because no read from a TCPStore is safe against a host that is stopped: in torch 2.13 ``get``, ``check``,
-``multi_get`` and even the constructor outlast their timeout, for ever. They release the GIL, so only the publisher
-hangs, which is how the monitor knows.
+Two threads are needed because no read from a TCPStore is safe if its host is stopped: in torch 2.13, ``get``,
+``check``, ``multi_get`` and even the constructor ignore their timeout and block forever. They release the GIL, so only
+the publisher blocks, and the monitor notices that.
 
-Rank 0 reads all statuses, decides for all and publishes the reason for the end; the others read rank 0's status and
-that reason, so that the traffic grows with the number of ranks, not with its square. Another rank decides by itself
-when the store or rank 0 does not answer. Clocks of different hosts are never compared: a rank is silent when its status
-has stopped changing. A rank whose main thread holds the GIL for ever is silent too; the launcher has to kill it.
+Rank 0 reads all statuses, decides for all ranks and publishes the reason for the end. The other ranks read only rank
+0's status and the reason, so the traffic grows linearly with the number of ranks. Another rank decides alone if the
+store or rank 0 does not respond. Clocks of different hosts are never compared: a rank is silent if its status does not
+change any more. A rank whose main thread never releases the GIL is silent too; the launcher has to kill it.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ from mmtrain.log import logger
 from mmtrain.parallel.rank_status import Position, Status, describe_missing
 from mmtrain.parallel.ranks import Ranks, dump_flight_recorder, is_collective_error
 
-#: Exit status of a rank that the watchdog ended: EX_TEMPFAIL of sysexits.h, "try again later".
+#: Exit status of a rank that the watchdog ended: EX_TEMPFAIL of sysexits.h ("try again later").
 EXIT_HANG = 75
 
-#: Ticks (of 1 s, or less for short timeouts) without a change of its status after which a rank does not answer.
+#: A rank is silent if its status has not changed for this many ticks (a tick is 1 s, or less for short timeouts).
 _SILENT = 4
-#: Ticks for which the reason is up before its author, who may host the store, ends.
+#: Ticks that a process waits after publishing the reason, since it may host the store that the others read.
 _LINGER = 3
-#: Ticks past the timeout after which a rank reads the status of all, and after which it decides, if rank 0 has not.
+#: Ticks after the timeout at which a rank starts to read all statuses, and at which it decides if rank 0 has not.
 _READ_ALL, _DECIDE = 3, 3 + _SILENT + 2
-#: Seconds for the message and the dumps: a disk that hangs, perhaps the cause of all, must not keep the process.
-_LAST_WORDS = 30.0
+#: Maximum seconds for the message and the dumps. A disk that hangs must not keep the process alive.
+_DUMP_SECONDS = 30.0
 
 _instances = count()
 
 
 class Watchdog:
-    """Ends this process when a rank of the run has been away for too long; use it as a context, on all ranks alike.
+    """Ends this process if a rank of the run does not beat for too long. A context manager, used on all ranks.
 
     Args:
-        start_timeout: seconds that a rank may go without a beat before :meth:`first_step_done`.
-        step_timeout: the same, after it.
-        dump_folder: gets the stacks of all threads (``hang_rank00000.txt`` of rank 0) and the flight recorder's files.
+        start_timeout: maximum seconds between two beats of a rank before :meth:`first_step_done`.
+        step_timeout: maximum seconds between two beats afterwards.
+        dump_folder: receives the stacks of all threads (``hang_rank00000.txt`` of rank 0) and the flight recorder.
     """
 
     def __init__(self, ranks: Ranks, start_timeout: float, step_timeout: float, dump_folder: Path) -> None:
@@ -63,11 +63,11 @@ class Watchdog:
         self._tick = min(1.0, start_timeout / 8, step_timeout / 8)
         self._who, self._left = f"{socket.gethostname()}, pid {os.getpid()}", ""
         self._position = Position(0, 0, 0, "start")
-        # seconds for which this process has run: now, at the last beat, at the last answer of the store
+        # running time of this process in seconds: now, at the last beat, at the last response of the store
         self._clock = self._beat_at = self._heard_at = 0.0
-        # seconds past the timeout (negative before it), and for how many ticks rank 0 has seen another rank past its
+        # seconds since the timeout (negative before it); ticks for which rank 0 has seen another rank late
         self._late, self._others_late = -start_timeout, 0
-        # of each rank that was read: its packed status, and the clock when that last changed
+        # by rank: its packed status, and self._clock at the last change of it
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._read_all = ranks.main
         self._described = False
@@ -87,15 +87,15 @@ class Watchdog:
         if self.ranks.world == 1:
             return
         if error is not None and is_collective_error(error) and not self._described:
-            # it may be the echo of an end by which another rank has just ended: let that be said instead
+            # The watchdog of another rank may have ended its process. Wait for its reason, which is the better message.
             self._closed.wait(_LINGER * self._tick)
         self._left = "has finished" if error is None else f"left after {type(error).__name__}: {str(error)[:400]}"
         self._leaving.set()
-        self._monitor.join()  # does not return where it ends the process
+        self._monitor.join()  # does not return if the monitor ends the process
         if self.ranks.main:
-            # the host of the store goes last, or torch complains in the publishers of the others
+            # The host of the store leaves last. Otherwise torch reports errors in the publishers of the others.
             end = time.monotonic() + _LINGER * self._tick
-            gone = self._silent()  # a rank that was killed will never say that it leaves
+            gone = self._silent()  # killed ranks never publish that they leave
             while time.monotonic() < end and not all(
                 rank in gone or (s and s.left) for rank, s in self._statuses().items()
             ):
@@ -104,18 +104,21 @@ class Watchdog:
         self._publisher.join(_LINGER * self._tick)
 
     def beat(self, step: int, phase: str) -> None:
-        """The main thread comes to ``phase`` of ``step``. Beat alike on all ranks, and often within a long phase."""
+        """Record that the main thread reached ``phase`` of ``step``.
+
+        All ranks must go through the same phases. Call it repeatedly during a long phase.
+        """
         self._position = self._position.next(step, phase)
 
     def first_step_done(self) -> None:
-        """Kernels are compiled and data is open: from now on ``step_timeout`` counts. This is a beat too."""
+        """Apply ``step_timeout`` from now on, since kernels are compiled and data is open. Counts as a beat."""
         self.beat(self._position.step, self._position.phase)
         self._limit = self._step_timeout
 
     def describe(self) -> str:
-        """Which ranks are missing, and where they were; for the handler of an error that a collective raised.
+        """Describe the missing ranks and their last positions, after a collective raised an error.
 
-        Takes some ticks: a rank that has died just now must be seen to be silent.
+        Takes several ticks, until a rank that has just died counts as silent.
         """
         if self.ranks.world == 1:
             return "there is no other rank"
@@ -125,7 +128,7 @@ class Watchdog:
             if self._silent():
                 break
         if self._ending.is_set():
-            self._monitor.join()  # which ends the process
+            self._monitor.join()  # the monitor ends the process
         return self._describe_missing()
 
     # ------------------------------------------------------------------ the monitor
@@ -134,10 +137,10 @@ class Watchdog:
         before, position = time.monotonic(), self._position
         while not self._leaving.wait(self._tick):
             now = time.monotonic()
-            # Slurm suspends a job by SIGSTOP: this process's own sleep is not a time in which others were silent
+            # Slurm suspends a job with SIGSTOP. The time that this process was stopped must not count.
             self._clock += min(now - before, 3 * self._tick)
             before = now
-            limit = self._limit  # read before the position: the beat of first_step_done comes before its shorter limit
+            limit = self._limit  # read before the position, since first_step_done beats before it shortens the limit
             if self._position is not position:
                 position, self._beat_at = self._position, self._clock
             self._late = self._clock - self._beat_at - limit
@@ -148,7 +151,7 @@ class Watchdog:
 
     def _should_end(self) -> bool:
         if self.ranks.main:
-            # more than once, since what is read may be a tick old and the rank on its way again
+            # Require several ticks: a status may be a tick old, and the rank may have continued.
             late = any(raw.startswith(b"!") for raw, _ in list(self._seen.values()))
             self._others_late = self._others_late + 1 if late else 0
             return self._late > 0 or self._others_late > 2
@@ -157,11 +160,14 @@ class Watchdog:
         return self._late > (0 if self._store_silent() else _DECIDE * self._tick)
 
     def _store_silent(self) -> bool:
-        """True while the store does not answer."""
+        """Return whether the store does not respond."""
         return self._clock - self._heard_at > _SILENT * self._tick
 
     def _silent(self) -> dict[int, float]:
-        """Of the ranks that do not answer, for how many seconds. While the store is away we know only of its host."""
+        """Return the seconds since the last sign of life of each silent rank.
+
+        While the store is silent, only rank 0, its host, is known to be silent too.
+        """
         heard, store_silent = self._heard_at, self._store_silent()
         known = {0: 0.0} | {rank: changed for rank, (_, changed) in list(self._seen.items())}
         ages = {rank: (self._clock if store_silent and rank == 0 else heard) - at for rank, at in known.items()}
@@ -184,23 +190,23 @@ class Watchdog:
         rank, first = max(live.items(), key=lambda item: (item[1].position[:3], item[1].waited, -item[0]))
         return (
             f"rank {rank} has waited {first.waited:.0f} s in {first.position} (the timeout is {self._limit:.0f} s):"
-            f" {self._describe_missing()}; the run is ended: the same command goes on from its last checkpoint"
+            f" {self._describe_missing()}. The run ends; the same command continues from its last checkpoint"
         )
 
     def _end(self, message: str) -> None:
-        """Say ``message``, dump, and end the process: its main thread sits in C++ and hears no exception."""
+        """Log ``message``, dump the stacks, and end the process, whose main thread blocks in C++."""
         self._ending.set()
         self._reason = message
-        faulthandler.dump_traceback_later(_LAST_WORDS, exit=True, file=2)  # needs neither the GIL nor a disk
+        faulthandler.dump_traceback_later(_DUMP_SECONDS, exit=True, file=2)  # needs neither the GIL nor a disk
         up = time.monotonic() + (0 if self._store_silent() else _LINGER * self._tick)
         try:
-            logger.error("%s; stacks are in %s", message, self.dump_folder)
+            logger.error("%s. The stacks of all threads are in %s", message, self.dump_folder)
             self._dump(message)
         except Exception:
-            logger.exception("rank %d cannot write its stacks", self.ranks.rank)
+            logger.exception("rank %d could not write its stacks to %s", self.ranks.rank, self.dump_folder)
         finally:
             time.sleep(max(0.0, up - time.monotonic()))
-            print(end="", flush=True)  # os._exit would lose what is buffered
+            print(end="", flush=True)  # os._exit does not flush buffers
             os._exit(EXIT_HANG)
 
     def _dump(self, message: str) -> None:
@@ -214,13 +220,13 @@ class Watchdog:
     # ------------------------------------------------------------------ the publisher
 
     def _publishing(self) -> None:
-        """Exchange statuses until the end, or until the store is gone: where that is a hang, the monitor sees it."""
+        """Exchange statuses until the end, or until the store fails. If it hangs instead, the monitor notices."""
         keys = [f"{self._prefix}{name}" for name in (*range(self.ranks.world), "reason")]
         try:
-            # a connection of our own: the default one is locked while the main thread waits for a key
+            # Use a separate connection. The default one is locked while the main thread waits for a key.
             store = c10d._get_default_store().clone()  # type: ignore[attr-defined]
             if self.ranks.main:
-                # so that no read meets an absent key and waits; who published before this does so again in a tick
+                # Create all keys, since reading an absent key blocks. A status overwritten here is published again.
                 store.multi_set(keys, [""] * len(keys))
             for number in count():
                 closed = self._closed.is_set()

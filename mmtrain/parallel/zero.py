@@ -1,9 +1,9 @@
-"""ZeRO-1/2/3 through the DeepSpeed engine, in float32.
+"""ZeRO-1/2/3 with the DeepSpeed engine, in float32.
 
-DeepSpeed's own bf16 and fp16 modes cast every parameter, A_log, D and the bias of Δ too, which a scan does not survive.
-So the engine runs in float32, and half precision comes from autocast, as under every other strategy. Checkpoints are
-not DeepSpeed's, which load only into the same number of ranks: whole tensors are gathered one by one, each kept by one
-rank, and saved as those of any other strategy.
+The bf16 and fp16 modes of DeepSpeed cast all parameters, including A_log, D and the bias of Δ. Selective scans need
+these in float32. The engine therefore runs in float32, and lower precision comes from autocast, as for all strategies.
+DeepSpeed's checkpoints load only on the same number of ranks, so they are not used. Complete tensors are gathered one
+by one, each is kept by one rank, and they are saved as with any other strategy.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from mmtrain.parallel.strategy import (
     sum_of_squares,
 )
 
-#: Gradients are reduced, and weights gathered, so many elements at a time: the buffers of DeepSpeed's default, which is
-#: ten times as many, would take more memory than most models here.
+#: Number of elements in buffers for reducing gradients and gathering weights. DeepSpeed's default is ten times larger:
+#: its buffers would take more memory than most mmtrain models.
 BUCKET = 50_000_000
-#: Load so many elements at a time: every rank reads whole tensors, and keeps its part.
+#: Number of elements loaded at a time. Every rank reads complete tensors and keeps its shards.
 _LOADED_AT_ONCE = 2**26
 
 
@@ -43,13 +43,13 @@ def require_deepspeed() -> None:
     """Raise UserError unless DeepSpeed is installed."""
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
-            "parallel.strategy=zero1, zero2 and zero3 need DeepSpeed, which is not installed:"
-            " pip install 'mmtrain[deepspeed]' (or use parallel.strategy=fsdp, which needs nothing more)"
+            "parallel.strategy: zero1, zero2 and zero3 need DeepSpeed, which is not installed."
+            " Run pip install 'mmtrain[deepspeed]', or use parallel.strategy=fsdp"
         )
 
 
 class ZeroStrategy(Strategy):
-    """Stage 1 splits the optimizer's state, stage 2 the gradients as well, stage 3 the parameters as well."""
+    """ZeRO. Stage 1 shards the optimizer state, stage 2 also the gradients, stage 3 also the parameters."""
 
     saved_in_place = False
 
@@ -57,13 +57,13 @@ class ZeroStrategy(Strategy):
         self.model, self.ranks, self.options, self.stage = model, options.ranks, options, stage
         self.collective_forward, self.readable = stage == 3, stage < 3
         model.to_empty(device=options.ranks.device)
-        for p in model.parameters():  # the engine copies them before they are set: no stray NaN
+        for p in model.parameters():  # the engine copies the values before they are set, so avoid random NaNs
             p.detach().zero_()
         self.engine = _engine(model, options, stage)
         self.runner = self.engine
         self.zero: Any = self.engine.optimizer
         self.optimizer = self.zero.optimizer
-        # AdamW's state before its first step; the engine may have made one by a step on gradients of 0
+        # Set AdamW's state to its initial values. The engine may have taken a step with zero gradients.
         for flat in self._partitions():
             zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
             self.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **zeros}
@@ -72,7 +72,7 @@ class ZeroStrategy(Strategy):
         self._reduction = contextlib.ExitStack()
 
     def _partitions(self) -> list[Tensor]:
-        """The float32 partitions of this rank, one a group of parameters: what the optimizer updates."""
+        """Return this rank's flat float32 partition of each parameter group, which the optimizer updates."""
         return self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
 
     # ------------------------------------------------------------------ a step
@@ -84,8 +84,8 @@ class ZeroStrategy(Strategy):
             self._reduction.enter_context(self.engine.coalesce_grad_reduction())
         yield
         if last:
-            self._reduction.close()  # reduces, and takes the engine back to where the first micro-batch was:
-            self.engine.set_gradient_accumulation_boundary(True)  # no boundary, at which a step does nothing
+            self._reduction.close()  # reduces, but resets the boundary flag, without which a step does nothing
+            self.engine.set_gradient_accumulation_boundary(True)
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
@@ -106,12 +106,12 @@ class ZeroStrategy(Strategy):
         self.engine.step()
 
     def drop_gradients(self) -> None:
-        # the engine leaves out a step whose norm is not finite, and clears all its buffers then
+        # The engine skips a step whose gradient norm is not finite, and then clears all its buffers.
         gradients = self.gradients()
         for gradient in gradients:
             gradient.fill_(torch.nan)
         self.engine.step()
-        for gradient in gradients:  # stage 3 never writes to the padding of its buffers, where NaN would stay
+        for gradient in gradients:  # stage 3 never writes to the padding of its buffers, so NaN would remain there
             gradient.zero_()
 
     # ------------------------------------------------------------------ state
@@ -121,45 +121,45 @@ class ZeroStrategy(Strategy):
         self._set(self.model.get_parameter(name), value, None)
 
     def local_parameters(self) -> dict[str, Tensor]:
-        if self.stage == 3:  # an evaluation leaves parameters gathered: what is written to the parts is not seen there
+        if self.stage == 3:  # after an evaluation, parameters are still gathered and would ignore changes of shards
             self.zero._partition_all_parameters()
         return {name: _partition(p) for name, p in self.model.named_parameters()}
 
     def state_dict(self, average: dict[str, Tensor] | None) -> StateDict:
-        parts: StateDict = {key: {} for key in _keys(average)}
+        sections: StateDict = {key: {} for key in _keys(average)}
         for i, (name, p) in enumerate(self.model.named_parameters()):
-            for key in parts:
+            for key in sections:
                 whole = self._gather(p, key, None if average is None else average[name])
                 if i % self.ranks.world == self.ranks.rank:
-                    parts[key][name] = whole
-        return parts
+                    sections[key][name] = whole
+        return sections
 
     @torch.no_grad()
     def load(self, load_into: LoadInto, updates: int, average: dict[str, Tensor] | None) -> None:
         for some in _chunks(self.model):
             shapes = {name: _shape(p) for name, p in some.items()}
-            parts: StateDict = {
+            sections: StateDict = {
                 key: {name: torch.empty(shape) for name, shape in shapes.items()} for key in _keys(average)
             }
-            load_into(parts)
+            load_into(sections)
             for name, p in some.items():
-                self._set(p, parts[MODEL][name], None)
+                self._set(p, sections[MODEL][name], None)
                 for key in MOMENTS:
-                    self._set(p, parts[key][name], key)
+                    self._set(p, sections[key][name], key)
                 if average is not None:
-                    self._fill_partition(average[name], parts[AVERAGE][name])
+                    self._fill_partition(average[name], sections[AVERAGE][name])
         for state in self.optimizer.state.values():
             state["step"].fill_(updates)
 
     def _set(self, p: nn.Parameter, value: Tensor, key: str | None) -> None:
-        """Set a parameter (``key`` None) or one of its moments from its ``value``, whole."""
+        """Set a parameter (``key`` None), or the moment ``key`` of it, from the complete tensor ``value``."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         if self.stage == 3:
-            mine = self._fill_partition(torch.empty_like(_partition(p)), value)
-            self.zero.set_local_hp_param(mine, p, key)
+            shard = self._fill_partition(torch.empty_like(_partition(p)), value)
+            self.zero.set_local_hp_param(shard, p, key)
             if key is None:
-                _partition(p).copy_(mine)
+                _partition(p).copy_(shard)
             return
         value = value.to(p.device)
         if key is None:
@@ -168,30 +168,30 @@ class ZeroStrategy(Strategy):
         else:
             safe_set_full_optimizer_state(p, value, key)
 
-    def _fill_partition(self, mine: Tensor, value: Tensor) -> Tensor:
-        """Fill this rank's part ``mine`` from the whole ``value``; under stage 3 it may end in padding."""
+    def _fill_partition(self, shard: Tensor, value: Tensor) -> Tensor:
+        """Copy this rank's elements of the complete tensor ``value`` into ``shard``. Stage 3 pads with zeros."""
         if self.stage < 3:
-            return mine.copy_(value.view(mine.shape))
-        begin = self.ranks.rank * mine.numel()
-        there = value.flatten()[begin : begin + mine.numel()]
-        mine.zero_()[: there.numel()].copy_(there)
-        return mine
+            return shard.copy_(value.view(shard.shape))
+        begin = self.ranks.rank * shard.numel()
+        elements = value.flatten()[begin : begin + shard.numel()]
+        shard.zero_()[: elements.numel()].copy_(elements)
+        return shard
 
     def _gather(self, p: nn.Parameter, key: str, average: Tensor | None) -> Tensor:
-        """One part of ``p``, gathered from all ranks, on the CPU."""
+        """Gather the section ``key`` of parameter ``p`` (weight, moment or average) from all ranks, on the CPU."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         if self.stage < 3:
             if key in MOMENTS:
                 return safe_get_full_optimizer_state(p, key).cpu()
             return (p.detach() if key == MODEL else average).cpu()  # type: ignore[union-attr]
-        mine = {MODEL: _partition(p), AVERAGE: average}.get(key)
-        if mine is None:
-            mine = self.zero.get_local_fp32_param(p, key)
-        mine = mine.detach().contiguous()
-        parts = mine.new_empty(self.ranks.world * mine.numel())
-        dist.all_gather_single(parts, mine)
-        return parts[: p.ds_numel].view(p.ds_shape).cpu()  # type: ignore[attr-defined]
+        shard = {MODEL: _partition(p), AVERAGE: average}.get(key)
+        if shard is None:
+            shard = self.zero.get_local_fp32_param(p, key)
+        shard = shard.detach().contiguous()
+        gathered = shard.new_empty(self.ranks.world * shard.numel())
+        dist.all_gather_single(gathered, shard)
+        return gathered[: p.ds_numel].view(p.ds_shape).cpu()  # type: ignore[attr-defined]
 
     def close(self) -> None:
         self.engine.destroy()
@@ -202,7 +202,7 @@ def _keys(average: dict[str, Tensor] | None) -> tuple[str, ...]:
 
 
 def _partition(p: nn.Parameter) -> Tensor:
-    """What this rank holds of a parameter: a flat part under stage 3."""
+    """Return this rank's data of a parameter: a flat shard under stage 3, otherwise the complete tensor."""
     return p.ds_tensor if hasattr(p, "ds_tensor") else p.detach()
 
 
@@ -226,13 +226,13 @@ def _chunks(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
 def _engine(model: nn.Module, options: StrategyOptions, stage: int) -> Any:
     if options.ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", "0")  # it insists
+    os.environ.setdefault("LOCAL_RANK", "0")  # required by DeepSpeed
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use.*", category=FutureWarning)
     import deepspeed
     from deepspeed.utils import logger as deepspeed_logger
 
     deepspeed_logger.setLevel(logging.WARNING)
-    # no operators of its own: its collectives in shared memory would be compiled for a minute and never be used
+    # Disable DeepSpeed's operators: compiling its shared-memory collectives takes a minute, and they are not used.
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})
     zero: dict[str, Any] = {
         "stage": stage,
@@ -241,7 +241,7 @@ def _engine(model: nn.Module, options: StrategyOptions, stage: int) -> Any:
         "allgather_bucket_size": BUCKET,
     }
     if stage == 3:
-        # no parameter stays whole: what is held is then one thing, and the averaged weights follow it
+        # Shard all parameters, even small ones, so that averaged weights are sharded in the same way.
         zero["stage3_param_persistence_threshold"] = 0
         if options.config.reshard_after_forward:
             zero |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
@@ -253,11 +253,11 @@ def _engine(model: nn.Module, options: StrategyOptions, stage: int) -> Any:
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "gradient_clipping": 0.0,  # ours; its default is 1
+        "gradient_clipping": 0.0,  # the trainer clips; DeepSpeed's default is 1
         "steps_per_print": 10**9,
     }
     if options.autocast is not None:
-        # an empty list: no parameter is gathered or reduced in less than float32
+        # With an empty list, all parameters are gathered and reduced in float32.
         name = str(options.autocast).removeprefix("torch.")
         settings["torch_autocast"] = {"enabled": True, "dtype": name, "lower_precision_safe_modules": []}
     engine, *_ = deepspeed.initialize(model=model, optimizer=options.make_optimizer(model), config=settings)

@@ -1,5 +1,5 @@
-"""What a run is on disk: its folder, configuration, code, journal, logs and status.
+"""The run folder: configuration, code version, journal, logs, and the status of a run.
 
-Nothing here imports torch: a table of runs must come quickly. What writes metrics and checkpoints is in
-``mmtrain.train``; what shows runs as a page is ``mmtrain.report``.
+This package does not import torch, so that commands such as `mmtrain runs` start quickly. :mod:`mmtrain.train` writes
+metrics and checkpoints. :mod:`mmtrain.report` renders runs as a page.
 """

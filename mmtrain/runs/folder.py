@@ -1,9 +1,9 @@
-"""A run is a folder: resolved configuration, code version, metrics, checkpoints, logs, pictures, result.
+"""The run folder: resolved configuration, code version, metrics, checkpoints, logs, plots and result.
 
-Among the entries of its folder ``checkpoints`` only exact names count: whatever else lies there (a copy named
-``step_00000020.bak``) is never read and never deleted.
+In the folder ``checkpoints``, only entries with exact names are checkpoints. Anything else, such as a copy named
+``step_00000020.bak``, is never read or deleted.
 
-The code that a run was started with is its version, the commit, and the changes of the checkout since that commit.
+The code version of a run consists of mmtrain's version, the git commit, and the uncommitted changes.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from mmtrain.version import __version__
 
 
 def run_path(config: RunConfig, run_dir: str | Path | None = None) -> Path:
-    """The run folder: ``run_dir`` if given, else ``run_root``/``name``."""
+    """Return the path of the run folder: ``run_dir`` if given, otherwise ``run_root``/``name``."""
     return Path(run_dir) if run_dir is not None else Path(config.run_root) / config.name
 
 
 class RunFolder:
-    """The paths of a run, and its small files."""
+    """The paths in a run folder, and methods that read and write its small files."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,48 +54,54 @@ class RunFolder:
 
     @classmethod
     def existing(cls, path: str | Path) -> RunFolder:
-        """The run in ``path``.
+        """Open the existing run folder ``path``.
 
         Raises:
-            UserError: when there is none.
+            UserError: if ``path`` is not a run folder.
         """
         return cls(check_run_folder(path))
 
     def config(self) -> RunConfig:
+        """Load the configuration of the run."""
         return load_config(self.config_file)
 
     def check(self, config: RunConfig, saved: Path | None = None) -> None:
-        """Refuse a folder that holds a run of another configuration.
+        """Check that the folder does not contain a run with another configuration.
 
-        ``saved``: the file to compare with; ``config.yaml`` if None, or that of the newest checkpoint where it is gone.
+        Args:
+            config: the configuration to compare.
+            saved: the saved configuration. Default: ``config.yaml`` of the folder, or of the newest checkpoint if the
+                former is missing.
 
         Raises:
-            UserError: with the keys that differ.
+            UserError: if they differ, with the keys. Keys that may change on resume are ignored.
         """
         if saved is None:
             kept = [path / "config.yaml" for path in checkpoints_in(self.checkpoints).values()]
-            there = [file for file in (self.config_file, *reversed(kept)) if file.is_file()]
-            if not there:
+            existing = [file for file in (self.config_file, *reversed(kept)) if file.is_file()]
+            if not existing:
                 return
-            saved = there[0]
-        # a table or a panel may lie at another place where the fingerprint says whether it is the same data
+            saved = existing[0]
+        # The path of a table may change if there is a fingerprint, which identifies the data.
         moved = ("data.path",) if self.data_file.is_file() else ()
         changed = differences(load_config(saved), config, (*FREE_ON_RESUME, *moved))
         if changed:
             where = f"{self.path}" if saved == self.config_file else f"{self.path} (see {saved})"
             raise UserError(
-                f"{where} holds a run of another configuration:\n  "
+                f"{where} contains a run with another configuration:\n  "
                 + "\n  ".join(changed)
-                + "\nGo on with the old one by leaving these out, or start a new run with name=… or --run-dir"
+                + "\nOmit these changes to resume that run, or start a new run with name=… or --run-dir"
             )
 
     def prepare(self, config: RunConfig, assets: dict[str, Any], data: dict[str, Any]) -> None:
-        """Make the folder of a new run, or see that the one there can be written.
+        """Create the folder of a new run with its small files, or check that an existing one is writable.
 
-        ``data``: the fingerprint of its training data.
+        Args:
+            assets: data that prediction needs in addition to the weights.
+            data: fingerprint of the training data.
 
         Raises:
-            UserError: when it cannot.
+            UserError: if the folder cannot be written.
         """
         self.make()
         with self._preparing():
@@ -108,10 +114,10 @@ class RunFolder:
                 write_atomically(self.config_file, to_yaml(config))
 
     def make(self) -> None:
-        """Make the folder, or see that the one there can be written.
+        """Create the folder if needed, and check that it is writable.
 
         Raises:
-            UserError: when it cannot.
+            UserError: if it is not.
         """
         with self._preparing():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -124,7 +130,10 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Within the context a full disk or a folder that is gone is the user's error; others keep their traceback."""
+        """Convert errors of a full disk or a deleted folder into UserError within this context.
+
+        Other errors are raised unchanged.
+        """
         try:
             yield
         except (OSError, SharedError) as error:
@@ -132,62 +141,65 @@ class RunFolder:
             if isinstance(error, SharedError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                 raise
             raise UserError(
-                f"{self.path}: the run folder could not be written ({error.strerror}). Free or grow the disk, or give"
-                " another folder with --run-dir; the same command goes on from the last good checkpoint"
+                f"{self.path}: the run folder could not be written ({error.strerror}). Free some disk space, or choose"
+                " another folder with --run-dir. The same command continues from the last good checkpoint"
             ) from error
 
     def check_there(self, kind: type[UserError] = UserError) -> None:
-        """See that the folder of a run that trains still holds its configuration.
+        """Check that the folder of a training run still contains its configuration.
 
         Raises:
-            UserError: of the given kind, where it was deleted or moved.
+            UserError: if the folder was deleted or moved. ``kind`` is the class to raise.
         """
         if not self.config_file.is_file():
             raise kind(
-                f"{self.path}: the run folder was deleted or moved while the run trained: {self.config_file} is gone,"
-                " and nothing can be saved there. If it was moved, its last checkpoint is safe: give the new place with"
-                " --run-dir"
+                f"{self.path}: the run folder was deleted or moved during training ({self.config_file} is missing)."
+                " Nothing can be saved there. If it was moved, its last checkpoint is safe: resume it with --run-dir"
+                " and the new path"
             )
 
     def result(self) -> dict[str, Any] | None:
-        """What a finished run came to, or None while it is not finished.
+        """Read the result of a finished run, or return None if the run is not finished.
 
         Raises:
-            UserError: for a file that is damaged.
+            UserError: if the file is damaged.
         """
         if not self.result_file.is_file():
             return None
-        cure = "remove it, and the same command tests the run again"
+        cure = "delete it and run the same command to test again"
         found = read_json(self.result_file, cure)
         if not (isinstance(found.get("step"), int) and isinstance(found.get("test", 0), dict | None)):
-            raise UserError(f"{self.result_file} is damaged: it has no step and test figures; {cure}")
+            raise UserError(f"{self.result_file} is damaged: it contains no step and test metrics; {cure}")
         return found
 
     def write_result(self, result: dict[str, Any]) -> None:
+        """Write ``result.json``, which marks the run as finished."""
         write_atomically(self.result_file, json.dumps(result, indent=1))
 
     def assets(self) -> dict[str, Any]:
-        """What a prediction needs to know of the training data.
+        """Read the data that prediction needs in addition to the weights, such as class names.
 
         Raises:
-            UserError: for a file that is missing or damaged.
+            UserError: if the file is missing or damaged.
         """
         return read_json(self.assets_file, "restore it, or start a new run with name=…")
 
     def write_assets(self, assets: dict[str, Any]) -> None:
+        """Write ``assets.json``."""
         write_atomically(self.assets_file, json.dumps(assets, indent=1))
 
     def data(self) -> dict[str, Any] | None:
-        """The fingerprint of the data; None in a run of an earlier version.
+        """Read the fingerprint of the training data. Return None for a run of version 0.1.0.
 
         Raises:
-            UserError: for a damaged file.
+            UserError: if the file is damaged.
         """
         if not self.data_file.is_file():
             return None
         return read_json(self.data_file, "restore it, or delete it")
 
     def write_data(self, data: dict[str, Any]) -> None:
+        """Write ``data.json``, the fingerprint of the training data."""
         write_atomically(self.data_file, json.dumps(data))
 
 
@@ -196,12 +208,12 @@ _UNFINISHED = re.compile(r"step_\d{8,18}(\.old)?\.partial")
 
 
 def checkpoint_name(step: int) -> str:
-    """The name of the checkpoint of ``step``."""
+    """Return the folder name of the checkpoint of ``step``."""
     return f"step_{step:08d}"
 
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
-    """The checkpoints in ``folder`` by their steps, the oldest first. Whether they are whole is not looked at."""
+    """Return the checkpoints in ``folder`` by step, oldest first. They are not verified."""
     found = {}
     for path in folder.glob("step_*"):
         match = _CHECKPOINT.fullmatch(path.name)
@@ -211,27 +223,27 @@ def checkpoints_in(folder: Path) -> dict[int, Path]:
 
 
 def unfinished_in(folder: Path) -> list[Path]:
-    """What an interrupted save, or an interrupted deletion, left in ``folder``."""
+    """Return the remains of interrupted saves and deletions in ``folder``."""
     return [path for path in folder.glob("step_*.partial") if _UNFINISHED.fullmatch(path.name)]
 
 
 def newest_step(run: Path) -> int:
-    """The step of the newest checkpoint of the run folder ``run``, 0 without one."""
+    """Return the step of the newest checkpoint of the run folder ``run``, or 0."""
     return max(checkpoints_in(run / "checkpoints"), default=0)
 
 
-#: Where the source checkout is, if mmtrain runs from one.
+#: Root of the source checkout, if mmtrain runs from one.
 ROOT = Path(__file__).resolve().parents[2]
 
-#: The most that is kept of a diff, in bytes.
+#: Maximum size of a stored diff in bytes.
 LIMIT = 1_000_000
 
-#: Files that may hold secrets, by any part of their path, in any case. Their changes are never written down.
+#: Files whose path contains one of these words, in any case, may contain secrets. Their changes are never stored.
 _SECRET = (".env", "key", "secret", "token", "credential", "password", ".pem", "netrc")
 
 
 def code_version() -> dict[str, Any]:
-    """The code and packages that a run was made with."""
+    """Return the version of the code and of the main packages, as JSON values."""
     packages = {}
     for name in ("torch", "timm", "numpy", "triton", "mamba-ssm"):
         try:
@@ -249,7 +261,7 @@ def code_version() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The git commit of the source checkout, with ``+`` when it has local changes; None outside a checkout."""
+    """Return the git commit of the source checkout, with ``+`` if it has local changes, or None outside a checkout."""
     commit = _git(ROOT, "rev-parse", "HEAD")
     if commit is None:
         return None
@@ -258,21 +270,22 @@ def _commit() -> str | None:
 
 
 def code_diff(root: Path) -> str | None:
-    """``git diff HEAD`` of the checkout ``root``, without files that may hold secrets; None where there is none.
+    """Return the uncommitted changes (``git diff HEAD``) of the checkout ``root``, or None if there are none.
 
-    Only tracked files count. What goes beyond :data:`LIMIT` is cut off, and said.
+    Files that may contain secrets and untracked files are excluded. A diff longer than :data:`LIMIT` is truncated, with
+    a note at its end.
     """
-    # no rename detection: it would name, and quote, a file that is left out under its other name
+    # With rename detection, the diff could quote an excluded file under its other name.
     options = ["--no-color", "--no-ext-diff", "--no-textconv", "--no-renames"]
     found = _git(root, "diff", "HEAD", *options, "--", ".", *(f":(exclude,icase)*{word}*" for word in _SECRET))
     text = (found or b"")[:LIMIT].decode(errors="replace")
     if found and len(found) > LIMIT:
-        text += f"\n[cut off: {LIMIT} of {len(found)} bytes]\n"
+        text += f"\n[truncated: {LIMIT} of {len(found)} bytes]\n"
     return text or None
 
 
 def _git(root: Path, *words: str) -> bytes | None:
-    """What git says of the checkout ``root``; None where there is no checkout, no git or no answer."""
+    """Run git in the checkout ``root`` and return its output. Return None without a checkout, git or response."""
     if not (root / ".git").exists():
         return None
     try:

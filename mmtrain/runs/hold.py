@@ -1,9 +1,9 @@
-"""One process at a time trains in a run folder: a lock on the folder, and a file that says who holds it.
+"""Lock a run folder, so that only one process at a time trains in it.
 
-The lock (``.lock``) is an ``flock``, which the kernel releases with the process. Not every shared file system carries
-it to other hosts, so that the holder also leaves ``holder.json``: Slurm's job, host, process, and by the file's time of
-modification its last sign of life (a beat). A killed process leaves that file; :func:`hold_folder` finds out that it is
-stale. Readers of a run take no lock.
+The lock (``.lock``) is an ``flock``, which the kernel releases when the process ends. Not every shared file system
+supports it between hosts. The process therefore also writes ``holder.json`` with its Slurm job, host and pid, and
+updates the file's modification time regularly as a sign of life (a beat). A killed process leaves this file, and
+:func:`hold_folder` detects that it is stale. Readers of a run take no lock.
 """
 
 from __future__ import annotations
@@ -30,24 +30,28 @@ from mmtrain.runs import slurm
 
 NAME, _LOCK = "holder.json", ".lock"
 
-#: Seconds from one beat to the next, after which a holder of another host counts as gone, and between two looks at it.
-BEAT, STALE, _LOOK = 10.0, 60.0, 2.0
-#: Two readings of the time at which one process began may differ by so many seconds.
+#: In seconds: time between two beats; time without a beat after which a holder is gone; time between two checks.
+BEAT, STALE, _CHECK_EVERY = 10.0, 60.0, 2.0
+#: Two readings of the start time of the same process can differ by this many seconds.
 _START_SLACK = 2.0
-#: States in which a job has no process that trains: it waits for its start.
+#: States of a job that has no process, since it waits for its start.
 _NOT_STARTED = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD")
 
 
-#: The tokens of the folders that this process holds.
+#: The tokens of the folders that this process has locked.
 _held_here: set[str] = set()
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that trains in a run folder.
+    """The process that trains in a run folder, as ``holder.json`` describes it.
 
-    ``machine`` tells whether its number means anything to this process: it names the boot of the system and the
-    namespace of its processes. ``began``: when the process was started. ``token`` is of this hold alone.
+    Attributes:
+        machine: identifies the boot and the pid namespace. ``pid`` is meaningful only on the same machine.
+        began: start time of the process in Unix seconds.
+        job: Slurm job, or None.
+        restart: Slurm's restart count of the job.
+        token: random identifier of this lock.
     """
 
     host: str
@@ -60,7 +64,7 @@ class Holder:
 
     @classmethod
     def here(cls) -> Holder:
-        """This process."""
+        """Describe this process."""
         return cls(
             host=socket.gethostname(),
             machine=_machine(),
@@ -73,7 +77,7 @@ class Holder:
 
     @classmethod
     def of(cls, run: Path) -> Holder | None:
-        """The holder of the folder ``run`` by its file; None where there is no such file, or a damaged one."""
+        """Read ``holder.json`` of the folder ``run``. Return None if it is missing or damaged."""
         try:
             found = parse_json_line((run / NAME).read_text(errors="replace"))
         except OSError:
@@ -93,92 +97,92 @@ def _machine() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # another system than Linux
+    except OSError:  # not Linux
         return f"{sys.platform} {socket.gethostname()}"
 
 
 @contextmanager
 def hold_folder(run: Path) -> Iterator[None]:
-    """Hold the folder ``run``, which is there, against other processes that would train in it.
+    """Lock the existing folder ``run`` within this context, against other processes that want to train in it.
 
-    A holder that is gone is replaced: at once where its process can be looked for here, its job has been started again
-    or Slurm says that the job is over; else after :data:`STALE` seconds without a beat.
+    A holder that has ended is replaced. It is replaced at once if its process can be checked here, if its job was
+    restarted, or if Slurm reports the job as over. Otherwise it is replaced after :data:`STALE` seconds without a beat.
 
     Raises:
-        UserError: when another process trains in it.
+        UserError: if another process trains in the folder.
     """
-    with ExitStack() as held:
-        _lock(run, held)
+    with ExitStack() as locks:
+        _lock(run, locks)
         _wait_until_free(run)
-        me = Holder.here()
+        holder = Holder.here()
         with os_errors(f"{run}: the run folder cannot be written", "choose another with --run-dir"):
-            write_atomically(run / NAME, json.dumps(asdict(me)))
-        _held_here.add(me.token)
+            write_atomically(run / NAME, json.dumps(asdict(holder)))
+        _held_here.add(holder.token)
         over = threading.Event()
-        beats = threading.Thread(target=_beat, args=(run, me, over), name="holder", daemon=True)
+        beats = threading.Thread(target=_beat, args=(run, holder, over), name="holder", daemon=True)
         beats.start()
         try:
             yield
         finally:
             over.set()
             beats.join()
-            _held_here.discard(me.token)
-            if Holder.of(run) == me:
+            _held_here.discard(holder.token)
+            if Holder.of(run) == holder:
                 with suppress(OSError):
                     (run / NAME).unlink()
 
 
 def live_holder(run: Path) -> Holder | None:
-    """Who trains in ``run`` as far as is known without waiting; None where nobody is known to."""
+    """Return the process that trains in ``run``, or None if there is none. Does not wait for beats."""
     holder = Holder.of(run)
     if holder is None or (alive := _alive(holder, slurm.restart_count())) is False:
         return None
     return holder if alive or time.time() - _beaten(run) < STALE else None
 
 
-def _lock(run: Path, held: ExitStack) -> None:
-    """Take the lock, where the file system has locks."""
+def _lock(run: Path, locks: ExitStack) -> None:
+    """Take the file lock, if the file system supports locks."""
     deadline = time.monotonic() + STALE
     while True:
         try:
-            held.enter_context(exclusive(run / _LOCK, wait=False))
+            locks.enter_context(exclusive(run / _LOCK, wait=False))
             return
         except BlockingIOError:
             holder = Holder.of(run)
-            # a process that was killed may leave its lock to children, which end soon
+            # Children of a killed process may still have the lock. They end soon.
             if holder is None or _alive(holder, slurm.restart_count()) is not False or time.monotonic() > deadline:
                 raise refusal(run, holder) from None
-            time.sleep(min(_LOOK, 0.2))
+            time.sleep(min(_CHECK_EVERY, 0.2))
         except UserError as error:
-            logger.debug("%s: no file lock (%s): holder.json alone is used", run, error)
+            logger.debug("%s: no file lock (%s). Only holder.json is used", run, error)
             return
 
 
 def _wait_until_free(run: Path) -> None:
-    holder, begin, told = Holder.of(run), time.monotonic(), False
+    holder, begin, logged = Holder.of(run), time.monotonic(), False
     if holder is None:
         return
     first = _beaten(run)
-    old = _now(run) - first  # by the clock of the storage, on which the beats are written too
+    old = _now(run) - first  # by the clock of the storage, which also dates the beats
     while (alive := _alive(holder, slurm.restart_count())) is not False:
         if alive or _beaten(run) != first:
             raise refusal(run, holder)
         left = STALE - old - (time.monotonic() - begin)
         if left <= 0:
             break
-        if not told:
-            logger.info("%s was held by %s: waiting at most %.0f s for a sign of life", run, holder, left)
-            told = True
-        time.sleep(min(_LOOK, left))
+        if not logged:
+            logger.info("%s is locked by %s. Waiting up to %.0f s for a sign of life", run, holder, left)
+            logged = True
+        time.sleep(min(_CHECK_EVERY, left))
         if (holder := Holder.of(run)) is None:
             return
-    logger.info("%s was held by %s, which is gone", run, holder)
+    logger.info("%s was locked by %s, which has ended. Taking over the folder", run, holder)
 
 
 def _alive(holder: Holder, restart: int) -> bool | None:
-    """Whether the process of ``holder`` is there; None where only its beats tell."""
+    """Return whether the process of ``holder`` exists, or None if this can only be seen from its beats."""
     if holder.machine == _machine():
-        if holder.pid == os.getpid():  # a folder that was moved away while this process held it is free
+        if holder.pid == os.getpid():  # this process may have had the lock on a folder that was moved
             return holder.token in _held_here
         try:
             began = psutil.Process(holder.pid).create_time()
@@ -194,17 +198,18 @@ def _alive(holder: Holder, restart: int) -> bool | None:
     except (OSError, subprocess.SubprocessError):
         return None
     state = (states or {}).get(holder.job)
-    if state in (None, "COMPLETING"):  # a job that Slurm does not show may be another user's; this one is about to end
+    if state in (None, "COMPLETING"):  # not shown: maybe a job of another user; completing: still about to end
         return None
     return state in slurm.LIVE and state not in _NOT_STARTED
 
 
 def refusal(run: Path, holder: Holder | None) -> UserError:
-    """The error for a folder that ``holder`` has; None: it is not known who."""
+    """Return the error for a folder that is locked by ``holder`` (None: unknown process)."""
     who = str(holder) if holder is not None else "another process"
     return UserError(
-        f"{run}: {who} trains in this folder: wait for its end, end it with `mmtrain runs stop {run}`, or choose"
-        f" another folder with name=… or --run-dir. If it is certain that nothing trains there, delete {run / NAME}"
+        f"{run}: {who} is training in this folder. Wait until it ends, stop it with `mmtrain runs stop {run}`, or"
+        " choose another folder with name=… or --run-dir. If you are sure that no process trains there, delete"
+        f" {run / NAME}"
     )
 
 
@@ -216,7 +221,7 @@ def _beaten(run: Path) -> float:
 
 
 def _now(run: Path) -> float:
-    """The time by the storage's own clock."""
+    """Return the current time by the clock of the storage."""
     probe = run / ".writable"
     try:
         probe.touch()
@@ -228,18 +233,18 @@ def _now(run: Path) -> float:
             probe.unlink()
 
 
-def _beat(run: Path, me: Holder, over: threading.Event) -> None:
-    """Give signs of life until ``over``; end this process where another one has taken the folder."""
+def _beat(run: Path, holder: Holder, over: threading.Event) -> None:
+    """Write beats until ``over`` is set. End this process if another one has taken over the folder."""
     while not over.wait(BEAT):
         try:
             os.utime(run / NAME)
         except OSError:
-            continue  # a folder that is gone is found where it is written to
+            continue  # if the folder was deleted, the next write to it reports that
         other = Holder.of(run)
-        if other is not None and other.token != me.token:
+        if other is not None and other.token != holder.token:
             logger.error(
-                "%s: %s has taken this folder, since this process gave no sign of life for more than %.0f s; it ends"
-                " here, and what was saved is safe",
+                "%s: %s has taken over this folder, because this process gave no sign of life for more than %.0f s."
+                " This process ends now; saved checkpoints are safe",
                 run,
                 other,
                 STALE,

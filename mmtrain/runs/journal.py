@@ -1,19 +1,20 @@
-"""``jobs.jsonl`` of a run folder: every job that was submitted, started or ended for the run, a line each.
+"""The journal of a run (``jobs.jsonl``): one line for each job that was submitted, started or ended.
 
-Also what the tasks of a Slurm job leave in the folder, which decides whether the job is queued again.
+This module also reads and writes the files that the tasks of a Slurm job leave in the run folder. They decide whether
+the job is requeued.
 
 Kinds of lines, all with ``time`` (Unix seconds):
 
-- ``submitted``: ``job`` (Slurm's id), ``nodes`` (number or range, as text), ``tasks`` (a node).
+- ``submitted``: ``job`` (Slurm's id), ``nodes`` (number or range, as text), ``tasks`` (per node).
 - ``started``: written by rank 0. ``job`` (None without Slurm), ``restart`` (Slurm's count, from 0), ``hosts``,
   ``world``; without Slurm also ``pid`` (of rank 0) and ``host``.
-- ``data_changed``: the run continued with other data, since ``data.accept_changes`` was set: ``step``, ``changes``.
-- ``data_recorded``: a run of an earlier version has no fingerprint of its data, and got one: ``step``.
+- ``data_changed``: the run continued with changed data (``data.accept_changes``). ``step``, ``changes``.
+- ``data_recorded``: a run of version 0.1.0 received a fingerprint of its data. ``step``.
 - ``ended``: ``job``, ``restart``, ``reason`` (one of :data:`REASONS`), ``requeued``, ``step`` (of the newest
   checkpoint).
 
-A line of it, or of ``metrics.jsonl``, may be torn by a kill, or damaged by a disk or a hand. One such line must not
-hide the others, let alone other runs: readers leave it out and count it.
+A line of the journal or of ``metrics.jsonl`` may be incomplete after a kill, or damaged. Readers skip and count such
+lines, so that they do not hide other lines or other runs.
 """
 
 from __future__ import annotations
@@ -33,26 +34,27 @@ from mmtrain.runs import slurm
 
 @dataclass(frozen=True)
 class JobAttempt:
-    """One start of a Slurm job: its id, and how often it had been started before."""
+    """One start of a Slurm job: its id, and the number of earlier starts."""
 
     job: str
     restart: int
 
     @classmethod
     def current(cls) -> JobAttempt:
+        """Return the job attempt of this process (job "0" outside Slurm)."""
         return cls(os.environ.get("SLURM_JOB_ID", "0"), slurm.restart_count())
 
     def failure_folder(self, run: Path) -> Path:
-        """The folder with a file for each rank that raised an error."""
+        """Return the folder with one file for each rank that raised an error."""
         return run / "failures" / f"{self.job}_{self.restart}"
 
     def failure_reports(self, run: Path) -> list[dict[str, Any]]:
-        """What the ranks that raised an error left, the causes before those that only lost their connection."""
+        """Read the reports of ranks that raised an error: causes first, then ranks that only lost their connection."""
         found = []
         for path in sorted(self.failure_folder(run).glob("rank_*.json")):
             try:
                 found.append({**json.loads(path.read_text()), "at": path.stat().st_mtime})
-            except ValueError:  # cut off by a kill
+            except ValueError:  # incomplete after a kill
                 continue
         return sorted(found, key=lambda report: (report["follows"], report["at"]))
 
@@ -60,11 +62,11 @@ class JobAttempt:
         return run / f".left_{self.job}_{self.restart}"
 
     def note_clean_stop(self, run: Path, signal: str) -> None:
-        """Say that all ranks have left in good order, with a checkpoint, because of ``signal``."""
+        """Record that all ranks saved a checkpoint and stopped because of ``signal``."""
         self._note(run).write_text(signal)
 
     def take_clean_stop(self, run: Path) -> str | None:
-        """The signal of :meth:`note_clean_stop`, which is forgotten then; None where there was no such note."""
+        """Return and delete the signal that :meth:`note_clean_stop` recorded, or return None."""
         try:
             signal = self._note(run).read_text()
         except FileNotFoundError:
@@ -73,20 +75,20 @@ class JobAttempt:
         return signal
 
 
-#: Why a job ended: the run was finished; a signal announced a preemption, a time limit; somebody asked it to stop; a
-#: rank raised an error; a rank or a node was lost without a word; nodes could not work together.
+#: Why a job ended: run finished; preempted; time limit; stopped by a user; error of a rank; a rank or node was lost
+#: without an error; nodes failed the checks before the start.
 REASONS = ("finished", "preempted", "timeout", "stopped", "failed", "lost", "bad_nodes")
 
 NAME = "jobs.jsonl"
 
 
 def record(run: Path, kind: str, **values: Any) -> None:
-    """Append a line to the journal of the run folder ``run``."""
+    """Append a line of the given kind to the journal of the run folder ``run``."""
     append_json_line(run / NAME, {"kind": kind, **values, "time": time.time()})
 
 
 def record_start(run: Path, world: int) -> None:
-    """Note that this process, rank 0 of ``world``, begins to train."""
+    """Record that this process, rank 0 of ``world`` ranks, starts to train."""
     if "SLURM_JOB_ID" not in os.environ:
         host = gethostname()
         record(run, "started", job=None, restart=0, hosts=[host], world=world, pid=os.getpid(), host=host)
@@ -94,55 +96,55 @@ def record_start(run: Path, world: int) -> None:
         attempt = JobAttempt.current()
         try:
             hosts = slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
-        except (KeyError, UserError):  # in a container Slurm's programs may be missing: that must not stop a run
+        except (KeyError, UserError):  # Slurm's programs may be missing in a container
             hosts = [gethostname()]
         record(run, "started", job=attempt.job, restart=attempt.restart, hosts=hosts, world=world)
 
 
 def began_here(run: Path) -> bool:
-    """True where the journal's last word is that this process, outside of Slurm, began to train."""
+    """Return whether the last line of the journal is the start of this process, outside Slurm."""
     lines = [line for line in read(run) if line.get("kind") in ("submitted", "started", "ended")]
     begin = lines[-1] if lines else {}
-    mine = begin.get("pid") == os.getpid() and begin.get("host") == gethostname()
-    return mine and begin.get("kind") == "started" and begin.get("job") is None
+    this_process = begin.get("pid") == os.getpid() and begin.get("host") == gethostname()
+    return this_process and begin.get("kind") == "started" and begin.get("job") is None
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """The lines of the journal of ``run``, oldest first; none where there is no journal."""
+    """Read the journal of ``run``, oldest line first. Return an empty list if there is none."""
     return read_lines(run / NAME).lines
 
 
 def last_job(run: Path) -> str | None:
-    """The id of the Slurm job that was last submitted for ``run``."""
+    """Return the id of the newest Slurm job of ``run``, or None."""
     jobs = [line["job"] for line in read(run) if line["kind"] in ("submitted", "started") and line.get("job")]
     return jobs[-1] if jobs else None
 
 
 Line = dict[str, Any]
 
-#: Numbers in a line. A loss may have become infinite or NaN; the others are finite and not negative.
+#: Keys with numbers: measured ones may be infinite or NaN; the others must be finite and not negative.
 _MEASURED = frozenset({"loss", "lr", "grad_norm", "top1", "top5", "mse", "mae", "samples_per_second"})
 _COUNTED = frozenset({"step", "from_step", "samples", "epoch", "time", "step_seconds"})
-#: No step, number of samples or time is larger: they are exact in a float, and a date can be made of the time.
+#: Upper limits: integers up to 2**53 are exact in a float; times can be converted to a date.
 _MOST, _LAST_TIME = 2**53, 1e11
 
 
 class Lines(NamedTuple):
-    """``damaged``: how many lines were left out; ``first``: the number of the first of them, from 1."""
+    """Valid lines of a file, the number of damaged lines, and the number of the first damaged line, from 1."""
 
     lines: list[Line]
     damaged: int
     first: int | None
 
     def warning(self, file: Path) -> str | None:
-        """A sentence about the lines that were left out; None where there are none."""
+        """Return a warning about damaged lines of ``file``, or None if there are none."""
         if not self.damaged:
             return None
-        return f"{file}: {self.damaged} damaged line(s) left out, the first of them line {self.first}"
+        return f"{file}: {self.damaged} damaged line(s) skipped, the first is line {self.first}"
 
 
 def sound_line(text: str) -> Line | None:
-    """The object in a line where its kind is text and its numbers are numbers; None for others."""
+    """Parse a line. Return None unless it is an object with a textual ``kind`` and valid numbers."""
     line = parse_json_line(text)
     if line is None or not isinstance(line.get("kind"), str):
         return None
@@ -160,7 +162,7 @@ def _sound(key: str, value: Any) -> bool:
 
 
 def sound_lines(content: str) -> Lines:
-    """The lines of ``content`` that can be used, oldest first. An empty one is no damage, nor one without an end."""
+    """Parse the valid lines of ``content``. Empty lines and an incomplete last line do not count as damaged."""
     found: list[Line] = []
     damaged, first = 0, None
     texts = content.splitlines()
@@ -175,7 +177,7 @@ def sound_lines(content: str) -> Lines:
 
 
 def read_lines(file: Path) -> Lines:
-    """The lines of ``file`` that can be used; none where there is no such file."""
+    """Parse the valid lines of ``file``. Return no lines if the file does not exist."""
     try:
         return sound_lines(file.read_text(errors="replace"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Print the logs of a run, and follow what is written to them."""
+"""Print the logs of a run, and follow them while they grow."""
 
 from __future__ import annotations
 
@@ -12,19 +12,23 @@ from mmtrain.runs import journal, slurm
 from mmtrain.runs.reader import check_run_folder, read_run
 from mmtrain.runs.status import last_launch
 
-#: How many lines of a log are shown, and the seconds between two looks at what was added.
+#: Number of lines of a log that are shown; seconds between two checks for new lines.
 _LINES, _EVERY = 200, 0.5
-# submitit's names; a log without a rank, such as JOB_log.out of the batch script itself, does not match
+# Names chosen by submitit. Logs without a rank, such as JOB_log.out of the batch script, do not match.
 _RANK_LOG = re.compile(r"(?P<job>.+)_(?P<rank>\d+)_log\.(out|err)")
 
 
 def show_logs(run: str, rank: int, *, follow: bool = False) -> None:
-    """Print the paths of the logs of ``rank`` and their last lines; with ``follow``, what comes after, until Ctrl-C."""
+    """Print the paths of the logs of ``rank`` and their last lines.
+
+    Args:
+        follow: continue to print new lines until Ctrl-C.
+    """
     folder = check_run_folder(run)
     reached: dict[Path, int] = {}
     try:
         while True:
-            for path in log_files(folder, rank):  # asked again each time, since another job may have begun
+            for path in log_files(folder, rank):  # searched each time, since a new job may have started
                 reached[path] = print_from(path, reached[path]) if path in reached else _print_end(path)
             if not follow:
                 return
@@ -34,33 +38,33 @@ def show_logs(run: str, rank: int, *, follow: bool = False) -> None:
 
 
 def log_files(folder: Path, rank: int) -> list[Path]:
-    """The log files of ``rank``: output and errors of the newest Slurm job, or the run's own log.txt.
+    """Return the log files of ``rank``: stdout and stderr of the newest Slurm job, or log.txt without Slurm.
 
     Raises:
-        UserError: when there are none, with the ranks that have some.
+        UserError: if there are none, with the ranks that have logs.
     """
     own = folder / "log.txt"
     jobs = {path: found for path in folder.glob("slurm/*_log.*") if (found := _RANK_LOG.fullmatch(path.name))}
     launch = last_launch(read_run(folder, recent=1))
-    # rank 0 of a Slurm job writes log.txt too, so that its age does not tell where the run was last
+    # Rank 0 of a Slurm job writes log.txt too, so its existence does not show that the last launch was without Slurm.
     here = not launch.get("job") if launch else not jobs
     if here and own.is_file():
         if rank:
-            raise UserError(f"{own} is that of rank 0, and of rank {rank} there is none: leave out --rank")
+            raise UserError(f"--rank {rank}: this run has a log of rank 0 only ({own}). Omit --rank")
         return [own]
     if here or not jobs:
-        raise UserError(f"{folder} has no logs yet: its job has not begun (see `mmtrain runs`)")
+        raise UserError(f"{folder} has no logs yet, since its job has not started. See `mmtrain runs`")
     newest = jobs[max(jobs, key=lambda path: path.stat().st_mtime)]["job"]
     ranks = {path: int(found["rank"]) for path, found in jobs.items() if found["job"] == newest}
-    if files := sorted((path for path, its in ranks.items() if its == rank), reverse=True):
+    if files := sorted((path for path, owner in ranks.items() if owner == rank), reverse=True):
         return files
     first, last = min(ranks.values()), max(ranks.values())
-    there = f"rank {first}" if first == last else f"ranks {first} to {last}"
-    raise UserError(f"{folder}: job {newest} has no log of rank {rank}; it has {there}")
+    existing = f"rank {first}" if first == last else f"ranks {first} to {last}"
+    raise UserError(f"--rank {rank}: job {newest} of {folder} has no log of this rank, only of {existing}")
 
 
 def _print_end(path: Path) -> int:
-    """Print the path and the last lines; returns how far the file was read."""
+    """Print the path and the last lines of a log. Return the number of bytes read."""
     print(f"== {path} ==")
     with path.open("rb") as file:
         for line in deque(file, _LINES):
@@ -69,8 +73,8 @@ def _print_end(path: Path) -> int:
 
 
 def print_from(path: Path, reached: int) -> int:
-    """Print what was written to ``path`` after byte ``reached``; returns how far it was read."""
-    if path.stat().st_size < reached:  # begun anew
+    """Print the content of ``path`` after byte ``reached``. Return the number of bytes read so far."""
+    if path.stat().st_size < reached:  # the file was replaced
         return _print_end(path)
     with path.open("rb") as file:
         file.seek(reached)
@@ -79,7 +83,7 @@ def print_from(path: Path, reached: int) -> int:
 
 
 def follow_job(run: Path) -> None:
-    """Print the log of rank 0 until the run's newest job is gone from the queue; Ctrl-C leaves the job alone."""
+    """Print the log of rank 0 until the newest job of the run leaves the queue. Ctrl-C does not stop the job."""
     job, reached = journal.last_job(run), 0
     log = run / "slurm" / f"{job}_0_log.err"
     try:
@@ -91,4 +95,4 @@ def follow_job(run: Path) -> None:
                 return
             time.sleep(2)
     except KeyboardInterrupt:
-        print(f"\nthe job goes on; mmtrain runs logs {run} --follow shows it again")
+        print(f"\nThe job continues. To follow its log again, run `mmtrain runs logs {run} --follow`")

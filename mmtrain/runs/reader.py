@@ -1,4 +1,4 @@
-"""What a run folder tells of its run, read with the least work: no torch, no schema, no more lines than are needed."""
+"""Read a run folder quickly: without torch, without validating the configuration, and only as many lines as needed."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ from mmtrain.errors import UserError
 from mmtrain.runs import journal
 from mmtrain.runs.journal import Line, sound_line
 
-#: So many of the newest training lines are read for a table; a run may have written millions.
+#: Number of newest training lines that are read for the table of runs. A run may have millions of lines.
 RECENT = 200
 
-# libyaml's parser where PyYAML was built with it: ten times as fast
+# Use libyaml's parser, which is ten times as fast, if PyYAML was built with it.
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The contents of a run folder. ``written``: when it was last written to, in Unix seconds.
+    """The contents of a run folder.
 
-    ``waits``: how long each line of metrics that is not of training came after the line before it, in seconds.
-    ``damaged``: the number of the first line of metrics that cannot be used.
+    Attributes:
+        settings: the configuration, not validated.
+        journal: lines of the journal, oldest first.
+        metrics: lines of metrics, oldest first.
+        result: the result of a finished run, or None.
+        written: time of the last write to the folder, in Unix seconds.
+        waits: for each evaluation, the seconds between its line of metrics and the previous line.
+        damaged: number of the first damaged line of metrics, or None.
     """
 
     path: Path
@@ -38,17 +44,17 @@ class RunRecord:
     damaged: int | None = None
 
     def of_kind(self, kind: str) -> list[Line]:
-        """The lines of metrics of one kind, oldest first."""
+        """Return the lines of metrics of one kind, oldest first."""
         return [line for line in self.metrics if line.get("kind") == kind]
 
     def amount(self, dotted: str) -> float | None:
-        """A value of the configuration that is a number above 0; None for others."""
+        """Return a value of the configuration if it is a positive number, otherwise None."""
         value = self.setting(dotted)
         fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 2**53
         return float(value) if fits else None
 
     def setting(self, dotted: str) -> Any:
-        """A value of the configuration, such as ``train.epochs``; None where it is not there."""
+        """Return a value of the configuration, such as ``train.epochs``, or None if it is not there."""
         value: Any = self.settings
         for key in dotted.split("."):
             value = value.get(key) if isinstance(value, dict) else None
@@ -56,34 +62,34 @@ class RunRecord:
 
 
 def find_runs(root: Path) -> list[Path]:
-    """The run folders under ``root``, oldest first.
+    """Find the run folders under ``root``, oldest first.
 
     Raises:
-        UserError: where there is no such folder, or no run in it.
+        UserError: if the folder does not exist or contains no run.
     """
     if not root.is_dir():
-        raise UserError(f"{root}: there is no such folder; runs go to run_root (default: runs)")
+        raise UserError(f"{root}: no such folder. Runs are stored in the folder that run_root names (default: runs)")
     found = [path for path in root.glob("**/config.yaml") if "checkpoints" not in path.relative_to(root).parts]
     if not found:
-        raise UserError(f"{root} holds no runs yet: start one with `mmtrain train --config NAME`")
+        raise UserError(f"{root} contains no runs. Start one with `mmtrain train --config NAME`")
     return [path.parent for path in sorted(found, key=_modified)]
 
 
 def check_run_folder(path: str | Path) -> Path:
-    """The run folder ``path``.
+    """Check that ``path`` is a run folder, and return it.
 
     Raises:
-        UserError: when it is none.
+        UserError: if it is not.
     """
     if not (Path(path) / "config.yaml").is_file():
-        raise UserError(f"{path} is no run folder: it has no config.yaml (list runs with `mmtrain runs`)")
+        raise UserError(f"{path} is not a run folder: it contains no config.yaml. List runs with `mmtrain runs`")
     return Path(path)
 
 
 def read_run(path: Path, recent: int | None = RECENT) -> RunRecord:
     """Read the run folder ``path``, with the newest ``recent`` training lines (None: all).
 
-    What is torn or missing is left out: a run may be writing, or was killed while it did.
+    Missing files and incomplete lines are skipped, since the run may be writing or may have been killed while writing.
     """
     metrics, waits, damaged = _metrics(path / "metrics.jsonl", recent)
     return RunRecord(
@@ -104,7 +110,7 @@ def _metrics(file: Path, recent: int | None) -> tuple[list[Line], list[float], i
     except OSError:
         return [], [], None
     texts = content.splitlines()
-    # by their text, which is quicker than to parse them: Tracker writes "kind" first
+    # Comparing the text is faster than parsing. Tracker writes "kind" first.
     train = [text.startswith('{"kind": "train"') for text in texts]
     first = len(texts) - recent if recent is not None else 0
     lines, waits = [], []

@@ -1,4 +1,4 @@
-"""The few questions and orders that go to Slurm's own programs."""
+"""Queries and commands to Slurm, through its command-line programs."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from collections.abc import Sequence
 
 from mmtrain.errors import UserError
 
-#: States of a job that may still run, or run again.
+#: States of a job that may still run, now or again.
 LIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "STOPPED")
 
 
 def has_slurm() -> bool:
+    """Return whether Slurm is installed on this machine."""
     return shutil.which("sbatch") is not None
 
 
 def states(jobs: Sequence[str]) -> dict[str, str]:
-    """The state of each of ``jobs`` that Slurm still knows, such as RUNNING, in one question. Empty without Slurm."""
+    """Return the state, such as RUNNING, of each of ``jobs`` that Slurm still knows. Empty without Slurm."""
     return query_states(jobs) or {} if jobs else {}
 
 
 def query_states(jobs: Sequence[str]) -> dict[str, str] | None:
-    """As :func:`states`, but None where there is no Slurm, or it gives no answer: then nothing is known of any job."""
+    """Return the same as :func:`states`, or None if there is no Slurm or it does not respond."""
     if shutil.which("squeue") is None:
         return None
     known = {}
-    # an unknown id makes squeue refuse the whole list, so that it is asked for all jobs of everyone's that it knows
-    asked = subprocess.run(["squeue", "-h", "-t", "all", "-o", "%A|%T"], capture_output=True, text=True, timeout=30)
-    if asked.returncode:
+    # squeue refuses a list that contains an unknown id, so request all jobs.
+    reply = subprocess.run(["squeue", "-h", "-t", "all", "-o", "%A|%T"], capture_output=True, text=True, timeout=30)
+    if reply.returncode:
         return None
-    for line in asked.stdout.splitlines():
+    for line in reply.stdout.splitlines():
         job, _, state = line.partition("|")
         if job in jobs:
             known[job] = state
@@ -40,43 +41,46 @@ def query_states(jobs: Sequence[str]) -> dict[str, str] | None:
 
 
 def is_live(job: str) -> bool:
-    """True where ``job`` waits, runs, or is about to run again."""
+    """Return whether ``job`` is waiting, running, or requeued."""
     return states([job]).get(job) in LIVE
 
 
 def restart_count() -> int:
-    """How often Slurm had started this job before; 0 outside a job."""
+    """Return how often Slurm has restarted the job of this process. 0 outside a job."""
     found = os.environ.get("SLURM_RESTART_COUNT", "0")
     return int(found) if found.isdecimal() else 0
 
 
 def seconds_left(job: str) -> float | None:
-    """Seconds until the time limit of the running ``job``; None where there is no limit or Slurm does not tell."""
+    """Return the seconds until the time limit of the running ``job``, or None if there is no limit or no response."""
     if shutil.which("squeue") is None:
         return None
-    asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%L"], capture_output=True, text=True, timeout=30)
-    return parse_duration(asked.stdout.strip())
+    reply = subprocess.run(["squeue", "-h", "-j", job, "-o", "%L"], capture_output=True, text=True, timeout=30)
+    return parse_duration(reply.stdout.strip())
 
 
 def excluded(job: str) -> list[str]:
-    """The nodes that ``job`` must not run on."""
+    """Return the nodes that ``job`` must not run on."""
     nodes = _shown(job, "ExcNodeList")
     return hostnames(nodes) if nodes not in ("", "(null)") else []
 
 
 def restarts(job: str) -> int:
-    """How often Slurm has put ``job`` back into the queue."""
+    """Return how often Slurm has requeued ``job``."""
     return int(_shown(job, "Restarts") or 0)
 
 
 def _shown(job: str, key: str) -> str:
-    """The value of ``key`` in what scontrol shows of ``job``; empty where it is not shown."""
+    """Return the value of ``key`` in the output of ``scontrol show job``, or "" if it is not there."""
     pairs = (word.partition("=") for word in scontrol("show", "job", job).split())
     return next((value for name, _, value in pairs if name == key), "")
 
 
 def parse_duration(text: str) -> float | None:
-    """Seconds of Slurm's ``[days-]hours:minutes:seconds``, ``minutes:seconds`` or ``minutes``; None for others."""
+    """Convert Slurm's ``[days-]hours:minutes:seconds``, ``minutes:seconds`` or ``minutes`` to seconds.
+
+    Return None for any other text.
+    """
     days, dash, rest = text.rpartition("-")
     parts = rest.split(":")
     if not all(part.isdigit() for part in [*parts, *([days] if dash else [])]) or len(parts) > 3:
@@ -92,10 +96,10 @@ def parse_duration(text: str) -> float | None:
 
 
 def hostnames(nodes: str) -> list[str]:
-    """The names in Slurm's short form ``node[1-4]``.
+    """Expand Slurm's short form ``node[1-4]`` into the names of nodes.
 
     Raises:
-        UserError: where there is a range, and no scontrol to expand it.
+        UserError: if the text contains a range and scontrol is not available.
     """
     if "[" not in nodes:
         return nodes.split(",")
@@ -103,16 +107,19 @@ def hostnames(nodes: str) -> list[str]:
 
 
 def scontrol(*words: str) -> str:
-    """Run ``scontrol`` with ``words``; returns what it says.
+    """Run ``scontrol`` with the arguments ``words`` and return its output.
 
-    The signals that announce the end of the job are kept from it: a requeue sends them, and must not die of them.
+    scontrol ignores the signals that announce the end of a job, since a requeue causes them and must not be interrupted
+    by them.
 
     Raises:
-        UserError: with Slurm's own words, where it refuses, or where there is no scontrol.
+        UserError: if scontrol fails, with its message, or if it is not installed.
     """
     quiet = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
     if shutil.which("scontrol") is None:
-        raise UserError("there is no scontrol on this machine (or in this container): Slurm cannot be asked")
+        raise UserError(
+            "scontrol is not available on this machine or in this container. Run the command where Slurm is installed"
+        )
     done = subprocess.run(
         ["scontrol", *words],
         capture_output=True,

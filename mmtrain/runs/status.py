@@ -1,4 +1,4 @@
-"""The state of runs, from their folders, the processes of this machine and one question to Slurm."""
+"""Determine the status of runs from their folders, the processes of this machine, and one query to Slurm."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from mmtrain.runs.reader import Line, RunRecord, read_run
 
 
 def runs_training(pid: int) -> bool:
-    """True where the process ``pid`` is there and its command line names mmtrain or its launcher.
+    """Return whether the process ``pid`` exists and its command line names mmtrain or its launcher.
 
-    The number alone would not do: after a restart of the machine another process may have it.
+    The command line is checked because another process may have the same pid after a reboot.
     """
     try:
         command = psutil.Process(pid).cmdline()
@@ -29,22 +29,29 @@ def runs_training(pid: int) -> bool:
     return any("mmtrain" in word or "submit.py" in word for word in command)
 
 
-#: By the kind of task: the metric that chooses the best checkpoint, and which of two values is better.
+#: By kind of task: the metric that selects the best checkpoint, and the function that returns the better value.
 METRICS = {"classification": ("top1", max), "forecasting": ("mse", min)}
 
-#: Slurm's states of a job that waits for its start, or for its next.
+#: Slurm's states of a job that waits for its first or next start.
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD")
 _FAILED = ("FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "LAUNCH_FAILED")
 
-#: A live run is stalled that has written nothing for this long, in seconds, and for so many steps.
+#: A live run is stalled if it has written nothing for this many seconds and for the duration of this many steps.
 _QUIET, _QUIET_STEPS = 60.0, 10
-#: Until the first step of a job all is opened and compiled: parallel.start_timeout's default.
+#: Seconds until the first line of a job, which includes compiling: the default of parallel.start_timeout.
 _START_TIMEOUT = 1800.0
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What is known beside the folders: Slurm's states by job (None: no Slurm here), this host, the time."""
+    """Information that is not in the run folders.
+
+    Attributes:
+        now: the current time in Unix seconds.
+        host: this host.
+        slurm: Slurm's state of each job, or None if Slurm is not available here.
+        pids: pids, among those in the journals, of processes of this host that run mmtrain.
+    """
 
     now: float
     host: str
@@ -54,7 +61,17 @@ class Environment:
 
 @dataclass(frozen=True)
 class Status:
-    """What the table shows of a run; None where it is not known. ``damaged``: as in the record."""
+    """Row of the table of runs. Unknown values are None.
+
+    Attributes:
+        state: result of :func:`state_of`.
+        step: last step; ``total`` is the number of steps of the run.
+        speed: samples per second.
+        eta: seconds to the last step.
+        metric: name of the metric of ``best`` (validation) and ``test``.
+        written: time of the last write, in Unix seconds.
+        damaged: number of the first damaged line of metrics.
+    """
 
     path: Path
     model: str
@@ -74,27 +91,27 @@ class Status:
 
 
 def run_statuses(paths: Sequence[Path]) -> list[Status]:
-    """The status of each run, with one question to Slurm for all of them."""
+    """Return the status of each run, with one query to Slurm for all of them."""
     records = [read_run(path) for path in paths]
     environment = observe(records)
     return [status(record, environment) for record in records]
 
 
 def observe(records: Sequence[RunRecord]) -> Environment:
-    """Ask Slurm and the system for what the journals of ``records`` name."""
+    """Query Slurm and the operating system for the jobs and processes in the journals of ``records``."""
     host, starts = socket.gethostname(), [last_launch(record) for record in records]
     jobs = sorted({str(line["job"]) for line in starts if line and line.get("job")})
     own = [line["pid"] for line in starts if line and line.get("host") == host and isinstance(line.get("pid"), int)]
     pids = {pid for pid in own if 0 < pid < 2**31}
     try:
         states = slurm.query_states(jobs) if jobs else None
-    except (OSError, subprocess.SubprocessError):  # a silent controller makes no run lost
+    except (OSError, subprocess.SubprocessError):  # runs are not lost just because Slurm does not respond
         states = None
     return Environment(time.time(), host, states, frozenset(pid for pid in pids if runs_training(pid)))
 
 
 def status(record: RunRecord, environment: Environment) -> Status:
-    """All that the table shows of one run."""
+    """Compute the row of one run in the table."""
     name, better = METRICS.get(str(record.setting("task.kind")), ("loss", min))
     train = record.of_kind("train")
     values = [
@@ -126,17 +143,20 @@ def status(record: RunRecord, environment: Environment) -> Status:
 
 
 def state_of(record: RunRecord, environment: Environment) -> str:
-    """One of: finished, queued, running, stalled, requeued, preempted, timeout, failed, stopped, lost, unfinished."""
+    """Return the state of a run.
+
+    One of finished, queued, running, stalled, requeued, preempted, timeout, failed, stopped, lost, unfinished.
+    """
     if record.result is not None:
         return "finished"
     begin = last_launch(record)
     if begin is None:
-        return "unfinished"  # of an older mmtrain, or made by other hands
+        return "unfinished"  # created by an older mmtrain, or by hand
     return _slurm_state(record, begin, environment) if begin.get("job") else _local_state(record, begin, environment)
 
 
 def last_launch(record: RunRecord) -> Line | None:
-    """The newest line of the journal on a job that was submitted or started."""
+    """Return the newest "submitted" or "started" line of the journal, or None."""
     begins = [line for line in record.journal if line["kind"] in ("submitted", "started")]
     return begins[-1] if begins else None
 
@@ -147,14 +167,14 @@ def _local_state(record: RunRecord, begin: Line, environment: Environment) -> st
         return _ended_state(ended)
     if begin.get("host") == environment.host and begin.get("pid") not in environment.pids:
         return "lost"
-    quiet = "stalled" if begin.get("host") == environment.host else "lost"  # elsewhere only its files tell
+    quiet = "stalled" if begin.get("host") == environment.host else "lost"  # the processes of other hosts are unknown
     return quiet if is_quiet(record, begin, environment.now) else "running"
 
 
 def _slurm_state(record: RunRecord, begin: Line, environment: Environment) -> str:
     job, ended = str(begin["job"]), _end(record, begin)
     started = any(line["kind"] == "started" and str(line.get("job")) == job for line in record.journal)
-    if environment.slurm is None:  # this machine cannot ask
+    if environment.slurm is None:
         if ended:
             return "requeued" if ended.get("requeued") else _ended_state(ended)
         if not started:
@@ -165,7 +185,7 @@ def _slurm_state(record: RunRecord, begin: Line, environment: Environment) -> st
         return "requeued" if started else "queued"
     if now in slurm.LIVE and ended is None:
         return "stalled" if is_quiet(record, begin, environment.now) else "running"
-    if now in slurm.LIVE and ended and ended.get("requeued"):  # it is about to be
+    if now in slurm.LIVE and ended and ended.get("requeued"):  # Slurm still shows the ended attempt
         return "requeued"
     if ended:
         return _ended_state(ended)
@@ -177,7 +197,7 @@ def _slurm_state(record: RunRecord, begin: Line, environment: Environment) -> st
 
 
 def _end(record: RunRecord, begin: Line) -> Line | None:
-    """The line on the end of what ``begin`` began, if it ended."""
+    """Return the "ended" line of the job that ``begin`` started, or None."""
     after = record.journal[record.journal.index(begin) + 1 :]
     ends = [line for line in after if line["kind"] == "ended" and str(line.get("job")) == str(begin.get("job"))]
     return ends[-1] if ends else None
@@ -188,13 +208,13 @@ def _ended_state(ended: Line) -> str:
 
 
 def is_quiet(record: RunRecord, begin: Line, now: float) -> bool:
-    """True where a run that began with ``begin`` should have written a line since its last one."""
+    """Return whether a run that started with the line ``begin`` has written nothing for longer than expected."""
     started = float(begin.get("time", 0))
     own = [line for line in record.metrics if float(line.get("time", 0)) >= started]
     step = step_seconds(record)
     if not any(line["kind"] == "train" for line in own) or step is None:
         return now - max(record.written, started) > (record.amount("parallel.start_timeout") or _START_TIMEOUT)
-    # a line comes every log_every steps; and an evaluation, which writes none before its end, takes what it took
+    # A line is written every log_every steps. An evaluation writes none until its end; allow twice its longest time.
     due = ((record.amount("train.log_every") or 1) + _QUIET_STEPS) * step
     evaluation = 2 * max(record.waits, default=0.0)
     return now - float(own[-1].get("time", 0)) > max(_QUIET, due, evaluation)
@@ -204,7 +224,7 @@ def is_quiet(record: RunRecord, begin: Line, now: float) -> bool:
 
 
 def number(line: Line, name: str) -> float | None:
-    """The value ``name`` of a line where it is a number."""
+    """Return the value ``name`` of a line if it is a number, otherwise None."""
     value = line.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or (isinstance(value, int) and abs(value) > 2**63):
         return None
@@ -212,19 +232,22 @@ def number(line: Line, name: str) -> float | None:
 
 
 def last_step(record: RunRecord) -> int:
-    """The newest step that was noted."""
+    """Return the newest step in the metrics, or 0."""
     steps = [int(value) for line in record.metrics if (value := number(line, "step")) is not None]
     return max(steps, default=0)
 
 
 def step_seconds(record: RunRecord) -> float | None:
-    """The median time of a step over the newest lines."""
+    """Return the median time of a step over the lines that were read."""
     found = [value for line in record.of_kind("train") if (value := number(line, "step_seconds")) is not None]
     return statistics.median(found) if found else None
 
 
 def total_steps(record: RunRecord) -> int | None:
-    """How many steps the run takes: from its lengths and, since the size of the data is not kept, its last line."""
+    """Compute the number of steps of the run from its configuration and its last line of metrics.
+
+    The line gives the number of training samples (samples consumed / epochs).
+    """
     epochs, batch, most = (record.amount(f"train.{key}") for key in ("epochs", "batch_size", "max_steps"))
     for line in reversed(record.of_kind("train")):
         samples, epoch = number(line, "samples"), number(line, "epoch")
@@ -235,19 +258,19 @@ def total_steps(record: RunRecord) -> int | None:
 
 
 def eta(record: RunRecord, total: int | None) -> float | None:
-    """Seconds to the last step, at the pace of the newest lines."""
+    """Estimate the seconds to the last step from the median time of a step."""
     step = step_seconds(record)
     return None if total is None or step is None else max(total - last_step(record), 0) * step
 
 
 def restarts(record: RunRecord) -> int:
-    """How often the run was started again; of runs without a journal, how often it went on."""
+    """Return the number of restarts. For runs without a journal, the number of "resume" lines."""
     starts = sum(line["kind"] == "started" for line in record.journal)
     return starts - 1 if starts else len(record.of_kind("resume"))
 
 
 def nodes(record: RunRecord) -> str | None:
-    """The number of nodes: those it runs on, or those that were asked for."""
+    """Return the number of nodes that the run uses, or that it requested."""
     begin = last_launch(record)
     if begin is None:
         return None

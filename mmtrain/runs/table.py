@@ -1,4 +1,4 @@
-"""The table of runs."""
+"""Format the table of runs for the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.text import Text
 
 from mmtrain.runs.status import Status
 
-#: The columns in order, each with what it shows of a run.
+#: The columns in order, each with the function that returns its text.
 COLUMNS: dict[str, Callable[[Status], str]] = {
     "run": lambda s: str(s.path),
     "model": lambda s: s.model,
@@ -26,7 +26,7 @@ COLUMNS: dict[str, Callable[[Status], str]] = {
     "test": lambda s: "-" if s.test is None else f"{s.metric} {figure(s.test)}",
     "last written": lambda s: f"{span(max(time.time() - s.written, 0))} ago",
 }
-#: In a narrow terminal these go first.
+#: Columns that are omitted in a narrow terminal, in this order.
 _DISPENSABLE = ("nodes", "restarts", "samples/s", "loss", "test", "model", "last written")
 _COLORS = {
     "running": "green",
@@ -42,7 +42,7 @@ _COLORS = {
 
 
 def table(found: Sequence[Status], width: int) -> Table:
-    """The runs ``found`` as a table of at most ``width`` columns of text, if need be with fewer columns."""
+    """Build a table of runs at most ``width`` characters wide. Less important columns are omitted if needed."""
     cells = {name: [show(status) for status in found] for name, show in COLUMNS.items()}
     wide = {name: max(map(cell_len, (name, *texts))) + 2 for name, texts in cells.items()}
     shown = list(COLUMNS)
@@ -54,19 +54,19 @@ def table(found: Sequence[Status], width: int) -> Table:
         made.add_column(name, no_wrap=name != "run", overflow="fold")
     for i, status in enumerate(found):
         made.add_row(
-            # as a Text, in which square brackets of a name are no markup
+            # rich would interpret square brackets of a plain string as markup
             *(Text(cells[name][i], _COLORS.get(status.state, "") if name == "state" else "") for name in shown)
         )
     return made
 
 
 def figure(value: float | None) -> str:
-    """Four digits, or a dash."""
+    """Format a number with four significant digits, or None as "-"."""
     return "-" if value is None else f"{value:.4g}"
 
 
 def span(seconds: float) -> str:
-    """A time in one unit: 90 s, 12 min, 5 h, 3 d."""
+    """Format a duration in one unit: 90 s, 12 min, 5 h, 3 d."""
     for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
         if seconds < limit:
             return f"{seconds / unit:.0f} {name}"

@@ -1,7 +1,7 @@
-"""Tasks: the only place where model, loss, metrics and data meet.
+"""Tasks combine a model, a loss, metrics and data.
 
-A task is one module here, registered for its section with ``@TASKS.implements``. How training steps are taken belongs
-to ``mmtrain.train``.
+Each task is one module of this package. ``@TASKS.implements`` registers it for its configuration section. The train
+loop is in :mod:`mmtrain.train`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class StepKey:
-    """What a task may derive randomness of a whole step from: the same on every rank and micro-batch."""
+    """Key for the randomness of a whole step. Equal on every rank and for every micro-batch of the step."""
 
     seed: int
     step: int
 
 
 class _Head:
-    """The first samples of a source."""
+    """A data source that consists of the first ``length`` samples of another one."""
 
     def __init__(self, source: Source, length: int) -> None:
         self.source = source
@@ -47,18 +47,24 @@ class _Head:
 
 
 class Task(ABC):
-    """Model, loss, metrics and data of one kind of problem. The trainer drives any of them.
+    """Interface of a task: model, loss, metrics and data of one kind of problem.
 
-    Metrics are kept as sums over samples, so that they can be added over batches and ranks before they are divided.
+    An evaluation accumulates sums over samples, which are added over batches and ranks, and computes metrics from them.
+
+    Attributes:
+        train: the training split.
+        val: the validation split.
+        test: the test split, or None.
     """
 
-    #: The metric that chooses the best checkpoint.
+    #: The metric that selects the best checkpoint.
     metric: ClassVar[str]
+    #: Whether a higher value of ``metric`` is better.
     higher_is_better: ClassVar[bool]
-    #: The metrics that the curves show beside the loss.
+    #: The metrics that are plotted in addition to the loss.
     plotted: ClassVar[tuple[str, ...]]
 
-    #: The number of series in a sample, for a forecaster.
+    #: The number of variates in a sample, for forecasting.
     variates: int | None = None
 
     def __init__(self, config: RunConfig) -> None:
@@ -68,47 +74,51 @@ class Task(ABC):
         self.test: Source | None = None
 
     def shorten(self, length: int) -> None:
-        """Keep the first ``length`` samples of each split: for debugging only."""
+        """Keep only the first ``length`` samples of each split, for debugging."""
         self.train = _Head(self.train, length)
         self.val = _Head(self.val, length)
         self.test = _Head(self.test, length) if self.test is not None else None
 
-    def check_batch(self, local: int) -> None:  # noqa: B027 - most tasks take any batch
-        """Raise UserError when the task cannot train on batches of ``local`` samples a rank and micro-batch."""
+    def check_batch(self, local: int) -> None:  # noqa: B027 - most tasks accept any batch
+        """Raise UserError if the task cannot train with micro-batches of ``local`` samples per rank."""
 
     def check_assets(self, assets: dict[str, Any], owner: str | Path) -> None:  # noqa: B027 - as above
-        """Raise UserError where this data means something else than that of the run or export ``owner``."""
+        """Raise UserError if the data does not fit the ``assets`` of a run or export, for example other classes.
+
+        Args:
+            owner: the run folder or export, for the message.
+        """
 
     def build_model(self) -> nn.Module:
-        """The model, on torch's default device; its weights are set by the trainer, from the seed or a checkpoint."""
+        """Build the model on torch's default device. The trainer sets its weights."""
         return build_model(self.config.model)
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, key: StepKey) -> Tensor:
-        """The mean loss of a training batch, a scalar."""
+        """Return the mean loss of a training batch, a scalar."""
 
     @abstractmethod
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Sums (float64 scalars) over an evaluation batch, among them ``count``, the number of samples."""
+        """Return sums over the samples of an evaluation batch (float64 scalars). ``count`` is the number of samples."""
 
     @abstractmethod
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """The metrics from sums over a whole split."""
+        """Compute the metrics from the sums of :meth:`measure` over a whole split."""
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """What a run that goes on compares its training data by; made once, since it reads all rows of a table."""
+        """Fingerprint of the training data, which a resumed run compares. Cached, since it reads a whole table."""
         return fingerprint_of(self.train)
 
     @abstractmethod
     def assets(self) -> dict[str, Any]:
-        """What prediction needs beside the weights, as JSON values."""
+        """Return the data that prediction needs in addition to the weights, as JSON values."""
 
     def illustrate(self, model: nn.Module, folder: Path) -> list[Path]:
-        """Draw what the trained model does on the test split; returns the pictures written."""
+        """Draw plots of the trained model's results on the test split. Return the files written."""
         return []
 
 
 def build_task(config: RunConfig) -> Task:
-    """The task that ``config.task.kind`` names, with its data opened."""
+    """Build the task of ``config.task.kind`` and open its data."""
     return cast(Task, TASKS.implementation(config.task)(config))

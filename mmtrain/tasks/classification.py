@@ -1,4 +1,4 @@
-"""Image classification: cross-entropy, label smoothing, Mixup and CutMix; top-1 and top-5 accuracy."""
+"""Image classification: cross-entropy with label smoothing, Mixup and CutMix; top-1 and top-5 accuracy."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from mmtrain.plotting.runs import draw_confusion
 from mmtrain.tasks import Batch, StepKey, Task
 from mmtrain.torchvision_compat import ensure_torchvision
 
-#: A confusion matrix is drawn of at most so many classes and samples: one rank makes it while the others wait.
+#: Maximum number of classes and of samples of a confusion matrix. One rank computes it while the others wait.
 _DRAWN_CLASSES, _DRAWN_SAMPLES = 50, 1000
 
 
 @TASKS.implements(ClassificationConfig)
 class Classification(Task):
-    """Top-1 accuracy chooses the best checkpoint."""
+    """Image classification task. Top-1 accuracy selects the best checkpoint."""
 
     metric: ClassVar[str] = "top1"
     higher_is_better: ClassVar[bool] = True
@@ -35,12 +35,14 @@ class Classification(Task):
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config)
         if not isinstance(config.model, ImageModelConfig):
-            raise UserError(f"task.kind is 'classification', but model '{config.model.name}' takes no images")
+            raise UserError(
+                f"task.kind=classification: model '{config.model.name}' takes no images. Use a ViM2 model, such as model.name=vim2_tiny"
+            )
         self.options = cast(ClassificationConfig, config.task)
         self.num_classes = config.model.num_classes
         if not isinstance(config.data, ImageDataConfig):
             raise UserError(
-                f"task.kind is 'classification', but data.kind is '{config.data.kind}': use data=shards or data=ffcv"
+                f"task.kind=classification: data.kind={config.data.kind} has no images. Use data=shards or data=ffcv"
             )
         self.train, self.val, self.test, self.classes = open_images(config.data, self.num_classes, config.seed)
         self.mixup = self._mixup()
@@ -62,8 +64,8 @@ class Classification(Task):
     def check_batch(self, local: int) -> None:
         if self.mixup is not None and local % 2:
             raise UserError(
-                f"Mixup pairs the samples of a batch, and {local} per rank and micro-batch is odd: choose"
-                " train.batch_size so that an even number is left, or set task.mixup=0 task.cutmix=0"
+                f"Mixup and CutMix pair the samples of a micro-batch, but a rank has an odd number of them ({local})."
+                " Change train.batch_size so that the number is even, or set task.mixup=0 task.cutmix=0"
             )
 
     def check_assets(self, assets: dict[str, Any], owner: str | Path) -> None:
@@ -71,13 +73,13 @@ class Classification(Task):
         if not isinstance(known, list) or self.classes is None:
             return
         source = getattr(data, "root", data.kind)
-        numbers = [str(number) for number in range(len(known))]  # written where the data had no names
+        numbers = [str(number) for number in range(len(known))]  # assets contain numbers if the data had no class names
         if known == numbers and set(self.classes) != set(numbers):
-            logger.warning("%s knows no names of classes: those of %s are not compared", owner, source)
+            logger.warning("%s has no class names. The class names of %s are not checked", owner, source)
         elif found := other_classes(known, self.classes):
             raise UserError(
-                f"{source} has other classes than {owner}: {found}. Their numbers mean other things, so no figure "
-                "would be right: give data with the same classes in the same order (meta.json lists them)"
+                f"{source} has other classes than {owner}: {found}. All metrics would be wrong, since the class numbers"
+                " differ. Use data with the same classes in the same order (meta.json lists them)"
             )
 
     def loss(self, model: nn.Module, batch: Batch, key: StepKey) -> Tensor:
@@ -88,16 +90,16 @@ class Classification(Task):
         return F.cross_entropy(model(images).float(), targets)
 
     def _mix(self, images: Tensor, labels: Tensor, key: StepKey) -> tuple[Tensor, Tensor]:
-        """timm's Mixup or CutMix, with the same partner and the same mixture whatever the world size.
+        """Apply timm's Mixup or CutMix, with results that do not depend on the world size.
 
-        The partner of position p of the global batch is p + B/2: it is on the same rank and in the same micro-batch
-        when those are even. timm pairs i with -1-i, so the second half is turned round for it.
+        Position p of the global batch B is paired with p + B/2, which is in the same micro-batch of the same rank. timm
+        pairs i with -1-i, so the second half is reversed before the call.
         """
         half = len(images) // 2
         index = torch.arange(len(images), device=images.device)
         order = torch.cat([index[:half], index[half:].flip(0)])
         with generators_kept():
-            np.random.seed(mix64(key.seed, key.step).item() % 2**32)  # timm draws from numpy's global generator
+            np.random.seed(mix64(key.seed, key.step).item() % 2**32)  # timm uses NumPy's global generator
             mixed, targets = self.mixup(images[order], labels[order])
         back = torch.argsort(order)
         return mixed[back], targets[back]
@@ -123,18 +125,18 @@ class Classification(Task):
 
     @torch.no_grad()
     def illustrate(self, model: nn.Module, folder: Path) -> list[Path]:
-        """The confusion matrix of (at most some thousand) samples of the test split, where the classes are few."""
+        """Draw the confusion matrix of up to 1,000 samples of the test split, if there are at most 50 classes."""
         if self.test is None or self.num_classes > _DRAWN_CLASSES:
             return []
-        # spread over the split, since samples of a class may stand together
+        # Take samples at equal distances, since the split may be sorted by class.
         count = min(len(self.test), _DRAWN_SAMPLES)
         index = np.arange(count) * len(self.test) // count
         device, size = next(model.parameters()).device, self.config.eval.batch_size
         counts = np.zeros((self.num_classes, self.num_classes), np.int64)
         for begin in range(0, count, size):
             batch = self.test.fetch(index[begin : begin + size], None)
-            taken = model(batch["image"].to(device)).float().argmax(1).cpu()
-            np.add.at(counts, (batch["label"].numpy(), taken.numpy()), 1)
+            predicted = model(batch["image"].to(device)).float().argmax(1).cpu()
+            np.add.at(counts, (batch["label"].numpy(), predicted.numpy()), 1)
         path = folder / "confusion.png"
         of = "" if count == len(self.test) else f" of {len(self.test)}"
         draw_confusion(path, self.assets()["classes"], counts, f"{count}{of} samples of the test split")

@@ -1,4 +1,4 @@
-"""Forecasting of tables and panels: MSE and MAE on standardised values, every window counted, holes left out."""
+"""Forecasting of tables and panels: MSE and MAE of standardised values over all windows, without missing values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mmtrain.tasks import Batch, StepKey, Task
 
 @TASKS.implements(ForecastingConfig)
 class Forecasting(Task):
-    """The mean squared error on the validation split chooses the best checkpoint."""
+    """Forecasting task. The mean squared error on the validation split selects the best checkpoint."""
 
     metric: ClassVar[str] = "mse"
     higher_is_better: ClassVar[bool] = False
@@ -32,9 +32,11 @@ class Forecasting(Task):
         super().__init__(config)
         model, data = config.model, config.data
         if not isinstance(model, ForecasterConfig):
-            raise UserError(f"task.kind is 'forecasting', but model '{model.name}' makes no forecasts: use model=tsm2")
+            raise UserError(f"task.kind=forecasting: model '{model.name}' makes no forecasts. Use model=tsm2")
         if not isinstance(data, SeriesDataConfig):
-            raise UserError(f"task.kind is 'forecasting', but data.kind is '{data.kind}': use data=series (or panel)")
+            raise UserError(
+                f"task.kind=forecasting: data.kind={data.kind} has no time series. Use data=series or data=panel"
+            )
         self.options = cast(ForecastingConfig, config.task)
         self.lookback, self.horizon = model.lookback, model.horizon
         self.series = open_data(data, model)
@@ -44,54 +46,70 @@ class Forecasting(Task):
 
     def loss(self, model: nn.Module, batch: Batch, key: StepKey) -> Tensor:
         distance = F.mse_loss if self.options.loss == "mse" else F.l1_loss
-        made: Forecasts = model(batch["past"], **model_inputs(batch), full=True)
-        seen = batch.get("future_mask")
-        if seen is None:
-            loss = distance(made.point.float(), batch["future"])
+        forecasts: Forecasts = model(batch["past"], **model_inputs(batch), full=True)
+        observed = batch.get("future_mask")
+        if observed is None:
+            loss = distance(forecasts.point.float(), batch["future"])
         else:
-            loss = _mean(distance(made.point.float(), batch["future"], reduction="none"), seen)
-        for spread in self._spread(made, batch["future"]).values():
-            loss = loss + self.options.spread_weight * (spread.mean() if seen is None else _mean(spread, seen))
+            loss = _mean(distance(forecasts.point.float(), batch["future"], reduction="none"), observed)
+        for spread in self._spread(forecasts, batch["future"]).values():
+            loss = loss + self.options.spread_weight * (spread.mean() if observed is None else _mean(spread, observed))
         return loss
 
-    def _spread(self, made: Forecasts, future: Tensor) -> dict[str, Tensor]:
-        """The pinball loss or the negative log-likelihood of each number, (B, horizon, M), where the model has one."""
-        if made.quantiles is not None:
+    def _spread(self, forecasts: Forecasts, future: Tensor) -> dict[str, Tensor]:
+        """Return the pinball loss or negative log-likelihood of each target, shape (B, horizon, M).
+
+        The result is empty for a model that makes only point forecasts.
+        """
+        if forecasts.quantiles is not None:
             levels = torch.tensor(cast(Any, self.config.model).quantiles, device=future.device)
-            short = future.unsqueeze(-1) - made.quantiles.float()
+            short = future.unsqueeze(-1) - forecasts.quantiles.float()
             return {"pinball": torch.maximum(levels * short, (levels - 1) * short).mean(-1)}
-        if made.distribution is not None:
-            return {"nll": -made.distribution.log_prob(future)}
+        if forecasts.distribution is not None:
+            return {"nll": -forecasts.distribution.log_prob(future)}
         return {}
 
     def measure(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Sums of the mean over each window; with a mask ``observed`` is the sum of the shares of observed targets."""
-        made: Forecasts = model(batch["past"], **model_inputs(batch), full=True)
-        error = (made.point.float() - batch["future"]).double().flatten(1)
-        spread = self._spread(made, batch["future"])
-        seen = batch["future_mask"].flatten(1) if "future_mask" in batch else None
+        """Return sums over windows of the mean error of each window.
+
+        Unobserved targets count as 0. If the batch has a mask, ``observed`` is the sum of the fractions of observed
+        targets.
+        """
+        forecasts: Forecasts = model(batch["past"], **model_inputs(batch), full=True)
+        error = (forecasts.point.float() - batch["future"]).double().flatten(1)
+        spread = self._spread(forecasts, batch["future"])
+        observed = batch["future_mask"].flatten(1) if "future_mask" in batch else None
 
         def summed(values: Tensor) -> Tensor:
-            return (values if seen is None else values.masked_fill(~seen, 0)).mean(1).sum()
+            return (values if observed is None else values.masked_fill(~observed, 0)).mean(1).sum()
 
         return {
             "count": torch.tensor(len(error), dtype=torch.float64),
             "squared": summed(error.square()),
             "absolute": summed(error.abs()),
             **{name: summed(values.double().flatten(1)) for name, values in spread.items()},
-            **({} if seen is None else {"observed": seen.double().mean(1).sum()}),
+            **({} if observed is None else {"observed": observed.double().mean(1).sum()}),
         }
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """Means over all observed targets of all windows; ``observed``: their share, where there may be holes."""
+        """Compute means over all observed targets of all windows.
+
+        If values can be missing, ``observed`` is the fraction of observed targets.
+
+        Raises:
+            UserError: if the split contains no observed target.
+        """
         count = sums["count"]
-        held = sums.get("observed", count)
-        if not held:
-            raise UserError(f"{self.config.data.path}: a split without one observed target cannot be evaluated")  # type: ignore[attr-defined]
-        mse = sums["squared"] / held
-        spread: dict[str, float] = {name: sums[name] / held for name in ("pinball", "nll") if name in sums}
-        share = {"observed": held / count} if "observed" in sums else {}
-        return {"loss": mse, "mse": mse, "mae": sums["absolute"] / held, **spread, "samples": count, **share}
+        observed = sums.get("observed", count)
+        if not observed:
+            raise UserError(
+                f"{self.config.data.path}: a split contains only missing targets and cannot be evaluated."  # type: ignore[attr-defined]
+                " Check the values of the target columns, or change the borders of the splits"
+            )
+        mse = sums["squared"] / observed
+        spread: dict[str, float] = {name: sums[name] / observed for name in ("pinball", "nll") if name in sums}
+        fraction = {"observed": observed / count} if "observed" in sums else {}
+        return {"loss": mse, "mse": mse, "mae": sums["absolute"] / observed, **spread, "samples": count, **fraction}
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -107,36 +125,37 @@ class Forecasting(Task):
 
     @torch.no_grad()
     def illustrate(self, model: nn.Module, folder: Path) -> list[Path]:
-        """The last window of the test split: history, forecast and truth, in the units of the data."""
+        """Plot the last window of the test split: input, forecast and true values, in the units of the data."""
         source = self.series.test
         index = len(source) - 1
         batch = source.fetch(np.array([index]), None)
         batch = {name: tensor.to(next(model.parameters()).device) for name, tensor in batch.items()}
         forecast = model(batch["past"], **model_inputs(batch)).float()
         origin = self.series.origin(source, index)
-        shown = _with_holes(batch)
-        past, future, made = (origin.scaler.inverse(x[0].cpu().numpy()) for x in (*shown, forecast))
+        values = (*_masked_as_nan(batch), forecast)
+        past, future, predicted = (origin.scaler.inverse(x[0].cpu().numpy()) for x in values)
         path = folder / "forecast.png"
-        draw_forecast(path, origin.labels, past, made, truth=future, stamps=origin.stamps)
+        draw_forecast(path, origin.labels, past, predicted, truth=future, stamps=origin.stamps)
         return [path]
 
 
 def model_inputs(batch: Batch) -> dict[str, Tensor]:
-    """What the model takes beside the past, as far as the batch has it."""
+    """Return the model inputs of the batch in addition to the past: mask, static and known covariates, if present."""
     return {name: batch[name] for name in ("mask", "static", "known") if name in batch}
 
 
-def _mean(values: Tensor, seen: Tensor) -> Tensor:
-    """The mean over samples of the mean over what was ``seen`` (both (B, H, M)); a sample without any counts as 0.
+def _mean(values: Tensor, observed: Tensor) -> Tensor:
+    """Return the mean over samples of each sample's mean over observed values. Both tensors have shape (B, H, M).
 
-    Not the mean over all that was seen: that would weigh samples by the micro-batch that they came in.
+    A sample without observed values counts as 0. A mean over all observed values would weight samples by the other
+    samples of their micro-batch.
     """
-    held = seen.flatten(1).sum(1).clamp(min=1)
-    return (values.masked_fill(~seen, 0).flatten(1).sum(1) / held).mean()
+    count = observed.flatten(1).sum(1).clamp(min=1)
+    return (values.masked_fill(~observed, 0).flatten(1).sum(1) / count).mean()
 
 
-def _with_holes(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Past and future with NaN where nothing was observed."""
+def _masked_as_nan(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return past and future with NaN for values that were not observed."""
     nothing = float("nan")
     pairs = (("past", "mask"), ("future", "future_mask"))
     past, future = (batch[x].masked_fill(~batch[m], nothing) if m in batch else batch[x] for x, m in pairs)

@@ -203,7 +203,7 @@ def test_predict_refuses_what_is_no_image(cli: Cli, vision_run: Path, waves: Pat
     refused(cli("predict", vision_run, broken), "broken.png")
     refused(cli("predict", vision_run, tmp_path / "gone.png"), "gone.png")
     refused(cli("predict", vision_run, waves), "waves.csv")
-    refused(cli("predict", tmp_path, broken), "no run folder")
+    refused(cli("predict", tmp_path, broken), "not a run folder")
 
 
 def test_forecast_is_written_and_drawn(cli: Cli, series_run: Path, waves: Path, tmp_path: Path) -> None:

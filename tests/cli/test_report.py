@@ -152,7 +152,7 @@ def test_a_run_that_has_just_begun_and_one_with_torn_files(cli: Cli, tmp_path: P
 def test_bad_input_is_refused(cli: Cli, tmp_path: Path) -> None:
     done = cli("report", tmp_path / "nothing")
     assert done.returncode == 2
-    assert "no run folder" in done.stderr
+    assert "not a run folder" in done.stderr
     (tmp_path / "file").touch()
     done = cli("report", make_run(tmp_path / "run"), "--out", tmp_path / "file" / "report.html")
     assert done.returncode == 2

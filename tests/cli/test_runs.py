@@ -125,7 +125,7 @@ def test_a_run_here_is_stopped_by_a_signal(cli: Cli, tmp_path: Path, process: su
 
 def test_what_does_not_run_cannot_be_stopped(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmtrain.runs.slurm.has_slurm", lambda: False)
-    refused(cli("runs", "stop", tmp_path), "no run folder")
+    refused(cli("runs", "stop", tmp_path), "not a run folder")
     run = make_run(tmp_path / "run")
     refused(cli("runs", "stop", run), "jobs.jsonl", "Ctrl-C")
     noted(run, "started", BEGIN, job=None, restart=0, hosts=["far"], world=1, pid=1, host="far")

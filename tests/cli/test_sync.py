@@ -97,7 +97,7 @@ def test_a_record_that_is_being_written_is_left_for_later(
 def test_what_is_no_run_and_a_missing_key_are_refused(
     recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="no run folder"):
+    with pytest.raises(UserError, match="not a run folder"):
         sync_command([tmp_path])
     wandb.teardown()  # it keeps the key that it found first
     monkeypatch.delenv("WANDB_API_KEY")

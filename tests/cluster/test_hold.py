@@ -36,7 +36,7 @@ with hold_folder(Path(sys.argv[1])):
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hold, "STALE", 600)  # a test that waits for it where it should not never ends
-    monkeypatch.setattr(hold, "_LOOK", 0.05)
+    monkeypatch.setattr(hold, "_CHECK_EVERY", 0.05)
     for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
 
@@ -71,11 +71,11 @@ def _take(run: Path) -> float:
 
 
 def test_a_second_start_is_refused_and_told_who_holds_it(tmp_path: Path, other: subprocess.Popen[str]) -> None:
-    with pytest.raises(UserError, match=rf"process {other.pid} on .* trains in this folder.*mmtrain runs stop"):
+    with pytest.raises(UserError, match=rf"process {other.pid} on .* is training in this folder.*mmtrain runs stop"):
         _take(tmp_path)
     assert live_holder(tmp_path) == Holder.of(tmp_path)
     (tmp_path / hold.NAME).unlink()
-    with pytest.raises(UserError, match="another process trains in this folder"):
+    with pytest.raises(UserError, match="another process is training in this folder"):
         _take(tmp_path)  # the lock alone tells
 
 

@@ -174,7 +174,7 @@ def test_a_resume_keeps_to_the_configuration_of_the_checkpoint(
         file.write_text(to_yaml(changed))
     ended = cli("train", "--config", "mine.yaml", "--run-dir", RUN, change)
     assert ended.returncode == 2
-    assert f"{checkpoint.relative_to(here)}/config.yaml) holds a run of another configuration" in ended.stderr
+    assert f"{checkpoint.relative_to(here)}/config.yaml) contains a run with another configuration" in ended.stderr
     assert change.split("=")[0] in ended.stderr
     assert file.exists() is not gone
 

@@ -97,7 +97,7 @@ def test_a_container_of_a_slurm_job_has_no_slurm(
 
 def test_what_needs_scontrol_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="no scontrol on this machine"):
+    with pytest.raises(UserError, match="scontrol is not available on this machine"):
         slurm.hostnames("node[1-2]")
 
 

@@ -40,7 +40,7 @@ def test_a_folder_that_is_gone_is_one_message(
     run, aside = tmp_path / "run", tmp_path / "aside"
     _at_step_2(monkeypatch, lambda: run.rename(aside))
     config = load_config("vim2_digits", [*SMALL, "data.workers=0", "train.max_steps=4", f"train.log_every={log_every}"])
-    with pytest.raises(UserError, match=r"the run folder was deleted or moved while the run trained: .* --run-dir"):
+    with pytest.raises(UserError, match=r"the run folder was deleted or moved during training .* --run-dir"):
         run_training(config, run)
     assert not (run / "result.json").exists()
     if how == "moved":  # the run continues where it is now

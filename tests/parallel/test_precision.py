@@ -66,7 +66,7 @@ def _config(strategy: str, precision: str = "bf16", **how: object) -> RunConfig:
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
 def test_narrow_gathering_is_for_fsdp(strategy: str) -> None:
-    with pytest.raises(UserError, match=f"fsdp and hsdp, not {strategy}: set it to fp32"):
+    with pytest.raises(UserError, match=f"fsdp and hsdp only, not by {strategy}. Set it to fp32"):
         check_strategy(_config(strategy, gather="bf16"), 2)
     check_strategy(_config("fsdp", gather="bf16"), 2)
 
@@ -74,7 +74,7 @@ def test_narrow_gathering_is_for_fsdp(strategy: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_narrow_gathering_is_for_bf16(precision: str) -> None:
     with pytest.raises(
-        UserError, match=f"precision is '{precision}'.*set parallel.gather=fp32, or train.precision=bf16"
+        UserError, match=f"precision is '{precision}'.*Set parallel.gather=fp32 or train.precision=bf16"
     ):
         check_strategy(_config("fsdp", precision, gather="bf16"), 2)
 
@@ -82,7 +82,7 @@ def test_narrow_gathering_is_for_bf16(precision: str) -> None:
 @pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is not installed: pip install 'mmtrain[deepspeed]'")
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
 def test_zero_refuses_fp16(strategy: str) -> None:
-    with pytest.raises(UserError, match="use bf16, or fsdp"):
+    with pytest.raises(UserError, match=r"Use train.precision=bf16 or parallel.strategy=fsdp"):
         check_strategy(_config(strategy, "fp16"), 2)
 
 

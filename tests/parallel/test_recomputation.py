@@ -52,5 +52,7 @@ def test_zero3_refuses_to_recompute_selectively() -> None:
     """torch counts the operations of a region, and DeepSpeed's gathers come in another number the second time."""
     config = RunConfig()
     config.parallel.strategy, config.train.checkpointing = "zero3", "selective"
-    with pytest.raises(UserError, match="use full, or fsdp" if HAS_DEEPSPEED else "DeepSpeed"):
+    with pytest.raises(
+        UserError, match="Use train.checkpointing=full or parallel.strategy=fsdp" if HAS_DEEPSPEED else "DeepSpeed"
+    ):
         check_strategy(config, 2)

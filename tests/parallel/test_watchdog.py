@@ -135,7 +135,7 @@ def test_a_stopped_rank_is_named_by_the_others(start: Start) -> None:
         assert run.ranks[rank].returncode == EXIT_HANG, text
         assert text.count("has waited") == 1
         assert f": {run.name(1)} was last seen in step " in text
-        assert " s ago, and does not answer; the run is ended" in text
+        assert " s ago, and does not respond. The run ends" in text
         assert run.name(0) not in text
         assert run.name(2) not in text
         stacks = (run.folder / f"hang_rank{rank:05d}.txt").read_text()
@@ -156,7 +156,7 @@ def test_a_stopped_host_of_the_store_is_named(start: Start) -> None:
     for rank, text in enumerate(said, start=1):
         assert run.ranks[rank].returncode == EXIT_HANG, text
         assert f": {run.name(0)} was last seen in step " in text
-        assert "and does not answer, nor does the store" in text
+        assert "and does not respond, nor does the store" in text
         assert all(run.name(other) not in text for other in (1, 2))
 
 
@@ -199,7 +199,7 @@ def test_a_rank_that_sleeps_is_named_by_all_and_shows_where(start: Start) -> Non
     begin = run.ready()
     for rank, text in enumerate([run.said(rank) for rank in range(3)]):
         assert run.ranks[rank].returncode == EXIT_HANG, text
-        assert f": {run.name(1)} answers but is still in step 60 (data), for " in text
+        assert f": {run.name(1)} responds but has been in step 60 (data) for " in text
         assert "s in step 60 (agree) (the timeout is 2 s)" in text
     assert time.monotonic() - begin < LIMIT
     assert "all_reduce" not in (run.folder / "hang_rank00001.txt").read_text()
@@ -222,7 +222,7 @@ def test_the_start_does_not_take_for_ever(start: Start) -> None:
     run = start("slow start", 2, start=1.0, step=60.0)
     text = run.said(0)
     assert run.ranks[0].returncode == EXIT_HANG
-    assert f"in step 0 (agree) (the timeout is 1 s): {run.name(1)} answers but is still in step 0 (data)" in text
+    assert f"in step 0 (agree) (the timeout is 1 s): {run.name(1)} responds but has been in step 0 (data)" in text
 
 
 @pytest.mark.slow
@@ -275,8 +275,8 @@ def status(step: int, nth: int, again: int = 0, left: str = "", waited: float = 
 def test_only_the_farthest_behind_are_missing() -> None:
     statuses = {0: status(4, 1), 1: status(3, 0), 2: status(3, 1), 3: status(3, 0)}
     assert describe_missing(statuses, {}, False) == (
-        "rank 1 (host) answers but is still in step 3 (data), for 9 s;"
-        " rank 3 (host) answers but is still in step 3 (data), for 9 s"
+        "rank 1 (host) responds but has been in step 3 (data) for 9 s;"
+        " rank 3 (host) responds but has been in step 3 (data) for 9 s"
     )
 
 
@@ -285,20 +285,20 @@ def test_who_is_silent_or_gone_explains_who_is_behind() -> None:
     found = describe_missing(statuses, {2: 7.0}, False)
     assert "rank 1" not in found
     assert found.split("; ") == [
-        "rank 2 (host) was last seen in step 4 (agree), 7 s ago, and does not answer",
-        "rank 3 has not been seen at all",
+        "rank 2 (host) was last seen in step 4 (agree), 7 s ago, and does not respond",
+        "rank 3 has never responded",
         "rank 4 (host) has finished, in step 4 (data)",
     ]
 
 
 def test_nobody_is_missing() -> None:
     found = describe_missing({0: status(4, 1), 1: status(4, 1)}, {}, False)
-    assert found == "no rank is behind: all 2 answer and are in step 4 (agree)"
+    assert found == "no rank is behind: all 2 respond and are in step 4 (agree)"
 
 
 def test_batches_within_a_phase_decide_last() -> None:
     found = describe_missing({0: status(4, 1, again=6), 1: status(4, 1, again=2), 2: status(4, 1, again=7)}, {}, False)
-    assert found.startswith("rank 1 (host) answers")
+    assert found.startswith("rank 1 (host) responds")
     assert "rank 0" not in found
 
 

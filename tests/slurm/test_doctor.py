@@ -50,7 +50,7 @@ other = plain
     [
         (lambda value: value + 60 if isinstance(value, float) else plain(value), "far, .* has a clock|has a clock"),
         (lambda value: False if isinstance(value, bool) else plain(value), "far does not see what rank 0"),
-        (lambda value: {"host": "far", "cuda": True} if isinstance(value, dict) else value, "sees no GPU"),
+        (lambda value: {"host": "far", "cuda": True} if isinstance(value, dict) else value, "has no visible GPU"),
         (plain, None),
     ],
 )

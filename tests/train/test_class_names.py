@@ -90,7 +90,7 @@ def test_a_run_without_names_says_that_it_cannot_compare(
     with caplog.at_level(logging.WARNING, "mmtrain"):
         done = cli("eval", "run", f"data.root={other}", "--split", "val")
     assert done.returncode == 0
-    assert "run knows no names of classes" in done.stderr + caplog.text
+    assert "run has no class names" in done.stderr + caplog.text
 
 
 @pytest.mark.parametrize(("classes", "said"), [(9, r"set model\.num_classes=10"), (5, r"the largest label is 9: set")])

@@ -39,6 +39,6 @@ def test_a_stopped_rank_is_named_and_the_job_ends(vision: Path, tmp_path: Path, 
     # 4 s without a beat, some seconds to see that nobody answers, 10 s of grace before the launcher kills the rank
     assert time.monotonic() - begin < 60
     assert f"rank {stopped} (" in job.said
-    assert "does not answer" in job.said
+    assert "does not respond" in job.said
     stacks = folder / "hangs" / f"hang_rank{1 - stopped:05d}.txt"
     assert "loop.py" in stacks.read_text()

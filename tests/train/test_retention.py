@@ -151,7 +151,7 @@ def test_one_that_cannot_be_deleted_does_not_fail_the_save(
     monkeypatch.setattr(store, "_drop", refuse)
     store.save(2, tensors(2), {})
     assert store.newest() == store.at(2)
-    assert "step_00000001 could not be deleted: Device or resource busy" in caplog.text
+    assert "step_00000001: the old checkpoint could not be deleted: Device or resource busy" in caplog.text
 
 
 def test_an_asynchronous_save_is_a_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def test_a_run_killed_after_a_rollback_ends_as_one_that_was_not(series: Path, tm
 def test_without_a_checkpoint_a_spike_ends_the_run(series: Path, tmp_path: Path) -> None:
     SPIKE(0)
     config = load_config(series, (*OPTIONS, "checkpoint.every_steps=null", "eval.every_steps=14"))
-    with pytest.raises(UserError, match=r"step 8: the loss jumped to .*there is no checkpoint yet: lower optim.lr"):
+    with pytest.raises(UserError, match=r"step 8: the loss jumped to .*there is no checkpoint yet. Lower optim.lr"):
         train(config, tmp_path / "run")
 
 

@@ -36,7 +36,8 @@ class Classification(Task):
         super().__init__(config)
         if not isinstance(config.model, ImageModelConfig):
             raise UserError(
-                f"task.kind=classification: model '{config.model.name}' takes no images. Use a ViM2 model, such as model.name=vim2_tiny"
+                f"task.kind=classification: model '{config.model.name}' takes no images. Use a ViM2 model, such as"
+                " model=vim2_tiny"
             )
         self.options = cast(ClassificationConfig, config.task)
         self.num_classes = config.model.num_classes

@@ -119,7 +119,7 @@ def test_where_nobody_can_be_asked_the_beat_tells(tmp_path: Path, monkeypatch: p
     _left(tmp_path, ELSEWHERE)
     beat = threading.Timer(0.2, os.utime, args=(tmp_path / hold.NAME,))
     beat.start()
-    with pytest.raises(UserError, match="process 123 on node7 trains"):
+    with pytest.raises(UserError, match="process 123 on node7 is training"):
         _take(tmp_path)
     beat.join()
 
@@ -128,7 +128,7 @@ def test_where_nobody_can_be_asked_the_beat_tells(tmp_path: Path, monkeypatch: p
 def test_a_job_that_runs_keeps_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str) -> None:
     monkeypatch.setattr(slurm, "query_states", lambda jobs: {"7": state})
     _left(tmp_path, replace(ELSEWHERE, job="7"), age=1000)
-    with pytest.raises(UserError, match="process 123 of Slurm job 7 on node7 trains"):
+    with pytest.raises(UserError, match="process 123 of Slurm job 7 on node7 is training"):
         _take(tmp_path)
 
 

@@ -140,7 +140,7 @@ def test_a_damaged_result(use: str, content: str, here: Path, cli: Cli) -> None:
     assert ended.returncode == 2
     assert "result.json is damaged" in ended.stderr
     assert RESULTS[content] in ended.stderr
-    assert "remove it" in ended.stderr
+    assert "delete it" in ended.stderr
 
 
 def test_copies_beside_the_checkpoints_are_left_alone(here: Path, checkpoint: Path, cli: Cli) -> None:

@@ -176,7 +176,7 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"columns": ["y"], "known": ["y"]}, "name a column twice"),
     ({"static": ["price"], "columns": ["y"]}, r"static column 'price' is not constant within series 's0'"),
     ({"columns": ["y"], "missing": "fill"}, r"--missing fill: must be one of keep, ffill.*mean 'ffill'"),
-    ({"columns": ["y"], "step": "7 parsecs"}, "a number and one of"),
+    ({"columns": ["y"], "step": "7 parsecs"}, r"--step 7 parsecs: must be a number and a unit"),
     ({"columns": ["y"], "step": "min"}, r"32 rows become .*, most of them without values"),
     ({"columns": ["y"], "start": "2020-01-01"}, "--start 2020-01-01: only for a wide panel"),
     ({"columns": ["y"], "split": SplitRule("last", last=(40, 40))}, "leaves no training rows in any series"),

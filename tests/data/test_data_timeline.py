@@ -44,16 +44,16 @@ def test_steps_are_found_and_spoken(freq: str, text: str) -> None:
     assert str(found) == text
     assert found == Step.parse({"12M": "Y", "3M": "Q"}.get(text, text))
     line = Timeline(stamps(freq)[0], found)
-    places, on = line.places(stamps(freq))
+    positions, on = line.positions(stamps(freq))
     assert on.all()
-    assert places.tolist() == list(range(40))
+    assert positions.tolist() == list(range(40))
     if freq not in ("ME", "QS", "YS"):
         assert (line.stamps(3, 5) == stamps(freq)[3:8]).all()
 
 
 def test_a_bad_step_is_named() -> None:
     for text in ("", "0D", "5 fortnights", "-1h"):
-        with pytest.raises(UserError, match="step "):
+        with pytest.raises(UserError, match="--step "):
             Step.parse(text)
     assert step_of(stamps("D", 1)) is None
 
@@ -61,9 +61,9 @@ def test_a_bad_step_is_named() -> None:
 def test_gaps_do_not_change_the_step_and_odd_times_are_off_the_grid() -> None:
     times = np.delete(stamps("h"), [3, 4, 9])
     assert step_of(times) == Step.parse("h")
-    places, on = Timeline(times[0], Step.parse("h")).places(times[:1] + np.array([0, 90, 120]).astype("m8[m]"))
+    positions, on = Timeline(times[0], Step.parse("h")).positions(times[:1] + np.array([0, 90, 120]).astype("m8[m]"))
     assert on.tolist() == [True, False, True]
-    assert places[[0, 2]].tolist() == [0, 2]
+    assert positions[[0, 2]].tolist() == [0, 2]
 
 
 @given(st.sampled_from(["h", "D", "MS"]), st.randoms(use_true_random=False))
@@ -209,20 +209,20 @@ def test_a_grid_keeps_the_days_of_its_times(freq: str) -> None:
     line = timeline_of(times)
     assert line is not None
     assert line == Timeline.from_json(json.loads(json.dumps(line.to_json())))
-    places, on = line.places(times)
+    positions, on = line.positions(times)
     assert on.all()
-    assert places.tolist() == list(range(60))
+    assert positions.tolist() == list(range(60))
     assert (line.stamps(0, 60) == times).all()
-    assert not line.places(times[3:4] + np.timedelta64(1, "h"))[1].any() or line.step.months or freq == "h"
+    assert not line.positions(times[3:4] + np.timedelta64(1, "h"))[1].any() or line.step.months or freq == "h"
 
 
 def test_a_grid_of_business_days_has_no_weekends() -> None:
     line = Timeline(np.datetime64("2024-01-03", "us"), Step.parse("B"))
     assert str(line.step) == "1B"
     week = np.arange("2024-01-05", "2024-01-09", dtype="datetime64[D]")
-    places, on = line.places(week)
+    positions, on = line.positions(week)
     assert on.tolist() == [True, False, False, True]
-    assert places.tolist() == [2, 3, 3, 3]
+    assert positions.tolist() == [2, 3, 3, 3]
     assert calendar_names(line.step) == calendar_names(Step.parse("D"))
     assert step_of(stamps("B", 40)) == line.step
     assert step_of(stamps("B", 3, "2024-01-01")) == Step.parse("D")  # less than a week says nothing of weekends

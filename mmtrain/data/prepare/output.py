@@ -152,7 +152,8 @@ def _filled(out: Path, recipe: str | None, keep: bool) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError):
             # Errors of the source are reported where it is read, so this one is of the target, often a full disk.
-            raise UserError(f"{out}: writing failed ({error.strerror or error})") from error
+            cause = error.strerror or error
+            raise UserError(f"{out}: writing failed ({cause}); check the disk, or give another --out") from error
         raise
 
 

@@ -233,7 +233,7 @@ def _wide_timeline(
         logger.info("%s: the columns are not named by dates; without --start and --step the panel has no times", file)
         return None
     if (timeline := timeline_of(stamps, step)) is not None:
-        positions, valid = timeline.places(stamps)
+        positions, valid = timeline.positions(stamps)
         if valid.all() and (positions == np.arange(len(positions))).all():
             return timeline
     raise UserError(
@@ -261,7 +261,7 @@ def _with_calendar(layout: Layout, calendar: str | Path, form: TableFormat) -> L
     stamps = table.stamps
     if layout.zone is not None and table.zone is None:
         stamps = to_utc(stamps, layout.zone)  # a calendar without a zone is in the zone of the data
-    positions, valid = layout.timeline.places(stamps)
+    positions, valid = layout.timeline.positions(stamps)
     if not valid.all():
         raise UserError(
             f"--calendar {calendar}: {table.stamps[np.argmin(valid)]} is not a whole number of time steps "

@@ -56,7 +56,7 @@ def open_long(
 
 
 class _Scan:
-    """The first pass: for each series by number, its ``rows``, first time ``low`` and last time ``high`` (µs)."""
+    """The first pass: finds the number of rows, the first time and the last time (µs) of each series."""
 
     def __init__(self, files: list[Path], columns: Columns) -> None:
         self.files, self.columns, self.numbers = files, columns, dict[str, int]()
@@ -74,7 +74,7 @@ class _Scan:
         self.rows, self.low, self.high = self._found[:3, : len(self.numbers)]
 
     def _add(self, numbers: Int64s, stamps: Int64s | None) -> None:
-        """Take in rows, given by the number of their series and their time (µs)."""
+        """Add rows, given by the number of their series and their time (µs)."""
         room = self._found.shape[1]
         if len(self.numbers) > room:
             more = np.repeat([[0], [_NEVER], [-_NEVER], [-_NEVER]], max(len(self.numbers) - room, room), axis=1)
@@ -147,7 +147,7 @@ def _timeline(where: Path, scan: _Scan, step: Step | None) -> Timeline:
 
 def _positions(timeline: Timeline, microseconds: Int64s) -> Int64s:
     """Return the positions of times (µs) on the grid."""
-    return timeline.places(microseconds.astype("datetime64[us]"))[0]
+    return timeline.positions(microseconds.astype("datetime64[us]"))[0]
 
 
 class _Sorter:
@@ -174,7 +174,7 @@ class _Sorter:
             gaps = int(length.sum() - rows.sum()) + repeated
             if self.timeline is not None and gaps:
                 logger.warning(
-                    "%s: %d time steps of %s are missing, in %d series; their values are missing values",
+                    "%s: %d time steps of %s are missing, in %d series; rows without values are added for them",
                     where,
                     gaps,
                     self.timeline.step,
@@ -223,7 +223,7 @@ class _Sorter:
             position[order] = np.arange(len(series)) - np.repeat(begins, counts) + self._next[series]
             self._next[series[begins]] += counts
             return position
-        position, valid = self.timeline.places(stamps.astype("datetime64[us]"))
+        position, valid = self.timeline.positions(stamps.astype("datetime64[us]"))
         if not valid.all():
             row = int(np.argmin(valid))
             cure = "correct the times, give --step, or --time none to use the rows in the order of the file"
@@ -254,7 +254,7 @@ class _Static:
         self.of_series = np.full((len(names), series), -1, dtype=np.int64)
 
     def add(self, batch: pa.RecordBatch, numbers: Int64s, file: Path, ids: list[str]) -> None:
-        """Take in the rows of a batch."""
+        """Add the rows of a batch."""
         for name, known, stored in zip(self.names, self.codes, self.of_series, strict=True):
             encoded = batch.column(name).dictionary_encode(null_encoding="encode")
             # None replaces NaN, which is not equal to itself and thus not usable as a key.

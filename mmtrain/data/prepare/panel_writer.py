@@ -26,7 +26,7 @@ _TOLERATED = 1e-5
 
 
 class Series(NamedTuple):
-    """One series of a source."""
+    """One series to be written to a panel."""
 
     id: str
     values: Numbers  # (T, C) targets, NaN where missing
@@ -38,7 +38,7 @@ class Series(NamedTuple):
 
 @dataclass
 class Counts:
-    """Counts for meta.json."""
+    """Counts of series, rows and missing values, for meta.json."""
 
     series: int = 0
     rows: int = 0  # rows with targets

@@ -50,8 +50,8 @@ def run_jobs(work: Callable[[Job], Done], jobs: Sequence[Job], workers: int | No
                 yield done.result()
         except BrokenProcessPool as error:
             raise UserError(
-                "a worker process died, most often for lack of memory: use fewer --workers. In a script, call this "
-                "inside `if __name__ == '__main__':`, or use workers=1"
+                "a worker process died, most often for lack of memory; use fewer --workers. A Python script must call "
+                "this function inside `if __name__ == '__main__':`, or with workers=1"
             ) from error
         except Exception:
             # Running jobs still write files, which would conflict with a new start of the same command.

@@ -121,7 +121,7 @@ def _summed(entries: Sequence[Finished]) -> dict[str, int]:
 def _write_shard(job: _Job) -> Finished:
     """Write one shard, or reuse the existing one if it matches its record."""
     complete = job.known is not None and (job.skip_bad or not job.known.skipped)
-    if job.known is not None and complete and job.known.holds(job.folder, job.items):
+    if job.known is not None and complete and job.known.matches(job.folder, job.items):
         if job.known.size and job.encoder.labelled:
             index_shard(job.folder / job.name)
         return job.known
@@ -188,7 +188,7 @@ class Finished:
     skipped: list[list[str]] = field(default_factory=list)  # path and reason
     counts: dict[str, int] = field(default_factory=dict)  # counts of the encoder
 
-    def holds(self, folder: Path, items: Sequence[Item]) -> bool:
+    def matches(self, folder: Path, items: Sequence[Item]) -> bool:
         """Return whether the shard in ``folder`` is unchanged, and so are its source files."""
         path = folder / self.name
         try:
@@ -220,6 +220,7 @@ class Ledger:
         return known
 
     def add(self, entry: Finished) -> None:
+        """Append the record of a shard."""
         append_json_line(self.path, asdict(entry))
 
 

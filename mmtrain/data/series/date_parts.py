@@ -47,9 +47,9 @@ Days = NDArray[np.datetime64]
 
 @dataclass(frozen=True)
 class DateTexts:
-    """Texts (T,) of one family, split into dates and times of day. Each distinct date or time is parsed only once."""
+    """Texts (T,) of dates written in one way, split into date and time of day. Distinct parts are parsed only once."""
 
-    family: str
+    family: str  # the way in which they are written, a key of :data:`FAMILIES`
     dates: pd.DataFrame  # the groups of the pattern, one row for each distinct date
     clocks: NDArray[np.timedelta64]  # the distinct times of day, less their UTC offset
     date_of: NDArray[np.int64]  # (T,) row in ``dates``

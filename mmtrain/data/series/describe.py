@@ -34,7 +34,7 @@ class ColumnReport:
 
 @dataclass(frozen=True)
 class TableReport:
-    """Summary of a table. The texts are empty and the counts 0 without times."""
+    """Summary of a table. Without times, texts about them are empty and counts are 0."""
 
     path: Path
     rows: int
@@ -96,7 +96,8 @@ def describe_table(
     )
 
 
-def _column(column) -> ColumnReport:  # type: ignore[no-untyped-def]  # pandas is imported where it is needed
+def _column(column) -> ColumnReport:  # type: ignore[no-untyped-def]  # pandas is imported only inside functions
+    """Return the statistics of a column (pandas.Series)."""
     import pandas as pd
 
     if not pd.api.types.is_numeric_dtype(column):
@@ -170,7 +171,7 @@ class PanelReport:
 
 
 def describe_panel(panel: Panel, path: Path | None = None) -> PanelReport:
-    """Summarise a panel; reads all of it once, one chunk at a time.
+    """Return a summary of a panel, reading all of it once, one chunk at a time.
 
     Args:
         path: the path to report; None: the folder of the panel.

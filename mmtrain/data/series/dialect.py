@@ -65,7 +65,7 @@ class Dialect:
 
 
 def examine(stream: BinaryIO, where: str, separator: str | None = None, decimal: str | None = None) -> Dialect:
-    """Detect the format of a CSV; reads all of it.
+    """Detect the format of a CSV file by reading all of it.
 
     Args:
         stream: a seekable stream. On return it is at its start.
@@ -105,7 +105,7 @@ def examine(stream: BinaryIO, where: str, separator: str | None = None, decimal:
         surplus = _count_rows(stream, encoding, mark, len(names), lines, where)
         if surplus:
             logger.warning("%s: each row ends with %d empty field(s) without a column name; ignored", where, surplus)
-        names += [f"{UNNAMED}{len(names) + place}" for place in range(surplus)]
+        names += [f"{UNNAMED}{len(names) + number}" for number in range(surplus)]
     stream.seek(0)
     if encoding != "utf-8":
         logger.info("%s: decoded as %s%s", where, encoding, "" if encoding != "cp1252" else ", since it is not UTF-8")
@@ -174,7 +174,7 @@ def _sample(stream: BinaryIO, encoding: str, where: str) -> str:
         end = max(found.rfind(b"\n"), found.rfind(b"\r")) + 1
         if len(found) > _LONGEST_HEADER:
             raise UserError(
-                f"{where}: cannot be read as a table (its first line is longer than {_LONGEST_HEADER} bytes)"
+                f"{where}: cannot be read as a table (the first line exceeds {_LONGEST_HEADER} bytes; is it a CSV?)"
             )
     return found.decode("cp1252" if encoding == "cp1252" else "utf-8").removeprefix("\ufeff")
 
@@ -197,6 +197,7 @@ def _body(sample: str) -> str:
 
 
 def _blank(row: list[str]) -> bool:
+    """Return whether a row is an empty line."""
     return not row or (len(row) == 1 and not row[0].strip())
 
 

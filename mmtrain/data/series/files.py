@@ -141,6 +141,7 @@ def _examined(path: Path, changed: int, size: int, separator: str | None, decima
 
 
 def _read_csv(source: Path | BinaryIO, dialect: Dialect) -> pd.DataFrame:
+    """Read a CSV of the given format; empty columns without a name are dropped."""
     import pandas as pd
 
     with warnings.catch_warnings():
@@ -159,6 +160,7 @@ def _read_csv(source: Path | BinaryIO, dialect: Dialect) -> pd.DataFrame:
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
+    """Read a parquet file; times in its index become the first column."""
     import pandas as pd
 
     frame = pd.read_parquet(path)

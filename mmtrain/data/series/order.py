@@ -24,7 +24,7 @@ Int64s = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Regularity:
-    """The faults of a time column. Steps of months or business days count as regular."""
+    """Result of :func:`regularity`. Time steps of months or business days count as regular."""
 
     duplicates: int  # rows whose time also occurs in an earlier row
     irregular: int  # time steps between distinct times that differ from ``step``

@@ -224,6 +224,7 @@ def open_panel(folder: str | Path) -> Panel:
 
 
 def _meta(folder: Path) -> dict[str, Any]:
+    """Read meta.json and check kind and format of the panel."""
     file = folder / "meta.json"
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
@@ -254,7 +255,7 @@ def _check(panel: Panel) -> None:
     count = len(panel.ids)
     per_series = {"lengths": panel.lengths, "rows": panel.rows, "first": panel.first, "groups": panel.groups}
     for name, array in {**per_series, **panel.statics}.items():
-        _need(panel, array.shape == (count,), f"{name} has shape {array.shape}, not ({count},)")
+        _need(panel, array.shape == (count,), f"the array {name} has shape {array.shape}, not ({count},)")
     fits = int(panel.shard_series.sum()) == count and len(panel.shard_series) == len(panel.values)
     _need(panel, fits, "shards.npy does not match the number of series and shards")
     fits = bool((panel.lengths <= panel.rows).all() and (panel.lengths >= 0).all())
@@ -271,11 +272,11 @@ def _check(panel: Panel) -> None:
             fits = array.shape == shape and array.dtype in (np.float32, np.float64)
             fault = f"{name}-{number:05d}.npy is {array.dtype} {array.shape}, not float32 or float64 {shape}"
             _need(panel, fits, fault)
-    _need(panel, panel.shared.ndim == 3, f"shared.npy has shape {panel.shared.shape}")
-    groups, places, width = panel.shared.shape
+    _need(panel, panel.shared.ndim == 3, f"shared.npy has shape {panel.shared.shape}, not three dimensions")
+    groups, length, width = panel.shared.shape
     last = int((panel.first + panel.rows).max())
-    fits = width == len(panel.shared_columns) and (not width or (places >= last and int(panel.groups.max()) < groups))
-    _need(panel, fits, f"shared.npy has shape {panel.shared.shape}")
+    fits = width == len(panel.shared_columns) and (not width or (length >= last and int(panel.groups.max()) < groups))
+    _need(panel, fits, f"shared.npy has shape {panel.shared.shape}, too small for the series and columns of the panel")
     _need(panel, int(min(panel.first.min(), panel.groups.min())) >= 0, "first.npy or groups.npy has a value below 0")
 
 

@@ -102,6 +102,7 @@ class _Sums:
         self.noise = 0.0
 
     def add(self, values: Numbers) -> None:
+        """Add the rows of an array (n, width)."""
         if not len(values) or not self.width:
             return
         wide = values.astype(np.float64)
@@ -114,6 +115,7 @@ class _Sums:
         self.flag &= ((wide == 0) | (wide == 1)).all(axis=0)
 
     def scaler(self) -> Scaler:
+        """Return the scaler of all rows; flags (columns of only 0 and 1) keep mean 0 and standard deviation 1."""
         std = np.sqrt(self.squares / max(self.count, 1))
         std[std <= self.noise * np.abs(self.mean)] = 1
         std[std.astype(np.float32) == 0] = 1
@@ -151,7 +153,7 @@ class StaticColumn:
 
     @property
     def width(self) -> int:
-        """How many numbers encode a value."""
+        """Number of columns of the encoding."""
         return len(self.categories) if 0 < len(self.categories) <= MOST_ONE_HOT else 1
 
     def encode(self, values: NDArray[Any]) -> NDArray[np.float32]:
@@ -286,7 +288,7 @@ class PanelInputs:
         self._calendar_rows: Floats | None = None
 
     def batch(self, series: Int64s, stop: Int64s, variates: int) -> dict[str, Tensor]:
-        """See :class:`~mmtrain.data.series.windows.Covariates`."""
+        """Return the covariates of a batch of windows; see :class:`~mmtrain.data.series.windows.Covariates`."""
         import torch
 
         made = {}

@@ -166,7 +166,7 @@ def check_scaler(mean: NDArray[np.floating], std: NDArray[np.floating], fault: s
 
 @dataclass(frozen=True)
 class SplitRule:
-    """A rule that splits tables and panels."""
+    """A rule that divides the rows of tables and panels into train, validation and test."""
 
     kind: str  # etth, ettm, ratio, date or last
     parts: tuple[float, ...] = ()  # ratio: shares of train, validation and test
@@ -255,6 +255,7 @@ class SplitRule:
         return np.stack([a, b, lengths], axis=1)
 
     def _last(self) -> tuple[int, int]:
+        """Return the numbers of validation and test time steps."""
         if len(self.last) != 2 or min(self.last) < 0:
             raise UserError(
                 f"data.last={list(self.last)}: must be the numbers of validation and test time steps, such as [28, 28]"
@@ -290,5 +291,5 @@ def guess_split(name: str) -> SplitRule:
 
 def _position_from(timeline: Timeline, date: np.datetime64) -> int:
     """Return the first position of the timeline at ``date`` or later."""
-    position = int(timeline.places(np.array([date]))[0][0])
+    position = int(timeline.positions(np.array([date]))[0][0])
     return position if timeline.stamps(position, 1)[0] >= date else position + 1

@@ -69,8 +69,8 @@ def read_table(
         missing: handling of missing values (empty, NaN, infinite): "error", "ffill" (last value before, never from the
             future), "interpolate" (linear; nearest value at the ends), "zero", or "mask" (keep as NaN).
         data_root: see :func:`~mmtrain.data.series.files.find_table`.
-        known: columns known in advance, which are not targets. Rows at the end with values in these columns only lie
-            after the last target. Missing values are handled as in targets, except that "mask" acts as "error".
+        known: columns known in advance, which are not targets. They may have values in rows after the last target.
+            Missing values are handled as in targets, except that "mask" acts as "error".
         form: how the file is written, and how rows with the same time are handled.
 
     Raises:
@@ -171,6 +171,7 @@ def find_time_column(frame: pd.DataFrame, file: Path, wanted: str | None) -> str
 def _columns(
     frame: pd.DataFrame, file: Path, time_name: str | None, wanted: Sequence[str] | None, known: Sequence[str] = ()
 ) -> list[str]:
+    """Return the names of the target columns; UserError for invalid ``wanted`` or ``known`` columns."""
     every = [name for name in frame.columns if name != time_name]
     for name in known:
         if name not in every or name in (wanted or ()):

@@ -65,7 +65,7 @@ class TableInputs:
         return [*self.calendar, *self.columns]
 
     def batch(self, series: Int64s, stop: Int64s, variates: int) -> dict[str, Tensor]:
-        """See :class:`~mmtrain.data.series.windows.Covariates`."""
+        """Return the covariates of a batch of windows; see :class:`~mmtrain.data.series.windows.Covariates`."""
         if not self.matrix.shape[1]:
             return {}
         return {"known": known_batch(runs(self.matrix, stop - self.steps, self.steps), variates)}

@@ -52,7 +52,7 @@ class Step:
         number, unit = (int(found[1] or 1), found[2]) if found else (0, "")
         if number < 1 or unit not in {**UNITS, **_MONTHS, _BUSINESS: 1}:
             known = ", ".join((*UNITS, _BUSINESS, *_MONTHS))
-            raise UserError(f"step {text!r}: must be a number and one of {known}, such as 15min or 1D")
+            raise UserError(f"--step {text}: must be a number and a unit ({known}), such as 15min or 1D")
         if unit == _BUSINESS:
             return cls(number, business=True)
         return cls(number * _MONTHS[unit], months=True) if unit in _MONTHS else cls(number * UNITS[unit])
@@ -112,13 +112,13 @@ class Timeline:
         made.stamps(0, 1)
         return made
 
-    def places(self, stamps: Stamps) -> tuple[Int64s, NDArray[np.bool_]]:
+    def positions(self, stamps: Stamps) -> tuple[Int64s, NDArray[np.bool_]]:
         """Return the position (int64) of each time, and whether the time is on the grid.
 
         The position of a time that is not on the grid has no meaning. With steps of months only the month is compared.
         """
         if self.zone is not None:
-            return self.local.places(to_local(stamps, self.zone))
+            return self.local.positions(to_local(stamps, self.zone))
         if self.step.months:
             passed = (stamps.astype("datetime64[M]") - self.origin.astype("datetime64[M]")).astype(np.int64)
         elif self.step.business:
@@ -156,8 +156,8 @@ def to_local(stamps: Stamps, zone: str) -> Stamps:
 def to_utc(stamps: Stamps, zone: str) -> Stamps:
     """Convert local times of ``zone`` to UTC.
 
-    A local time that occurs twice (end of summer time) is its first occurrence. A local time that does not exist (start
-    of summer time) becomes the next existing one.
+    A local time that occurs twice (end of summer time) is read as its first occurrence. A local time that does not
+    exist (start of summer time) becomes the next existing one.
     """
     import pandas as pd
 
@@ -197,7 +197,7 @@ class _Days:
         self._low = self._high = 0
 
     def see(self, times: Stamps) -> None:
-        """Take in more times."""
+        """Add times."""
         days, months = times.astype("datetime64[D]"), times.astype("datetime64[M]")
         numbers = days.astype(np.int64)
         self._low = min(self._low, int(numbers.min())) if self._clocks else int(numbers.min())
@@ -242,14 +242,14 @@ class Steps:
         self._days = _Days()
 
     def add(self, microseconds: Int64s) -> None:
-        """Take in differences (int64 µs) between adjacent times of a series; they may be 0 or negative."""
+        """Add differences (int64 µs) between adjacent times of a series; they may be 0 or negative."""
         known, counts = np.unique(microseconds, return_counts=True)
         for step, count in zip(known.tolist(), counts.tolist(), strict=True):
             self.counts[step] += count
         self.backward += int((microseconds < 0).sum())
 
     def see(self, stamps: Int64s) -> None:
-        """Take in times (int64 µs) of any series."""
+        """Add times (int64 µs) of any series."""
         if not len(stamps):
             return
         times = stamps.astype("datetime64[us]")
@@ -313,6 +313,7 @@ def timeline_of(stamps: Stamps, step: Step | None = None) -> Timeline | None:
 
 
 def _steps(stamps: Stamps) -> Steps:
+    """Collect the time steps of one series."""
     found = Steps()
     us: Int64s = stamps.astype("datetime64[us]").astype(np.int64)
     if len(us) > 1:
@@ -338,6 +339,7 @@ def continued(stamps: Stamps, rows: int, zone: str | None = None) -> Stamps | No
 
 
 def _following(stamps: Stamps, count: int, zone: str | None) -> Stamps | None:
+    """Return the ``count`` times after ``stamps``; None if they have no time step."""
     import pandas as pd
 
     if len(stamps) < 2:

@@ -169,6 +169,7 @@ def shown(stamps: Stamps, zone: str | None) -> pd.DatetimeIndex:
 
 
 def _texts(column: pd.Series) -> pd.Series:
+    """Return the values as text without surrounding blanks."""
     return column.astype("string").str.strip()
 
 
@@ -276,7 +277,7 @@ def _ordered(texts: pd.Series, family: str, where: str) -> Reading:
             left = keep(left) or left
     if len(left) > 1 and not min(bad.values()):
         one = next(text for row, text in enumerate(unique) if len({str(stamps[row]) for stamps in left.values()}) > 1)
-        ways = " or ".join(f"{_words(order)} (data.time_format={order})" for order in left)
+        ways = " or ".join(f"{_in_words(order)} (data.time_format={order})" for order in left)
         raise UserError(
             f"{where}: {one!r} can be read as {ways}, and no other row resolves this; set data.time_format "
             "(--time-format), or write dates as 2020-12-31"
@@ -303,6 +304,7 @@ def _rising(found: dict[str, Stamps]) -> dict[str, Stamps]:
 
 
 def _is_even(stamps: Stamps) -> bool:
+    """Return whether the times, once sorted, have a regular time step."""
     times = np.unique(stamps[~np.isnat(stamps)])
     if len(times) < 3:
         return False
@@ -316,5 +318,6 @@ def _has_one_step(times: Stamps) -> bool:
     return len(np.unique(np.diff(times).astype(np.int64))) == 1
 
 
-def _words(order: str) -> str:
+def _in_words(order: str) -> str:
+    """Spell out an order such as "dmy"."""
     return ", ".join({"d": "day", "m": "month", "y": "year"}[letter] for letter in order)

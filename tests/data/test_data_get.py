@@ -425,6 +425,7 @@ def test_bare_tables_become_csv_with_stamps(server: Server, tmp_path: Path) -> N
         (gzip.compress(b"1" * (1 << 21)), "far more than"),
         (gzip.compress(b"\n" * (1 << 24)), "far more than"),
     ],
+    ids=["plain", "cut", "a row more", "a row less", "a column less", "text", "one long line", "empty lines"],
 )
 def test_bad_bare_tables(server: Server, tmp_path: Path, packed: bytes, said: str) -> None:
     server.content = packed

@@ -25,11 +25,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 
-#: Folders whose tests share a cluster, gangs of processes or runs. They stay on one worker of pytest-xdist.
-_TOGETHER = ("tests/slurm", "tests/parallel", "tests/inspect")
+#: Tests that share a cluster, gangs of processes, runs, or what FFCV compiles. They stay on one worker of pytest-xdist.
+_TOGETHER = ("tests/slurm/", "tests/parallel/", "tests/inspect/", "tests/data/test_data_ffcv")
 
 #: Groups that take minutes. They start first, so that no worker is left with one of them at the end.
-_LONGEST = ("tests/slurm", "tests/parallel", "tests/train/test_chaos.py")
+_LONGEST = ("tests/slurm/", "tests/parallel/", "tests/train/test_chaos.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -55,7 +55,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def _group(nodeid: str) -> str:
     file = nodeid.partition("::")[0]
-    return next((folder for folder in _TOGETHER if file.startswith(f"{folder}/")), file)
+    return next((prefix for prefix in _TOGETHER if file.startswith(prefix)), file)
 
 
 @pytest.fixture(scope="session")

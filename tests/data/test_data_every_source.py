@@ -205,6 +205,7 @@ def check_evaluation(source: Source, world: int, size: int, workers: int) -> Non
         assert seen == whole[rank::world]
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(kind: Kind) -> None:
     check_legs(kind, 0, 12, [(2, 1, 1, 1), (1, 2, 3, 1)], 1, 2)
     check_evaluation(kind.held_out[0], 2, 3, 1)

@@ -363,6 +363,7 @@ def test_places_that_wrap_around_are_refused(copy: Path) -> None:
         read_beton(copy)
 
 
+@pytest.mark.slow
 def test_what_betons_cannot_do_is_said(photos: Made, caplog: pytest.LogCaptureFixture) -> None:
     photos.source(augment="imagenet", os_cache=False)
     assert "data.os_cache=false does nothing with data.augment=imagenet" in caplog.text

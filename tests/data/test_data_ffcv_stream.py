@@ -79,6 +79,7 @@ def test_batches_stay_as_they_are(photos: Made) -> None:
     assert len(set(places)) < 20
 
 
+@pytest.mark.slow
 def test_the_process_is_left_as_it_was(photos: Made) -> None:
     def state() -> tuple[Any, ...]:
         return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist(), torch.get_num_threads()
@@ -131,6 +132,7 @@ def test_a_file_that_changes_under_the_run_is_refused(ffcv: None, tmp_path: Path
         list(eval_batches(sources[0], batch_size=2))
 
 
+@pytest.mark.slow
 def test_more_threads_than_numba_has_are_told_of(photos: Made, caplog: pytest.LogCaptureFixture) -> None:
     source = photos.source("val", train=False)
     with caplog.at_level(logging.WARNING, "mmtrain"):

@@ -38,6 +38,7 @@ def same(one: Panel, other: Panel) -> bool:
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.randoms(use_true_random=False), st.data())
+@pytest.mark.slow
 def test_long_wide_and_files_are_the_same(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], random: Any, draw: st.DataObject
 ) -> None:

@@ -29,6 +29,7 @@ def panel(folder: Path, lengths: list[int], shard_rows: int = 1 << 20, **keys: A
 
 @settings(max_examples=25, deadline=None)
 @given(lengths, st.integers(1, 7), st.integers(1, 4), st.integers(1, 3), st.integers(1, 60))
+@pytest.mark.slow
 def test_windows_are_plain_slices(
     lengths: list[int], lookback: int, horizon: int, stride: int, shard_rows: int
 ) -> None:

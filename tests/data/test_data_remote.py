@@ -227,6 +227,7 @@ def _fetch(folder: Path, address: str, gate: Any) -> None:
     ShardCache(folder, 10**9, pause=0.01).fetch(address)
 
 
+@pytest.mark.slow
 def test_two_processes_fetch_a_shard_once(server: Server, far: list[Path], tmp_path: Path) -> None:
     server.faults[far[0].name] = ["stall"]  # the first one is slow: the others wait for it, and for its second attempt
     context = multiprocessing.get_context("fork")

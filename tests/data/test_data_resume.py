@@ -85,6 +85,7 @@ def counted() -> Iterator[list[str]]:
 
 @settings(max_examples=15, deadline=None)
 @given(stops=st.lists(st.integers(0, SHARDS - 1), min_size=1, max_size=3))
+@pytest.mark.slow
 def test_interrupted_anywhere_and_gone_on(stops: list[int]) -> None:
     with tempfile.TemporaryDirectory() as name:
         root = folder(Path(name) / "in")

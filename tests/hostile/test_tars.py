@@ -214,6 +214,7 @@ def test_changed_shards_are_read_or_refused(target: Path, data: st.DataObject, k
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
+@pytest.mark.slow
 def test_changed_indexes_are_read_or_made_again(target: Path, data: st.DataObject) -> None:
     target.write_bytes(sample("a") + sample("c", b"2") + END)
     index_path(target).unlink(missing_ok=True)

@@ -51,6 +51,7 @@ def test_faults_are_left_out_and_listed_in_the_report(vision: Path, damaged: lis
     assert "cannot be decoded" in page
 
 
+@pytest.mark.slow
 def test_too_many_faults_stop_a_run(vision: Path, damaged: list[str], tmp_path: Path) -> None:
     config = load_config(str(vision), [*damaged, "data.faults=skip", "data.max_faults=0.001"])
     with pytest.raises(UserError, match=r"2 of 1259 samples of the train split cannot be used.*data\.max_faults"):

@@ -1,10 +1,10 @@
-"""Compile the C++ kernels into one shared library: at install time (setup.py) or on first use.
+"""Compile the C++ kernels to a shared library, at installation (setup.py) or at first use.
 
-Imports neither torch nor the rest of mmtrain: setup.py loads this file by its path.
+This module imports neither torch nor the rest of mmtrain, because setup.py loads it by its path.
 
-The kernel source is compiled once per instruction set (AVX-512, AVX2, baseline) and the library picks one at run
-time, so that a library built on one x86-64 machine serves all of them. The library carries the hash of the sources and
-flags it was made from: one that does not match the sources beside it is stale and is built again.
+The kernels are compiled for each instruction set (AVX-512, AVX2, baseline), and the library selects one at run time. So
+a library compiled on one x86-64 machine runs on all of them. The library contains a hash of its sources and flags. If
+the hash differs from that of the present sources, the library is stale and is compiled again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LIBRARY_NAME = "_kernels.so"
 INSTALLED = Path(__file__).with_name(LIBRARY_NAME)
 TIMEOUT_S = 300
 
-# No -ffast-math: a NaN that goes in must come out. The two -fno-* change no result.
+# -ffast-math is not used, because NaN must propagate. The two -fno-* flags do not change results.
 COMMON_FLAGS = (
     "-std=c++17",
     "-O3",
@@ -36,18 +36,18 @@ COMMON_FLAGS = (
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-fschedule-insns",  # with the next one, GCC fills the waits between dependent exponentials better
+    "-fschedule-insns",  # this and the next flag help GCC to hide the latency of dependent exponentials
     "-fsched-pressure",
 )
-CURE = "install a C++ compiler with OpenMP (for example `apt-get install g++`), or name one in CXX"
+CURE = "install a C++ compiler with OpenMP (for example `apt-get install g++`), or set CXX to one"
 
 
 class BuildError(RuntimeError):
-    """The library could not be built; the message says why."""
+    """The library could not be compiled. The message contains the reason."""
 
 
 class Target(NamedTuple):
-    """One compilation of the kernels: instruction set, floats a vector, and the flags for it."""
+    """One compilation of the kernels: instruction set, floats per vector, and compiler flags."""
 
     isa: str
     lanes: int
@@ -55,11 +55,12 @@ class Target(NamedTuple):
 
 
 def is_x86() -> bool:
+    """Return whether this machine has an x86-64 processor."""
     return platform.machine().lower() in {"x86_64", "amd64"}
 
 
 def targets() -> list[Target]:
-    """The instruction sets to compile for on this machine."""
+    """Return the compilations for this machine's architecture, one per instruction set."""
     baseline = Target("baseline", 4, ())
     if not is_x86():
         return [baseline]
@@ -68,7 +69,7 @@ def targets() -> list[Target]:
 
 
 def source_hash() -> str:
-    """Hash of every source file, the flags and the architecture (16 hexadecimal digits)."""
+    """Return a hash of the source files, the flags and the architecture (16 hexadecimal digits)."""
     digest = hashlib.sha256(repr((COMMON_FLAGS, targets(), platform.machine(), sys.platform)).encode())
     for path in sorted(SOURCES.iterdir()):
         if path.suffix in {".cpp", ".h"}:
@@ -77,25 +78,29 @@ def source_hash() -> str:
 
 
 def find_compiler() -> list[str]:
-    """The C++ compiler as a command: ``CXX`` if set, else the first of g++, clang++, c++ on the PATH.
+    """Return the command of the C++ compiler: ``CXX`` if set, else the first of g++, clang++, c++ on the PATH.
 
     Raises:
-        BuildError: there is none.
+        BuildError: if there is none.
     """
     named = os.environ.get("CXX", "").strip()
     if named:
         command = shlex.split(named)
         if not shutil.which(command[0]):
-            raise BuildError(f"the compiler named by CXX ({named}) was not found")
+            raise BuildError(f"CXX={named}: this compiler was not found")
         return command
     for name in ("g++", "clang++", "c++"):
         if shutil.which(name):
             return [name]
-    raise BuildError("no C++ compiler found (looked for CXX, g++, clang++, c++)")
+    raise BuildError("no C++ compiler found (CXX is not set; g++, clang++ and c++ are not on the PATH)")
 
 
 def _run_all(commands: list[list[str]]) -> None:
-    """Run compiler commands side by side; raise BuildError with the first failing one's output."""
+    """Run compiler commands in parallel.
+
+    Raises:
+        BuildError: with the output of the first command that fails.
+    """
     running: list[subprocess.Popen[str]] = []
     try:
         for command in commands:
@@ -119,15 +124,17 @@ def _run_all(commands: list[list[str]]) -> None:
 
 
 def compile_library(output: Path) -> Path:
-    """Compile the kernels into ``output``, which appears complete or not at all. Takes a few seconds.
+    """Compile the kernels to the file ``output`` and return it. This takes a few seconds.
+
+    The library is renamed to ``output`` at the end, so an incomplete file never exists there.
 
     Raises:
-        BuildError: no compiler, it failed, or ``output`` cannot be written.
+        BuildError: if there is no compiler, if it fails, or if ``output`` cannot be written.
     """
     compiler = find_compiler()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the output, so that the last step is a rename within one file system.
+        # In the folder of the output, so that the final rename is within one file system.
         with tempfile.TemporaryDirectory(prefix=".build-", dir=output.parent) as folder:
             work = Path(folder)
             commands, objects = [], []
@@ -150,28 +157,29 @@ def compile_library(output: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """``$MMTRAIN_CACHE``, else ``~/.cache/mmtrain``."""
+    """Return the folder for compiled libraries: ``$MMTRAIN_CACHE`` if set, else ``~/.cache/mmtrain``."""
     named = os.environ.get("MMTRAIN_CACHE")
     return Path(named) if named else Path.home() / ".cache" / "mmtrain"
 
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Let one process of a machine build while the others wait; without locks (some network file systems) all build."""
+    """Let one process compile while the others wait. On file systems without locks, all of them compile."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(ImportError, OSError):
             import fcntl
 
             path.parent.mkdir(parents=True, exist_ok=True)
             handle = stack.enter_context(path.open("w"))
-            fcntl.flock(handle, fcntl.LOCK_EX)  # released when the file is closed, also by a process that dies
+            fcntl.flock(handle, fcntl.LOCK_EX)  # released when the file is closed, also when the process dies
         yield
 
 
 def build_cached() -> Path:
-    """The library in the cache folder, built now if it is not there.
+    """Return the library in the cache folder, compiling it if it does not exist.
 
-    Its name carries the hash of the sources, so versions live side by side and any number of processes may call this.
+    Its name contains the hash of the sources, so the folder may contain several versions. Any number of processes may
+    call this at the same time.
 
     Raises:
         BuildError: see :func:`compile_library`.

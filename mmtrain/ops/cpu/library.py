@@ -1,4 +1,4 @@
-"""Load the kernel library and call it: the argument blocks of ``csrc/args.h`` in ctypes, and where it comes from."""
+"""Find and load the kernel library, and call its kernels. The ctypes structures mirror those of ``csrc/args.h``."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mmtrain.ops.cpu import build
 
 ISAS = ("auto", "avx512", "avx2", "baseline")
 CHUNK = 64  # kChunk: positions between two saved states
-CHANNEL_PAD = 16  # kChannelPad: channels of a group are padded to this in the saved states
+CHANNEL_PAD = 16  # kChannelPad: in the saved states, the channels of a group are padded to a multiple of this
 
 
 class View3(ctypes.Structure):
-    """A float32 or bfloat16 tensor (batch, channel, position): address, which of them, strides in elements."""
+    """A tensor (batch, channel, position): address, 1 for bfloat16 or 0 for float32, and strides in elements."""
 
     _fields_ = [("data", ctypes.c_void_p), ("narrow", ctypes.c_int64), ("strides", ctypes.c_int64 * 3)]
 
@@ -41,7 +41,7 @@ class View4(ctypes.Structure):
 
 
 class MixView(ctypes.Structure):
-    """A float32 or bfloat16 tensor (outer batch, inner batch, channel, position): as in :class:`View3`."""
+    """A tensor (outer batch, inner batch, channel, position), with the fields of :class:`View3`."""
 
     _fields_ = [("data", ctypes.c_void_p), ("narrow", ctypes.c_int64), ("strides", ctypes.c_int64 * 4)]
 
@@ -51,7 +51,7 @@ class MixView(ctypes.Structure):
 
 
 def address(tensor: Tensor | None) -> int | None:
-    """Where a tensor's elements are; None if it has none."""
+    """Return the address of a tensor's elements, or None if it has no elements."""
     return tensor.data_ptr() if tensor is not None and tensor.numel() else None
 
 
@@ -142,15 +142,15 @@ ENTRY_POINTS: dict[str, type[ctypes.Structure]] = {
 
 
 class StaleLibraryError(Exception):
-    """The library was built from other sources."""
+    """The library was compiled from other sources."""
 
 
 class KernelLibrary:
     """The loaded shared library.
 
     Raises:
-        OSError: it cannot be loaded.
-        StaleLibraryError: it was built from other sources than ``expected_hash``.
+        OSError: if it cannot be loaded.
+        StaleLibraryError: if it was compiled from sources with another hash than ``expected_hash``.
     """
 
     def __init__(self, path: Path, expected_hash: str | None) -> None:
@@ -161,12 +161,12 @@ class KernelLibrary:
                 getattr(library, name).restype = ctypes.c_char_p
             found = library.mmtrain_source_hash().decode()
             if expected_hash is not None and found != expected_hash:
-                raise StaleLibraryError(f"{path} was built from sources {found}, not {expected_hash}")
+                raise StaleLibraryError(f"{path} was compiled from other sources (hash {found}, not {expected_hash})")
             library.mmtrain_set_isa.argtypes = [ctypes.c_char_p]
             for name, args in ENTRY_POINTS.items():
                 getattr(library, f"mmtrain_{name}").argtypes = [ctypes.POINTER(args)]
             if (library.mmtrain_chunk(), library.mmtrain_channel_pad()) != (CHUNK, CHANNEL_PAD):
-                raise StaleLibraryError(f"{path} was built with another chunk length or padding")
+                raise StaleLibraryError(f"{path} was compiled with another chunk length or padding")
         except AttributeError as error:
             raise StaleLibraryError(f"{path} lacks an entry point: {error}") from error
         self._library = library
@@ -177,28 +177,35 @@ class KernelLibrary:
         return self._library.mmtrain_isa().decode()
 
     def set_isa(self, name: str) -> None:
-        """Use a narrower instruction set than the machine has ("auto": the widest).
+        """Use the instruction set ``name``; "auto" selects the best one of this machine.
 
         Raises:
-            UserError: the name is unknown, or the machine does not have it.
+            UserError: if the name is unknown or the machine does not support the instruction set.
         """
         if name not in ISAS:
-            raise UserError(f"MMTRAIN_SCAN_ISA={name!r} is none of {', '.join(ISAS)}{nearest(name, ISAS)}")
+            raise UserError(f"MMTRAIN_SCAN_ISA={name!r}: must be one of {', '.join(ISAS)}{nearest(name, ISAS)}")
         if self._library.mmtrain_set_isa(name.encode()):
-            raise UserError(f"MMTRAIN_SCAN_ISA={name}: this machine does not have {name}; use auto")
+            raise UserError(f"MMTRAIN_SCAN_ISA={name}: this machine does not support {name}; use auto")
 
     def call(self, name: str, args: ctypes.Structure) -> None:
-        """Run one kernel. ``args.threads`` is filled in with torch's number of threads."""
+        """Run the kernel ``name`` with torch's number of threads.
+
+        Raises:
+            MemoryError: if the kernel cannot allocate its buffers.
+        """
         args.threads = torch.get_num_threads()
         if getattr(self._library, f"mmtrain_{name}")(ctypes.byref(args)):
-            raise MemoryError(f"mmtrain kernel {name}: out of memory for scratch buffers")
+            raise MemoryError(f"mmtrain kernel {name}: not enough memory for its buffers")
 
 
 @dataclass(frozen=True)
 class LoadResult:
-    """The library and how it came about, or why there is none.
+    """The result of :func:`find_library`.
 
-    ``how`` is "installed", "built on first use" or "missing"; ``reason`` says why it is not the installed one.
+    Attributes:
+        library: the library, or None if there is none.
+        how: "installed", "built on first use" or "missing".
+        reason: why the installed library is not used, or "".
     """
 
     library: KernelLibrary | None
@@ -207,15 +214,15 @@ class LoadResult:
 
 
 def find_library() -> LoadResult:
-    """Take the installed library if it matches the sources, else one from the cache folder, building it if need be."""
+    """Load the installed library if it matches the sources, else that of the cache folder, compiling it if needed."""
     installed = build.INSTALLED
     expected = build.source_hash() if build.SOURCES.is_dir() else None
-    reason = f"{installed.name} was not built when mmtrain was installed"
+    reason = f"{installed.name} was not compiled when mmtrain was installed"
     if installed.exists():
         try:
             return LoadResult(KernelLibrary(installed, expected), "installed")
         except (OSError, StaleLibraryError) as error:
-            reason = f"the installed library is unusable: {error}"
+            reason = f"the installed library cannot be used: {error}"
     if expected is None:
         return LoadResult(None, "missing", f"{reason}; its sources are not installed either")
     try:
@@ -232,7 +239,7 @@ def find_library() -> LoadResult:
 
 @functools.cache
 def load() -> LoadResult:
-    """:func:`find_library`, once a process."""
+    """Call :func:`find_library` once per process and return its result."""
     result = find_library()
     if result.library:
         result.library.set_isa(os.environ.get("MMTRAIN_SCAN_ISA", "auto"))
@@ -242,8 +249,12 @@ def load() -> LoadResult:
 
 
 def loaded() -> KernelLibrary:
-    """The library, which the choice of backend has found to be there."""
+    """Return the library.
+
+    Raises:
+        UserError: if it is not available.
+    """
     library = load().library
     if library is None:
-        raise UserError(f"the C++ CPU kernels are not available: {load().reason}; cure: {build.CURE}")
+        raise UserError(f"the C++ kernels are not available: {load().reason}; cure: {build.CURE}")
     return library

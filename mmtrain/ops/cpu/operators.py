@@ -1,17 +1,18 @@
 """The C++ kernels of the scan, the convolution and the mixer as torch custom operators.
 
-``mmtrain::selective_scan_fwd`` takes u and delta (Bt, D, L) of float32 or bfloat16, all else of float32, B and C (Bt,
-G, N, L), in any strides. It returns the output, the last state (Bt, D, N) and the states at every 64th position (Bt,
-ceil(L/64) - 1, N, G·pad16(D/G)); states that are not asked for have no elements.
+``mmtrain::selective_scan_fwd`` takes u and delta (Bt, D, L) in float32 or bfloat16, B and C (Bt, G, N, L) and all other
+tensors in float32, with any strides. It returns the output, the last state (Bt, D, N) and the states at every 64th
+position (Bt, ceil(L/64) - 1, N, G·pad16(D/G)). States that are not requested have no elements.
 
-``mmtrain::causal_conv1d_fwd`` takes x (Bt, D, L) of float32 or bfloat16 and a float32 weight (D, K).
+``mmtrain::causal_conv1d_fwd`` takes x (Bt, D, L) in float32 or bfloat16 and a float32 weight (D, K).
 
-``mmtrain::selective_mix_fwd`` is the interior of a mixer. It takes x (Bt, Inner, L, D), or (Bt, Inner, L, 2D) with the
-gate behind it, of float32 or bfloat16 in any strides, and float32 parameters with the K directions first. It returns
-the output and the states at every 64th position, (Bt·Inner, K, ceil(L/64) - 1, N, pad16(D)).
+``mmtrain::selective_mix_fwd`` is the inner part of a mixer. It takes x (Bt, Inner, L, D), or (Bt, Inner, L, 2D) where
+the second half of the channels is the gate, in float32 or bfloat16 with any strides. The parameters are float32, with
+the K directions as the first dimension. It returns the output and the states at every 64th position,
+(Bt·Inner, K, ceil(L/64) - 1, N, pad16(D)).
 
-The backwards ``_bwd`` compute everything else again, and give the same bits for any number of threads. The gradient of
-an absent argument has no elements.
+The backward operators ``_bwd`` recompute everything else. Their results are bit-identical for any number of threads.
+The gradient of an argument that is None has no elements.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ def _dense(*tensors: Tensor | None) -> list[Any]:
 
 
 def _gradients(tensors: tuple[Any, ...], in_layout: tuple[int, ...] = (0,)) -> tuple[Tensor, ...]:
-    """Empty: those of ``in_layout`` in the layout of their tensors, the others dense; of None, without elements."""
+    """Allocate the gradients of ``tensors``. That of None has no elements.
+
+    Args:
+        in_layout: indices of tensors whose gradients have the strides of the tensor; the others are contiguous.
+    """
     lead = tensors[0]
     return tuple(
         lead.new_empty(0, dtype=torch.float32)
@@ -45,7 +50,7 @@ def _gradients(tensors: tuple[Any, ...], in_layout: tuple[int, ...] = (0,)) -> t
 
 
 def _zeroed(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Of an empty batch."""
+    """Set all gradients to 0, for an empty batch."""
     for gradient in gradients:
         gradient.zero_()
     return gradients
@@ -84,7 +89,7 @@ def _scan_args(tensors: tuple[Any, ...], delta_softplus: bool, reverse: bool) ->
         bias=address(bias),
         initial=address(initial),
     )
-    args.alive = dense  # for as long as their addresses are used
+    args.alive = dense  # keep the tensors alive while their addresses are used
     return args
 
 
@@ -101,7 +106,7 @@ def _scan_empty_outputs(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, *rest: A
     schema=f"({_SCAN}, {_FLAGS}, bool save_states, bool return_last_state) -> (Tensor, Tensor, Tensor)",
 )
 def selective_scan_fwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, last_state, states); see the module's head."""
+    """Return (out, last_state, states), see the docstring of this module."""
     out, last, states = outputs = _scan_empty_outputs(*arguments)
     if out.numel():
         args = _scan_args(arguments[:8], *arguments[8:10])
@@ -121,9 +126,10 @@ def _scan_gradients(dout: Tensor, dlast: Tensor, *arguments: Any) -> tuple[Tenso
     schema=f"(Tensor dout, Tensor dlast, {_SCAN}, Tensor states, {_FLAGS}) -> ({', '.join(['Tensor'] * 8)})",
 )
 def selective_scan_bwd(dout: Tensor, dlast: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """(du, ddelta, dA, dB, dC, dD, ddelta_bias, dinitial_state); bit for bit the same for any number of threads.
+    """Return the gradients (du, ddelta, dA, dB, dC, dD, ddelta_bias, dinitial_state).
 
-    ``dlast`` has no elements if there is no gradient of the last state.
+    Args:
+        dlast: gradient of the last state; without elements if there is none.
     """
     grads = _scan_gradients(dout, dlast, *arguments)
     u, _, A, B, *_ = arguments
@@ -133,7 +139,7 @@ def selective_scan_bwd(dout: Tensor, dlast: Tensor, *arguments: Any) -> tuple[Te
     args = _scan_args(arguments[:8], *flags)
     dlast = dlast.contiguous()
     args.dlast = address(dlast)
-    if not states.numel() and u.shape[2] > CHUNK:  # the forward ran without gradients in mind: its states once more
+    if not states.numel() and u.shape[2] > CHUNK:  # the forward pass saved no states: recompute them
         states = _scan_new_states(u, A, B, True)
         args.states = address(states)
         library.loaded().call("scan_forward", args)
@@ -175,13 +181,13 @@ def _conv_args(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, rever
         weight=address(dense[0]),
         bias=address(dense[1]),
     )
-    args.alive = dense  # for as long as their addresses are used
+    args.alive = dense  # keep the tensors alive while their addresses are used
     return args
 
 
 @torch.library.custom_op("mmtrain::causal_conv1d_fwd", mutates_args=(), device_types="cpu")
 def causal_conv1d_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
-    """(Bt, D, L) in the layout of x."""
+    """Return the convolution (Bt, D, L) in the layout of x."""
     out = torch.empty_like(x)
     if x.numel():
         args = _conv_args(x, weight, bias, silu, reverse)
@@ -194,7 +200,7 @@ def causal_conv1d_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
 def causal_conv1d_bwd(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias); dbias has no elements without a bias."""
+    """Return the gradients (dx, dweight, dbias). dbias has no elements without a bias."""
     dx, dweight, dbias = grads = _gradients((x, weight, bias))
     if not x.numel():
         _zeroed(grads)
@@ -224,12 +230,12 @@ _SETTINGS = "SymInt[] orders, SymInt height, float scale, bool gated"
 
 
 def _view(tensor: Tensor) -> MixView:
-    """(Bt, Inner, L, D) as the kernels index it: batch, inner batch, channel, position."""
+    """Return a view of a tensor (Bt, Inner, L, D) with the kernels' indices (batch, inner batch, channel, position)."""
     return MixView.of(tensor.transpose(2, 3))
 
 
 def _halves(x: Tensor, gated: bool) -> tuple[MixView, MixView]:
-    """Views of x and of its gate."""
+    """Return views of x and of its gate."""
     if not gated:
         return _view(x), MixView()
     first, second = x.chunk(2, -1)
@@ -255,7 +261,7 @@ def _mix_args(tensors: tuple[Any, ...], orders: list[int], height: int, scale: f
     args.x, args.z = _halves(x, gated)
     for name, tensor in zip(_PARAMETERS, dense, strict=True):
         setattr(args, name, address(tensor))
-    args.alive = (order, dense)  # for as long as their addresses are used
+    args.alive = (order, dense)  # keep the tensors alive while their addresses are used
     return args
 
 
@@ -274,7 +280,7 @@ def _mix_empty_outputs(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     schema=f"({_MIX}, {_SETTINGS}, bool save_states) -> (Tensor, Tensor)",
 )
 def selective_mix_fwd(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """(out (Bt, Inner, L, D) in the layout of x, states); see the module's head."""
+    """Return (out (Bt, Inner, L, D) in the layout of x, states), see the docstring of this module."""
     out, states = _mix_empty_outputs(*arguments)
     if out.numel():
         args = _mix_args(arguments[:8], *arguments[8:12])
@@ -290,12 +296,12 @@ def selective_mix_fwd(*arguments: Any) -> tuple[Tensor, Tensor]:
     schema=f"(Tensor dout, {_MIX}, Tensor states, {_SETTINGS}) -> ({', '.join(['Tensor'] * 8)})",
 )
 def selective_mix_bwd(dout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Gradients of x and the parameters; of what is None, without elements."""
+    """Return the gradients of x and of the parameters. Those of None have no elements."""
     dx, *rest = grads = _gradients(arguments[:8])
     tensors, states, settings = arguments[:8], arguments[8], arguments[9:]
     if not dx.numel():
         return _zeroed(grads)
-    if states.shape[2] != (dx.shape[2] - 1) // CHUNK:  # a forward without gradients kept none: run it again
+    if states.shape[2] != (dx.shape[2] - 1) // CHUNK:  # the forward pass saved no states: recompute them
         _, states = selective_mix_fwd(*tensors, *settings, True)
     args = _mix_args(tensors, *settings)
     args.states = address(states)
@@ -307,9 +313,10 @@ def selective_mix_bwd(dout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def mix_flops(x: torch.Size, conv: torch.Size | None, *parameters: Any, **_: Any) -> int:
-    """Operations of one forward, of the shapes of its first arguments.
+    """Return the floating-point operations of a forward pass.
 
-    For each position, channel and direction: convolution 2·taps, projections 2 a weight, scan 9·N + 1.
+    For each position, channel and direction these are 2·taps for the convolution, 2 per weight for the projections, and
+    9·N + 1 for the scan. The arguments are the shapes of the tensors of ``selective_mix_fwd``.
     """
     _, x_proj, dt_proj, _, (directions, channels, state) = parameters[:5]
     each = 2 * (conv[2] if conv is not None else 0) + 2 * x_proj[1] + 2 * dt_proj[2] + 9 * state + 1

@@ -2,7 +2,7 @@
 
     python -m mmtrain.ops.triton.aot [--arch 80 90 100] [--dtype fp32 bf16 fp16] [--only KERNEL] [--json FILE]
 
-Prints a table and ends with status 1 if a kernel does not compile or spills registers to memory.
+Prints a table. The exit status is 1 if a kernel does not compile or spills registers to memory.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from mmtrain.ops.triton.scan_launch import MERGE_BLOCK, scan_constants
 ARCHITECTURES = (80, 90, 100)
 DTYPES = ("fp32", "bf16", "fp16")
 STATES = (1, 16, 64)
-# Kernel arguments that have the inputs' dtype; all other pointers are float32.
+# Kernel arguments with the dtype of the inputs. All other pointers are float32.
 INPUTS = {"u", "delta", "B", "C", "y", "dy", "value", "row", "du", "ddelta", "z", "out", "dout", "dz", "x", "dx"}
 POINTERS = INPUTS | {
     *("A", "skip", "bias", "initial", "states", "last", "incoming", "scratch", "dA", "dBC", "dskip", "dbias"),
     *("dinitial", "ends", "steps", "parts", "total", "dtotal", "weight", "dweight"),
 }
-# Integers that are multiples of 16 at the sizes of real models: for those Triton compiles wide accesses.
+# Integer arguments that are multiples of 16 for real models. Triton then generates wide memory accesses.
 DIVISIBLE = re.compile(r".*_[bkgt]|channels|dim|length|size")
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel at one set of compile-time constants."""
+    """A kernel with one set of compile-time constants."""
 
     kernel: str
     function: JITFunction[Any]
@@ -57,7 +57,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a compiled kernel takes. spill: bytes of stack a thread, which is where registers are spilled to."""
+    """The resources of a compiled kernel.
+
+    Attributes:
+        registers: per thread.
+        shared: bytes of shared memory.
+        spill: bytes of stack per thread, which contains spilled registers.
+    """
 
     kernel: str
     dtype: str
@@ -70,7 +76,7 @@ class Usage:
 
 
 def cases(arch: str, dtypes: tuple[str, ...] = DTYPES, states: tuple[int, ...] = STATES) -> Iterator[Case]:
-    """All kernels with the table's configurations for an architecture, with every optional argument present."""
+    """Yield all kernels with their launch configurations for an architecture and with all optional arguments."""
     for dtype in dtypes:
         for state in states:
             name = tuning.state_class(state)
@@ -113,14 +119,14 @@ def cases(arch: str, dtypes: tuple[str, ...] = DTYPES, states: tuple[int, ...] =
 
 
 def compile_case(case: Case, arch: int) -> Usage:
-    """Compile for sm_``arch``.
+    """Compile a kernel for sm_``arch`` and return its resources.
 
     Raises:
-        RuntimeError: Triton runs as an interpreter, or the resource usage cannot be read.
+        RuntimeError: if Triton runs as an interpreter, or if the resources cannot be determined.
     """
     function = case.function
     if not isinstance(function, JITFunction):
-        raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled; unset it")
+        raise RuntimeError("TRITON_INTERPRET is set, so kernels are interpreted and cannot be compiled: unset it")
     signature: dict[str, str] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
     for i, parameter in enumerate(function.params):
@@ -148,7 +154,7 @@ def compile_case(case: Case, arch: int) -> Usage:
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
-    """(registers a thread, bytes of stack a thread) of the kernel in a cubin."""
+    """Return (registers per thread, bytes of stack per thread) of the kernel in a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -156,17 +162,20 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if not found:
-        raise RuntimeError(f"cuobjdump told no resource usage:\n{text}")
+        raise RuntimeError(f"cuobjdump printed no resource usage:\n{text}")
     return int(found[1]), int(found[2])
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line of this module and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="80 90 100 unless given")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="compute capabilities (default: 80 90 100)"
+    )
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--state", type=int, nargs="+", default=list(STATES), help="sizes N of the state")
+    parser.add_argument("--state", type=int, nargs="+", default=list(STATES), help="state sizes N")
     parser.add_argument("--only", metavar="KERNEL", help="only kernels whose name contains this")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table to a JSON file")
     args = parser.parse_args(arguments)
     header = f"{'kernel':<18} {'dtype':<5} {'variant':<18} {'arch':<6} {'warps':>5} {'registers':>9} {'shared B':>8}"
     print(f"{header} {'spill B':>7}")

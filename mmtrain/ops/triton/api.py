@@ -1,6 +1,6 @@
-"""What the dispatcher calls: the Triton kernels under the signatures that every backend of a CUDA tensor has.
+"""The functions through which ``mmtrain.ops`` calls the Triton kernels.
 
-Imports Triton; ``mmtrain.ops`` imports this module only when a tensor asks for it.
+This module imports Triton, so ``mmtrain.ops`` imports it only when a Triton kernel is needed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ def _unsqueezed(tensor: Tensor | None, dim: int) -> Tensor | None:
 
 
 def selective_scan_triton(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
-    """One scan along the sequence.
+    """Run ``selective_scan`` on a GPU.
 
     Args:
-        inputs: u, delta and z float32, bfloat16 or float16 in any strides (channels-last is read in place); at most
-            256 states; B and C (Bt, G, N, L).
+        inputs: u, delta and z in float32, bfloat16 or float16 with any strides (channels-last is read without a copy);
+            B and C (Bt, G, N, L) with N <= 256.
 
     Returns:
-        out (Bt, D, L), dtype and layout of u, and the state after the last position walked, (Bt, D, N) float32.
+        out (Bt, D, L) with the dtype and layout of u, and the state after the last position of the recurrence,
+        (Bt, D, N) float32.
     """
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, initial_state = inputs
     tensors = (
@@ -57,18 +58,20 @@ def directional_scan_triton(
     width: int,
     orders: Sequence[int],
 ) -> Tensor:
-    """K scans over one grid of height × width positions, each in its own order, and the sum of their results.
+    """Return the sum of K scans over a grid of height × width positions, each with its own order.
+
+    In all tensors positions are numbered row by row, for any order of the scan.
 
     Args:
-        u: (Bt, 1 or K, D, L), L = height · width; 1: all directions read the same.
-        delta: (Bt, K, D, L). Every tensor's positions are numbered row by row, whatever the order of the scan.
+        u: (Bt, K, D, L) with L = height · width, or (Bt, 1, D, L) if all directions have the same input.
+        delta: (Bt, K, D, L).
         A: (K, D, N) float32, N <= 256.
         B, C: (Bt, K, N, L).
         D, delta_bias: (K, D).
-        orders: K of 0 rows, 1 rows from the end, 2 columns, 3 columns from the end.
+        orders: K codes: 0 rows, 1 rows reversed, 2 columns, 3 columns reversed.
 
     Returns:
-        (Bt, D, L), dtype and layout of u.
+        (Bt, D, L) with the dtype and layout of u.
     """
     tensors = (u, delta, A.float(), B[:, :, None], C[:, :, None], D, delta_bias, None, None)
     save = wants_gradients(*tensors)
@@ -77,16 +80,16 @@ def directional_scan_triton(
 
 
 def causal_conv1d_triton(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
-    """Depthwise causal convolution, the arguments those of ``mmtrain.ops.causal_conv1d``.
+    """Run ``mmtrain.ops.causal_conv1d`` on a GPU.
 
     Args:
-        x: (Bt, D, L), float32, bfloat16 or float16, any strides (channels-last is read in place).
-        weight: (D, W), W <= 8; the last tap meets the current position.
+        x: (Bt, D, L), float32, bfloat16 or float16, any strides (channels-last is read without a copy).
+        weight: (D, W), W <= 8. The last tap multiplies the current position.
         bias: (D,).
-        silu: whether SiLU follows.
-        reverse: anti-causal.
+        silu: apply SiLU to the output.
+        reverse: anti-causal convolution.
 
     Returns:
-        (Bt, D, L), dtype and layout of x.
+        (Bt, D, L) with the dtype and layout of x.
     """
     return causal_conv1d_triton_fwd(x, weight, bias, silu, reverse)

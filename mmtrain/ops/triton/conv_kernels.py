@@ -1,12 +1,12 @@
-"""The kernels that memory traffic bounds: the causal convolution, and the sum over a scan's directions with its gate.
+"""The memory-bound kernels: the causal convolution, and the sum over scan directions with the gate.
 
 The depthwise causal convolution is y_t = act(bias + Σ_k w_k x_{t-W+1+k}), with zeros before the start. The forward
-loads a tile of positions × channels once for every tap, all but one time from the L1 cache. The backward walks along
-the positions with the last W inputs and the last W gradients in registers, so every number is read once and the
-pre-activation is recomputed once, whatever W. ``reverse`` (anti-causal) mirrors the positions: step t of the walk is at
-position L-1-t.
+kernel loads a tile of positions × channels for every tap; only the first load misses the L1 cache. The backward kernel
+processes positions in sequence with the last W inputs and W gradients in registers. So for any W it reads every value
+once and recomputes the pre-activation once. ``reverse`` (anti-causal) mirrors the positions: step t is at position
+L-1-t.
 
-The sum is out = (Σ_k part_k) · silu(z). It and its backward are elementwise over memory, channels adjacent.
+The sum is out = (Σ_k part_k) · silu(z). Its forward and backward kernels are elementwise, with channels adjacent.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def conv_backward(
     batch,
     length,
     dim,
-    segment,  # positions walked in one go, after a start-up of W - 1
-    items,  # pairs of batch entry and segment that a program takes, so that partial sums stay few
+    segment,  # positions processed in sequence, after W - 1 positions to fill the registers
+    items,  # pairs of batch entry and segment per program; more pairs mean fewer partial sums
     WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SILU: tl.constexpr,
@@ -106,10 +106,10 @@ def conv_backward(
         x_p = x + b * x_b + d
         o_p = dout + b * o_b + d
         dx_p = dx + b * length * dim + d
-        xs = ()  # x_{t-W+1} to x_t, once x_t has been appended and the oldest dropped
-        gs = ()  # gradients of the pre-activation, g_t to g_{t-W+1}: the newest first
+        xs = ()  # x_{t-W+1} to x_t, after appending x_t and dropping the oldest
+        gs = ()  # gradients of the pre-activation, g_t to g_{t-W+1}, newest first
         for k in tl.static_range(WIDTH):
-            before = start - WIDTH + k  # the first is dropped at once
+            before = start - WIDTH + k  # the first is dropped in the first step
             place = origin + sign * before
             xs = xs + (tl.load(x_p + place * x_t, mask=d_ok & (before >= 0), other=0.0).to(tl.float32),)
             gs = gs + (tl.zeros([BLOCK_D], tl.float32),)

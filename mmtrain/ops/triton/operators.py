@@ -1,9 +1,9 @@
 """The Triton kernels of the directional scan and the convolution as torch custom operators.
 
 ``mmtrain::directional_scan_fwd`` returns (out, last_state, states, total). ``states`` (Bt, K, ceil(L/chunk), D, N) and
-``total`` (Bt, L, D: the sum over directions before the gate) are for the backward. Results that are not asked for, and
-gradients of absent arguments, have no elements. Every result is the same in every run, bit for bit. See
-:mod:`mmtrain.ops.triton.api` for the arguments.
+``total`` (Bt, L, D), the sum over directions before the gate, are saved for the backward pass. Results that are not
+requested and gradients of arguments that are None have no elements. Repeated runs are bit-identical. The arguments are
+described in :mod:`mmtrain.ops.triton.api`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mmtrain.ops.triton.conv_kernels import conv_backward, conv_forward
 from mmtrain.ops.triton.scan_launch import Problem, Tensors, batch_slices, merge, run_backward, run_forward, ungate
 from mmtrain.ops.triton.tuning import minor, on_its_device, returned
 
-SEGMENT = 128  # positions that a backward program of the convolution walks in one go
+SEGMENT = 128  # positions that a program of the convolution's backward kernel processes in sequence
 
 
 # ---------------------------------------------------------------------------------------------------------- the scan
@@ -37,7 +37,7 @@ def _problem(u: Tensor, B: Tensor, softplus: bool, height: int, width: int, orde
 
 
 def _scan_buffers(problem: Problem, tensors: tuple[Any, ...], save: bool, want_last: bool) -> tuple[Tensor, ...]:
-    """(out (Bt, L, D) dense, last, states, total), to be filled in."""
+    """Allocate (out (Bt, L, D) contiguous, last, states, total)."""
     u, delta, z = tensors[0], tensors[1], tensors[7]
     batch, directions, dim, length = delta.shape
     last = (batch, directions, dim, problem.state) if want_last else (0,)
@@ -62,7 +62,7 @@ def _scan_results(*inputs: Any) -> tuple[Tensor, ...]:
     schema=f"({_SCAN}, {_WALK}, bool save, bool want_last) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def directional_scan_fwd(*inputs: Any) -> tuple[Tensor, ...]:
-    """See the module's head."""
+    """Return (out, last_state, states, total), see the docstring of this module."""
     u, delta, A, B, C, D, delta_bias, z, initial_state = inputs[:9]
     save, want_last = inputs[13:]
     problem = _problem(u, B, *inputs[9:13])
@@ -74,7 +74,7 @@ def directional_scan_fwd(*inputs: Any) -> tuple[Tensor, ...]:
     ready = Tensors.of(u, delta, A, B, C, D, delta_bias, initial_state)
     z = None if z is None else minor(z)
     direct = directions == 1 and z is None
-    # One direction: its result is the sum, in the dtype of u. Several: float32, so that the sum rounds once.
+    # With several directions, their results are float32, so that only the sum is rounded to the dtype of u.
     part_dtype = u.dtype if directions == 1 else torch.float32
     for b in batch_slices(batch, 0 if direct else directions * length * dim * part_dtype.itemsize):
         if direct:
@@ -91,7 +91,7 @@ def directional_scan_fwd(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _scan_gradients(dout: Tensor, dlast: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
-    """Channels (of dB, dC: states) adjacent, in the dtypes of the arguments."""
+    """Allocate the gradients in the dtypes of the arguments, with channels (of dB, dC: states) adjacent in memory."""
     tensors = inputs[:9]
     made = [tensors[0].new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors]
     for i in (0, 1, 3, 4, 7):  # u, delta, B, C, z
@@ -107,12 +107,12 @@ def _scan_gradients(dout: Tensor, dlast: Tensor | None, *inputs: Any) -> tuple[T
     f" -> ({', '.join(['Tensor'] * 9)})",
 )
 def directional_scan_bwd(dout: Tensor, dlast: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
-    """Gradients of the tensors, all but dA's and the parameters' channels-last."""
+    """Return the gradients of the nine tensors. Those of sequences are channels-last."""
     tensors, (states, total), walk = inputs[:9], inputs[9:11], inputs[11:]
     u, delta, A, B, C, D, delta_bias, z, initial_state = tensors
     if not u.numel():
         return tuple(grad.zero_() for grad in _scan_gradients(dout, dlast, *inputs))
-    if not states.numel() or (z is not None and not total.numel()):  # the forward ran without gradients in mind
+    if not states.numel() or (z is not None and not total.numel()):  # the forward pass saved no states: recompute them
         _, _, states, total = directional_scan_fwd(*tensors, *walk, True, False)
     problem = _problem(u, B, *walk)
     batch, directions, dim, length = delta.shape
@@ -129,8 +129,8 @@ def directional_scan_bwd(dout: Tensor, dlast: Tensor | None, *inputs: Any) -> tu
     du = u.new_empty(batch, u.shape[1], length, dim)
     ddelta = delta.new_empty(batch, directions, length, dim)
     dB, dC = (t.new_empty(*t.shape[:3], length, problem.state) for t in (B, C))
-    sums: list[Tensor | None] = []  # of dA, dD, dbias over the slices of the batch
-    # Partial sums of dB and dC for every 32 or more channels, and du of every direction where u is shared.
+    sums: list[Tensor | None] = []  # dA, dD and dbias, summed over the slices of the batch
+    # Buffers: partial sums of dB and dC for each block of at least 32 channels, and du per direction if u is shared.
     bytes_per_entry = directions * length * 4 * (problem.state * dim // 16 + dim * shared)
     for b in batch_slices(batch, bytes_per_entry):
         parts = u.new_empty(b.stop - b.start, directions, length, dim, dtype=torch.float32) if shared else du[b]
@@ -176,13 +176,13 @@ register_pair(
 @torch.library.custom_op("mmtrain::causal_conv1d_triton_fwd", mutates_args=())
 @on_its_device
 def causal_conv1d_triton_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
-    """(Bt, D, L), dtype and layout of x; weight (D, W), W <= 8."""
+    """Return the convolution (Bt, D, L) with the dtype and layout of x. weight is (D, W) with W <= 8."""
     batch, dim, length = x.shape
     width = weight.shape[1]
     out = x.new_empty(batch, length, dim)
     if x.numel():
         x_in, weight = minor(x), weight.contiguous()
-        launch = tuning.narrower(tuning.lookup("conv_forward", "any", tuning.architecture(x.device)), dim)
+        launch = tuning.limit_channels(tuning.lookup("conv_forward", "any", tuning.architecture(x.device)), dim)
         programs = -(-dim // launch.block_d) * -(-length // launch.unroll) * batch
         conv_forward[(programs,)](
             x_in,
@@ -214,18 +214,18 @@ def _conv_gradients(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
 def causal_conv1d_triton_bwd(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx channels-last, dweight, dbias)."""
+    """Return the gradients (dx, dweight, dbias). dx is channels-last."""
     batch, dim, length = x.shape
     width = weight.shape[1]
     dx = x.new_empty(batch, length, dim)
     if not x.numel():
         return dx.mT, torch.zeros_like(weight), x.new_zeros(0 if bias is None else dim)
     x_in, dout, dense_weight = minor(x), minor(dout), weight.contiguous()
-    launch = tuning.narrower(tuning.lookup("conv_backward", "any", tuning.architecture(x.device)), dim)
+    launch = tuning.limit_channels(tuning.lookup("conv_backward", "any", tuning.architecture(x.device)), dim)
     blocks = -(-dim // launch.block_d)
     segment = tuning.forced("segment") or SEGMENT
     pairs = batch * -(-length // segment)
-    # Partial sums of the weights: as many as keep the GPU busy for a few rounds, not one for every segment.
+    # Several segments per program, as far as the GPU stays busy: this reduces the number of partial sums of dweight.
     items = tuning.forced("batches") or max(
         1, pairs * blocks * launch.warps // (128 * tuning.multiprocessors(x.device))
     )

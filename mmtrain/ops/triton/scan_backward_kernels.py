@@ -1,26 +1,27 @@
-"""The backward kernel of the directional scan: the states are recomputed chunk by chunk from the saved ones.
+"""The backward kernel of the directional scan. It recomputes the states chunk by chunk from the saved states.
 
-With g_t = dL/dh_t = dy_t C_t + s_{t+1}, where s_t = exp(Δ_t A) g_t is what flows on to position t-1:
+With g_t = dL/dh_t = dy_t C_t + s_{t+1}, where s_t = exp(Δ_t A) g_t is the gradient passed to position t-1:
 dC_t = Σ_d dy_t h_t, dB_t = Σ_d g_t Δ_t u_t, du_t = Δ_t Σ_n g_t B_t + D dy_t, dA = Σ_t Δ_t s_t h_{t-1},
 dΔ_t = u_t Σ_n g_t B_t + Σ_n A s_t h_{t-1}.
 
-A program walks the chunks from the last to the first. Per chunk, pass 0 computes Δ and its derivative, each element
-once; pass 1 runs the recurrence from the saved state and leaves the state before every group of UNROLL positions in a
-scratch buffer of the program's own, small enough for the L2 cache; pass 2 takes the groups from the last to the first,
-recomputes one group's states, keeping them in registers, and goes back through it. Two exponentials per state and
-position. (Running the recurrence backwards, h_{t-1} = (h_t - Δ_t B_t u_t) / exp(Δ_t A), would spare the recomputation,
-but divides by numbers near 0.)
+A program processes the chunks from last to first, each in three passes. Pass 0 computes Δ and its derivative once per
+element. Pass 1 runs the recurrence from the saved state and writes the state before every group of UNROLL positions to
+a scratch buffer of the program, which is small enough for the L2 cache. Pass 2 processes the groups from last to first:
+it recomputes the states of a group in registers and then computes its gradients. This takes two exponentials per state
+and position. (The inverse recurrence h_{t-1} = (h_t - Δ_t B_t u_t) / exp(Δ_t A) would need no recomputation, but it
+divides by numbers close to 0.)
 
-The tile here is [BLOCK_D, N], a warp 8 channels by 4 lanes of 4 states (the compiler's layout for a dense A): sums over
-states then cost 2 shuffles, sums over channels 3, on values already summed over a thread's own channels. dB and dC are
-sums over all channels of a block, that is across warps: those of a group of positions are reduced together, in one trip
-through shared memory. Sums over blocks, batch entries and splits go to partial buffers, which the caller adds up: no
-atomics, so the same bits in every run.
+The tile is [BLOCK_D, N]; a warp has 8 channels by 4 lanes of 4 states, the compiler's layout for a dense A. Sums over
+states then take 2 shuffles, and sums over channels 3, after the sum over the channels of a thread. dB and dC are sums
+over all channels of a block, across warps; those of a group of positions are reduced together with one use of shared
+memory. Sums over blocks, batch entries and splits are written to partial buffers, which the caller adds. There are no
+atomic operations, so repeated runs are bit-identical.
 
-BLOCK_D < 32·warps matters: then the compiler loads vectors of channels straight into the tile's layout, else through
-shared memory with barriers. That leaves at most 8 states a thread, which at 2 positions a group takes about 250
-registers, so 8 warps an SM: few, but each has 16 independent chains. In the bf16 code for sm_90 a state and position
-takes 51 instructions of a lane (20 of fp32 arithmetic, 4 shuffles), 4 times the forward's 13: issue bounds it, too.
+BLOCK_D < 32·warps is important: then the compiler loads vectors of channels directly into the layout of the tile, and
+otherwise through shared memory with barriers. A thread has at most 8 states, which with 2 positions per group take
+about 250 registers, so 8 warps run per SM. These are few, but each has 16 independent chains. In the bf16 code for
+sm_90, a state and position takes 51 instructions of a lane (20 of fp32 arithmetic, 4 shuffles), 4 times the 13 of the
+forward kernel. So this kernel is bound by instruction issue, too.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from mmtrain.ops.triton.scan_kernels import LN2, LOG2E, direction, next_position
 
 @triton.jit
 def stack(parts, COUNT: tl.constexpr):
-    """COUNT (1, 2, 4 or 8) tensors [R, ...] as one [R, ..., COUNT], without moving anything between threads."""
+    """Stack COUNT (1, 2, 4 or 8) tensors [R, ...] to [R, ..., COUNT], without moving data between threads."""
     tl.static_assert(COUNT == 1 or COUNT == 2 or COUNT == 4 or COUNT == 8)
     if COUNT == 1:
         return tl.expand_dims(parts[0], -1)
@@ -49,7 +50,7 @@ def stack(parts, COUNT: tl.constexpr):
 
 @triton.jit
 def _flat(tensor, COUNT: tl.constexpr):
-    """The trailing dimensions of length 2 as one of length COUNT; one or two dimensions stand before them."""
+    """Merge the trailing dimensions of length 2 to one of length COUNT. One or two dimensions precede them."""
     rank: tl.constexpr = len(tensor.shape)
     twos: tl.constexpr = 2 if COUNT == 4 else 3
     if rank - twos == 1:
@@ -60,7 +61,7 @@ def _flat(tensor, COUNT: tl.constexpr):
 
 @triton.jit
 def fold(tensor, TIMES: tl.constexpr):
-    """[R, N] → [R / TIMES, N]: the sum of TIMES blocks of rows, which one thread holds."""
+    """Reduce [R, N] to [R / TIMES, N] by adding TIMES blocks of rows, which are in one thread."""
     if TIMES == 1:
         return tensor
     else:
@@ -105,13 +106,13 @@ def scan_backward(
     c_g,
     c_t,
     batch,
-    batches,  # batch entries of one program: more than one for short sequences, so that dA's parts stay few
+    batches,  # batch entries per program; several for short sequences, which reduces the partial sums of dA
     directions,
     groups,
     channels,  # per group
     height,
     width,
-    orders,  # two bits a direction
+    orders,  # two bits per direction
     splits,
     split_length,  # a multiple of CHUNK
     STATE: tl.constexpr,
@@ -142,7 +143,7 @@ def scan_backward(
     d = block * BLOCK_D + local_d
     n_ok = n < STATE
     d_ok = d < channels
-    # Without a mask along n where none is needed: only so are the accesses vectorised.
+    # Accesses are vectorised only without a mask along n, so leave it out if it is not needed.
     ok = d_ok[:, None] if STATE == BLOCK_N else d_ok[:, None] & n_ok[None, :]
     first_d = group * channels + block * BLOCK_D
     d += group * channels
@@ -157,7 +158,7 @@ def scan_backward(
     da = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
     groups_per_chunk: tl.constexpr = CHUNK // UNROLL
     steps = scratch + pid.to(tl.int64) * (2 * CHUNK + groups_per_chunk * BLOCK_N) * BLOCK_D  # Δ, then its derivative
-    mine = steps + 2 * CHUNK * BLOCK_D + local_d[:, None] * BLOCK_N + n[None, :]
+    saved_groups = steps + 2 * CHUNK * BLOCK_D + local_d[:, None] * BLOCK_N + n[None, :]
 
     origin, extent, fast, slow = direction((orders >> (2 * k)) & 3, height, width)
     start = split * split_length
@@ -191,7 +192,7 @@ def scan_backward(
             elif HAS_INITIAL:
                 h += tl.load(initial + bk * STATE * dim + tile, mask=ok, other=0.0)
 
-            # Pass 0: Δ of the whole chunk, every element by one thread.
+            # Pass 0: compute Δ for the whole chunk, each element in one thread.
             count = tl.cdiv(tl.minimum(end - t_chunk, CHUNK), UNROLL)
             for i in range(0, count * UNROLL, TILE_T):
                 i_r = i + tl.arange(0, TILE_T)
@@ -206,31 +207,33 @@ def scan_backward(
                 if SOFTPLUS:
                     slope = sigmoid(x)
                     x = softplus(x)
-                x = tl.where(there, x, 0.0)  # past the end: decay 1, input 0, so the state stays what it is
+                x = tl.where(there, x, 0.0)  # past the end: decay 1 and input 0, so the state does not change
                 to = i_r[:, None] * BLOCK_D + local_d[None, :]
                 tl.store(steps + to, x, mask=i_r[:, None] < CHUNK)
                 tl.store(steps + CHUNK * BLOCK_D + to, slope, mask=i_r[:, None] < CHUNK)
-            tl.debug_barrier()  # read below by other threads
+            tl.debug_barrier()  # other threads read these values below
 
-            # Pass 1: forward through the chunk, but for its last group.
+            # Pass 1: run forward through the chunk, except its last group.
             inner = t_chunk % extent
             place = origin + inner * fast + (t_chunk // extent) * slow
             for i in range(count - 1):
-                tl.store(mine + i * (BLOCK_D * BLOCK_N), h)
-                for j in tl.static_range(UNROLL):  # all within the sequence, since a group follows
+                tl.store(saved_groups + i * (BLOCK_D * BLOCK_N), h)
+                for j in tl.static_range(
+                    UNROLL
+                ):  # all positions are within the sequence, because another group follows
                     u_j = tl.load(u_p + place * u_t, mask=d_ok, other=0.0).to(tl.float32)
                     step = tl.load(steps + (i * UNROLL + j) * BLOCK_D + local_d)
                     B_j = tl.load(B_p + place * b_t, mask=None if STATE == BLOCK_N else n_ok).to(tl.float32)
                     h = tl.exp2(step[:, None] * a2) * h + (step * u_j)[:, None] * B_j[None, :]
                     place, inner = next_position(place, inner, extent, fast, slow)
-            tl.store(mine + (count - 1) * (BLOCK_D * BLOCK_N), h)
-            tl.debug_barrier()  # the scratch is read below, perhaps by other threads
+            tl.store(saved_groups + (count - 1) * (BLOCK_D * BLOCK_N), h)
+            tl.debug_barrier()  # other threads may read the scratch buffer below
 
-            # Pass 2: the groups from the last to the first.
+            # Pass 2: process the groups from last to first.
             for i_back in range(count):
                 i = count - 1 - i_back
                 t = t_chunk + i * UNROLL
-                h = tl.load(mine + i * (BLOCK_D * BLOCK_N))
+                h = tl.load(saved_groups + i * (BLOCK_D * BLOCK_N))
                 inner = t % extent
                 place = origin + inner * fast + (t // extent) * slow
                 kept = ()
@@ -253,7 +256,7 @@ def scan_backward(
                     C_j = tl.load(C_p + at * c_t, mask=there if STATE == BLOCK_N else n_ok & there, other=0.0)
                     dy_j = tl.load(dy_p + at * dy_t, mask=d_ok & there, other=0.0).to(tl.float32)
                     g = dy_j[:, None] * C_j.to(tl.float32)[None, :] + s
-                    s = decay * g  # past the end: decay 1 and dy 0, so s stays what it is
+                    s = decay * g  # past the end: decay 1 and dy 0, so s does not change
                     flow = s * before
                     da += step[:, None] * flow
                     along = tl.sum(g * B_j.to(tl.float32)[None, :], axis=1)
@@ -271,21 +274,21 @@ def scan_backward(
                     sums_B = sums_B + (fold(g * (step * u_j)[:, None], FOLD),)
                     sums_C = sums_C + (fold(h * dy_j[:, None], FOLD),)
                     h = before
-                # Column r of what was stacked is step t + UNROLL - 1 - r.
+                # Column r of the stacked tensors is step t + UNROLL - 1 - r.
                 t_r = t + UNROLL - 1 - tl.arange(0, UNROLL)
                 place_r = origin + (t_r % extent) * fast + (t_r // extent) * slow
                 to = place_r[None, :] * dim + local_d[:, None]
                 stored = d_ok[:, None] & (t_r < end)[None, :]
                 tl.store(du_p + to, stack(dus, UNROLL).to(du.dtype.element_ty), mask=stored)
                 tl.store(ddelta_p + to, stack(dsteps, UNROLL).to(ddelta.dtype.element_ty), mask=stored)
-                # dB in the first UNROLL columns, dC in the others: one trip through shared memory for all.
+                # dB is in the first UNROLL columns, dC in the others: one reduction through shared memory for both.
                 c = tl.arange(0, 2 * UNROLL)
                 t_c = t + UNROLL - 1 - c % UNROLL
                 place_c = origin + (t_c % extent) * fast + (t_c // extent) * slow
                 to = (place_c * 2 + c // UNROLL)[None, :] * STATE + n[:, None]
                 total = tl.sum(stack(sums_B + sums_C, 2 * UNROLL), axis=0)
                 tl.store(dBC_p + to, total, mask=n_ok[:, None] & (t_c < end)[None, :])
-            tl.debug_barrier()  # the next chunk writes over the scratch
+            tl.debug_barrier()  # the next chunk overwrites the scratch buffer
         if HAS_INITIAL and split == 0:
             tl.store(dinitial + bk * STATE * dim + tile, s, mask=ok)
 

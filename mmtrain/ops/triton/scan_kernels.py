@@ -1,25 +1,25 @@
-"""The forward kernels of the directional scan, and the device functions that its kernels share.
+"""The forward kernels of the directional scan, and device functions that are shared with other kernels.
 
-One program is one (batch entry, direction, block of channels) and walks its positions one after the other, the state
-[N, BLOCK_D] in registers. With BLOCK_D = 32·warps the compiler gives every thread one channel and all its N states:
-no shuffle, no shared memory, no barrier, N independent chains to hide latencies with, and softplus is not computed
-twice. Why not an associative scan over positions, as Mamba's CUDA kernel has it: a block scan costs two more
-multiply-adds and half a shuffle per state and position, which a sequential walk with many channels does not need.
+A program computes one (batch entry, direction, block of channels). It processes the positions in sequence, with the
+state [N, BLOCK_D] in registers. With BLOCK_D = 32·warps the compiler assigns one channel and all its N states to each
+thread. So there are no shuffles, no shared memory and no barriers; N independent chains hide latencies; and softplus is
+computed once per channel. An associative scan over positions, as in Mamba's CUDA kernel, would cost two additional
+multiply-adds and half a shuffle per state and position. It is not needed if there are many channels.
 
-What bounds it on an H100 (132 SMs; per SM and clock 16 ex2, 128 fp32 operations, 4 warp instructions): per position and
-32 channels with N = 16, 16 exponentials + softplus = 36 clocks of the ex2 unit, 82 fp32 instructions = 20 clocks, and
-about 215 instructions in all (counted in the bf16 code for sm_90) = 54 clocks of issue. Memory: u 2, delta 2, y 2 to 4
-bytes a channel, that is about 17 clocks of an SM's share of 3.35 TB/s. So instruction issue bounds it, at two thirds of
-what the ex2 unit could do, and instructions are what is worth saving: exp is exp2 with log2(e) folded into A, positions
-are advanced by additions, B and C are loaded as vectors. Few warps suffice, as each has N chains; where even they are
-not there, the sequence is cut. (This is arithmetic on the compiled code, not a measurement.)
+Limits on an H100 (132 SMs; per SM and clock 16 ex2, 128 fp32 operations, 4 warp instructions), per position and 32
+channels with N = 16: 16 exponentials + softplus take 36 clocks of the ex2 unit, 82 fp32 instructions take 20 clocks,
+and issuing all of about 215 instructions (counted in the bf16 code for sm_90) takes 54 clocks. Memory traffic is 2
+bytes for u, 2 for delta and 2 to 4 for y per channel, about 17 clocks of an SM's share of 3.35 TB/s. So the kernel is
+bound by instruction issue, at two thirds of the rate that the ex2 unit allows, and saves instructions: exp is exp2 with
+log2(e) folded into A, positions are advanced by additions, B and C are loaded as vectors. Few warps are sufficient,
+because each has N chains. (These figures are computed from the compiled code, not measured.)
 
-Long sequences are cut where batch, directions and channels alone do not fill the GPU. The recurrence is linear in the
-state: what a split makes of the state it starts from is the state it ends in from zero plus that state times
-exp(A ΣΔ). So `split_local` runs every split from zero, keeping only the end and ΣΔ; `split_carry`
-goes once over the splits of a sequence and leaves the true state at the start of each; then the main kernel runs every
-split from there. The price is one more exponential per state and position. Backwards it is the same with
-s_t = exp(Δ_t A) (s_{t+1} + dy_t C_t), from the last position to the first.
+If batch, directions and channels do not fill the GPU, long sequences are divided into splits. The recurrence is linear
+in the state: a state h at the start of a split adds exp(A ΣΔ) h to the state at its end. `split_local` runs every split
+from a zero state and writes only the final state and ΣΔ. `split_carry` computes from these the true state at the start
+of each split. Then the main kernel runs every split from its true state. The cost is one additional exponential per
+state and position. The backward pass does the same with s_t = exp(Δ_t A) (s_{t+1} + dy_t C_t), from the last position
+to the first.
 """
 
 from __future__ import annotations
@@ -30,17 +30,16 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-#: A direction's order over the grid H×W (positions are numbered row by row): row-major, row-major from the end,
-#: column-major, column-major from the end.
+#: Codes of the scan orders over a grid H×W, whose positions are numbered row by row.
 ROWS, ROWS_REVERSED, COLUMNS, COLUMNS_REVERSED = range(4)
 
 
 @triton.jit
 def log1p_unit(e):
-    """log(1 + e) for e in [0, 1], to a few units in the last place *relative* to the result.
+    """Return log(1 + e) for e in [0, 1], with a *relative* error of a few units in the last place.
 
-    2·atanh(e/(2 + e)) as a power series, s² <= 1/9: seven terms leave 2e-8. The hardware's log2 is only accurate in
-    absolute terms near 1, and the steps of a freshly initialised Mamba are as small as 1e-3.
+    It is computed as 2·atanh(e/(2 + e)) by a power series with s² <= 1/9; seven terms have an error of 2e-8. The log2
+    instruction has a small absolute error only, but the step sizes of an initialised Mamba are as small as 1e-3.
     """
     s = e / (2.0 + e)
     q = s * s
@@ -55,20 +54,23 @@ def log1p_unit(e):
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)), without overflow and without losing small results."""
+    """Return log(1 + exp(x)), without overflow and accurate for small results."""
     return tl.maximum(x, 0.0) + log1p_unit(tl.exp2(-tl.abs(x) * LOG2E))
 
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)), without overflow: the derivative of softplus."""
+    """Return 1 / (1 + exp(-x)), the derivative of softplus, without overflow."""
     e = tl.exp2(-tl.abs(x) * LOG2E)
     return tl.where(x >= 0, 1.0, e) / (1.0 + e)
 
 
 @triton.jit
 def direction(order, height, width):
-    """(origin, extent, fast, slow): step t of this order is at origin + (t % extent)·fast + (t // extent)·slow."""
+    """Return (origin, extent, fast, slow) of an order.
+
+    Step t is at position origin + (t % extent)·fast + (t // extent)·slow.
+    """
     columns = order >= 2
     extent = tl.where(columns, height, height * width)
     fast = tl.where(columns, width, 1)
@@ -80,14 +82,14 @@ def direction(order, height, width):
 
 @triton.jit
 def next_position(place, inner, extent, fast, slow):
-    """(position, t % extent) one step on: additions only, since a division a step would cost as much as two states."""
+    """Return (position, t % extent) of the next step, by additions: a division costs as much as two states."""
     wraps = inner + 1 == extent
     return place + tl.where(wraps, slow - (extent - 1) * fast, fast), tl.where(wraps, 0, inner + 1)
 
 
-# `one` is 1 and A's strides are kept from the compiler: not knowing that states are adjacent where A and the initial
-# state are read, it lays the tile [N, BLOCK_D] out with one channel a lane. Else it gives a lane 4 adjacent states, for
-# the sake of these few wide loads outside the loop, and the loop then has shuffles and barriers.
+# `one` is 1. It and the strides of A are not specialised, so that the compiler does not know that states are adjacent in
+# A and in the initial state. Then it assigns one channel of the tile [N, BLOCK_D] to a lane. Otherwise it would assign 4
+# adjacent states to a lane, for wide loads outside the loop, and the loop would need shuffles and barriers.
 @triton.jit(do_not_specialize=["a_n", "a_d", "one"])
 def scan_forward(
     u,  # (Bt, K or 1, L, D): strides u_b, u_k (0 if shared), u_t; channels adjacent, as everywhere below
@@ -123,7 +125,7 @@ def scan_forward(
     channels,  # per group
     height,
     width,
-    orders,  # two bits a direction
+    orders,  # two bits per direction
     splits,
     split_length,
     one,
@@ -183,7 +185,7 @@ def scan_forward(
         if SAVE:
             if t % CHUNK == 0:
                 tl.store(states + (t // CHUNK) * STATE * dim + tile, h, mask=ok)
-        # All loads of a group of positions first: their latencies then pass while its first positions are computed.
+        # First issue all loads of a group of positions, so that computing the first positions hides their latency.
         group_inputs = ()
         for j in tl.static_range(UNROLL):
             there = t + j < end
@@ -192,7 +194,7 @@ def scan_forward(
                     place,
                     tl.load(u + place * u_t + d, mask=d_ok & there, other=0.0),
                     tl.load(delta + place * delta_t + d, mask=d_ok & there, other=0.0),
-                    # Without a mask along n where none is needed: only so are these loads vectorised.
+                    # These loads are vectorised only without a mask along n, so leave it out if it is not needed.
                     tl.load(B + place * b_t + n, mask=there if STATE == BLOCK_N else n_ok & there, other=0.0),
                     tl.load(C + place * c_t + n, mask=there if STATE == BLOCK_N else n_ok & there, other=0.0),
                 ),
@@ -207,7 +209,7 @@ def scan_forward(
                 step += bias_d
             if SOFTPLUS:
                 step = softplus(step)
-            step = tl.where(there, step, 0.0)  # past the end: decay 1, input 0, so h stays what it is
+            step = tl.where(there, step, 0.0)  # past the end: decay 1 and input 0, so h does not change
             h = tl.exp2(step[None, :] * a2) * h + (step * u_j)[None, :] * B_j.to(tl.float32)[:, None]
             y_j = tl.sum(h * C_j.to(tl.float32)[:, None], axis=0)
             if HAS_SKIP:
@@ -282,7 +284,7 @@ def split_local(
     start = split * split_length
     end = tl.minimum(start + split_length, length)
     count = end - start
-    if BACKWARD:  # from the last step to the first: the opposite order, whose step t is this one's length - 1 - t
+    if BACKWARD:  # use the opposite order: its step t is step length - 1 - t of this order
         order = order ^ 1
         start = length - end
     origin, extent, fast, slow = direction(order, height, width)
@@ -315,10 +317,10 @@ def split_local(
 
 @triton.jit
 def split_carry(
-    ends,  # (Bt, K, splits, D, N) dense float32: the ends of the splits run from zero; overwritten by their true starts
+    ends,  # (Bt, K, splits, D, N) dense float32: final states of splits run from zero; replaced by true initial states
     steps,  # (Bt, K, splits, D) dense float32
     A,  # (K, D, N) float32: strides a_k, a_n, a_d
-    initial,  # (Bt, K, D, N) dense float32, if HAS_INITIAL: the start of the first split (backwards: of the last)
+    initial,  # (Bt, K, D, N) dense float32, if HAS_INITIAL: state before the first split (backward: after the last)
     a_k,
     a_n,
     a_d,

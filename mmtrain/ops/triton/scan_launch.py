@@ -1,8 +1,9 @@
-"""Launching the scan kernels: memory layouts, buffers, how the work is cut. No autograd here.
+"""Launch the scan kernels: memory layouts, buffers and division of the work. Autograd is in ``operators``.
 
-Inside, sequences are (Bt, K, L, D) with channels adjacent, B and C (Bt, K, G, L, N) with states adjacent, states
-(Bt, K, ..., D, N). Channels-last tensors, which is what models give, are read in place; others are copied once, since
-a warp reads 32 channels of one position, and 32 separate cache lines would cost more than the copy.
+In the kernels, sequences are (Bt, K, L, D) with channels adjacent in memory, B and C are (Bt, K, G, L, N) with states
+adjacent, and states are (Bt, K, ..., D, N). Channels-last tensors, which the models produce, are read in place. Other
+tensors are copied once: a warp reads 32 channels of one position, and reading 32 separate cache lines would be slower
+than the copy.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from mmtrain.ops.triton.scan_backward_kernels import scan_backward
 from mmtrain.ops.triton.scan_kernels import scan_forward, split_carry, split_local
 from mmtrain.ops.triton.tuning import Launch, minor, on_its_device
 
-BUFFER_BYTES = 512 * 2**20  # of per-direction results: they are kept for as many batch entries at a time as fit
+BUFFER_BYTES = 512 * 2**20  # maximum size of the buffers for per-direction results; the batch is divided accordingly
 MERGE_BLOCK = 1024
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A scan's sizes and what it is to do. channels: of one group."""
+    """The sizes and settings of a scan. ``channels`` is the number of channels in one group."""
 
     directions: int
     groups: int
@@ -50,11 +51,11 @@ class Problem:
         return sum(order << 2 * k for k, order in enumerate(self.orders))
 
     def sizes(self) -> tuple[int, ...]:
-        """As the kernels take them."""
+        """Return the sizes as arguments of the kernels."""
         return self.directions, self.groups, self.channels, self.height, self.width, self.packed_orders
 
     def programs(self, launch: Launch, batch: int) -> int:
-        """Blocks of channels times groups, directions and batch entries."""
+        """Return the number of programs: blocks of channels times groups, directions and batch entries."""
         return -(-self.channels // launch.block_d) * self.groups * self.directions * batch
 
     def chunks(self) -> int:
@@ -63,14 +64,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Split:
-    """A sequence cut into ``count`` pieces of ``length`` positions, a multiple of the chunk."""
+    """The division of a sequence into ``count`` splits of ``length`` positions, a multiple of the chunk length."""
 
     count: int
     length: int
 
 
 def plan_split(problem: Problem, programs: int, warps: int, device: torch.device) -> Split:
-    """Cut only where fewer than four warps a multiprocessor would run: the cut itself costs another pass."""
+    """Split the sequence only if fewer than four warps per multiprocessor would run: splitting costs another pass."""
     chunk = tuning.chunk()
     length = tuning.forced("split_length")
     if length is None:
@@ -81,13 +82,16 @@ def plan_split(problem: Problem, programs: int, warps: int, device: torch.device
 
 
 def launch_of(kernel: str, problem: Problem, device: torch.device) -> Launch:
-    """The table's configuration of a scan kernel, with no more channels than there are."""
+    """Return the launch configuration of a scan kernel from the table, limited to the existing channels."""
     entry = tuning.lookup(kernel, tuning.state_class(problem.state), tuning.architecture(device))
-    return tuning.narrower(entry, problem.channels)
+    return tuning.limit_channels(entry, problem.channels)
 
 
 def plan_forward(problem: Problem, batch: int, device: torch.device) -> tuple[Launch, Split]:
-    """Fewer channels a program, that is more lanes for one channel, where the usual block leaves the GPU idle."""
+    """Choose the launch configuration and the split of the forward kernel.
+
+    If the normal configuration does not fill the GPU, use one with fewer channels per program (``scan_forward_few``).
+    """
     launch = launch_of("scan_forward", problem, device)
     if problem.programs(launch, batch) * launch.warps < 8 * tuning.multiprocessors(device):
         launch = launch_of("scan_forward_few", problem, device)
@@ -95,25 +99,28 @@ def plan_forward(problem: Problem, batch: int, device: torch.device) -> tuple[La
 
 
 def batch_slices(batch: int, bytes_per_entry: int) -> list[slice]:
-    """The batch in as few equal pieces as keep the buffers of a piece within :data:`BUFFER_BYTES`."""
+    """Divide the batch into the fewest slices of equal size whose buffers fit in :data:`BUFFER_BYTES`."""
     pieces = min(batch, -(-batch * bytes_per_entry // BUFFER_BYTES))
     size = -(-batch // max(1, pieces))
     return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Of (Bt, K or 1, ..., L) with the last dimension but one adjacent: all others; 0 for directions that share."""
+    """Return the strides of a tensor (Bt, K or 1, ..., L), without that of the second-last dimension, which is 1.
+
+    The stride of a dimension K of size 1, which all directions share, is 0.
+    """
     batch, direction, *groups, _, position = tensor.stride()
     return batch, 0 if tensor.shape[1] == 1 else direction, *groups, position
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """``other`` stands in for an absent tensor, which the kernel does not read."""
+    """Return ``other`` if ``tensor`` is None. The kernel needs a pointer, but does not read it."""
     return other if tensor is None else tensor
 
 
 def scan_constants(state: int, launch: Launch) -> dict[str, int]:
-    """The compile-time constants of a scan kernel that follow from N and the configuration."""
+    """Return the compile-time constants of a scan kernel for state size N and a launch configuration."""
     block_n = triton.next_power_of_2(state)
     return {"STATE": state, "BLOCK_N": block_n, "BLOCK_D": launch.block_d, "UNROLL": launch.unroll}
 
@@ -123,10 +130,10 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 
 
 class Tensors(NamedTuple):
-    """The tensors of a scan as the kernels take them: channels (of B and C: states) adjacent, the others dense.
+    """The tensors of a scan in the layouts of the kernels.
 
-    u (Bt, 1 or K, D, L), delta (Bt, K, D, L), A (K, D, N), B and C (Bt, K, G, N, L), skip and bias (K, D), initial
-    (Bt, K, D, N).
+    In u (Bt, 1 or K, D, L) and delta (Bt, K, D, L) channels are adjacent in memory, in B and C (Bt, K, G, N, L) states.
+    A (K, D, N), skip and bias (K, D) and initial (Bt, K, D, N) are contiguous.
     """
 
     u: Tensor
@@ -140,28 +147,28 @@ class Tensors(NamedTuple):
 
     @classmethod
     def of(cls, *tensors: Tensor | None) -> Tensors:
-        """From tensors in any layout, copied where need be."""
+        """Create it from tensors of any layout, which are copied if necessary."""
         u, delta, A, B, C, D, delta_bias, initial = tensors
         assert u is not None and delta is not None and A is not None and B is not None and C is not None  # noqa: PT018
         start = None if initial is None else initial.float().contiguous()
         return cls(minor(u), minor(delta), A.contiguous(), minor(B), minor(C), _dense(D), _dense(delta_bias), start)
 
     def part(self, b: slice) -> Tensors:
-        """A slice of the batch."""
+        """Return the tensors of a slice of the batch."""
         initial = None if self.initial is None else self.initial[b]
         return self._replace(u=self.u[b], delta=self.delta[b], B=self.B[b], C=self.C[b], initial=initial)
 
     def inputs(self) -> tuple[Tensor, ...]:
-        """The first arguments of the main kernels."""
+        """Return the first arguments of the forward and the backward kernel."""
         skip, bias = _or(self.skip, self.A), _or(self.bias, self.A)
         return self.u, self.delta, self.A, self.B, self.C, skip, bias
 
     def decay_strides(self) -> tuple[int, int, int]:
-        """Direction, state, channel of A."""
+        """Return the strides of A: direction, state, channel."""
         return self.A.stride(0), self.A.stride(2), self.A.stride(1)
 
     def given(self) -> dict[str, bool]:
-        """Which optional parameters there are, as the main kernels take it."""
+        """Return the compile-time constants that say which optional parameters exist."""
         return {"HAS_SKIP": self.skip is not None, "HAS_BIAS": self.bias is not None}
 
 
@@ -175,9 +182,12 @@ def split_starts(
     initial: Tensor | None,
     backward: bool,
 ) -> Tensor:
-    """The state at the start (backwards: at the end) of every split, (Bt, K, splits, D, N) float32.
+    """Return the state at the start of every split, (Bt, K, splits, D, N) float32; backward: at the end.
 
-    ``value`` and ``rows`` are what is taken in: u and B, or backwards dy and C.
+    Args:
+        value: the input of the recurrence: u; backward: dy.
+        rows: the coefficients of the input: B; backward: C.
+        initial: the state before the first split; backward: after the last.
     """
     delta, batch, dim, state = t.delta, t.delta.shape[0], problem.dim, problem.state
     ends = delta.new_empty(batch, problem.directions, split.count, dim, state, dtype=torch.float32)
@@ -205,7 +215,7 @@ def split_starts(
 
 @on_its_device
 def run_forward(problem: Problem, t: Tensors, y: Tensor, states: Tensor | None, last: Tensor | None) -> None:
-    """Fill y (Bt, K, L, D) dense, and the states where wanted."""
+    """Run the forward kernel. Writes y (Bt, K, L, D), contiguous, and the states and last state if not None."""
     batch, starts = t.delta.shape[0], t.initial
     launch, split = plan_forward(problem, batch, t.delta.device)
     if split.count > 1:
@@ -236,14 +246,15 @@ def run_backward(
     ddelta: Tensor,
     dinitial: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Fill du, ddelta (Bt, K, L, D) dense and dinitial.
+    """Run the backward kernel. Writes du and ddelta (Bt, K, L, D), contiguous, and dinitial.
 
     Args:
-        dy: (Bt, 1, D, L), channels adjacent.
-        dlast: (Bt, K, D, N) dense.
+        dy: (Bt, 1, D, L), channels adjacent in memory.
+        dlast: (Bt, K, D, N), contiguous.
 
     Returns:
-        dB and dC (Bt, K, G, L, 2, N), and float32 gradients of A, the skip and the bias, summed over this batch.
+        dB and dC as one tensor (Bt, K, G, L, 2, N), and the float32 gradients of A, skip and bias, summed over the
+        batch.
     """
     batch, device, state, dim, directions = len(t.delta), t.delta.device, problem.state, problem.dim, problem.directions
     launch = launch_of("scan_backward", problem, device)
@@ -253,7 +264,7 @@ def run_backward(
     if split.count > 1:
         local = launch_of("scan_forward", problem, device)
         incoming = split_starts(problem, split, local, t, dy, t.C, dlast, backward=True)
-    # Several batch entries to a program: its scratch then stays in the L2 cache, and dA has fewer partial sums.
+    # Several batch entries per program: its scratch then stays in the L2 cache, and dA has fewer partial sums.
     batches = tuning.forced("batches") or max(
         1, min(batch, items * split.count // (4 * tuning.multiprocessors(device)))
     )
@@ -292,7 +303,14 @@ def run_backward(
 
 @on_its_device
 def merge(parts: Tensor, z: Tensor | None, total: Tensor | None, out: Tensor) -> None:
-    """out (Bt, L, D) = (Σ_k parts (Bt, K, L, D)) · silu(z (Bt, D, L)); the sum itself to ``total`` if given."""
+    """Compute out = (Σ_k parts_k) · silu(z).
+
+    Args:
+        parts: (Bt, K, L, D), contiguous.
+        z: (Bt, D, L), or None for no gate.
+        total: (Bt, L, D) receives the sum before the gate, if not None.
+        out: (Bt, L, D), contiguous.
+    """
     batch, directions, length, dim = parts.shape
     merge_directions[(-(-length * dim // MERGE_BLOCK) * batch,)](
         *(parts, _or(z, parts), _or(total, out), out),
@@ -308,7 +326,13 @@ def merge(parts: Tensor, z: Tensor | None, total: Tensor | None, out: Tensor) ->
 
 @on_its_device
 def ungate(dout: Tensor, total: Tensor, z: Tensor, dtotal: Tensor, dz: Tensor) -> None:
-    """Fill dtotal and dz (Bt, L, D) dense from dout and z (Bt, D, L), channels adjacent, and total (Bt, L, D)."""
+    """Compute the gradients of ``merge`` with respect to the sum and the gate.
+
+    Args:
+        dout, z: (Bt, D, L), channels adjacent in memory.
+        total: (Bt, L, D) the sum before the gate.
+        dtotal, dz: (Bt, L, D), contiguous: results.
+    """
     batch, length, dim = total.shape
     gate_backward[(-(-length * dim // MERGE_BLOCK) * batch,)](
         *(dout, total, z, dtotal, dz),

@@ -1,9 +1,10 @@
-"""How a kernel is launched: the memory layout of its tensors, the GPU, and the launch configuration.
+"""Launch configurations of the kernels, and helpers for the memory layout of tensors and for the GPU.
 
-The kernels read and write channels-last memory. Launch configurations (how many channels, warps and positions at a
-time, by kernel, state size and architecture) are looked up in ``launch_table.json``, never searched for while training
-runs: a search takes seconds, differs from rank to rank, and may pick another order of summation in another run.
-``benchmarks/scan_gpu.py --tune`` measures candidates and rewrites the entries of the architecture at hand.
+The kernels read and write channels-last memory. A launch configuration contains the numbers of channels, warps and
+positions that a program processes. It depends on kernel, state size and architecture, and is read from
+``launch_table.json``. There is no automatic tuning during training: it takes seconds, its result differs between ranks,
+and another configuration may change the order of summation. ``benchmarks/scan_gpu.py --tune`` measures candidates and
+rewrites the entries of the present architecture.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ T = TypeVar("T")
 
 
 def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
-    """With the GPU of its first tensor as the current one: Triton launches there, wherever the tensors are."""
+    """Decorate ``function`` to run with the GPU of its first tensor as the current device.
+
+    Triton launches kernels on the current device, which may not be that of the tensors.
+    """
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -36,22 +40,22 @@ def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def minor(tensor: Tensor) -> Tensor:
-    """``tensor``, or a copy, with its last dimension but one adjacent in memory."""
+    """Return ``tensor``, or a copy of it, with stride 1 in the second-last dimension."""
     if tensor.stride(-2) == 1 or tensor.shape[-2] == 1:
         return tensor
     return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
 def returned(dense: Tensor, like: Tensor) -> Tensor:
-    """(..., L, D) dense as (..., D, L) in the layout of ``like``."""
+    """Transpose a contiguous tensor (..., L, D) to (..., D, L), in the memory layout of ``like``."""
     out = dense.transpose(-1, -2)
     return out.contiguous() if like.stride(-1) == 1 and like.stride(-2) != 1 else out
 
 
 TABLE = Path(__file__).with_name("launch_table.json")
-STATES = (1, 4, 16, 64, 256)  # classes of state size: the smallest that holds N
-# Positions between two saved states. With N = 16: one byte of saved states a channel, position and direction; in the
-# backward 160 KB of scratch a program, about 43 MB for all that run at once on an H100, whose L2 cache has 50 MB.
+STATES = (1, 4, 16, 64, 256)  # classes of state sizes; N belongs to the smallest class that is at least N
+# Positions between two saved states. With N = 16, saved states take one byte per channel, position and direction. The
+# backward kernel needs 160 KB of scratch per program, about 43 MB for all concurrent programs on an H100 (L2: 50 MB).
 CHUNK = 64
 
 
@@ -59,9 +63,13 @@ CHUNK = 64
 class Launch:
     """One launch configuration.
 
-    block_d: channels of a program. warps: of 32 threads. unroll: positions whose loads are issued together (in the
-    backward kernel: whose states are in registers together; 1, 2 or 4). fold: the backward kernel first adds this
-    many channels within a thread. registers: at most so many a thread; 0: as many as the compiler likes.
+    Attributes:
+        block_d: channels per program.
+        warps: warps per program (of 32 threads).
+        unroll: positions whose loads are issued together. In the backward kernel: positions whose states are in
+            registers at the same time, 1, 2 or 4.
+        fold: number of channels that the backward kernel first adds within a thread.
+        registers: maximum number of registers per thread; 0: chosen by the compiler.
     """
 
     block_d: int
@@ -71,7 +79,7 @@ class Launch:
     registers: int = 0
 
     def options(self) -> dict[str, int]:
-        """As Triton's launch takes them."""
+        """Return the launch options of Triton."""
         return {"num_warps": self.warps} | ({"maxnreg": self.registers} if self.registers else {})
 
 
@@ -81,7 +89,7 @@ _force: dict[str, int] = {}
 
 @functools.cache
 def table() -> dict[str, dict[str, dict[str, Launch]]]:
-    """architecture ("default", "sm_90", ...) → kernel → class → configuration."""
+    """Return the table: architecture ("default", "sm_90", ...) → kernel → class → launch configuration."""
     raw = json.loads(TABLE.read_text())
     return {
         arch: {
@@ -92,19 +100,19 @@ def table() -> dict[str, dict[str, dict[str, Launch]]]:
 
 
 def state_class(state: int) -> str:
-    """The class of a state size, as the table names it.
+    """Return the name of the class of a state size in the table.
 
     Raises:
-        ValueError: N is larger than 256.
+        ValueError: if the state size is larger than 256.
     """
     for size in STATES:
         if state <= size:
             return str(size)
-    raise ValueError(f"the Triton scan takes up to {STATES[-1]} states per channel, not {state}")
+    raise ValueError(f"state size {state}: the Triton kernels support at most {STATES[-1]}")
 
 
 def architecture(device: torch.device) -> str:
-    """ "sm_90" for an H100, and so on; "default" for what is no CUDA device (the interpreter)."""
+    """Return the architecture of a CUDA device, such as "sm_90"; "default" for other devices (the interpreter)."""
     if device.type != "cuda":
         return "default"
     major, minor = torch.cuda.get_device_capability(device)
@@ -113,12 +121,16 @@ def architecture(device: torch.device) -> str:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of this device; 1 for what is no CUDA device."""
+    """Return the number of multiprocessors of a CUDA device; 1 for other devices."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def lookup(kernel: str, name: str, arch: str) -> Launch:
-    """The configuration of a kernel for a class, of this architecture or else the default."""
+    """Return the launch configuration of a kernel for a class and an architecture, or that of "default".
+
+    Raises:
+        KeyError: if the table has none.
+    """
     if kernel in _override:
         return _override[kernel]
     for key in (arch, "default"):
@@ -129,18 +141,23 @@ def lookup(kernel: str, name: str, arch: str) -> Launch:
 
 
 def forced(name: str) -> int | None:
-    """A number set by :func:`override`: "chunk", "split_length" or "batches"."""
+    """Return a number set by :func:`override` ("chunk", "split_length", "segment" or "batches"), or None."""
     return _force.get(name)
 
 
 def chunk() -> int:
-    """Positions between two saved states."""
+    """Return the number of positions between two saved states."""
     return _force.get("chunk", CHUNK)
 
 
 @contextlib.contextmanager
 def override(launches: dict[str, Launch] | None = None, **numbers: int) -> Iterator[None]:
-    """Use these configurations and numbers in the ``with`` block, forward and backward alike (tests, tuning)."""
+    """Use other launch configurations and numbers in the ``with`` block. For tests and tuning.
+
+    Args:
+        launches: configurations by kernel name.
+        numbers: values of :func:`forced` by name.
+    """
     before = dict(_override), dict(_force)
     _override.update(launches or {})
     _force.update(numbers)
@@ -153,8 +170,8 @@ def override(launches: dict[str, Launch] | None = None, **numbers: int) -> Itera
         _force.update(before[1])
 
 
-def narrower(launch: Launch, channels: int) -> Launch:
-    """Not more channels than there are (rounded up to a power of two)."""
+def limit_channels(launch: Launch, channels: int) -> Launch:
+    """Limit the channels per program to ``channels``, rounded up to a power of two."""
     block = launch.block_d
     while block // 2 >= channels and block > 1:
         block //= 2

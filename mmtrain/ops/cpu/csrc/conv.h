@@ -1,5 +1,5 @@
 // Depthwise causal convolution: pre_t = bias + Σ_k weight_k x_{t-K+1+k} with zeros before the start, y = pre or silu(pre).
-// One lane is one channel, tiles as in the scan. The backward recomputes pre.
+// One vector lane is one channel. The backward pass recomputes pre.
 #pragma once
 #include "scan_common.h"
 
@@ -8,13 +8,13 @@ namespace MMT_ISA {
 constexpr int R = 64;  // positions per tile
 
 struct ConvPlan {
-    int64_t blocks, batches, tiles;  // tasks are (run of batch elements) x (block of channels)
+    int64_t blocks, batches, tiles;  // a task is one of `batches` ranges of batch elements, times a block of channels
     explicit ConvPlan(const ConvArgs &s)
         : blocks(ceil_div(s.dim, W)), batches(min64(s.batch, ceil_div(128, blocks))), tiles(ceil_div(s.length, R)) {}
     int lanes(const ConvArgs &s, int64_t block) const { return (int)min64(W, s.dim - block * W); }
 };
 
-struct ConvScratch {  // tiles with K - 1 more rows of history (x) or future (dpre)
+struct ConvScratch {  // tiles with K - 1 additional rows for earlier positions (x) or later positions (dpre)
     Buffer<vf> weight, x, dpre, y;
     explicit ConvScratch(const ConvArgs &s)
         : weight(s.width + 1), x(R + s.width), dpre(R + s.width), y(R) {}
@@ -29,11 +29,11 @@ static void pack_weight(const ConvArgs &s, int64_t d0, int lanes, vf *weight) { 
     }
 }
 
-// Rows [start - K + 1, start + rows) of x, zero before the first position.
+// Load rows [start - K + 1, start + rows) of x, with zeros before the first position.
 static void load_history(vf *x, const Lane &lane, int64_t start, int rows, int64_t K) {
     const int64_t have = min64(start, K - 1);
     for (int64_t k = 0; k < K - 1 - have; ++k) x[k] = vf{};
-    // In pieces of at most R rows: K - 1 may exceed the tile.
+    // At most R rows at a time, because K - 1 may exceed the tile.
     for (int64_t from = start - have, to = K - 1 - have; from < start + rows; from += R, to += R)
         load_tile(x + to, lane, from, (int)min64(R, start + rows - from));
 }
@@ -63,7 +63,8 @@ static void conv_forward_block(const ConvArgs &s, const ConvPlan &plan, ConvScra
     }
 }
 
-// Tiles run backwards, so that the gradients of the K - 1 positions after a tile are at hand. dw: K taps, then the bias.
+// Process the tiles from last to first, because a tile needs the gradients of the K - 1 positions after it.
+// dw contains the gradients of K taps, then of the bias.
 template <int K>
 static void conv_backward_block(const ConvArgs &s, const ConvPlan &plan, ConvScratch &w, int64_t b, int64_t block, vf *dw) {
     const int lanes = plan.lanes(s, block);

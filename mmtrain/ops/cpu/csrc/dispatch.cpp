@@ -1,4 +1,4 @@
-// The entry points of the library. They pick the widest instruction set that both the machine and the build have.
+// The entry points of the library. They use the best instruction set that the library contains and the machine supports.
 #include <string.h>
 
 #include "args.h"
@@ -45,7 +45,7 @@ MMT_API const char *mmtrain_isa() { return kNames[current]; }
 MMT_API int64_t mmtrain_chunk() { return kChunk; }
 MMT_API int64_t mmtrain_channel_pad() { return kChannelPad; }
 
-// Use a narrower instruction set than the machine has (to test or to compare); "auto" undoes it. 0 when it was taken.
+// Select an instruction set, for tests and comparisons; "auto" selects the best. Returns 0 on success, 1 if unsupported.
 MMT_API int mmtrain_set_isa(const char *name) {
     if (!strcmp(name, "auto")) return current = widest(), 0;
     for (int i = 0; i <= widest(); ++i)

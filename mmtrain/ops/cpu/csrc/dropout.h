@@ -1,10 +1,11 @@
-// out = scale x where a hash of (the sample's seed, the place within the sample) reaches the threshold, else 0.
+// out = scale x for elements whose hash is at least the threshold, else 0. The hash is a function of the seed of the
+// sample and of the position in the sample.
 #pragma once
 #include "scan_common.h"
 
 namespace MMT_ISA {
 
-// Xor-shift and multiply; its high bits are the good ones. dropout.py has the same in PyTorch.
+// A hash by xor-shift and multiply; its high bits mix best. mmtrain/ops/elementwise.py has the same in PyTorch.
 template <class U>
 MMT_INLINE U mix32(U x) {
     x = (x ^ (x >> 16)) * 0x7FEB352Du;

@@ -1,4 +1,4 @@
-// How many exponentials a second the machine computes with nothing else to do: what a scan is measured against.
+// Compute exponentials and nothing else, to measure their peak rate, which bounds the speed of a scan.
 #pragma once
 #include "scan_common.h"
 
@@ -8,7 +8,7 @@ static int exp_rate(const ExpRateArgs &s) {
     double total = 0;
 #pragma omp parallel num_threads((int)s.threads) reduction(+ : total)
     {
-        vf x[8], sum[8] = {};  // independent of each other, so that only the rate counts
+        vf x[8], sum[8] = {};  // independent of each other, so that throughput and not latency is measured
         for (int i = 0; i < 8; ++i) x[i] = splat(-0.01f * (float)(i + 1));
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < s.count / (8 * W); ++i)

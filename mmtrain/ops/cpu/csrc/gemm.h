@@ -1,4 +1,4 @@
-// C += A B for matrices that lie in the caches: a few rows of C at a time in registers, one vector of B a step.
+// C += A B for matrices in the caches. A block of C is in registers while the loop runs over the inner dimension.
 #pragma once
 #include "vec.h"
 
@@ -9,7 +9,7 @@ struct Strided {  // element (i, k) of A is data[i * row + k * column]
     int64_t row, column;
 };
 
-// I rows by V vectors of C (row stride ldc), K steps; B is (K, V * W) with row stride ldb.
+// Update a block of I rows by V vectors of C (row stride ldc). B is (K, V * W) with row stride ldb.
 template <int I, int V>
 static void gemm_block(float *C, int64_t ldc, const Strided &A, const float *B, int64_t ldb, int64_t K) {
     vf acc[I][V];
@@ -34,9 +34,9 @@ static void gemm_block(float *C, int64_t ldc, const Strided &A, const float *B, 
 }
 
 #if MMT_LANES == 16
-constexpr int kGemmRows = 6, kGemmVectors = 4;  // 24 of 32 registers hold C
+constexpr int kGemmRows = 6, kGemmVectors = 4;  // C takes 24 of 32 registers
 #else
-constexpr int kGemmRows = 4, kGemmVectors = 2;  // 8 of 16
+constexpr int kGemmRows = 4, kGemmVectors = 2;  // C takes 8 of 16 registers
 #endif
 
 template <int V>

@@ -1,5 +1,5 @@
-// All kernels for one instruction set. Compiled once per set, with -DMMT_ISA=<name> -DMMT_LANES=<floats a vector>;
-// dispatch.cpp picks one at run time.
+// All kernels for one instruction set. This file is compiled once per instruction set, with
+// -DMMT_ISA=<name> -DMMT_LANES=<floats per vector>. dispatch.cpp selects one at run time.
 #include "conv.h"
 #include "dropout.h"
 #include "exp_rate.h"

@@ -1,5 +1,6 @@
-// C (N, K) = Aᵀ B for A (M, N) and B (M, K), all contiguous: the gradient of a linear layer's weight. M is long and is
-// cut into parts by the sizes alone, whose sums are added in their order, so that the result does not depend on threads.
+// C (N, K) = Aᵀ B for contiguous A (M, N) and B (M, K): the gradient of the weight of a linear layer. M is large. It is
+// divided into parts, depending only on the sizes, whose sums are added in a fixed order. So the result does not depend
+// on the number of threads.
 #pragma once
 #include "gemm.h"
 #include "scan_common.h"
@@ -7,7 +8,7 @@
 namespace MMT_ISA {
 
 static int matmul_tn(const MatmulArgs &s) {
-    constexpr int64_t kPanel = 128, kRows = 96;  // of A and B; of C: what is in use at a time stays in the caches
+    constexpr int64_t kPanel = 128, kRows = 96;  // rows of A and B, rows of C: blocks that fit in the caches
     const int64_t bands = ceil_div(s.n, kRows), parts = bands >= 16 ? 1 : max64(1, min64(16, s.m / 1024));
     const int64_t size = s.n * s.k;
     Buffer<float> sums(parts > 1 ? parts * size : 0);

@@ -1,13 +1,13 @@
-// Gradients of a mixer interior. Everything but the states at chunk boundaries is computed again, chunk by chunk from
-// the last to the first. As in scan_backward.h, every sum has one order that depends on the sizes alone: batch elements
-// are cut into runs, a run adds up in sequence, and the runs are added in their order.
+// Gradients of the inner part of a mixer. Only the states at chunk boundaries are saved; everything else is recomputed,
+// chunk by chunk from last to first. As in scan_backward.h, the order of every sum depends only on the sizes: batch
+// elements are divided into runs, a run adds sequentially, and the runs are added in their order.
 #pragma once
 #include "mix_common.h"
 #include "scan_backward.h"
 
 namespace MMT_ISA {
 
-// Gradients of the parameters of one direction, from one run of batch elements.
+// Gradients of the parameters of one direction, summed over one run of batch elements.
 struct MixSums {
     vf *A, *D, *bias, *dt, *conv;  // as in MixWeights
     float *project;                // (columns, width)
@@ -23,13 +23,13 @@ struct MixSums {
           project(reinterpret_cast<float *>(conv + plan.blocks * (s.taps + 1))) {}
 };
 
-struct MixScratch {  // of one thread
+struct MixScratch {  // buffers of one thread
     MixInput in;
     Buffer<BackwardTiles> tiles;
     Buffer<vf> du, ddt;          // (T, blocks)
     Buffer<float> dprojected;    // (T, columns)
-    Buffer<vf> carry, after;     // what the following chunk leaves: a g (blocks, state); dpre (blocks, taps)
-    Buffer<vf> dpre;             // (T + taps): of one block
+    Buffer<vf> carry, after;     // from the following chunk: a g (blocks, state), dpre (blocks, taps)
+    Buffer<vf> dpre;             // (T + taps), of one block
     MixScratch(const MixArgs &s, const MixPlan &plan)
         : in(s, plan, true),
           tiles(1),
@@ -49,13 +49,13 @@ struct MixBackward {
     const MixArgs &s;
     const MixPlan &plan;
     const MixPacked &packed;
-    float *dx_parts, *dz_parts;  // (directions, batch, length, width) when directions are split, else null
+    float *dx_parts, *dz_parts;  // (directions, batch, length, width) if directions are computed separately, else null
 
     MixView target(const MixView &whole, float *parts, int64_t k) const {
         return parts ? part_view(s, plan, parts, k) : whole;
     }
 
-    // Store a tile of one direction's part of dx or dz: the first one sets, the next ones add.
+    // Store a tile of the contribution of one direction to dx or dz. Direction 0 overwrites, the others add.
     void add(vf *tile, const MixView &whole, float *parts, const MixWeights &weights, int64_t b, int64_t k, int64_t block,
              int64_t t0, int rows) const {
         const Lane to = weights.lane(s, plan, target(whole, parts, k), b, k, block);
@@ -67,7 +67,7 @@ struct MixBackward {
         store_tile(tile, to, t0, rows);
     }
 
-    // The scan of one block over one chunk: du and ddt of it, and its part of the sums over channels in dprojected.
+    // Run the scan of one block over one chunk: compute du and ddt, and add to the sums over channels in dprojected.
     void scan_block(MixScratch &m, const MixSums &sums, int64_t b, int64_t k, int64_t chunk, int64_t block) const {
         const MixWeights &weights = packed[k];
         BackwardTiles &w = *m.tiles.data;
@@ -119,7 +119,7 @@ struct MixBackward {
         }
         vf sum_D{}, sum_bias{};
         for (int t = 0; t < rows; ++t) {
-            const vf ddt = (w.gA[t] * 0.693147181f + w.u[t] * w.gB[t]) * w.slope[t];  // gA holds A log2(e)
+            const vf ddt = (w.gA[t] * 0.693147181f + w.u[t] * w.gB[t]) * w.slope[t];  // gA contains the factor log2(e)
             sum_bias += ddt;
             sum_D += w.dy[t] * w.u[t];
             m.du.data[t * blocks + block] = w.dt[t] * w.gB[t] + D * w.dy[t];
@@ -138,7 +138,7 @@ struct MixBackward {
         }
     }
 
-    // Through the convolution and its SiLU: the rows of du of one block to rows of dx.
+    // Propagate du of one block through SiLU and the convolution to dx.
     template <int K>
     void convolution_block(MixScratch &m, const MixWeights &weights, const MixSums &sums, int64_t block, int rows,
                            bool last_chunk, vf *dx) const {
@@ -195,7 +195,7 @@ struct MixBackward {
         }
     }
 
-    // Add the directions' parts of dx or dz up, in their order, for one block of channels of one batch element.
+    // Add the contributions of the directions to dx or dz in their order, for one block of channels of one batch element.
     void merge(const MixView &whole, float *parts, int64_t b, int64_t block) const {
         const Lane out = memory_lane(s, plan, whole, b, block);
         vf sum[T], part[T];
@@ -209,7 +209,7 @@ struct MixBackward {
         }
     }
 
-    // The gradients of one direction's parameters: the sums of all runs, added to those of the first.
+    // Write the gradients of the parameters of one direction: the sum over all runs, accumulated in those of run 0.
     void write_parameters(vf *data, int64_t runs, int64_t k) const {
         const int64_t vectors = MixSums::vectors(s, plan), rows = s.rank + 2 * s.state;
         vf *first = data + k * vectors;
@@ -236,7 +236,7 @@ static int mix_backward(const MixArgs &s) {
     const MixPlan plan(s);
     const MixPacked packed(s, plan, true);
     const int64_t vectors = MixSums::vectors(s, plan);
-    // at most 64 runs, and 32 MB of sums
+    // At most 64 runs, and about 32 MB of sums.
     const int64_t room = (32 << 20) / (vectors * s.directions * (int64_t)sizeof(vf));
     const int64_t runs = min64(s.batch, max64(4, min64(64, room)));
     const bool split = split_directions(runs, s.directions, s.threads, s.dx.narrow);

@@ -1,7 +1,7 @@
-// What the forward and the backward pass of a mixer interior share: sizes, packed parameters, the input of a chunk.
+// Common code of the forward and the backward pass of the inner part of a mixer: sizes, packed parameters, chunk inputs.
 //
-// A chunk (kChunk positions) of all channels is in the caches at a time: convolved, projected to Δ, B and C by small
-// matrix products, then scanned block by block. One lane is one channel, as in scan_common.h.
+// The passes run chunk by chunk (kChunk positions of all channels), so that a chunk stays in the caches. It is convolved,
+// projected to Δ, B and C by small matrix products, then scanned block by block. One vector lane is one channel.
 #pragma once
 #include <new>
 
@@ -12,12 +12,12 @@
 namespace MMT_ISA {
 
 struct MixPlan {
-    int64_t blocks, width;   // of channels; floats in a row of all channels
+    int64_t blocks, width;   // blocks of channels; floats in a row of all channels
     int64_t chunks;
     int64_t state4;          // states padded to a multiple of 4
-    int64_t low, low_width;  // where the low rank of Δ begins in a row of projections (after B and C), and its padded size
-    int64_t columns, used;   // floats in a row of projections; those that mean something
-    int64_t padded;          // channels of a row of saved states
+    int64_t low, low_width;  // offset of the low-rank Δ in a row of projections (after B and C), and its padded size
+    int64_t columns, used;   // floats in a row of projections, with and without padding at the end
+    int64_t padded;          // channels in a row of saved states, with padding
     explicit MixPlan(const MixArgs &s)
         : blocks(ceil_div(s.dim, W)),
           width(blocks * W),
@@ -30,7 +30,8 @@ struct MixPlan {
           padded(ceil_div(s.dim, kChannelPad) * kChannelPad) {}
     int rows(int64_t chunk, int64_t length) const { return (int)min64(T, length - chunk * T); }
     int lanes(const MixArgs &s, int64_t block) const { return (int)min64(W, s.dim - block * W); }
-    // The row of x_proj that makes a column of the projections, or -1: rows are (low rank, B, C), columns (B, C, low rank).
+    // The row of x_proj for a column of the projections, or -1 for padding. Rows are (low rank, B, C), columns are
+    // (B, C, low rank).
     int64_t source(const MixArgs &s, int64_t column) const {
         if (column >= low) return column < used ? column - low : -1;
         const int64_t n = column % state4;
@@ -42,25 +43,25 @@ static inline float *mix_saved_state(const MixArgs &s, const MixPlan &plan, int6
     return s.states + ((b * s.directions + k) * (plan.chunks - 1) + chunk - 1) * s.state * plan.padded + block * W;
 }
 
-// One block of channels of one sequence, in the order of memory.
+// One block of channels of one sequence, in memory order.
 static inline Lane memory_lane(const MixArgs &s, const MixPlan &plan, const MixView &v, int64_t b, int64_t block) {
     char *first = static_cast<char *>(v.data) + (b / s.inner * v.outer + b % s.inner * v.inner) * (v.narrow ? 2 : 4);
     const View3 sequence{first, v.narrow, 0, v.channel, v.position};
     return Lane(sequence, 0, block * W, plan.lanes(s, block), s.length, false);
 }
 
-// Where a direction writes when directions are split: (directions, batch, length, width).
+// The output of direction k if directions are computed separately; `parts` is (directions, batch, length, width).
 static inline MixView part_view(const MixArgs &s, const MixPlan &plan, float *parts, int64_t k) {
     const int64_t sequence = s.length * plan.width;
     return {parts + k * s.batch * sequence, 0, s.inner * sequence, sequence, 1, plan.width};
 }
 
-// The parameters of one direction by block and lane, zero in the lanes past the last channel.
+// The parameters of one direction by block and lane. Lanes past the last channel are 0.
 struct MixWeights {
-    Buffer<vf> A, D, bias, dt, conv;       // A times log2(e); dt: `rank` vectors a block; conv: the taps, then the bias
+    Buffer<vf> A, D, bias, dt, conv;       // A times log2(e); dt: `rank` vectors per block; conv: taps, then bias
     Buffer<float> project, project_back;   // x_proj as (width, columns) and as (columns, width)
     Buffer<float> low_back;                // dt_proj as (width, low_width)
-    int64_t step;                          // 1 or -1 if the order is that of memory or its reverse, else 0
+    int64_t step;                          // 1 for memory order, -1 for reversed memory order, 0 for other orders
 
     MixWeights(const MixArgs &s, const MixPlan &plan, bool backward)
         : A(plan.blocks * s.state, true),
@@ -76,7 +77,7 @@ struct MixWeights {
         return A.data && D.data && bias.data && dt.data && conv.data && project.data && project_back.data && low_back.data;
     }
 
-    // The order of this direction, if it is one of memory.
+    // Set `step` from the order of this direction.
     void find_step(const MixArgs &s, int64_t k) {
         const int64_t *order = s.order + k * s.length;
         step = s.length == 1 ? 1 : order[1] - order[0];
@@ -85,7 +86,7 @@ struct MixWeights {
             if (order[t] - order[t - 1] != step) step = 0;
     }
 
-    // One block of channels.
+    // Pack the parameters of one block of channels.
     void fill(const MixArgs &s, const MixPlan &plan, int64_t k, int64_t block, bool backward) {
         const int64_t d0 = block * W, rows = s.rank + 2 * s.state;
         const int lanes = plan.lanes(s, block);
@@ -110,7 +111,7 @@ struct MixWeights {
         }
     }
 
-    // A tensor in the order of this direction.
+    // A block of channels of a tensor, in the order of this direction.
     Lane lane(const MixArgs &s, const MixPlan &plan, const MixView &v, int64_t b, int64_t k, int64_t block) const {
         Lane lane = memory_lane(s, plan, v, b, block);
         lane.reverse = step == -1;
@@ -119,7 +120,7 @@ struct MixWeights {
     }
 };
 
-// All directions; `data` is null when memory could not be had.
+// The parameters of all directions. `data` is null if an allocation failed.
 struct MixPacked {
     MixWeights **data;
     int64_t count;
@@ -152,8 +153,8 @@ struct MixPacked {
     }
 };
 
-// The input of one chunk by rows of all channels: x with its history and silu' where there is a convolution, u, and the
-// projections.
+// The input of one chunk, in rows of all channels: u and the projections. With a convolution also x with the earlier
+// positions that the convolution needs, and the derivative of silu.
 struct MixInput {
     Buffer<vf> x, u, slope;
     Buffer<float> projected;
@@ -185,7 +186,7 @@ struct MixInput {
     }
 
   private:
-    // Rows t0 - taps + 1 to t0 + rows - 1, zero before the first position.
+    // Load rows t0 - taps + 1 to t0 + rows - 1, with zeros before the first position.
     void load_rows_with_history(const MixArgs &s, const MixPlan &plan, const Lane &lane, int64_t t0, int rows) {
         const int64_t have = min64(t0, s.taps - 1), missing = s.taps - 1 - have;
         for (int64_t i = 0; i < missing * plan.blocks; ++i) x.data[i] = vf{};
@@ -209,7 +210,7 @@ struct MixInput {
     }
 };
 
-// Δ before its softplus of one block: bias + dt_proj low, in four sums that do not wait for each other.
+// Δ before softplus for one block: bias + dt_proj low, in four independent sums.
 MMT_INLINE vf raw_step(const vf *weight, int64_t rank, const float *low, vf bias) {
     vf sum[4] = {bias};
     int64_t r = 0;
@@ -223,8 +224,9 @@ MMT_INLINE vf raw_step(const vf *weight, int64_t rank, const float *low, vf bias
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-// Several threads may work on the directions of one batch element; then each direction writes an array of its own, of
-// floats. So it does where the result is narrow, too: what is added up there must not be.
+// Return whether each direction writes a separate float array, which are added afterwards. This allows several threads to
+// work on one batch element, if there are too few of them. It is also needed for bfloat16 results, because sums over
+// directions must be accumulated in float.
 static inline bool split_directions(int64_t tasks, int64_t directions, int64_t threads, bool narrow) {
     return directions > 1 && (narrow || 4 * tasks < 3 * threads * ceil_div(tasks, threads));
 }

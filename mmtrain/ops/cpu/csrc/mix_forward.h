@@ -1,4 +1,4 @@
-// The forward pass of a mixer interior (MixArgs in args.h).
+// The forward pass of the inner part of a mixer (MixArgs in args.h).
 #pragma once
 #include "mix_common.h"
 #include "scan_forward.h"
@@ -9,11 +9,11 @@ struct MixForward {
     const MixArgs &s;
     const MixPlan &plan;
     const MixPacked &packed;
-    float *parts;  // (directions, batch, length, width) when directions are split, else null
+    float *parts;  // (directions, batch, length, width) if directions are computed separately, else null
 
     MixView target(int64_t k) const { return parts ? part_view(s, plan, parts, k) : s.out; }
 
-    // scale · y · silu(z) of a tile whose positions are those of `lane`'s order
+    // Multiply a tile of y by scale · silu(z). Its positions are in the order of the lane `z`.
     void finish(vf *y, const Lane &z, int64_t t0, int rows) const {
         const float scale = (float)s.scale;
         if (!s.z.data) {
@@ -69,7 +69,7 @@ struct MixForward {
         }
     }
 
-    // Add the directions of one block of channels of one batch element up, in their order.
+    // Add the directions of one block of channels of one batch element, in their order.
     void merge(int64_t b, int64_t block) const {
         const Lane out = memory_lane(s, plan, s.out, b, block), z = memory_lane(s, plan, s.z, b, block);
         vf y[T], part[T];

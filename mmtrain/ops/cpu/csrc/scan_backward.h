@@ -1,10 +1,10 @@
 // Gradients of the scan. With g_t = dL/dh_t = C_t dy_t + a_{t+1} g_{t+1} and a_t = exp(dt_t A):
 //   du_t = D dy_t + dt_t Σ_n g_t B_t            dA  = Σ_t g_t a_t h_{t-1} dt_t
 //   ddt_t = Σ_n g_t (A a_t h_{t-1} + B_t u_t)   dB_t = Σ_d g_t dt_t u_t    dC_t = Σ_d h_t dy_t
-// Chunks run backwards; inside one, a_t and h_{t-1} are recomputed from the state saved at its start.
+// Chunks are processed from last to first. Within a chunk, a_t and h_{t-1} are recomputed from the state at its start.
 //
-// Every sum has one fixed order, whatever the number of threads: the work is cut into tasks by the sizes alone
-// (TaskGrid), a task adds up in sequence, and partial results of tasks are added in the order of the tasks.
+// Every sum has a fixed order for any number of threads: the division into tasks depends only on the sizes (TaskGrid), a
+// task adds sequentially, and the partial results of tasks are added in the order of the tasks.
 #pragma once
 #include "scan_segments.h"
 
@@ -13,12 +13,12 @@ namespace MMT_ISA {
 typedef float v4 __attribute__((vector_size(16), may_alias));
 
 struct BackwardTiles {
-    // A row more than is used: arrays of exactly 4 KiB would compete for the same lines of the first-level cache.
+    // One unused row each: arrays of exactly 4 KiB would map to the same lines of the first-level cache.
     vf u[T + 1], dt[T + 1], dtu[T + 1], slope[T + 1], dy[T + 1];
-    vf y[T + 1];             // Σ_n C h, where it is asked for
+    vf y[T + 1];             // Σ_n C h, if requested
     vf gB[T + 1], gA[T + 1]; // Σ_n g B and Σ_n g a h A log2(e)
     vf dB[T + 1], dC[T + 1]; // partial sums over lanes: lane i belongs to state n + i % 4
-    vf ah[T + 1][4], a[T + 1][4];  // a_t h_{t-1} and a_t of the four states at hand
+    vf ah[T + 1][4], a[T + 1][4];  // a_t h_{t-1} and a_t of the four current states
 };
 
 template <int K, bool WithY = false>
@@ -70,7 +70,7 @@ static void backward_states(int rows, BackwardTiles &w, const vf *A, const float
     }
 }
 
-// Finish the reduction over lanes and add it to rows of `total`: W / 4 positions come out of one vector.
+// Finish the reduction over lanes and add it to rows of `total`. One vector gives the sums of W / 4 positions.
 static void add_partial_sums(const vf *part, int rows, float *total, int64_t stride) {
     constexpr int step = W / 4;
     for (int t = 0; t < rows; t += step) {
@@ -92,8 +92,9 @@ static void add_partial_sums(const vf *part, int rows, float *total, int64_t str
     }
 }
 
-// Tasks: batch elements in `batches` runs, times groups, times `splits` runs of channel blocks. A function of the sizes
-// alone. About two million state updates (a millisecond) a task, so that the partial results stay small beside the inputs.
+// The division into tasks: `batches` ranges of batch elements, times groups, times `splits` ranges of channel blocks. It
+// depends only on the sizes. A task has about two million state updates (a millisecond), so that the partial results are
+// small compared with the inputs.
 struct TaskGrid {
     int64_t batches, groups, splits;
     TaskGrid(const ScanArgs &s, const Plan &plan) {
@@ -102,16 +103,16 @@ struct TaskGrid {
         batches = min64(s.batch, wanted);
         groups = s.groups;
         splits = min64(plan.blocks, ceil_div(wanted, s.batch * s.groups));
-        if (segmented(s, plan)) batches = kSegments;  // a task is then a segment of the one sequence
+        if (segmented(s, plan)) batches = kSegments;  // a task is a segment of the only sequence
     }
     int64_t count() const { return batches * groups * splits; }
 };
 
 struct BackwardScratch {
-    int64_t columns;  // states padded to a multiple of 4, of the sums over channels: dB, dC
+    int64_t columns;  // states padded to a multiple of 4, in the sums over channels dB and dC
     int64_t rows;     // positions padded likewise
     Buffer<float> dA, dD, dbias;
-    Buffer<float> split_sums;  // (task, 2, rows, columns): dB and dC of every task, when channel blocks are split
+    Buffer<float> split_sums;  // (task, 2, rows, columns): dB and dC of every task, if channel blocks are divided
     BackwardScratch(const ScanArgs &s, const Plan &plan, const TaskGrid &grid)
         : columns(ceil_div(s.state, 4) * 4),
           rows(ceil_div(s.length, 4) * 4),
@@ -122,14 +123,14 @@ struct BackwardScratch {
     bool ok() const { return dA.data && dD.data && dbias.data && split_sums.data; }
 };
 
-// What the gradients of one block over one chunk are added to.
+// The sums to which the gradients of one block over one chunk are added.
 struct Sums {
-    vf *dA, *dD, *dbias;  // of the channels: N vectors, one, one
+    vf *dA, *dD, *dbias;  // of the block: N vectors, one vector, one vector
     float *dB, *dC;       // of the chunk: T rows of `columns`
     int64_t columns;
 };
 
-// One block over one chunk; carry is a_{t+1} g_{t+1} at its end.
+// Run one block over one chunk. carry is a_{t+1} g_{t+1} at its end.
 static void backward_chunk(const ScanArgs &s, const Plan &plan, const Packed &packed, BackwardTiles &w, vf *carry, vf *initial,
                            const Block &at, int64_t chunk, const Sums &sums) {
     const int64_t N = s.state, slot = at.group * plan.blocks + at.index, columns = sums.columns, t0 = chunk * T;
@@ -172,7 +173,7 @@ static void backward_chunk(const ScanArgs &s, const Plan &plan, const Packed &pa
     }
     vf sum_D{}, sum_bias{};
     for (int t = 0; t < rows; ++t) {
-        const vf ddt = w.gA[t] * 0.693147181f + w.u[t] * w.gB[t];  // gA holds A log2(e)
+        const vf ddt = w.gA[t] * 0.693147181f + w.u[t] * w.gB[t];  // gA contains the factor log2(e)
         const vf dx = ddt * w.slope[t];
         sum_bias += dx;
         sum_D += w.dy[t] * w.u[t];
@@ -186,7 +187,7 @@ static void backward_chunk(const ScanArgs &s, const Plan &plan, const Packed &pa
     store_tile(w.gA, lane(s.ddelta, s, plan, at), t0, rows);
 }
 
-// Write rows [t0, t0 + rows) of dB or dC of one (batch, group): the sum of `count` arrays that lie `apart` floats apart.
+// Write rows [t0, t0 + rows) of dB or dC of one (batch, group): the sum of `count` arrays at a distance of `apart` floats.
 static void write_sums(const ScanArgs &s, const View4 &v, int64_t b, int64_t g, int64_t t0, int64_t rows, float *sums,
                        int64_t columns, int64_t count, int64_t apart) {
     float *out = v.data + b * v.batch + g * v.group;
@@ -221,14 +222,14 @@ static void backward_task(const ScanArgs &s, const Plan &plan, const Packed &pac
             if (grid.splits == 1) {
                 write_sums(s, s.dB, b, g, t0, rows, dB, columns, 1, 0);
                 write_sums(s, s.dC, b, g, t0, rows, dC, columns, 1, 0);
-            } else {  // and then the run is of one batch element
+            } else {  // in this case the range contains one batch element
                 memcpy(split_sums + t0 * columns, dB, rows * columns * sizeof(float));
                 memcpy(split_sums + (scratch.rows + t0) * columns, dC, rows * columns * sizeof(float));
             }
         }
 }
 
-// Only the recurrence of g over one chunk of a single block; returns the sum of Δ.
+// Run only the recurrence of g over one chunk of a single block, and return the sum of Δ.
 static vf carry_chunk(const ScanArgs &s, const Plan &plan, const Packed &packed, BackwardTiles &w, vf *carry, int64_t chunk) {
     const int64_t t0 = chunk * T;
     const int rows = plan.rows(chunk, s.length);
@@ -250,7 +251,8 @@ static vf carry_chunk(const ScanArgs &s, const Plan &plan, const Packed &packed,
     return sum;
 }
 
-// What comes into every segment from the one after it. Called by all threads of a team; one that failed does no work.
+// Compute the gradient that enters every segment from the segment after it. All threads of a team call this; a thread
+// whose allocation failed does no work.
 static void backward_borders(const ScanArgs &s, const Plan &plan, const Packed &packed, BackwardTiles *w, Segments &segments,
                              vf *last, bool failed) {
 #pragma omp for schedule(dynamic, 1)
@@ -270,7 +272,7 @@ static void backward_borders(const ScanArgs &s, const Plan &plan, const Packed &
     }
 }
 
-// dA, dD and dbias of one block of channels: the sum over the runs of batch elements, in their order.
+// Compute dA, dD and dbias of one block of channels: the sum over the ranges of batch elements, in their order.
 static void sum_over_batch(const ScanArgs &s, const Plan &plan, const TaskGrid &grid, BackwardScratch &scratch, int64_t slot) {
     const int64_t N = s.state, slots = grid.groups * plan.blocks;
     vf *dA = reinterpret_cast<vf *>(scratch.dA.data), *dD = reinterpret_cast<vf *>(scratch.dD.data);

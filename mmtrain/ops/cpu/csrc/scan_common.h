@@ -1,9 +1,9 @@
-// What the forward and the backward scan share: how the work is cut up, parameters packed for the lanes, scratch.
+// Common code of the forward and the backward scan: division of the work, packed parameters, buffers.
 //
-// One lane is one channel. A block is W neighbouring channels of one group; its state is N vectors. A task walks some
-// blocks of one batch element together, chunk by chunk (kChunk positions), so that whole rows of channels-last memory are
-// used while they are in the caches. States of different n never meet, so within a chunk they are taken four at a time,
-// which keeps the inner loop in registers for any N.
+// One vector lane is one channel. A block is W neighbouring channels of a group; its state is N vectors. A task processes
+// several blocks of one batch element chunk by chunk (kChunk positions), so that complete rows of channels-last memory are
+// used while they are in the caches. The N states are independent, so within a chunk they are processed four at a time.
+// The inner loop then stays in registers for any N.
 #pragma once
 #include <stdlib.h>
 
@@ -18,7 +18,7 @@ static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class X>
-struct Buffer {  // aligned, uninitialised unless asked; data is null when memory could not be had
+struct Buffer {  // an aligned array, uninitialised unless `zero`; data is null if the allocation failed
     X *data;
     explicit Buffer(int64_t count, bool zero = false) {
         const size_t bytes = ((size_t)max64(count, 1) * sizeof(X) + 63) / 64 * 64;
@@ -33,7 +33,7 @@ struct Buffer {  // aligned, uninitialised unless asked; data is null when memor
 struct Plan {
     int64_t channels;        // per group
     int64_t blocks;          // per group
-    int64_t padded;          // channels of all groups in `states`
+    int64_t padded;          // channels of all groups in `states`, with padding
     int64_t chunks;
     explicit Plan(const ScanArgs &s)
         : channels(s.dim / s.groups),
@@ -45,17 +45,17 @@ struct Plan {
     int64_t first_channel(int64_t group, int64_t block) const { return group * channels + block * W; }
 };
 
-// One block of channels of one batch element: a whole recurrence.
+// One block of channels of one batch element, which is one vector recurrence.
 struct Block {
     int64_t batch, group, index;
 };
 
 struct Range {
-    int64_t first, last;  // last is past the end
+    int64_t first, last;  // last is exclusive
     int64_t size() const { return last - first; }
 };
 
-// Part `part` of `parts` of 0..count.
+// Divide 0..count into `parts` ranges and return range number `part`.
 static inline Range part_of(int64_t count, int64_t part, int64_t parts) {
     return {count * part / parts, count * (part + 1) / parts};
 }
@@ -64,13 +64,13 @@ MMT_INLINE Lane lane(const View3 &v, const ScanArgs &s, const Plan &plan, const 
     return Lane(v, at.batch, plan.first_channel(at.group, at.index), plan.lanes(at.index), s.length, s.reverse);
 }
 
-// states is (batch, chunks - 1, state, padded): the state at the start of every chunk but the first.
+// `states` is (batch, chunks - 1, state, padded): the state at the start of every chunk except the first.
 static inline float *saved_state(const ScanArgs &s, const Plan &plan, const Block &at, int64_t chunk) {
     const int64_t channel = at.group * (plan.padded / s.groups) + at.index * W;
     return s.states + (at.batch * (plan.chunks - 1) + chunk - 1) * s.state * plan.padded + channel;
 }
 
-// States (batch, dim, state) in memory and N vectors of one block, zero in the lanes past the last channel.
+// Convert the states of one block between memory, (batch, dim, state), and N vectors. Lanes past the last channel are 0.
 static inline void read_states(const ScanArgs &s, const Plan &plan, const float *from, const Block &at, vf *to) {
     const int64_t first = at.batch * s.dim + plan.first_channel(at.group, at.index);
     for (int64_t n = 0; n < s.state; ++n) to[n] = vf{};
@@ -83,7 +83,7 @@ static inline void write_states(const ScanArgs &s, const Plan &plan, const vf *f
         for (int64_t n = 0; n < s.state; ++n) to[(first + i) * s.state + n] = from[n][i];
 }
 
-// A * log2(e) (so that exp is 2^x), D and the bias of Δ by block and lane, zero in the lanes past the last channel.
+// A * log2(e) (exp is computed as 2^x), D and the bias of Δ by block and lane. Lanes past the last channel are 0.
 struct Packed {
     Buffer<vf> A, D, bias;
     Packed(const ScanArgs &s, const Plan &plan)
@@ -105,7 +105,7 @@ struct Packed {
     bool ok() const { return A.data && D.data && bias.data; }
 };
 
-// B or C of one (batch, group): element (t, n), positions in the order of the recurrence.
+// B or C of one (batch, group), indexed (t, n) with positions t in the order of the recurrence.
 struct Coefficients {
     const float *data;
     int64_t position, state;

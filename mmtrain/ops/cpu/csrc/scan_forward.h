@@ -1,10 +1,10 @@
-// h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t,  y_t = C_t . h_t + D u_t.
+// The forward scan: h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t,  y_t = C_t . h_t + D u_t.
 #pragma once
 #include "scan_segments.h"
 
 namespace MMT_ISA {
 
-// K states over one chunk. y is added to; h is carried.
+// Run K of the N states over one chunk. Adds their contributions to y and updates h.
 template <int K>
 static void forward_states(int rows, const vf *dt, const vf *dtu, vf *y, const vf *A, vf *h, const float *B, int64_t B_t,
                            int64_t B_n, const float *C, int64_t C_t, int64_t C_n) {
@@ -24,10 +24,10 @@ static void forward_states(int rows, const vf *dt, const vf *dtu, vf *y, const v
 }
 
 struct ForwardTiles {
-    vf u[T + 1], dt[T + 1], dtu[T + 1], y[T + 1];  // a row more than is used, as in BackwardTiles
+    vf u[T + 1], dt[T + 1], dtu[T + 1], y[T + 1];  // one unused row each, as in BackwardTiles
 };
 
-// One block over one chunk; h is its state.
+// Run one block over one chunk. h is its state.
 static void forward_chunk(const ScanArgs &s, const Plan &plan, const Packed &packed, ForwardTiles &w, vf *h, const Block &at,
                           int64_t chunk) {
     const int64_t N = s.state, slot = at.group * plan.blocks + at.index, t0 = chunk * T;
@@ -64,10 +64,10 @@ static void forward_chunk(const ScanArgs &s, const Plan &plan, const Packed &pac
     if (s.last && chunk == plan.chunks - 1) write_states(s, plan, h, at, s.last);
 }
 
-// A single recurrence by segments.
+// Run a single recurrence in segments, see scan_segments.h.
 static int scan_forward_segments(const ScanArgs &s, const Plan &plan, const Packed &packed) {
     const int64_t N = s.state;
-    ScanArgs probe = s;  // the first pass: nothing but the state is wanted
+    ScanArgs probe = s;  // the first pass computes only the states
     probe.out.data = probe.states = probe.last = nullptr;
     probe.initial = nullptr;
     Segments segments(s, true);
@@ -110,7 +110,7 @@ static int scan_forward(const ScanArgs &s) {
     const Packed packed(s, plan);
     if (!packed.ok()) return 1;
     if (segmented(s, plan)) return scan_forward_segments(s, plan, packed);
-    // The result does not depend on the cut, so it may depend on the number of threads.
+    // The result does not depend on the division into tasks, so the division may depend on the number of threads.
     const int64_t splits = min64(plan.blocks, ceil_div(4 * s.threads, s.batch * s.groups));
     const int64_t tasks = s.batch * s.groups * splits, most = ceil_div(plan.blocks, splits);
     int failed = 0;

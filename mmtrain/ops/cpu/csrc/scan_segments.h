@@ -1,7 +1,9 @@
-// One block of channels of one sequence is a single recurrence: nothing to share out but the sequence itself. Where it is
-// long it is cut into segments, by the sizes alone, that run side by side. A first pass finds what each segment makes of a
-// state of zeros; since a state h that enters a segment leaves it as exp(A Σ Δ) h more than that, the states at the
-// borders follow, and a second pass computes all the rest. It costs almost twice the work, for any number of threads.
+// Parallel scan of a single long recurrence (one block of channels of one sequence), which has no other parallelism.
+//
+// The sequence is divided into segments, which run in parallel. A first pass runs each segment from a state of zeros. A
+// state h that enters a segment adds exp(A Σ Δ) h to its final state, which gives the states at the borders of segments.
+// A second pass computes the results. The work almost doubles. The division depends only on the sizes, not on the number
+// of threads.
 #pragma once
 #include "scan_common.h"
 
@@ -15,14 +17,14 @@ static inline bool segmented(const ScanArgs &s, const Plan &plan) {
 }
 
 struct Segments {
-    Buffer<vf> local;   // (kSegments, state): what a segment makes of zeros
-    Buffer<vf> border;  // (kSegments, state): what enters it
-    Buffer<vf> steps;   // (kSegments): Σ Δ
+    Buffer<vf> local;   // (kSegments, state): final state of a segment that starts from zeros
+    Buffer<vf> border;  // (kSegments, state): state that enters a segment
+    Buffer<vf> steps;   // (kSegments): Σ Δ over a segment
     explicit Segments(const ScanArgs &s, bool used)
         : local(used ? kSegments * s.state : 0), border(used ? kSegments * s.state : 0), steps(used ? kSegments : 0) {}
     bool ok() const { return local.data && border.data && steps.data; }
 
-    // The borders in the order of the pass: `first` enters segment 0 (of the backward pass: the last one).
+    // Compute `border` from `local` and `steps`. `first` enters segment 0, or the last segment in the backward pass.
     void join(const ScanArgs &s, const Packed &packed, const vf *first, bool backward) {
         const int64_t N = s.state;
         for (int64_t i = 0; i < kSegments; ++i) {

@@ -1,5 +1,5 @@
-// Tiles: `rows` positions by W channels, row-major (one vector a position), loaded from and stored to either layout.
-// Positions are those of the recurrence: with `reverse` position 0 is the last one in memory.
+// Tiles of `rows` positions by W channels, one vector per position, loaded from and stored to memory of any layout.
+// Positions are numbered in the order of the recurrence: with `reverse`, position 0 is the last one in memory.
 #pragma once
 #include "args.h"
 #include "vec.h"
@@ -10,11 +10,11 @@ struct Lane {  // one batch element and one block of channels of a View3
     void *data;
     int64_t channel, position;  // strides
     int64_t length;
-    int lanes;  // channels really there, at most W
+    int lanes;  // number of existing channels, at most W
     bool reverse, narrow;
     const int64_t *order = nullptr;  // if given, position t of the recurrence is position order[t] in memory
 
-    // Where position t is, its first channel. E: float, or uint16_t for bfloat16.
+    // The address of the first channel at position t. E is float, or uint16_t for bfloat16.
     template <class E>
     const E *at(int64_t t) const {
         return static_cast<const E *>(data) + (order ? order[t] : reverse ? length - 1 - t : t) * position;
@@ -29,7 +29,7 @@ struct Lane {  // one batch element and one block of channels of a View3
           reverse(reverse_),
           narrow(v.narrow) {}
 
-    // The block of channels after this one.
+    // Move to the next block of channels.
     void advance() { data = static_cast<char *>(data) + W * channel * (narrow ? 2 : 4); }
 };
 
@@ -128,7 +128,7 @@ static void store_tile(const vf *tile, const Lane &s, int64_t start, int rows) {
     s.narrow ? store_tile_of<uint16_t>(tile, s, start, rows) : store_tile_of<float>(tile, s, start, rows);
 }
 
-// All channels of channels-last memory at once.
+// Load all channels of some positions from channels-last memory.
 template <class E>
 static void load_whole_rows(vf *to, const Lane &first, int64_t blocks, int rest, int64_t start, int rows) {
     for (int r = 0; r < rows; ++r, to += blocks) {
@@ -138,7 +138,8 @@ static void load_whole_rows(vf *to, const Lane &first, int64_t blocks, int rest,
     }
 }
 
-// All channels at once: row r of `to` (blocks vectors) is position start + r. `first` is the lane of the first block.
+// Load all channels of some positions: row r of `to` (one vector per block) is position start + r. `first` is the lane of
+// the first block.
 static void load_rows(vf *to, const Lane &first, int64_t channels, int64_t start, int rows) {
     const int64_t blocks = (channels + W - 1) / W;
     const int rest = (int)(channels - (blocks - 1) * W);
@@ -159,7 +160,7 @@ static void load_rows(vf *to, const Lane &first, int64_t channels, int64_t start
     }
 }
 
-// Ask for rows that will be read block by block: those reads are too far apart for the processor to foresee.
+// Prefetch rows that will be read block by block. The hardware prefetcher does not detect reads that are so far apart.
 static void prefetch_rows(const Lane &first, int64_t channels, int64_t start, int rows) {
     if (first.channel != 1) return;
     for (int r = 0; r < rows; ++r) {

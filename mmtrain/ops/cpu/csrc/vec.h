@@ -1,5 +1,5 @@
-// Vectors of W floats by the compiler's vector extensions, and the few functions of them that the kernels need.
-// Everything here has internal linkage: this header is compiled several times with different -m flags.
+// Vectors of W floats (with the compiler's vector extensions), and the functions on them that the kernels need.
+// Everything here has internal linkage, because this header is compiled several times with different -m flags.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -25,7 +25,7 @@ MMT_INLINE vf splat(float x) { return x - vf{}; }
 MMT_INLINE vf load(const float *p) { return *reinterpret_cast<const vf_unaligned *>(p); }
 MMT_INLINE void store(float *p, vf v) { *reinterpret_cast<vf_unaligned *>(p) = v; }
 
-// The first n < W elements; the other lanes are zero, and memory past n is not touched.
+// Load the first n < W elements. The other lanes are 0, and memory after the n elements is not accessed.
 MMT_INLINE vf load_first(const float *p, int n) {
 #if MMT_LANES == 16
     return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
@@ -44,7 +44,7 @@ MMT_INLINE void store_first(float *p, vf v, int n) {
 #endif
 }
 
-// bfloat16, the upper half of a float: widened when it is loaded, rounded to nearest even when it is stored.
+// bfloat16 is the upper half of a float. It is converted to float when loaded, and rounded to nearest even when stored.
 MMT_INLINE vf load(const uint16_t *p) {
     return (vf)(__builtin_convertvector(*reinterpret_cast<const vh *>(p), vu) << 16);
 }
@@ -64,7 +64,7 @@ MMT_INLINE void store_first(uint16_t *p, vf v, int n) {
     memcpy(p, some, n * sizeof *p);
 }
 
-// One element.
+// The same for one element.
 MMT_INLINE float widened(float x) { return x; }
 MMT_INLINE float widened(uint16_t x) {
     const uint32_t bits = (uint32_t)x << 16;
@@ -101,7 +101,7 @@ struct InterleaveHigh {
     static constexpr int at(int i) { return InterleaveLow::at(i) + W / 2; }
 };
 
-// W vectors of W lanes, rows to columns: log2(W) rounds of perfect shuffles.
+// Transpose W vectors of W lanes by log2(W) rounds of perfect shuffles.
 MMT_INLINE void transpose(vf (&v)[W]) {
 #pragma GCC unroll 8
     for (int round = 1; round < W; round *= 2) {
@@ -125,14 +125,14 @@ struct Cross {
     static constexpr int at(int i) { return i & Distance ? W + i - Distance : i + Distance; }
 };
 
-// One round of a transposed reduction: lanes that differ in bit `Distance` are added; where that bit is 0 the sums of a
-// come to lie, where it is 1 those of b.
+// One round of a transposed reduction: add lanes that differ in bit `Distance` of their index. Lanes in which the bit is 0
+// get the sums of a, the others those of b.
 template <int Distance>
 MMT_INLINE vf pair_sum(vf a, vf b) {
     return permute<Keep<Distance>>(a, b) + permute<Cross<Distance>>(a, b);
 }
 
-// Within each 128 bits: the elements of a and b in turn (Low: the first two, High: the last two), or their pairs.
+// Within each 128 bits, interleave elements (UnpackOne) or pairs of elements (UnpackTwo) of a and b, from index First.
 template <int First>
 struct UnpackOne {
     static constexpr int at(int i) { return (i & 1 ? W : 0) + i / 4 * 4 + First + (i & 3) / 2; }
@@ -142,15 +142,15 @@ struct UnpackTwo {
     static constexpr int at(int i) { return (i & 2 ? W : 0) + i / 4 * 4 + First + (i & 1); }
 };
 
-// Lane i of the result is a partial sum of vector i % 4. Shuffles within 128 bits, which cost the least.
+// Lane i of the result is a partial sum of vector i % 4. All shuffles are within 128 bits, which are the cheapest.
 MMT_INLINE vf partial_sums(vf a, vf b, vf c, vf d) {
     const vf ab = permute<UnpackOne<0>>(a, b) + permute<UnpackOne<2>>(a, b);
     const vf cd = permute<UnpackOne<0>>(c, d) + permute<UnpackOne<2>>(c, d);
     return permute<UnpackTwo<0>>(ab, cd) + permute<UnpackTwo<2>>(ab, cd);
 }
 
-// 2^x within 1 ulp for results in the normal range; 0 below, inf above; NaN stays NaN. The polynomial (relative minimax
-// on [-1/2, 1/2], error 2e-9) has constant term exactly 1, so that decays close to 1 carry no systematic error.
+// 2^x within 1 ulp for results in the normal range; 0 below, inf above; NaN remains NaN. The polynomial (relative minimax
+// on [-1/2, 1/2], error 2e-9) has constant term exactly 1, so that decays close to 1 have no systematic error.
 MMT_INLINE vf exp2_fraction(vf f) {
     vf p = splat(0.000153533619596f);
     p = p * f + splat(0.00133988750167f);
@@ -161,17 +161,17 @@ MMT_INLINE vf exp2_fraction(vf f) {
     return p * f + splat(1.0f);
 }
 
-MMT_INLINE vf vmax(vf a, float b) { return a < b ? splat(b) : a; }  // NaN in a stays
+MMT_INLINE vf vmax(vf a, float b) { return a < b ? splat(b) : a; }  // NaN in a remains NaN
 MMT_INLINE vf vmin(vf a, float b) { return a > b ? splat(b) : a; }
 
-// 2^x = 2^fraction * 2^r with r = round(x). Without AVX-512, magic numbers instead of conversions, so that SSE2 suffices.
+// 2^x = 2^fraction * 2^r with r = round(x). Without AVX-512, adding a magic number rounds, for which SSE2 is sufficient.
 #if MMT_LANES == 16
 MMT_INLINE vf round_fraction(vf x, vf &fraction) {
     fraction = (vf)_mm512_reduce_ps((__m512)x, 0x08);  // x - rint(x); 0 for infinities
     return x - fraction;
 }
 MMT_INLINE vf scale(vf p, vf r) { return (vf)_mm512_scalef_ps((__m512)p, (__m512)r); }
-MMT_INLINE vf clamp_exponent(vf x) { return x; }  // scalef saturates by itself
+MMT_INLINE vf clamp_exponent(vf x) { return x; }  // scalef saturates
 #else
 MMT_INLINE vf round_fraction(vf x, vf &fraction) {
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
@@ -180,10 +180,10 @@ MMT_INLINE vf round_fraction(vf x, vf &fraction) {
     return r;
 }
 MMT_INLINE vf scale(vf p, vf r) {
-    vf biased = r + (12582912.0f + 127.0f);  // the low 8 bits of its pattern are r + 127, the exponent field of 2^r
+    vf biased = r + (12582912.0f + 127.0f);  // the low 8 bits of its representation are r + 127, the exponent field of 2^r
     return p * (vf)((vi)biased << 23);
 }
-MMT_INLINE vf clamp_exponent(vf x) { return vmin(vmax(x, -127.0f), 128.0f); }  // scale() gives 0 and inf at the ends
+MMT_INLINE vf clamp_exponent(vf x) { return vmin(vmax(x, -127.0f), 128.0f); }  // scale() returns 0 and inf at these limits
 #endif
 
 MMT_INLINE vf exp2(vf x) {
@@ -192,7 +192,7 @@ MMT_INLINE vf exp2(vf x) {
     return scale(exp2_fraction(fraction), r);
 }
 
-// e^x for x <= 0, with the argument reduced exactly (Cody and Waite), so that the result is good to 2 ulp everywhere.
+// e^x for x <= 0, within 2 ulp everywhere by exact reduction of the argument (Cody and Waite).
 MMT_INLINE vf exp_nonpositive(vf x) {
     x = vmax(x, -87.0f);
     vf fraction;
@@ -208,7 +208,7 @@ MMT_INLINE vf sigmoid(vf x) {
     return (x < 0.0f ? e : splat(1.0f)) / (1.0f + e);
 }
 
-// log(1 + e^x) = max(x, 0) + log1p(e^-|x|), with log1p(e) = 2 atanh(e / (2 + e)): no cancellation for tiny e.
+// log(1 + e^x) = max(x, 0) + log1p(e^-|x|), with log1p(e) = 2 atanh(e / (2 + e)), which has no cancellation for small e.
 MMT_INLINE vf softplus_of(vf x, vf e) {  // e = e^-|x|
     vf s = e / (2.0f + e);
     vf z = s * s;
@@ -229,7 +229,7 @@ MMT_INLINE vf softplus_and_slope(vf x, vf &slope) {
     return softplus_of(x, e);
 }
 
-// Flush subnormals to zero while a kernel runs: decaying states pass through them, at 100 times the cost of a normal.
+// Flush subnormal numbers to zero while a kernel runs. Decaying states become subnormal, which is 100 times slower.
 struct FlushSubnormals {
 #if defined(__SSE__)
     unsigned saved;

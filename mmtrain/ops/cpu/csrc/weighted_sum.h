@@ -1,10 +1,10 @@
-// out = Σ_k w_k y_k over arrays of equal size, and its gradients: dy_k = w_k dout, dw_k = <dout, y_k>.
+// out = Σ_k w_k y_k for arrays of equal size, and its gradients dy_k = w_k dout, dw_k = <dout, y_k>.
 #pragma once
 #include "scan_common.h"
 
 namespace MMT_ISA {
 
-constexpr int64_t kPiece = 4096;  // floats at a time: what the result does not depend on, and the order of sums does
+constexpr int64_t kPiece = 4096;  // floats per task; the order of the sums of dw depends on it, so it is independent of the threads
 
 static int weighted_sum_forward(const WeightedSumArgs &s) {
     const int64_t pieces = ceil_div(s.size, kPiece);

@@ -76,7 +76,7 @@ class Registry(Mapping[str, type[S]], Generic[S]):
                     return self._implementations[cls]
             if attempt == 0:
                 self.discover()
-        raise TypeError(f"no {self.name} is registered for {type(config).__name__}")
+        raise TypeError(f"no implementation of a {self.name} is registered for {type(config).__name__}")
 
     def choose(self, name: str) -> type[S]:
         """Return the section class of the kind ``name``.

@@ -54,9 +54,9 @@ class Section(BaseModel):
     @classmethod
     def _no_bool_or_float_for_another_number(cls, value: object, info: Any) -> object:
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
-            raise PydanticCustomError("not_bool", "a boolean is not a number")
+            raise PydanticCustomError("not_bool", "a boolean is not a valid value")
         if isinstance(value, float) and cls.model_fields[info.field_name].annotation in (int, int | None):
-            raise PydanticCustomError("not_float", "a float is not a whole number")
+            raise PydanticCustomError("not_float", "a float is not an integer")
         return value
 
 

@@ -244,7 +244,7 @@ def load() -> LoadResult:
     if result.library:
         result.library.set_isa(os.environ.get("MMTRAIN_SCAN_ISA", "auto"))
         if result.how != "installed":
-            logger.info("kernel library %s (%s)", result.library.path, result.reason)
+            logger.info("using the kernel library %s, because %s", result.library.path, result.reason)
     return result
 
 

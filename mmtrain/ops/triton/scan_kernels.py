@@ -87,9 +87,9 @@ def next_position(place, inner, extent, fast, slow):
     return place + tl.where(wraps, slow - (extent - 1) * fast, fast), tl.where(wraps, 0, inner + 1)
 
 
-# `one` is 1. It and the strides of A are not specialised, so the compiler does not know that states are adjacent in A and
-# in the initial state. Then it assigns one channel of the tile [N, BLOCK_D] to a lane. Otherwise it would assign four
-# adjacent states to a lane, for wide loads outside the loop, and the loop would need shuffles and barriers.
+# `one` is 1. It and the strides of A are not specialised, so that the compiler does not know that states are adjacent
+# in A and in the initial state. Then it assigns one channel of the tile [N, BLOCK_D] to a lane. Otherwise it would
+# assign four adjacent states, for wide loads outside the loop, and the loop would need shuffles and barriers.
 @triton.jit(do_not_specialize=["a_n", "a_d", "one"])
 def scan_forward(
     u,  # (Bt, K or 1, L, D): strides u_b, u_k (0 if shared), u_t; channels adjacent, as everywhere below

@@ -160,9 +160,10 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def append_json_line(file: Path, line: dict[str, Any]) -> None:
-    """Append ``line`` to ``file`` durably, with one write in append mode, so that lines of processes do not mix.
+    """Append ``line`` to ``file`` durably.
 
-    If the last line of the file is incomplete, it is ended first.
+    It is a single write in append mode, so lines of several processes do not interleave. If the last line of the file
+    is incomplete, a newline is written first.
     """
     with open(file, "ab+", buffering=0) as stream:
         torn = False

@@ -28,7 +28,7 @@ class ParallelConfig(Section):
 
     prefix: ClassVar[str] = "parallel."
     strategy: Literal["auto", "none", "ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"] = Field(
-        "auto", description="How the model is distributed over the ranks; auto: none for one process, ddp for several."
+        "auto", description="Distribution of the model over the ranks. auto: none for one process, ddp for several."
     )
     shard_size: int | None = Field(
         None, ge=1, description="hsdp: number of ranks that share one copy of the model; null: the ranks of one node."
@@ -57,7 +57,8 @@ class ParallelConfig(Section):
     @model_validator(mode="after")
     def _offloads(self) -> Self:
         fits = not self.offload or self.strategy.startswith("zero")
-        require(fits, "parallel.offload", True, "only zero1, zero2 and zero3 offload; use one of them or false")
+        cure = "only supported with parallel.strategy=zero1, zero2 or zero3; use one of them, or false"
+        require(fits, "parallel.offload", True, cure)
         return self
 
 
@@ -119,7 +120,7 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    """Length of the training, and the computation of each step."""
+    """Length of the training, and settings of the training step."""
 
     prefix: ClassVar[str] = "train."
     epochs: float = Field(1.0, gt=0, description="Length of the run in epochs; may be fractional.")
@@ -190,7 +191,7 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    """Frequency of evaluation, and the checkpoint that is selected."""
+    """Interval between evaluations, and choice of the selected checkpoint."""
 
     prefix: ClassVar[str] = "eval."
     every_epochs: float = Field(1.0, gt=0, description="Epochs between two evaluations.")
@@ -206,7 +207,7 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Checkpoints. One is saved at every evaluation, and between evaluations as these keys say."""
+    """Saving of checkpoints: at every evaluation, and also at the intervals set here."""
 
     prefix: ClassVar[str] = "checkpoint."
     every_steps: int | None = Field(None, ge=1, description="Steps between two checkpoints.")

@@ -52,7 +52,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_bool_or_float_for_another_number(cls, value: object, info: Any) -> object:
+    def _refuse_bool_and_float(cls, value: object, info: Any) -> object:
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
             raise PydanticCustomError("not_bool", "a boolean is not a valid value")
         if isinstance(value, float) and cls.model_fields[info.field_name].annotation in (int, int | None):

@@ -59,9 +59,12 @@ def check_orders(op: str, orders: Sequence[str]) -> None:
 
 @functools.lru_cache(maxsize=256)
 def positions(orders: tuple[int, ...], height: int, width: int) -> Tensor:
-    """Return (K, height · width) int64: the positions in memory in the sequence in which each order visits them.
+    """Return the positions in memory that each scan order visits, step by step: (K, height · width) int64.
 
-    Positions are numbered row by row. The result is cached and must not be modified.
+    The result is cached and must not be modified.
+
+    Args:
+        orders: K codes of orders, indices of :data:`ORDERS`.
     """
     grid = torch.arange(height * width).view(height, width)
     walks = [(grid if ORDERS[code].axis == "rows" else grid.T).flatten() for code in orders]

@@ -45,7 +45,7 @@ from mmtrain.models.vim2 import BLOCKS
         ("model.dims=[0,1,2]", "model.dims[0]=0: must be at least 1"),
         ("eval.select=first", "eval.select='first': choose one of best, last"),
         ("parallel.strategy=dp", "choose one of auto, none, ddp, fsdp, hsdp, zero1, zero2, zero3"),
-        ("parallel.offload=true", "parallel.offload=True: only zero1, zero2 and zero3 offload"),
+        ("parallel.offload=true", "parallel.offload=True: only supported with parallel.strategy=zero1, zero2 or zero3"),
         ("cluster.min_nodes=3", "cluster.min_nodes=3: set both min_nodes and max_nodes"),
         ("device=tpu", "device='tpu': choose one of auto, cpu, cuda"),
     ],

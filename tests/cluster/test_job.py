@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from mmtrain.cluster.job import describe
+from mmtrain.cluster import job as job_module
+from mmtrain.cluster import requeue
+from mmtrain.cluster.job import describe, submit
 from mmtrain.config import load_config
+from mmtrain.runs import journal
 
 
 def test_the_signal_and_the_margin_are_those_of_the_configuration(
@@ -22,3 +26,24 @@ def test_the_signal_and_the_margin_are_those_of_the_configuration(
     assert "#SBATCH --signal=TERM@300" in other
     assert "--margin 300" in other
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_submission_forgets_the_request_to_stop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Executor:
+        def __init__(self, folder: Path) -> None:
+            pass
+
+        def update_parameters(self, **parameters: object) -> None:
+            pass
+
+        def submit(self, task: object) -> SimpleNamespace:
+            return SimpleNamespace(job_id="7")
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / requeue.STOP).touch()
+    monkeypatch.setattr("submitit.SlurmExecutor", Executor)
+    monkeypatch.setattr(job_module, "_check", lambda config, path: None)
+    assert "7" in submit(load_config("vim2_digits", ["cluster.gpus_per_node=0"]), str(run))
+    assert not (run / requeue.STOP).exists()
+    assert journal.last_job(run) == "7"

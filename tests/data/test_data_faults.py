@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -270,3 +270,21 @@ def test_ranks_that_only_keep_step_are_given_a_sample_that_can_be_used(make_tar:
         assert not counts
         assert batch is not None
         assert len(batch["image"]) == 1
+
+
+def test_batches_without_a_sample_count_when_a_worker_is_started_again() -> None:
+    begun: list[int] = []
+
+    def begin(done: int) -> Iterator[workers._Made]:
+        begun.append(done)
+        for number in range(done, 4):
+            if number == 3 and len(begun) == 1:
+                raise workers._WorkerDied("killed")
+            samples = torch.arange(0 if number == 1 else 2) + 10 * number  # batch 1 has no usable sample
+            yield workers._Made({"index": samples}, [])
+
+    faults: list[Fault] = []
+    made = [batch["index"].tolist() for batch in workers._survive(begin, faults.append)]
+    assert made == [[0, 1], [20, 21], [30, 31]]
+    assert begun == [0, 3]
+    assert len(faults) == 1

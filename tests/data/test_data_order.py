@@ -88,6 +88,17 @@ def test_epochs_and_seeds_differ() -> None:
     )
 
 
+def test_what_is_coming_is_the_next_window_also_over_the_end_of_an_epoch() -> None:
+    order = Order([10] * 6, seed=3, window=2)
+    _, indices = order.lookup(np.arange(180))
+    for last in range(19, 160, 20):  # the last position of each window
+        coming = order.coming(last)
+        assert sorted(coming) == sorted(set((indices[last + 1 : last + 21] // 10).tolist()))
+        assert order.coming(last - 19) == coming[:1]
+        assert order.coming(last - 10) == coming[:1]
+        assert order.coming(last - 9) == coming
+
+
 class Sorted(Order):
     def lookup(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.divmod(positions, len(self))

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from mmtrain.cli.data import app
 from mmtrain.data.prepare.panel import prepare_panel
 from mmtrain.data.series.panel import Panel, open_panel
-from mmtrain.data.series.panel_inputs import pack, unpack
+from mmtrain.data.series.panel_inputs import fit_scalers, pack, unpack
 from mmtrain.data.series.split import SplitRule
 from mmtrain.errors import UserError
 from tests.data.panels import LAST, long_frame, opened, prepared, write
@@ -139,6 +139,22 @@ def test_a_calendar_shared_by_all(tmp_path: Path) -> None:
     write(days[:20], calendar)
     with pytest.raises(UserError, match=r"covers 13 time steps .* need 20"):
         prepare_panel(file, tmp_path / "q", split=LAST, calendar=calendar)
+
+
+def test_the_scaler_of_shared_columns_sees_training_rows_only(tmp_path: Path) -> None:
+    frame = long_frame([20, 12])[["id", "date", "y"]]
+    scalers = []
+    for spoilt in (0.0, 1e6):
+        days = pd.DataFrame({"date": pd.date_range("2024-01-01", periods=40, freq="D"), "hot": np.arange(40.0)})
+        days.loc[days.index >= 12, "hot"] += spoilt  # series 0 trains on 12 days, series 1 on the 2nd to the 5th
+        folder = tmp_path / str(spoilt)
+        file, calendar = write(frame, folder / "t.csv"), write(days, folder / "days.csv")
+        prepare_panel(file, folder / "p", split=LAST, calendar=calendar)
+        inputs = opened(folder / "p", known=["hot"], lookback=2, horizon=2).inputs
+        fitted = fit_scalers(inputs.panel, np.array([12, 4]))
+        assert (fitted.known.mean, fitted.known.std) == (inputs.mean, inputs.std)
+        scalers.append((inputs.mean.item(), inputs.std.item()))
+    assert scalers[0] == scalers[1] == pytest.approx((5.5, np.arange(12).std()))
 
 
 def test_gaps_become_holes_and_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

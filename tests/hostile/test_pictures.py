@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,6 +43,22 @@ def test_names_are_drawn_as_they_are_written(tmp_path: Path) -> None:
     selection.draw_window_selection(paths[5], window)
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_test_result_is_no_point_of_the_validation_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(runs, "save", lambda figure, path: drawn.append(figure))
+    lines = [{"kind": "eval", "split": "val", "step": n, "loss": 3.0 - n, "mse": 1.0 / n} for n in (1, 2)]
+    test = {"kind": "eval", "split": "test", "step": 1, "loss": 9.0, "mse": 8.0}
+    runs.draw_curves(tmp_path / "a.png", lines, ["mse"])
+    runs.draw_curves(tmp_path / "b.png", [*lines, test], ["mse"])
+    curves = [
+        {line.get_label(): line.get_xydata().tolist() for axis in figure.axes for line in axis.lines}
+        for figure in drawn
+    ]
+    assert curves[0]["val mse"] == curves[1]["val mse"] == [[1.0, 1.0], [2.0, 0.5]]
+    assert curves[0]["val"] == curves[1]["val"] == [[1.0, 2.0], [2.0, 1.0]]
+    assert curves[1]["test mse 8"] == [[1.0, 8.0]]
 
 
 def test_a_name_in_a_report_is_no_formula() -> None:

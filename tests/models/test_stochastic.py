@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from mmtrain.data.core.order import mix64
+from mmtrain.models import create_model
 from mmtrain.models.stochastic import DropPath, SampleDropout, sample_keys
 
 
 def keys(count: int, seed: int = 0) -> torch.Tensor:
-    import numpy as np
-
     return torch.from_numpy(mix64(seed, np.arange(count)).view(np.int64))
 
 
@@ -38,6 +38,15 @@ def test_the_share_and_the_mean_are_right(drop: float) -> None:
     with sample_keys(keys(20000)):
         paths = DropPath(drop)(torch.ones(20000, 2))
     assert (paths[:, 0] == 0).double().mean().item() == pytest.approx(drop, abs=0.02)
+    assert paths.double().mean().item() == pytest.approx(1, abs=0.06)  # the standard error is at most 0.014
+
+
+@pytest.mark.parametrize("channel_mixer", ["scan", "none"])
+def test_drop_path_rises_linearly_to_the_last_layer(channel_mixer: str) -> None:
+    model = create_model("vim2_nano", drop_path=0.3, channel_mixer=channel_mixer)
+    rates = [layer.drop for layer in model.modules() if isinstance(layer, DropPath)]
+    assert len(rates) > 2
+    assert rates == pytest.approx(np.linspace(0, 0.3, len(rates)).tolist())
 
 
 def test_masks_of_layers_samples_and_neighbours_are_independent() -> None:

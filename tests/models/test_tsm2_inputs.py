@@ -91,6 +91,25 @@ def test_quantiles_rise_and_learn_their_levels() -> None:
     torch.testing.assert_close(share, q.double(), rtol=0, atol=0.06)
 
 
+@pytest.mark.parametrize(("levels", "middle"), [([0.1, 0.5, 0.9], 1), ([0.5, 0.9], 0), ([0.02, 0.1, 0.4, 0.9], 2)])
+def test_the_quantile_nearest_the_median_is_the_point(levels: list[float], middle: int) -> None:
+    made = create_model("tsm2", output="quantiles", quantiles=levels, **SMALL)(torch.randn(2, 48, 3), full=True)
+    torch.testing.assert_close(made.quantiles[..., middle], made.point)
+
+
+def test_the_observed_part_of_a_window_has_mean_0_and_deviation_1() -> None:
+    model = create_model("tsm2", **SMALL)
+    past, seen = 5 + 3 * torch.randn(4, 2, 48), torch.rand(4, 2, 48) > 0.6
+    x, mean, std = model._window_norm(past, seen)
+    for row in range(4):
+        for variate in range(2):
+            there = seen[row, variate]
+            assert x[row, variate, there].mean().item() == pytest.approx(0, abs=1e-5)
+            assert x[row, variate, there].std(correction=0).item() == pytest.approx(1, abs=1e-4)
+            assert (x[row, variate, ~there] == 0).all()
+    torch.testing.assert_close((x * std + mean)[seen], past[seen])
+
+
 def test_the_student_t_is_a_distribution_around_the_point() -> None:
     torch.manual_seed(0)
     model = create_model("tsm2", output="student_t", **SMALL)

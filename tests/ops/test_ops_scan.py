@@ -28,6 +28,7 @@ BOUNDARIES = [
     Case(channels=33, length=130, state=5, states=True, channels_last=True),
     Case(batch=1, channels=6, groups=2, length=40, states=True, reverse=True),
     Case(batch=1, channels=9, length=4500, state=5, states=True),  # by segments
+    Case(batch=1, channels=9, length=4500, state=5, states=True, softplus=False),
 ]
 
 

@@ -16,9 +16,9 @@ from mmtrain.config.models import preset
 from mmtrain.models.averaging import model_blocks
 from mmtrain.parallel.fsdp import apply_fsdp
 from mmtrain.plan import plan_run
-from mmtrain.plan.sharding import fake_group, fsdp_units
+from mmtrain.plan.sharding import Unit, fake_group, fsdp_units
 from mmtrain.plan.step import meta_model
-from mmtrain.plan.strategies import Memory, zero3_local, zero12_padded
+from mmtrain.plan.strategies import Memory, Workload, fsdp_memory, zero3_local, zero12_padded
 from tests.conftest import ROOT
 from tests.plan.real_runs import settings
 
@@ -115,6 +115,25 @@ def test_memory_of_every_strategy_by_hand() -> None:
         assert row is not None
         found = (row.memory.weights, row.memory.gradients, row.memory.optimizer, row.memory.ema)
         assert [part / size for part in found] == pytest.approx(shares, rel=1e-2), name
+
+
+@pytest.mark.parametrize("micros", [1, 2])
+@pytest.mark.parametrize("reshard", [True, False])
+def test_what_fsdp_gathers_at_once_by_hand(reshard: bool, micros: int) -> None:
+    units = [
+        Unit(local=10, whole=18, shards=2, wire_bytes=4, root=True),
+        Unit(local=30, whole=60, shards=2, wire_bytes=4, count=3),
+        Unit(local=50, whole=99, shards=2, wire_bytes=2),
+    ]
+    found = fsdp_memory(Workload(parameters=297, kept=7, working=1000, micros=micros, ema=False), units, reshard)
+    root, largest, every = 4 * 18, 4 * 60, 3 * 4 * 60 + 2 * 99
+    arriving, reduction = 4 * 60, 4 * (99 + 100)
+    gradients = 4 * 297 if micros > 1 else 0
+    # the largest unit and the one that is fetched ahead of it, or all of them
+    gathered = 2 * largest if reshard else every
+    assert found.transient == 1000 + root + gathered + arriving + reduction + gradients
+    local = 4 * (10 + 3 * 30 + 50)
+    assert (found.weights, found.gradients, found.optimizer, found.ema) == (local, local, 2 * local, 0)
 
 
 def test_padding_of_zero() -> None:

@@ -7,15 +7,48 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from compare import last_checkpoint, result, same_end, tensors_of
 from faults import InfInput, NanLoss, NanWeight, Overflow
 from ranks_apart import Fault, run_ranks
 
-from mmtrain.config import load_config
+from mmtrain.config import TrainConfig, load_config
 from mmtrain.errors import UserError
+from mmtrain.parallel.ranks import Ranks
+from mmtrain.tasks import build_task
+from mmtrain.train.evaluate import evaluate
+from mmtrain.train.guards import is_spike
 from mmtrain.train.session import train
+from mmtrain.train.state import TrainState
 
 SHORT = ("train.max_steps=6", "eval.every_steps=3", "train.accumulation=2")
+
+
+def test_the_first_window_of_losses_is_only_noted() -> None:
+    config, state = TrainConfig(spike_factor=5, spike_window=4), TrainState()
+    assert [is_spike(config, state, loss) for loss in (1.0, 100.0, 1.0, 1.0)] == [False] * 4
+    assert state.recent_losses == [1.0, 100.0, 1.0, 1.0]
+    assert is_spike(config, state, 5.01)  # the median is 1
+    assert state.recent_losses == [1.0, 100.0, 1.0, 1.0], "a spike is compared with nothing later"
+    assert not is_spike(config, state, 5.0)
+    assert state.recent_losses == [100.0, 1.0, 1.0, 5.0]
+    assert not is_spike(TrainConfig(spike_factor=None), state, 1e9)
+
+
+def test_a_signal_on_one_rank_ends_the_evaluation_on_every_rank(series: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This is rank 0 of 2 and nobody asked it to stop."""
+    config = load_config(series, ("eval.batch_size=4", "data.workers=0"))
+    task, ranks = build_task(config), Ranks(0, 2, torch.device("cpu"))
+    looked: list[int] = []
+
+    def other(tensor: torch.Tensor) -> None:
+        looked.append(int(tensor))
+        tensor += int(len(looked) == 2)  # rank 1 was signalled before the second look
+
+    monkeypatch.setattr("torch.distributed.all_reduce", other)
+    monkeypatch.setattr(task, "measure", lambda model, batch: {"count": torch.tensor(1.0, dtype=torch.float64)})
+    assert evaluate(task, task.build_model(), task.val, config, ranks) is None
+    assert looked == [0, 0]
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def check_ranks(ranks: Ranks, folder: Path, device: str) -> str:
     without_gpu = [r for r, one in enumerate(found) if not one["cuda"]]
     if without_gpu and (len(without_gpu) < ranks.world or device == "cuda"):
         report(without_gpu, "has no visible GPU: check nvidia-smi there")
-    readers = ranks.gather(_reads_what_rank_0_wrote(ranks, folder))
+    readers = ranks.gather(_sees_file_of_rank_0(ranks, folder))
     report(
         [r for r, good in enumerate(readers) if not good],
         f"does not see a file that rank 0 ({hosts[0]}) wrote in {folder}: put the run folder on storage that all nodes"
@@ -78,7 +78,8 @@ def check_ranks(ranks: Ranks, folder: Path, device: str) -> str:
     return f"{ranks.world} ranks ({kinds}) on {len(set(hosts))} nodes: {', '.join(sorted(set(hosts)))}"
 
 
-def _reads_what_rank_0_wrote(ranks: Ranks, folder: Path) -> bool:
+def _sees_file_of_rank_0(ranks: Ranks, folder: Path) -> bool:
+    """Let rank 0 write a file in ``folder``, and return whether this rank can read it."""
     nonce = ranks.gather(secrets.token_hex(8))[0]
     path = folder / f".shared_{nonce}"
 

@@ -45,7 +45,7 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """Whether this is rank 0, which writes files and logs."""
+        """True on rank 0, which writes files and logs."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def init_distributed(device: str = "auto", timeout: float = 1800.0, group: bool 
         if missing or rank >= world:
             fault = f"{', '.join(missing)} is not set" if missing else f"RANK is {rank}"
             raise UserError(
-                f"WORLD_SIZE is {world}, but {fault}: start the ranks with torchrun, srun or `mmtrain submit --local"
+                f"WORLD_SIZE is {world}, but {fault}. Start the ranks with torchrun, srun or `mmtrain submit --local"
                 " N`, or unset WORLD_SIZE to train in one process"
             )
     if cuda:

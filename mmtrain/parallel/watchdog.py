@@ -134,6 +134,7 @@ class Watchdog:
     # ------------------------------------------------------------------ the monitor
 
     def _monitoring(self) -> None:
+        """Check at every tick whether the run hangs. Body of the monitor thread."""
         before, position = time.monotonic(), self._position
         while not self._leaving.wait(self._tick):
             now = time.monotonic()
@@ -150,6 +151,7 @@ class Watchdog:
                 self._end(self._message())
 
     def _should_end(self) -> bool:
+        """Decide whether this process ends the run now."""
         if self.ranks.main:
             # Require several ticks: a status may be a tick old, and the rank may have continued.
             late = any(raw.startswith(b"!") for raw, _ in list(self._seen.values()))
@@ -178,6 +180,7 @@ class Watchdog:
         return Status(self._who, self._position, waited, late, self._left, number)
 
     def _statuses(self) -> dict[int, Status | None]:
+        """Return the status of this rank and of all ranks that were read."""
         seen = {rank: Status.unpack(raw) if raw else None for rank, (raw, _) in list(self._seen.items())}
         return {0: None} | seen | {self.ranks.rank: self._status()}
 
@@ -185,6 +188,7 @@ class Watchdog:
         return describe_missing(self._statuses(), self._silent(), self._store_silent())
 
     def _message(self) -> str:
+        """Compose the reason for the end: who has waited longest, and for which ranks."""
         silent = self._silent()
         live = {rank: s for rank, s in self._statuses().items() if s and not s.left and rank not in silent}
         rank, first = max(live.items(), key=lambda item: (item[1].position[:3], item[1].waited, -item[0]))
@@ -220,7 +224,10 @@ class Watchdog:
     # ------------------------------------------------------------------ the publisher
 
     def _publishing(self) -> None:
-        """Exchange statuses until the end, or until the store fails. If it hangs instead, the monitor notices."""
+        """Exchange statuses with the other ranks until the end. Body of the publisher thread.
+
+        It returns early if the store fails. If the store hangs instead, the monitor notices that.
+        """
         keys = [f"{self._prefix}{name}" for name in (*range(self.ranks.world), "reason")]
         try:
             # Use a separate connection. The default one is locked while the main thread waits for a key.
@@ -240,6 +247,7 @@ class Watchdog:
             return
 
     def _exchange(self, store: dist.Store, keys: list[str], number: int) -> None:
+        """Publish this rank's status, and read the statuses of others and the reason for the end."""
         rank, now = self.ranks.rank, self._clock
         store.set(keys[rank], self._status(number).pack())
         if self._ending.is_set() and self._reason:

@@ -198,6 +198,7 @@ class ZeroStrategy(Strategy):
 
 
 def _keys(average: dict[str, Tensor] | None) -> tuple[str, ...]:
+    """Return the sections of the state dict."""
     return (MODEL, *MOMENTS, *([AVERAGE] if average is not None else []))
 
 
@@ -207,10 +208,12 @@ def _partition(p: nn.Parameter) -> Tensor:
 
 
 def _shape(p: nn.Parameter) -> torch.Size:
+    """Return the shape of the complete parameter."""
     return p.ds_shape if hasattr(p, "ds_shape") else p.shape
 
 
 def _chunks(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """Yield the parameters in groups of about ``_LOADED_AT_ONCE`` elements."""
     some: dict[str, nn.Parameter] = {}
     size = 0
     for name, p in model.named_parameters():
@@ -224,6 +227,7 @@ def _chunks(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
 
 
 def _engine(model: nn.Module, options: StrategyOptions, stage: int) -> Any:
+    """Build the DeepSpeed engine for ``stage``."""
     if options.ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")  # required by DeepSpeed

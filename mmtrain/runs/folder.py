@@ -284,11 +284,11 @@ def code_diff(root: Path) -> str | None:
     return text or None
 
 
-def _git(root: Path, *words: str) -> bytes | None:
+def _git(root: Path, *arguments: str) -> bytes | None:
     """Run git in the checkout ``root`` and return its output. Return None without a checkout, git or response."""
     if not (root / ".git").exists():
         return None
     try:
-        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, timeout=20).stdout
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -94,6 +94,7 @@ class Holder:
 
 
 def _machine() -> str:
+    """Identify this boot of the machine and the pid namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -159,6 +160,7 @@ def _lock(run: Path, locks: ExitStack) -> None:
 
 
 def _wait_until_free(run: Path) -> None:
+    """Wait until it is clear that an earlier holder has ended. Raise UserError if it has not."""
     holder, begin, logged = Holder.of(run), time.monotonic(), False
     if holder is None:
         return
@@ -214,6 +216,7 @@ def refusal(run: Path, holder: Holder | None) -> UserError:
 
 
 def _beaten(run: Path) -> float:
+    """Return the time of the holder's last beat, or 0."""
     try:
         return (run / NAME).stat().st_mtime
     except OSError:

@@ -152,6 +152,7 @@ def sound_line(text: str) -> Line | None:
 
 
 def _sound(key: str, value: Any) -> bool:
+    """Return whether ``value`` is valid for ``key``."""
     if key not in _COUNTED and key not in _MEASURED:
         return not isinstance(value, int) or abs(value) <= 2**63
     if isinstance(value, bool) or not isinstance(value, int | float):

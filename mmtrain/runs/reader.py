@@ -105,6 +105,7 @@ def read_run(path: Path, recent: int | None = RECENT) -> RunRecord:
 
 
 def _metrics(file: Path, recent: int | None) -> tuple[list[Line], list[float], int | None]:
+    """Read the lines of metrics, the waits and the number of the first damaged line, as in :class:`RunRecord`."""
     try:
         content = file.read_text(errors="replace")
     except OSError:

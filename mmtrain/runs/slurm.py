@@ -106,8 +106,8 @@ def hostnames(nodes: str) -> list[str]:
     return scontrol("show", "hostnames", nodes).split()
 
 
-def scontrol(*words: str) -> str:
-    """Run ``scontrol`` with the arguments ``words`` and return its output.
+def scontrol(*arguments: str) -> str:
+    """Run ``scontrol`` and return its output.
 
     scontrol ignores the signals that announce the end of a job, since a requeue causes them and must not be interrupted
     by them.
@@ -121,7 +121,7 @@ def scontrol(*words: str) -> str:
             "scontrol is not available on this machine or in this container. Run the command where Slurm is installed"
         )
     done = subprocess.run(
-        ["scontrol", *words],
+        ["scontrol", *arguments],
         capture_output=True,
         text=True,
         timeout=60,
@@ -129,5 +129,5 @@ def scontrol(*words: str) -> str:
         preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in quiet],
     )
     if done.returncode:
-        raise UserError(f"scontrol {' '.join(words)}: {done.stderr.strip() or done.stdout.strip()}")
+        raise UserError(f"scontrol {' '.join(arguments)}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout

@@ -162,6 +162,7 @@ def last_launch(record: RunRecord) -> Line | None:
 
 
 def _local_state(record: RunRecord, begin: Line, environment: Environment) -> str:
+    """Return the state of a run that was started without Slurm."""
     ended = _end(record, begin)
     if ended:
         return _ended_state(ended)
@@ -172,6 +173,7 @@ def _local_state(record: RunRecord, begin: Line, environment: Environment) -> st
 
 
 def _slurm_state(record: RunRecord, begin: Line, environment: Environment) -> str:
+    """Return the state of a run that was last submitted to Slurm."""
     job, ended = str(begin["job"]), _end(record, begin)
     started = any(line["kind"] == "started" and str(line.get("job")) == job for line in record.journal)
     if environment.slurm is None:

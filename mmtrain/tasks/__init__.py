@@ -49,7 +49,8 @@ class _Head:
 class Task(ABC):
     """Interface of a task: model, loss, metrics and data of one kind of problem.
 
-    An evaluation accumulates sums over samples, which are added over batches and ranks, and computes metrics from them.
+    An evaluation adds up sums over samples (:meth:`measure`) over all batches and ranks. :meth:`metrics` computes the
+    metrics from the totals.
 
     Attributes:
         train: the training split.

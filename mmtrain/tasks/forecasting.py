@@ -103,7 +103,7 @@ class Forecasting(Task):
         observed = sums.get("observed", count)
         if not observed:
             raise UserError(
-                f"{self.config.data.path}: a split contains only missing targets and cannot be evaluated."  # type: ignore[attr-defined]
+                f"{self.config.data.path}: a split has only missing target values and cannot be evaluated."  # type: ignore[attr-defined]
                 " Check the values of the target columns, or change the borders of the splits"
             )
         mse = sums["squared"] / observed

@@ -112,4 +112,5 @@ def checkpoint_activations(model: nn.Module, config: TrainConfig) -> None:
 
 
 def _keep_or_recompute(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Return whether selective checkpointing keeps the result of operation ``op`` or recomputes it."""
     return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -111,6 +111,7 @@ def sample_flops(config: RunConfig, variates: int | None = None) -> float:
 
 
 def _count(config: RunConfig, side: int, variates: int) -> float:
+    """Count the FLOPs of one sample, without the cache of :func:`sample_flops`. ``side``: image size in pixels."""
     batch = 2
     with torch.device("meta"):
         # In eval mode, dropout and drop path need no sample keys. They do not change the count.

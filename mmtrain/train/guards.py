@@ -27,7 +27,7 @@ _GROW_AFTER = 2000
 
 @dataclass(frozen=True)
 class Agreement:
-    """What all ranks agreed on after the backward pass of a step. Equal on every rank.
+    """Result of :func:`agree`, which follows the backward pass of a step. Equal on every rank.
 
     Attributes:
         loss: mean over ranks, or NaN if the loss of any rank is not finite.
@@ -43,7 +43,7 @@ class Agreement:
 
     @property
     def finite(self) -> bool:
-        """Whether loss and gradient are finite on every rank."""
+        """True if loss and gradient are finite on every rank."""
         return math.isfinite(self.loss)
 
 
@@ -124,6 +124,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def _bad_input(batch: Batch) -> str | None:
+    """Describe the first input that is not finite, with the samples concerned."""
     for name, tensor in batch.items():
         if is_finite(tensor):
             continue
@@ -140,6 +141,7 @@ def _bad_weight(model: nn.Module) -> str | None:
 
 @torch.no_grad()
 def _bad_output(model: nn.Module, loss: Callable[[Batch], Tensor], batch: Batch) -> str | None:
+    """Run a forward pass and describe the first module whose output is not finite."""
     first: list[str] = []
 
     def check_output_of(name: str) -> Callable[..., None]:

@@ -113,7 +113,7 @@ def _elements(parameters: list[Tensor], sizes: list[int]) -> list[list[float]]:
 
 @dataclass(frozen=True)
 class Straggler:
-    """The slowest rank, its busy seconds per step, the median over all ranks, and the ratio of both times."""
+    """The slowest rank, its busy seconds per step, the median over all ranks, and the ratio of slowest to median."""
 
     slowest_rank: int
     slowest_seconds: float

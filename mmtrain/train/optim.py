@@ -95,6 +95,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def _swap(self, weights: dict[str, Tensor]) -> None:
+        """Exchange the values of the average and of ``weights``."""
         for name, parameter in weights.items():
             average, weight = to_local(self.shadow[name]), to_local(parameter.detach())
             kept = weight.clone()

@@ -42,7 +42,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether the run must save and stop."""
+        """True if the run must save and stop."""
         return self.received is not None
 
     def __enter__(self) -> StopRequest:

@@ -62,7 +62,12 @@ class StepProfiler:
         elif self._profile is not None:
             self._stop()
         elif number > last:
-            logger.info("train.profile: the run resumes at step %d, after the steps %d to %d", number, first, last)
+            logger.info(
+                "train.profile: nothing to profile, the run resumes at step %d after steps %d to %d",
+                number,
+                first,
+                last,
+            )
             self.span = None
 
     def __enter__(self) -> StepProfiler:

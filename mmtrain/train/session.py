@@ -78,7 +78,7 @@ def train(config: RunConfig, run_dir: str | Path | None = None, *, debug: bool =
                 return _fit(config, task, run, ranks, watch, micros)
             except RuntimeError as error:
                 if is_collective_error(error):
-                    logger.error("a collective operation failed: %s", watch.describe())
+                    logger.error("communication between the ranks failed: %s", watch.describe())
                     _raise_briefly(run, ranks, error)
                 raise
 
@@ -127,14 +127,14 @@ def _introduce(config: RunConfig, task: Task, trainer: Trainer) -> None:
     world, micros = trainer.ranks.world, trainer.micros
     parameters = sum(p.numel() for p in build_meta_model(task).parameters())
     logger.info(
-        "%s: %s, %.2f M parameters, %d training samples, %d steps of %d%s, on %d × %s%s",
+        "%s: %s, %.2f M parameters, %d training samples, %d steps with %d samples each%s, on %d × %s%s",
         trainer.run.path,
         config.model.name,
         parameters / 1e6,
         len(task.train),
         trainer.schedule.steps,
         config.train.batch_size,
-        f" in {micros} micro-batches" if micros > 1 else "",
+        f" ({micros} micro-batches per rank)" if micros > 1 else "",
         world,
         trainer.ranks.device.type,
         f" ({strategy_name(config.parallel, world)})" if world > 1 else "",

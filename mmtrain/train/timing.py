@@ -24,7 +24,7 @@ class Clock(Protocol):
     def now(self) -> Any:
         """Set and return a time mark."""
 
-    def gaps(self, borders: list[Any]) -> list[float]:
+    def gaps(self, marks: list[Any]) -> list[float]:
         """Return the seconds between successive marks. The marks must not be used afterwards."""
 
 
@@ -34,8 +34,8 @@ class HostClock:
     def now(self) -> float:
         return time.perf_counter()
 
-    def gaps(self, borders: list[float]) -> list[float]:
-        return [after - before for before, after in pairwise(borders)]
+    def gaps(self, marks: list[float]) -> list[float]:
+        return [after - before for before, after in pairwise(marks)]
 
 
 class CudaClock:
@@ -50,10 +50,10 @@ class CudaClock:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def gaps(self, borders: list[torch.cuda.Event]) -> list[float]:
-        borders[-1].synchronize()
-        gaps = [before.elapsed_time(after) / 1000 for before, after in pairwise(borders)]
-        self._free += borders
+    def gaps(self, marks: list[torch.cuda.Event]) -> list[float]:
+        marks[-1].synchronize()
+        gaps = [before.elapsed_time(after) / 1000 for before, after in pairwise(marks)]
+        self._free += marks
         return gaps
 
 
@@ -61,7 +61,7 @@ class CudaClock:
 PHASES = ("data", "forward", "backward", "optimizer", "communication")
 
 #: Number of time marks that are kept before they are summed up, if no window ends earlier (about 300 steps).
-_MOST_BORDERS = 4096
+_MAX_MARKS = 4096
 _OTHER, _PAUSED = "other", ""
 
 
@@ -146,7 +146,7 @@ class StepTimer:
     def end_step(self) -> None:
         """Count one step as finished."""
         self._steps += 1
-        if len(self._borders) > _MOST_BORDERS:
+        if len(self._marks) > _MAX_MARKS:
             self._sum_up()
 
     def window(self) -> Timings:
@@ -166,26 +166,26 @@ class StepTimer:
         self._spent = dict.fromkeys((*PHASES, _OTHER, _PAUSED), 0.0)
         self._steps = 0
         self._names: list[str] = []
-        self._borders: list[Any] = [self.clock.now()]
+        self._marks: list[Any] = [self.clock.now()]
 
     def _enter(self, name: str) -> None:
-        self._border()
+        self._mark()
         self._open.append(name)
 
     def _leave(self) -> None:
-        self._border()
+        self._mark()
         self._open.pop()
 
-    def _border(self) -> None:
+    def _mark(self) -> None:
         """Set a time mark. The time since the previous mark belongs to the phase that is open now."""
         self._names.append(self._open[-1] if self._open else _OTHER)
-        self._borders.append(self.clock.now())
+        self._marks.append(self.clock.now())
 
     def _sum_up(self) -> None:
-        self._border()
-        for name, seconds in zip(self._names, self.clock.gaps(self._borders), strict=True):
+        self._mark()
+        for name, seconds in zip(self._names, self.clock.gaps(self._marks), strict=True):
             self._spent[name] += seconds
-        self._names, self._borders = [], [self.clock.now()]
+        self._names, self._marks = [], [self.clock.now()]
 
 
 @contextmanager

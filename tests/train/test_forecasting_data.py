@@ -104,7 +104,7 @@ def test_a_mask_without_holes_changes_nothing() -> None:
     assert masked["mse"] == pytest.approx(bare["mse"], rel=1e-12)
     assert "observed" not in bare
     made["future_mask"][:] = False
-    with pytest.raises(UserError, match=r"t\.csv: a split contains only missing targets"):
+    with pytest.raises(UserError, match=r"t\.csv: a split has only missing target values"):
         task.metrics({k: v.item() for k, v in task.measure(model, made).items()})
 
 

@@ -85,7 +85,7 @@ def test_a_span_that_is_past_is_said(tmp_path: Path, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.INFO, "mmtrain"), StepProfiler((2, 3), tmp_path, ALONE) as profiler:
         go(profiler, 5, 7)
     assert [record.getMessage() for record in caplog.records] == [
-        "train.profile: the run resumes at step 5, after the steps 2 to 3"
+        "train.profile: nothing to profile, the run resumes at step 5 after steps 2 to 3"
     ]
     assert list(tmp_path.iterdir()) == []
 

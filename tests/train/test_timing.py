@@ -28,9 +28,9 @@ class HandClock:
     def now(self) -> float:
         return self.time
 
-    def gaps(self, borders: list[float]) -> list[float]:
+    def gaps(self, marks: list[float]) -> list[float]:
         self.reads += 1
-        return [after - before for before, after in pairwise(borders)]
+        return [after - before for before, after in pairwise(marks)]
 
 
 def test_the_parts_add_up_and_an_inner_phase_is_not_the_outers() -> None:
@@ -90,7 +90,7 @@ def test_a_window_that_nobody_asks_for_does_not_grow() -> None:
         with timer.phase("forward"):
             clock.time += 1
         timer.end_step()
-    assert len(timer._borders) < 5000
+    assert len(timer._marks) < 5000
     timings = timer.window()
     assert (timings.steps, timings.forward) == (5000, 1)
 

@@ -78,6 +78,7 @@ def read_index(folder: Path) -> Metadata:
 
 
 def _short(error: BaseException) -> str:
+    """Return a short description of a parsing error."""
     text = " ".join(str(error).split())
     return text[:200] if isinstance(error, ValueError) and text else f"damaged: {type(error).__name__}"
 
@@ -120,11 +121,13 @@ def _checked(tensors: dict[str, Any]) -> Metadata:
 
 
 def _require(condition: bool, fault: str) -> None:
+    """Raise ValueError("it contains <fault>") unless ``condition`` holds."""
     if not condition:
         raise ValueError(f"it contains {fault}")
 
 
 def _sizes(values: Any) -> torch.Size:
+    """Convert a list of non-negative integers to a size. Raise ValueError for anything else."""
     _require(isinstance(values, list | tuple) and len(values) <= 64, "invalid sizes")
     _require(all(type(value) is int and 0 <= value < 2**62 for value in values), "invalid sizes")
     return torch.Size(values)
@@ -165,6 +168,7 @@ class _Record:
         self.of, self.arguments, self.state = of, arguments, None
 
     def fields(self, name: str) -> dict[str, Any]:
+        """Return the attributes of the object, which must be of class ``name``."""
         _require(self.of.name == name and isinstance(self.state, dict), f"{self.of.name} instead of {name}")
         return self.state  # type: ignore[return-value]
 
@@ -187,6 +191,7 @@ def _values(content: bytes) -> Any:
     memo: list[Any] = []
 
     def since_mark() -> list[Any]:
+        """Pop all items above the last mark, and the mark."""
         mark = len(stack) - 1
         while stack[mark] is not _MARK:
             mark -= 1
@@ -253,6 +258,7 @@ def _refuse(module: object, name: object) -> NoReturn:
 
 
 def _target(stack: list[Any], kind: type) -> Any:
+    """Return the top of the stack, which must be of type ``kind``."""
     _require(isinstance(stack[-1], kind), f"an operation on something that is not a {kind.__name__.strip('_').lower()}")
     return stack[-1]
 

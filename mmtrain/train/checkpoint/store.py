@@ -178,7 +178,7 @@ class CheckpointStore:
 
     @property
     def failed(self) -> bool:
-        """Whether a save failed on this rank. :meth:`wait` then raises its error."""
+        """True if a save failed on this rank. :meth:`wait` then raises its error."""
         return self._error is not None
 
     def close(self) -> None:
@@ -201,6 +201,7 @@ class CheckpointStore:
             self._error = error
 
     def _commit(self, step: int, tensors: StateDict, state: dict[str, Any], best: int | None) -> BaseException | None:
+        """Write the checkpoint under a temporary name and rename it. Return the error, if any, on every rank."""
         final = self.at(step)
         temporary = final.with_suffix(".partial")
 
@@ -243,6 +244,7 @@ class CheckpointStore:
         )
 
     def _prune(self, best: int | None) -> None:
+        """Delete old checkpoints except those to keep."""
         found = checkpoints_in(self.folder)
         good = [step for step, path in found.items() if path not in self._damaged and (path / MANIFEST).exists()]
         for step in good[: -self.keep]:
@@ -275,7 +277,7 @@ class CheckpointStore:
                 return path
             self._damaged.add(path)
             if self.ranks.main:
-                logger.warning("%s is not used: %s", path, fault)
+                logger.warning("%s is not used: it is damaged (%s)", path, fault)
         return None
 
     def whole(self, step: int) -> bool:
@@ -302,6 +304,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def _attempt(action: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+    """Call ``action``. Return its result and None, or None and the error."""
     try:
         return action(), None
     except (Exception, dcp.api.CheckpointException) as error:  # the latter is a BaseException
@@ -309,6 +312,7 @@ def _attempt(action: Callable[[], Any]) -> tuple[Any, BaseException | None]:
 
 
 def _message(error: BaseException | None) -> str | None:
+    """Return the text of ``error`` for the user, or None."""
     if error is None:
         return None
     return _disk_error(error) or f"{type(error).__name__}: {error}"

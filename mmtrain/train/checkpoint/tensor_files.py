@@ -87,6 +87,7 @@ def _flat(tensors: StateDict) -> list[tuple[tuple[str, str], Tensor]]:
 
 
 def _memory(shape: torch.Size, dtype: torch.dtype, pinned: bool) -> Tensor:
+    """Allocate a CPU tensor whose pages are already mapped."""
     memory = torch.empty(shape, dtype=dtype, pin_memory=pinned)
     memory.numpy().fill(0)  # touch the pages now, not during the first copy
     return memory
@@ -184,6 +185,7 @@ def _fitting_index(folder: Path, tensors: StateDict) -> Metadata:
 
 
 def _cause(error: dcp.api.CheckpointException) -> str:
+    """Return the message of the first error that DCP wrapped."""
     cause = next(iter(error.failures.values()))[0]
     if isinstance(cause, UnpicklingError):  # torch's message advises loading it nevertheless
         return "a file contains something other than tensors, which could run code: not loaded"

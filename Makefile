@@ -10,7 +10,7 @@ TRAFFIC := data/traffic/traffic.csv
 PYTEST := $(BIN)/python -m pytest --durations 10
 WORKERS := $(shell echo $$(($$(nproc 2>/dev/null || echo 2) + 1)))
 
-.PHONY: demo test test-fast lint format clean
+.PHONY: demo test test-fast lint docs-check format clean
 
 demo: $(DIGITS) $(TRAFFIC)
 	$(BIN)/mmtrain submit --config vim2_digits --local 1
@@ -41,6 +41,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/check.py
+
+docs-check: $(STAMP)
+	$(BIN)/python docs/check.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -19,8 +19,8 @@ _HEAD = """# Commands
 
 *Which commands are there, and which options do they take?*
 
-This page is made from the help texts by `python docs/make_cli_reference.py`: do not edit it. `mmtrain COMMAND --help`
-prints the same. Every command exits with status 2 and one message if its input is wrong.
+This page is generated from the help texts by `python docs/make_cli_reference.py`: do not edit it. `mmtrain COMMAND
+--help` prints the same. If its input is wrong, a command prints one message and exits with status 2.
 """
 _TYPES = {int: "integer", float: "number", str: "text", Path: "path", bool: "flag"}
 

@@ -1,4 +1,4 @@
-"""Write docs/config.md from the schema: ``python docs/make_config_reference.py [--check]``."""
+"""Write docs/config.md from the schema of the configuration: ``python docs/make_config_reference.py [--check]``."""
 
 from __future__ import annotations
 

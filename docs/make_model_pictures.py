@@ -1,9 +1,8 @@
-"""Draw the pictures of docs/models.md: diagrams of the architectures, and what trained runs have learned.
+"""Draw the pictures of docs/models.md: diagrams of the architectures, and the learned weights and step sizes of runs.
 
     python docs/make_model_pictures.py [RUN ...] [--out docs/images]
 
-RUN: finished run folders (their data must be there), one of a ViM2 and one of a TSM2. Without any only the diagrams
-are drawn.
+RUN is the folder of a finished run of ViM2 or TSM2, whose data must exist. Without runs, only the diagrams are drawn.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Spot = tuple[float, float]
 
 
 def _canvas(width: float, height: float, title: str) -> Axes:
-    """Axes in which one unit is an inch."""
+    """Return empty axes whose unit is one inch."""
     from matplotlib.figure import Figure
 
     axis = Figure(figsize=(width, height)).add_axes((0, 0, 1, 1))
@@ -48,7 +47,7 @@ def _box(axis: Axes, at: Spot, text: str, color: str = _PLAIN, width: float = 1.
 
 
 def _path(axis: Axes, *spots: Spot, arrow: bool = True) -> None:
-    """A line through ``spots``, with a head at the last."""
+    """Draw a line through ``spots``, with an arrowhead at the last one."""
     for a, b in pairwise(spots[:-1]):
         axis.plot(*zip(a, b, strict=True), color="#333333", lw=1, solid_capstyle="round")
     style = {"arrowstyle": "-|>" if arrow else "-", "color": "#333333", "lw": 1, "shrinkA": 0, "shrinkB": 0}
@@ -60,7 +59,7 @@ def _note(axis: Axes, at: Spot, text: str, **options: object) -> None:
 
 
 def _mixer(axis: Axes, left: float, title: str, steps: Sequence[tuple[str, str]], notes: Sequence[str]) -> None:
-    """One mixer as a column: the scanned path at ``left`` + 1, the gate at ``left`` + 2.9, upwards."""
+    """Draw one mixer from bottom to top, with the scanned path at ``left`` + 1 and the gate at ``left`` + 2.9."""
     path, gate, low, pitch = left + 1.0, left + 2.9, 1.0, 0.72
     axis.text(left + 1.9, 5.32, title, ha="center", fontsize=10, weight="bold")
     _path(axis, (left + 1.9, 0.35), (left + 1.9, 0.6), arrow=False)
@@ -117,7 +116,7 @@ def draw_block(path: Path) -> None:
         _box(axis, (left + 0.35 + i * 0.95, low + i * 1.15), name if i else "x, the input", color, 0.8 if i else 1.0)
         if i == 0:
             continue
-        for j in range(i):  # each earlier output, with its own weight
+        for j in range(i):  # an arrow for the weight of each earlier output
             x = left + 0.35 + j * 0.95
             y = low + i * 1.15 - 0.12 + 0.08 * j
             _path(axis, (x, low + j * 1.15 + 0.21), (x, y), (left + 0.35 + i * 0.95 - 0.4, y))
@@ -205,7 +204,7 @@ def draw_tsm2(path: Path) -> None:
 
 
 def draw_run(run: Path, out: Path) -> list[Path]:
-    """The averaging weights and the selection of one finished run."""
+    """Draw the averaging weights and the step sizes of a finished run. Return the files."""
     from mmtrain.inference.trained import load_trained
     from mmtrain.inspect.learned import averaging_matrices, image_selection, window_selection
     from mmtrain.plotting.selection import draw_averaging, draw_image_selection, draw_window_selection
@@ -228,13 +227,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "images")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    made = []
+    files = []
     for name, draw in (("block", draw_block), ("vim2", draw_vim2), ("tsm2", draw_tsm2)):
-        made.append(args.out / f"models_{name}.png")
-        draw(made[-1])
+        files.append(args.out / f"models_{name}.png")
+        draw(files[-1])
     for run in args.runs:
-        made += draw_run(run, args.out)
-    for path in made:
+        files += draw_run(run, args.out)
+    for path in files:
         print(path)
 
 

@@ -1,4 +1,4 @@
-"""``mmtrain submit`` from a checkout: python launch/submit.py --config vim2_base_in1k --nodes 4."""
+"""``mmtrain submit`` in a checkout: ``python launch/submit.py --config vim2_base_in1k --nodes 4``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m mmtrain`` is ``mmtrain``."""
+"""Entry point of ``python -m mmtrain``, which is the same as ``mmtrain``."""
 
 from mmtrain.cli import main
 

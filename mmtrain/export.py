@@ -1,8 +1,8 @@
-"""A model as a file for other programs: an ONNX graph, or a torch.export program.
+"""Export of models for use without mmtrain: as an ONNX graph or a torch.export program.
 
-:func:`export_trained` writes a trained run as a folder, in one of these formats or as weights for mmtrain, with the
-configuration and the assets beside the model. Every file is loaded again and compared with the model in eager mode,
-with several batch sizes, before it gets its name: it is right, or not there.
+:func:`export_trained` writes a trained model to a folder, in one of these formats or as weights for mmtrain, together
+with its configuration and assets. Every exported file is loaded again and compared with the model in eager mode, with
+several batch sizes, before it gets its final name. So an existing file is correct.
 """
 
 from __future__ import annotations
@@ -29,28 +29,35 @@ from mmtrain.inference.folder import ASSETS, CONFIG
 from mmtrain.models import example_inputs
 from mmtrain.ops import scan_backend
 
-#: One tensor, or the positional arguments of the model's forward; dimension 0 of every tensor is the batch.
+#: An example input: one tensor, or the positional arguments of forward. Dimension 0 of every tensor is the batch.
 Example = Tensor | Sequence[Tensor | None]
 Inputs = tuple[Tensor | None, ...]
 
 FORMATS = ("safetensors", "onnx", "torch")
-#: Largest difference from eager, relative to the largest output (or 1): float32 sums in another order.
+#: Largest allowed difference from eager mode, relative to the largest output (at least 1). The order of float32 sums
+#: differs.
 TOLERANCE = 1e-4
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-_LIMIT = 2**31  # bytes of one protobuf message
+_LIMIT = 2**31  # largest size of a protobuf message in bytes
 
 
 def export_trained(trained: TrainedModel, out: str | Path, format: str = "safetensors") -> Path:
-    """Write the new folder ``out``: the model file, ``config.yaml`` and ``assets.json``.
+    """Write the model file, ``config.yaml`` and ``assets.json`` to the new folder ``out``.
 
-    ``safetensors``: model.safetensors, for mmtrain. ``torch``: model.pt2, for torch alone. ``onnx``: model.onnx. The
-    last two take any batch of inputs of the shape trained on (one image size, look-back and number of variates, no mask
-    of missing values) and give the logits or the point forecast. Inputs are prepared as ``assets.json`` says: images
-    scaled by mean and std, series by the scaler in float64. The model must be on the CPU in float32.
+    The formats ``torch`` and ``onnx`` take any batch size, but only the image size, lookback and number of variates of
+    the run, and no mask unless the model was trained with one. They return the logits or the point forecast. Their
+    inputs must be standardised with the values in ``assets.json``: images with mean and std, series with the scaler in
+    float64.
+
+    Args:
+        trained: The trained model, on the CPU in float32.
+        out: The folder to create.
+        format: ``safetensors`` (model.safetensors, for mmtrain), ``torch`` (model.pt2, for torch without mmtrain) or
+            ``onnx`` (model.onnx).
 
     Raises:
-        UserError: for an unknown format, packages that are lacking, or an ``out`` that exists or cannot be written.
-        RuntimeError: when the file does not compute what the model does; nothing is written.
+        UserError: If the format is unknown, packages are missing, or ``out`` exists or cannot be written.
+        RuntimeError: If the exported file computes other results than the model. Nothing is written then.
     """
     if format not in FORMATS:
         raise UserError(f"--format {format}: choose one of {', '.join(FORMATS)}{nearest(format, FORMATS)}")
@@ -65,13 +72,13 @@ def export_trained(trained: TrainedModel, out: str | Path, format: str = "safete
             export_onnx(trained.model, example_input(trained), partial / "model.onnx")
         else:
             export_torch(trained.model, example_input(trained), partial / "model.pt2")
-        for beside in (CONFIG, ASSETS):
-            shutil.copyfile(trained.folder / beside, partial / beside)
+        for name in (CONFIG, ASSETS):
+            shutil.copyfile(trained.folder / name, partial / name)
     return out
 
 
 def example_input(trained: TrainedModel) -> Inputs:
-    """Two random samples of the shape that the run was trained on, as the arguments of the model's forward."""
+    """Return two random samples of the shape of the training data, as arguments of the model's forward."""
     config, assets = trained.config.model, trained.assets
     if isinstance(config, ImageModelConfig):
         inputs = example_inputs(config, batch=2, image_size=(assets["image_size"],) * 2)
@@ -87,14 +94,14 @@ def example_input(trained: TrainedModel) -> Inputs:
 
 
 def takes_mask(config: RunConfig) -> bool:
-    """Whether a forecast of the model may be given a mask of what was observed: it was made for one, or saw holes."""
+    """Return whether forecasts may take a mask of observed values: its architecture or its training data has one."""
     model = config.model
     masked = isinstance(model, ForecasterConfig) and model.auxiliary.mask
     return masked or getattr(config.data, "missing", None) == "mask"
 
 
 def _random(like: Tensor, noise: torch.Generator) -> Tensor:
-    """Standard normal numbers, or for a mask True in four of five places."""
+    """Return standard normal numbers of the shape of ``like``, or a mask that is True at 80 % of the positions."""
     if like.dtype == torch.bool:
         return torch.rand(like.shape, generator=noise) < 0.8
     return torch.randn(like.shape, generator=noise)
@@ -102,42 +109,46 @@ def _random(like: Tensor, noise: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Exported:
-    """A written file. ``error``: the largest difference from the model in eager mode, over the batches compared."""
+    """An exported file. ``error`` is the largest difference from the model in eager mode."""
 
     path: Path
     error: float
 
 
 def require_packages() -> None:
-    """Raise UserError unless what ONNX needs is installed."""
+    """Raise UserError unless the packages for ONNX are installed."""
     lacking = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if lacking:
         raise UserError(
-            f"--format onnx needs {', '.join(lacking)}, not installed here: run `pip install 'mmtrain[export]'`"
+            f"--format onnx needs {', '.join(lacking)}, which is not installed. Run `pip install 'mmtrain[export]'`"
         )
 
 
 def export_onnx(model: nn.Module, example: Example, path: str | Path) -> Exported:
-    """Trace ``model`` in evaluation mode on ``example`` and write it to ``path`` (.onnx), weights included.
+    """Trace ``model`` in evaluation mode and write it with its weights to an ONNX file.
 
-    The inputs are named as the arguments of forward and the output ``output``. Only the batch is free: image sizes, the
-    look-back and the number of variates are those of the example. The file is run by onnxruntime on the CPU and
-    compared with the model, with other batch sizes too, before it gets its name. torch's graph rewriting is left out,
-    since its time grows much faster than the graph; onnxruntime optimises the graph when it loads it.
+    The inputs have the names of the arguments of forward, the output is called ``output``. Only the batch size is
+    dynamic: image size, lookback and number of variates are those of the example. The file is run by onnxruntime on the
+    CPU and compared with the model, with several batch sizes, before it gets its final name. torch's optimisation of
+    the graph is disabled, since its time grows much faster than the graph; onnxruntime optimises it while loading.
 
     Args:
-        example: an input (B, ...), or the positional arguments of forward (None for one left out).
+        model: The model.
+        example: An input (B, ...), or the positional arguments of forward (None for an omitted one).
+        path: The file to write, with the suffix .onnx.
 
     Raises:
-        UserError: packages are lacking; ``path`` exists, does not end in .onnx or cannot be written; an example without
-            a common batch; weights of 2 GiB and more, which one ONNX file cannot hold.
-        RuntimeError: the file computes something else than the model (nothing is written), or tracing failed.
+        UserError: If packages are missing, ``path`` exists, has another suffix or cannot be written, the tensors of the
+            example have different batch sizes, or the weights take 2 GiB or more, the limit of an ONNX file.
+        RuntimeError: If the file computes other results than the model (nothing is written), or tracing fails.
     """
     path = _checked(path, ".onnx")
     require_packages()
     size = sum(p.numel() * p.element_size() for p in model.state_dict().values())
     if size >= _LIMIT:
-        raise UserError(f"{path}: the weights take {size / 2**30:.1f} GiB, one ONNX file 2: use --format torch")
+        raise UserError(
+            f"{path}: the weights take {size / 2**30:.1f} GiB, but an ONNX file is limited to 2 GiB. Use --format torch"
+        )
     inputs = as_inputs(example)
     arguments = inspect.signature(model.forward).parameters
     names = [name for name, x in zip(arguments, inputs, strict=False) if x is not None]
@@ -154,7 +165,7 @@ def export_onnx(model: nn.Module, example: Example, path: str | Path) -> Exporte
                 verbose=False,
             )
         assert program is not None
-        _forget_sources(program.model)
+        _remove_source_paths(program.model)
         program.save(partial, external_data=False)
         session = _session(partial)
 
@@ -166,15 +177,15 @@ def export_onnx(model: nn.Module, example: Example, path: str | Path) -> Exporte
     return Exported(path, error)
 
 
-def _forget_sources(model: Any) -> None:
-    """Take the source lines and paths of this machine from every node."""
+def _remove_source_paths(model: Any) -> None:
+    """Remove source lines and file paths of this machine from every node."""
     for graph in (model.graph, *model.functions.values()):
         for node in graph.all_nodes():
             node.metadata_props.clear()
 
 
 def _session(path: Path) -> Any:
-    """onnxruntime on the CPU with as many threads as torch."""
+    """Load the file in onnxruntime, on the CPU with as many threads as torch."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -184,7 +195,7 @@ def _session(path: Path) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on torch's own internals, about which a user can do nothing."""
+    """Context without the exporter's warnings about torch internals, which a user cannot change."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     with warnings.catch_warnings():
@@ -199,35 +210,38 @@ def _quiet() -> Iterator[None]:
 
 
 def export_torch(model: nn.Module, example: Example, path: str | Path) -> Exported:
-    """Trace ``model`` in evaluation mode on ``example`` and write it to ``path`` (.pt2), for inference.
+    """Trace ``model`` in evaluation mode and write it as a torch.export program for inference.
 
-    Only the batch is free: image sizes, the look-back and the number of variates are those of the example. The file is
-    loaded again and compared with the model, with other batch sizes too, before it gets its name. It does not hold the
-    example. Time grows with the number of scans and with L/128, the chunks of each.
+    Only the batch size is dynamic: image size, lookback and number of variates are those of the example. The file is
+    loaded again and compared with the model, with several batch sizes, before it gets its final name. It does not
+    contain the example. The time of the export grows with the number of scans, and with the L/128 chunks of each.
 
     Args:
-        example: an input (B, ...), or the positional arguments of forward (None for one left out).
+        model: The model.
+        example: An input (B, ...), or the positional arguments of forward (None for an omitted one).
+        path: The file to write, with the suffix .pt2.
 
     Raises:
-        UserError: ``path`` exists, does not end in .pt2 or cannot be written; an example without a common batch.
-        RuntimeError: the file computes something else than the model (nothing is written), or tracing failed.
+        UserError: If ``path`` exists, has another suffix or cannot be written, or the tensors of the example have
+            different batch sizes.
+        RuntimeError: If the file computes other results than the model (nothing is written), or tracing fails.
     """
     path = _checked(path, ".pt2")
     inputs = as_inputs(example)
     with new_path(path) as partial:
-        with evaluating(model), scan_backend("parallel"):  # in standard operators
+        with evaluating(model), scan_backend("parallel"):  # uses standard operators only
             program = torch.export.export(model, inputs, dynamic_shapes=dynamic_shapes(inputs), strict=False)
         graph = program.graph_module.graph
-        # an unused unbind of an empty tensor cannot be read back
+        # torch.export.load fails on an unused unbind of an empty tensor
         graph.eliminate_dead_code()
         program.graph_module.recompile()
-        ours = sorted({str(n.target) for n in graph.nodes if str(n.target).startswith("mmtrain")})
-        if ours:
-            raise RuntimeError(f"{', '.join(ours)}: these operators cannot be loaded without mmtrain")
-        for node in graph.nodes:  # source lines and paths of this machine
+        custom = sorted({str(n.target) for n in graph.nodes if str(n.target).startswith("mmtrain")})
+        if custom:
+            raise RuntimeError(f"{', '.join(custom)}: these operators cannot be loaded without mmtrain")
+        for node in graph.nodes:  # remove source lines and file paths of this machine
             node.meta.pop("stack_trace", None)
         program.example_inputs = None
-        with partial.open("wb") as stream:  # given a path, torch names the archive after it
+        with partial.open("wb") as stream:  # with a path, torch would store its name in the archive
             torch.export.save(program, stream)
         loaded = torch.export.load(partial).module()
         error = check(model, lambda batch: loaded(*batch), inputs)
@@ -237,22 +251,22 @@ def export_torch(model: nn.Module, example: Example, path: str | Path) -> Export
 def _checked(path: str | Path, suffix: str) -> Path:
     path = Path(path)
     if path.suffix != suffix:
-        raise UserError(f"{path}: the name of the file must end in {suffix}")
+        raise UserError(f"{path}: the file name must end in {suffix}")
     return path
 
 
 def as_inputs(example: Example) -> Inputs:
-    """The example as positional arguments; a batch of one is doubled, since a traced 1 would become a constant.
+    """Return the example as positional arguments. A batch of one is doubled, because tracing makes a 1 a constant.
 
     Raises:
-        UserError: for tensors of different batch sizes, or none at all.
+        UserError: If there is no tensor, or the tensors have different batch sizes.
     """
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     sizes = {x.shape[0] if x.ndim else 0 for x in inputs if x is not None}
     if len(sizes) != 1 or 0 in sizes:
         raise UserError(
-            f"example: its tensors have the shapes {[tuple(x.shape) for x in inputs if x is not None]}: "
-            "dimension 0 of each must be the same batch of at least one sample"
+            f"example: its tensors have the shapes {[tuple(x.shape) for x in inputs if x is not None]}. Dimension 0,"
+            " the batch, must be the same in all of them and at least 1"
         )
     if sizes == {1}:
         return tuple(None if x is None else torch.cat([x, x]) for x in inputs)
@@ -260,14 +274,14 @@ def as_inputs(example: Example) -> Inputs:
 
 
 def dynamic_shapes(inputs: Inputs) -> tuple[dict[int, object] | None, ...]:
-    """The batch of every input as one named dimension, in the form that torch.export takes; the rest is fixed."""
+    """Return the argument of torch.export that makes the batch of all inputs one dynamic dimension."""
     batch = torch.export.Dim("batch", min=1)
     return tuple(None if x is None else {0: batch} for x in inputs)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; the model's mode is put back."""
+    """Context in which the model is in evaluation mode and no gradients are recorded. Restores the model's mode."""
     training = model.training
     model.eval()
     try:
@@ -278,10 +292,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def check(model: nn.Module, run: Callable[[Inputs], Tensor], inputs: Inputs) -> float:
-    """The largest difference between ``run`` and the model, on the example and with a batch of 1 and of one more.
+    """Compare an exported model with the original, on the example and with two other batch sizes.
+
+    Args:
+        model: The original model.
+        run: A function that runs the exported model.
+        inputs: The example.
+
+    Returns:
+        The largest difference of the outputs.
 
     Raises:
-        RuntimeError: when it is more than :data:`TOLERANCE`.
+        RuntimeError: If the difference exceeds :data:`TOLERANCE`.
     """
     one = tuple(None if x is None else x[:1] for x in inputs)
     more = tuple(None if x is None else torch.cat([x.flip(0), x[:1]]) for x in inputs)
@@ -289,9 +311,9 @@ def check(model: nn.Module, run: Callable[[Inputs], Tensor], inputs: Inputs) -> 
     with evaluating(model):
         for batch in (inputs, one, more):
             expected, found = model(*batch), run(batch)
-            # not finite is a fault too, so the comparison must be false for NaN
+            # "not <=" is also true for NaN, which is an error too
             error = (found - expected).abs().max().item()
             if not error <= TOLERANCE * max(1.0, expected.abs().max().item()):
-                raise RuntimeError(f"the exported model differs from the model by {error:.3g}: it was not written")
+                raise RuntimeError(f"the exported model differs from the original by {error:.3g} and was not written")
             worst = max(worst, error)
     return worst

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# A Slurm cluster of several nodes on this one machine, for tests and for trying things out. Needs root, and
+# A Slurm cluster of several nodes on one machine, for tests and experiments. It needs root and these packages:
 #   apt-get install --no-install-recommends slurmctld slurmd slurm-client munge
 #
-#   slurm/cluster.sh up FOLDER [NODES]     then: export SLURM_CONF=FOLDER/slurm.conf PATH=FOLDER/bin:$PATH
-#   slurm/cluster.sh heal FOLDER           a new daemon for every node that is not idle, with all it runs ended
-#   slurm/cluster.sh down FOLDER
+#   slurm/cluster.sh up FOLDER [NODES]     start it; then: export SLURM_CONF=FOLDER/slurm.conf PATH=FOLDER/bin:$PATH
+#   slurm/cluster.sh heal FOLDER           end all processes of every node that is not idle, and restart its daemon
+#   slurm/cluster.sh down FOLDER           stop it
 #
-# Every node is a slurmd on loopback in namespaces of its own, so that it has its own host name (node1, node2, ...).
-# Settings by environment: GRACE (seconds from a preemption to the kill, default 10), KILL_WAIT (3),
-# USER_SIGNAL (1: a preemption sends the job's own --signal in place of SIGTERM; 0: it does not), CPUS (8 a node),
-# PORTS (first port, default 17800).
+# Every node is a slurmd on the loopback device in its own namespaces, with its own host name (node1, node2, ...).
+# Environment variables: GRACE (seconds from a preemption to the kill, default 10), KILL_WAIT (default 3), USER_SIGNAL
+# (1: a preemption sends the signal of the job's --signal instead of SIGTERM; 0: it does not; default 1), CPUS (per
+# node, default 8), PORTS (first port, default 17800).
 set -euo pipefail
 
 action=${1:-}
@@ -22,7 +22,7 @@ export SLURM_CONF=$folder/slurm.conf
 write_configuration() {
   mkdir -p "$folder"/{state,log,munge,spool,gpus,bin}
   chmod 700 "$folder/munge"
-  for i in 0 1 2 3 4 5 6 7; do ln -sfn /dev/null "$folder/gpus/gpu$i"; done  # they can be counted, not used
+  for i in 0 1 2 3 4 5 6 7; do ln -sfn /dev/null "$folder/gpus/gpu$i"; done  # Slurm counts them, but they cannot be used
   echo "Name=gpu File=$folder/gpus/gpu[0-7]" > "$folder/gres.conf"
   {
     echo "127.0.0.1 localhost $(hostname)"
@@ -37,7 +37,7 @@ SlurmctldPort=$first_port
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# a requeued job starts again only after its credential has expired: 5 s is the least
+# a requeued job starts only after its credential has expired; 5 s is the minimum
 AuthInfo=socket=$folder/munge/socket,cred_expire=5
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 StateSaveLocation=$folder/state
@@ -78,7 +78,7 @@ CONF
 PartitionName=low Nodes=node[1-$nodes] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=${GRACE:-10} MaxTime=120
 PartitionName=high Nodes=node[1-$nodes] PriorityTier=10 PreemptMode=OFF MaxTime=120
 CONF
-  # without an accounting daemon there is no sacct, which submitit asks: squeue knows ended jobs for MinJobAge
+  # submitit calls sacct, which needs an accounting daemon; squeue knows ended jobs for MinJobAge seconds
   cat > "$folder/bin/sacct" <<'SACCT'
 #!/usr/bin/env bash
 ids=
@@ -97,7 +97,7 @@ start_node() {
     "mount --bind '$folder/hosts' /etc/hosts && hostname $1 && exec slurmd -f '$SLURM_CONF' -N $1"
 }
 
-# Ends a node's daemon and all that it runs: they alone share its host name.
+# End the daemon of a node and all processes of the node, which are those in its UTS namespace.
 kill_node() {
   local daemon space other
   daemon=$(cat "$folder/slurmd.$1.pid" 2>/dev/null) && space=$(readlink "/proc/$daemon/ns/uts") || return 0
@@ -132,7 +132,7 @@ case $action in
       [ "$state" = idle ] && continue
       echo "$node was $state: $(sinfo -h -n "$node" -o %E)"
       tail -n 5 "$folder/log/slurmd.$node.log"
-      scontrol update "nodename=$node" state=down reason=heal  # what it ran is over, says the controller
+      scontrol update "nodename=$node" state=down reason=heal  # makes the controller give up the node's jobs
       kill_node "$node"
       start_node "$node"
       scontrol update "nodename=$node" state=resume

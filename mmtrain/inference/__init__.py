@@ -1,7 +1,7 @@
-"""Use trained models: load a run or an export, classify images, forecast tables and panels, read and write weights.
+"""Use of trained models: load a run or an export, classify images, forecast tables and panels, read and write weights.
 
-Everything is public: ``from mmtrain.inference import load_trained``. Nothing here trains; other formats of a model are
-in ``mmtrain.export``.
+All names in this module are public: ``from mmtrain.inference import load_trained``. ``mmtrain.export`` writes other
+formats, such as ONNX.
 """
 
 from mmtrain.inference.folder import save_pretrained

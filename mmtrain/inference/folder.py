@@ -1,10 +1,10 @@
-"""The folder of a pretrained model, and how its weights are fitted to a model.
+"""Export folders: writing, reading and validating them, and loading their weights into a model.
 
-It holds three files: ``model.safetensors`` (the weights), ``config.yaml`` (the whole resolved configuration) and
-``assets.json`` (classes and image scaling, or columns and scaler). ``mmtrain export`` and :func:`save_pretrained` write
-it. Uploaded as it is, it is a model repository of the Hugging Face hub. Nothing is ever unpickled.
+The folder contains three files: ``model.safetensors`` (the weights), ``config.yaml`` (the whole resolved configuration)
+and ``assets.json`` (classes and image scaling, or columns and scaler). ``mmtrain export`` and :func:`save_pretrained`
+write it. It can be uploaded unchanged as a model repository of the Hugging Face hub. Nothing is unpickled.
 
-What ``assets.json`` may hold is checked once, when a model is loaded, and told by name where a prediction lacks it.
+``assets.json`` is validated when a model is loaded. A prediction that needs a missing key raises an error naming it.
 """
 
 from __future__ import annotations
@@ -29,21 +29,24 @@ from mmtrain.models import build_model
 from mmtrain.train.guards import is_finite
 
 WEIGHTS, CONFIG, ASSETS = FILES = ("model.safetensors", "config.yaml", "assets.json")
-#: Where the parameters of a head are: the classifier of ViM2; the maps to the horizon of TSM2.
+#: Prefixes of the parameters of a head: the classifier of ViM2, and the maps to the horizon of TSM2.
 _HEADS = ("head.", "linear.", "spread.")
+#: Largest number of parameters named in an error.
 _SHOWN = 5
 _AGAIN = "export or download it again"
 
 
 def save_pretrained(model: nn.Module, config: RunConfig, assets: dict[str, Any], folder: str | Path) -> Path:
-    """Write ``model`` for :func:`from_pretrained` and ``mmtrain predict`` to the new ``folder``.
+    """Write ``model`` to the new folder ``folder``, for :func:`from_pretrained` and ``mmtrain predict``.
 
     Args:
-        config: of the run; its ``model`` section is replaced by that of ``model``.
-        assets: what prediction needs, as in the ``assets.json`` of a run.
+        model: The model.
+        config: Configuration of the run. Its section ``model`` is replaced by the configuration of ``model``.
+        assets: Data needed for prediction, as in the ``assets.json`` of a run.
+        folder: The folder to create.
 
     Raises:
-        UserError: when ``folder`` exists or cannot be written.
+        UserError: If ``folder`` exists or cannot be written.
     """
     folder = Path(folder)
     config = replace(config, model=cast(ModelConfig, model.config))
@@ -56,15 +59,16 @@ def save_pretrained(model: nn.Module, config: RunConfig, assets: dict[str, Any],
 
 
 def read_pretrained(folder: Path, source: str | Path) -> tuple[RunConfig, dict[str, Tensor]]:
-    """The configuration and the weights in ``folder``, which the user calls ``source``.
+    """Return the configuration and the weights in ``folder``. Errors call it ``source``, the name given by the user.
 
     Raises:
-        UserError: for a file that is missing or broken.
+        UserError: If a file is missing or damaged.
     """
     lacking = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
     if lacking:
         raise UserError(
-            f"{source} holds no model of mmtrain: it lacks {' and '.join(lacking)} (write one with `mmtrain export`)"
+            f"{source}: contains no mmtrain model, because {' and '.join(lacking)} is missing. Write one with `mmtrain"
+            " export`"
         )
     try:
         with os_errors(f"{folder / WEIGHTS} cannot be read", _AGAIN):
@@ -75,10 +79,10 @@ def read_pretrained(folder: Path, source: str | Path) -> tuple[RunConfig, dict[s
 
 
 def check_finite(model: nn.Module, source: str | Path) -> None:
-    """Refuse weights that are not finite numbers.
+    """Refuse weights that are NaN or infinite.
 
     Raises:
-        UserError: with the first of them.
+        UserError: Names the first such parameter.
     """
     for name, weight in model.named_parameters():
         if not is_finite(weight):
@@ -90,58 +94,64 @@ def check_finite(model: nn.Module, source: str | Path) -> None:
 def fitted_model(
     config: ModelConfig, weights: dict[str, Tensor], source: str | Path, overrides: Collection[str] = ()
 ) -> nn.Module:
-    """The model of ``config`` with ``weights``. Parameters of another head keep their initialisation, and are logged.
+    """Return the model of ``config`` with ``weights``. A head that does not fit keeps its initial values.
 
     Args:
-        overrides: arguments of the model that the user has changed; without any, the head must fit too.
+        config: Configuration of the model.
+        weights: The weights.
+        source: Name of the weights in errors.
+        overrides: Keys of the model that the user has changed. If there are none, the head must fit too.
 
     Raises:
-        UserError: for parameters that do not fit, with both shapes.
+        UserError: If parameters do not fit. The message names them with both shapes.
     """
-    with torch.device("meta"):  # so that wrong shapes take no memory
-        fresh = _unfit(build_model(config), weights, source, overrides)
+    with torch.device("meta"):  # wrong shapes must not take memory
+        initial = _unfit(build_model(config), weights, source, overrides)
     model = build_model(config)
-    there = {key: tensor for key, tensor in weights.items() if key not in fresh}
-    model.load_state_dict(there, strict=False)
+    fitting = {key: tensor for key, tensor in weights.items() if key not in initial}
+    model.load_state_dict(fitting, strict=False)
     check_finite(model, source)
-    kept = [key for key in fresh if key in model.state_dict()]
+    kept = [key for key in initial if key in model.state_dict()]
     if kept:
-        logger.warning("%s: these start fresh, since the head is another one: %s", source, ", ".join(kept))
+        logger.warning(
+            "%s: the head has another shape, so these parameters keep their initial values: %s", source, ", ".join(kept)
+        )
     return model
 
 
 def _unfit(
     model: nn.Module, weights: dict[str, Tensor], source: str | Path, overrides: Collection[str] = ()
 ) -> list[str]:
-    """The parameters of the head, in ``model`` or in ``weights``, that do not fit; UserError for any others."""
-    own = model.state_dict()
-    wrong = [key for key in sorted({*own, *weights}) if key not in own or key not in weights]
-    wrong += [key for key in own if key in weights and own[key].shape != weights[key].shape]
-    kinds = [key for key in own if key in weights and own[key].is_floating_point() != weights[key].is_floating_point()]
+    """Return the names of parameters of the head that do not fit. Raise UserError if other parameters do not fit."""
+    expected = model.state_dict()
+    wrong = [key for key in sorted({*expected, *weights}) if key not in expected or key not in weights]
+    common = [key for key in expected if key in weights]
+    wrong += [key for key in common if expected[key].shape != weights[key].shape]
+    kinds = [key for key in common if expected[key].is_floating_point() != weights[key].is_floating_point()]
     if kinds:
-        there, wanted = weights[kinds[0]].dtype, own[kinds[0]].dtype
-        raise UserError(f"{source}: {kinds[0]} is {there} in the file and {wanted} in the model: {_AGAIN}")
+        found, wanted = weights[kinds[0]].dtype, expected[kinds[0]].dtype
+        raise UserError(f"{source}: {kinds[0]} is {found} in the file, but {wanted} in the model: {_AGAIN}")
     faults = [key for key in wrong if not (overrides and key.startswith(_HEADS))]
     if faults:
 
         def shape(tensors: dict[str, Tensor], key: str) -> str:
             return str(tuple(tensors[key].shape)) if key in tensors else "none"
 
-        shown = [f"{key} (file {shape(weights, key)}, model {shape(own, key)})" for key in faults[:_SHOWN]]
+        shown = [f"{key} (file {shape(weights, key)}, model {shape(expected, key)})" for key in faults[:_SHOWN]]
         more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         cure = (
-            f"leave out {', '.join(overrides)} as far as they change more than the head"
+            f"Leave out those of {', '.join(overrides)} that change more than the head"
             if overrides
-            else "the file and its configuration are not of one model: export it again"
+            else "The file and its configuration belong to different models: export the model again"
         )
-        raise UserError(f"{source}: {len(faults)} parameters do not fit: {', '.join(shown)}{more}. Cure: {cure}")
+        raise UserError(f"{source}: {len(faults)} parameters do not fit: {', '.join(shown)}{more}. {cure}")
     return wrong
 
 
 _CURE = "restore it, or train or export again"
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-#: Far beyond any model of images; an image is resized to it before the model sees it.
+#: Image size, with a limit far above that of any model: a damaged value must not make an image huge.
 _Pixels = Annotated[int, Field(ge=1, le=2**14)]
 
 
@@ -180,26 +190,26 @@ class _Panel(_Series, total=False):
 
 
 class Assets(dict[str, Any]):
-    """The assets in ``file``. A key that is not there is a UserError."""
+    """The content of ``file``. Access to a missing key raises a UserError."""
 
     def __init__(self, found: dict[str, Any], file: Path) -> None:
         super().__init__(found)
         self.file = file
 
     def __missing__(self, key: str) -> Any:
-        raise UserError(f"{self.file} has no '{key}', which is needed here: {_CURE}")
+        raise UserError(f"{self.file}: the key '{key}' is missing, which this command needs: {_CURE}")
 
 
 def read_assets(file: Path, config: RunConfig) -> Assets:
-    """What a prediction with the model of ``config`` needs to know of the training data.
+    """Read and validate the facts about the training data that predictions with the model of ``config`` need.
 
     Raises:
-        UserError: for a file that is missing or damaged.
+        UserError: If the file is missing or damaged.
     """
     found = Assets(read_json(file, _CURE), file)
     kinds = {"shards": _Images, "ffcv": _Images, "synthetic": _Images, "series": _Table, "panel": _Panel}
     kind: Any = kinds.get(config.data.kind)
-    if kind is None:  # of a source of the user's own
+    if kind is None:  # a data source defined by the user
         return found
     try:
         TypeAdapter(kind).validate_python(found)
@@ -211,17 +221,23 @@ def read_assets(file: Path, config: RunConfig) -> Assets:
 
 
 def check_fits(assets: dict[str, Any], model: ModelConfig, folder: Path) -> None:
-    """Refuse a prediction with assets of another model: names of classes, or windows, would be wrong.
+    """Refuse assets of another model, with which class names or windows would be wrong.
 
     Raises:
-        UserError: with both numbers.
+        UserError: Names both values.
     """
     wanted: dict[str, Any] = {}
     if isinstance(model, ForecasterConfig):
         wanted = {"lookback": model.lookback, "horizon": model.horizon}
     for name, value in wanted.items():
         if assets[name] != value:
-            raise UserError(f"{folder / ASSETS} is of another model: {name} is {assets[name]} there and {value} here")
+            raise UserError(
+                f"{folder / ASSETS}: belongs to another model, because {name} is {assets[name]} there, but {value} in"
+                " config.yaml. Restore the file"
+            )
     if isinstance(model, ImageModelConfig) and len(assets["classes"]) != model.num_classes:
         count = len(assets["classes"])
-        raise UserError(f"{folder / ASSETS} is of another model: it names {count} classes of {model.num_classes}")
+        raise UserError(
+            f"{folder / ASSETS}: belongs to another model, because it names {count} classes, but the model has"
+            f" {model.num_classes}. Restore the file"
+        )

@@ -1,4 +1,4 @@
-"""Forecast every series of a prepared panel with a trained model."""
+"""Forecasts of all series of a prepared panel."""
 
 from __future__ import annotations
 
@@ -29,10 +29,17 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class PanelForecast:
-    """``past`` (S, L, C), ``values`` (S, H, C) and ``truth`` (S, H, C; NaN where not known), in units of the data.
+    """Forecast of S series, in units of the data.
 
-    ``stamps`` (S, H): times of the forecasts (in UTC where there is a ``zone``), or None for a panel without times.
-    ``left_out``: series too short.
+    Attributes:
+        ids: Ids of the series.
+        columns: Names of the C targets.
+        past: Lookback, (S, L, C).
+        values: Forecast, (S, H, C).
+        truth: Known values at the times of the forecast, (S, H, C); NaN where unknown.
+        stamps: Times of the forecast, (S, H), or None for a panel without times. They are in UTC if there is a zone.
+        left_out: Number of series that are shorter than the lookback.
+        zone: Time zone of the panel, or None.
     """
 
     ids: list[str]
@@ -45,46 +52,56 @@ class PanelForecast:
     zone: str | None = None
 
     def table(self) -> pd.DataFrame:
-        """One row for each series and step: id, date (or the number of the step), a column for each target."""
-        import pandas as pd  # starts slowly, and most uses of a model need none
+        """Return a table with one row per series and time step: id, date (or number of the time step), and targets."""
+        import pandas as pd  # imports slowly, and most uses of a model do not need it
 
         series, steps, _ = self.values.shape
-        steps_of = pd.Index(np.tile(np.arange(1, steps + 1), series))
-        time = steps_of if self.stamps is None else shown(self.stamps.reshape(-1), self.zone)
+        numbers = pd.Index(np.tile(np.arange(1, steps + 1), series))
+        time = numbers if self.stamps is None else shown(self.stamps.reshape(-1), self.zone)
         head = {"id": np.repeat(self.ids, steps), "step" if self.stamps is None else "date": time}
         return pd.DataFrame({**head, **{name: self.values[:, :, i].ravel() for i, name in enumerate(self.columns)}})
 
     def draw(self, path: Path, most: int = 8) -> None:
-        """The first target of the first series: history, forecast and what is known of the truth."""
+        """Plot lookback, forecast and known values of the first target, for the first ``most`` series."""
         past, values, truth = (array[:most, :, 0].T for array in (self.past, self.values, self.truth))
         draw_forecast(path, self.ids[:most], past, values, truth=truth if np.isfinite(truth).any() else None)
 
 
 @torch.no_grad()
 def forecast_panel(trained: TrainedModel, folder: Path, back: int = 0, missing: str = "error") -> PanelForecast:
-    """Forecast each series of the panel in ``folder`` from ``back`` rows before its end.
+    """Forecast each series of the panel in ``folder``.
 
-    A series is standardised as in training; one that the model was not trained on by its own rows before the forecast.
+    A series of the training data is standardised as in training, a new one by its rows before the forecast.
+
+    Args:
+        trained: The trained model.
+        folder: Folder of the panel.
+        back: Number of rows between the end of the lookback and the end of a series.
+        missing: "mask" to allow missing values in the lookback.
 
     Raises:
-        UserError: for a model that was not trained on a panel, a panel of other columns, one without what the model
-            knows in advance for the steps to forecast, or with holes in a look-back, unless ``missing`` is mask.
+        UserError: If the model was not trained on a panel, the panel has other columns, the inputs known in advance end
+            before the horizon, or values are missing in a lookback and ``missing`` is not "mask".
     """
     assets, model = trained.assets, cast(TSM2Config, trained.config.model)
     if trained.config.data.kind != "panel":
-        raise UserError(f"{trained.folder} was not trained on a panel: give one CSV or parquet file")
+        raise UserError(f"{trained.folder}: this model was not trained on a panel. Give one CSV or parquet file")
     check_fits(assets, model, trained.folder)
     panel = open_panel(find_panel(folder))
     if panel.columns != assets["columns"]:
-        raise UserError(f"{folder}: its columns are {panel.columns}, the model was trained on {assets['columns']}")
+        raise UserError(
+            f"{folder}: its columns are {panel.columns}, but the model was trained on {assets['columns']}. Prepare a"
+            " panel with these columns (--columns)"
+        )
     if back < 0:
-        raise UserError(f"--back {back}: rows before the end, 0 or more")
+        raise UserError(f"--back {back}: must be at least 0 (rows before the end)")
     trained.check_step(folder, None if panel.timeline is None else panel.timeline.step)
     ends = panel.lengths - back
     chosen = np.flatnonzero(ends >= model.lookback)
     if not len(chosen):
         raise UserError(
-            f"{folder}: no series has a look-back of {model.lookback} rows ending {back} rows before its end (--back)"
+            f"{folder}: no series has the {model.lookback} rows of a lookback before the last {back} rows (--back)."
+            " Lower --back, or use longer series"
         )
     inputs = _inputs(panel, assets, ends, model, trained.folder / ASSETS)
     _check_reach(panel, inputs, chosen, ends + model.horizon)
@@ -95,12 +112,12 @@ def forecast_panel(trained: TrainedModel, folder: Path, back: int = 0, missing: 
     ]
     past, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     truth = np.full_like(values, np.nan)
-    for place, number in enumerate(chosen.tolist()):
-        there = panel.series(number)[int(ends[number]) : int(ends[number]) + model.horizon]
-        truth[place, : len(there)] = there
+    for position, number in enumerate(chosen.tolist()):
+        known = panel.series(number)[int(ends[number]) : int(ends[number]) + model.horizon]
+        truth[position, : len(known)] = known
     stamps = None
     if (line := panel.timeline) is not None:
-        stamps = np.stack([line.stamps(place, model.horizon) for place in (panel.first + ends)[chosen].tolist()])
+        stamps = np.stack([line.stamps(start, model.horizon) for start in (panel.first + ends)[chosen].tolist()])
     return PanelForecast(
         panel.ids[chosen].tolist(),
         panel.columns,
@@ -127,13 +144,15 @@ def _inputs(
     )
     inputs.mean, inputs.std = saved.known.mean, saved.known.std
     if inputs.calendar_names and panel.timeline is None:
-        raise UserError(f"{panel.folder}: the model takes calendar features, and this panel was prepared without times")
+        raise UserError(
+            f"{panel.folder}: the model needs calendar features, but this panel has no times. Prepare it with --time"
+        )
     return inputs
 
 
 @dataclass(frozen=True)
 class _Saved:
-    """What the assets of a run on a panel say of its inputs. ``mean`` and ``std`` (S, C): of the series ``ids``."""
+    """Inputs of a run on a panel, from its assets. ``mean`` and ``std`` (S, C) are the scalers of ``ids``."""
 
     ids: list[str]
     mean: NDArray[np.float64]
@@ -145,11 +164,15 @@ class _Saved:
 
     @classmethod
     def read(cls, assets: dict[str, Any], where: Path) -> _Saved:
-        """Raises UserError for assets that are damaged; ``where`` is their file."""
+        """Parse the assets from the file ``where``.
+
+        Raises:
+            UserError: If they are damaged.
+        """
         cure = "restore the file, or train or export again"
         try:
             known = assets["known"]
-            made = cls(
+            saved = cls(
                 [str(name) for name in assets["ids"]],
                 unpack(assets["mean"]),
                 unpack(assets["std"]),
@@ -158,47 +181,47 @@ class _Saved:
                 Scaler.from_dict(known["scaler"], where),
                 [StaticColumn.from_json(column) for column in assets["static"]],
             )
-            wanted, found = (len(made.ids), len(assets["columns"])), made.mean.shape
-            if found != wanted or len(made.known.mean) != len(made.columns):
+            wanted, found = (len(saved.ids), len(assets["columns"])), saved.mean.shape
+            if found != wanted or len(saved.known.mean) != len(saved.columns):
                 raise ValueError(f"scalers of shape {found} for {wanted[0]} series and {wanted[1]} columns")
         except UserError:
             raise
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{where}: it is damaged ({error!r}); {cure}") from None
-        check_scaler(made.mean, made.std, f"{where}: the scalers are damaged", cure)
-        return made
+            raise UserError(f"{where}: the file is damaged ({error!r}); {cure}") from None
+        check_scaler(saved.mean, saved.std, f"{where}: the scalers are damaged", cure)
+        return saved
 
 
 def _scalers(panel: Panel, saved: _Saved, ends: NDArray[np.int64]) -> PanelScalers:
     mean, std = saved.mean, saved.std
-    place = {name: number for number, name in enumerate(saved.ids)}
-    found = np.array([place.get(name, -1) for name in panel.ids.tolist()], dtype=np.int64)
-    fresh = found < 0
-    if fresh.any():
+    index = {name: number for number, name in enumerate(saved.ids)}
+    found = np.array([index.get(name, -1) for name in panel.ids.tolist()], dtype=np.int64)
+    new = found < 0
+    if new.any():
         logger.warning(
-            "%s: the model was not trained on %d of %d series: they are standardised by their own rows",
+            "%s: %d of %d series are not in the training data: they are standardised by their own mean and deviation",
             panel.folder,
-            int(fresh.sum()),
+            int(new.sum()),
             len(panel),
         )
         own = fit_scalers(panel, np.maximum(ends, 0))
         return PanelScalers(
-            np.where(fresh[:, None], own.mean, mean[found]), np.where(fresh[:, None], own.std, std[found]), own.known
+            np.where(new[:, None], own.mean, mean[found]), np.where(new[:, None], own.std, std[found]), own.known
         )
     width = len(panel.known_columns) + len(panel.shared_columns)
     return PanelScalers(mean[found], std[found], Scaler(np.zeros(width), np.ones(width)))
 
 
 def _check_reach(panel: Panel, inputs: PanelInputs, chosen: NDArray[np.int64], stop: NDArray[np.int64]) -> None:
-    """What is known in advance must be there for the steps to forecast."""
+    """Raise UserError unless the inputs known in advance reach to the end of the horizon of each series."""
     short = int((panel.rows[chosen] < stop[chosen]).sum()) if inputs.own else 0
     if inputs.shared:
         short = max(short, int(((panel.first + stop)[chosen] > panel.shared.shape[1]).sum()))
     if short:
         names = ", ".join(inputs.names[len(inputs.calendar_names) :])
         raise UserError(
-            f"{panel.folder}: for {short} series {names} are not known for all steps to forecast: prepare the panel "
-            "with rows for them behind the last target (or a longer --calendar), or use --back"
+            f"{panel.folder}: {names} end before the horizon of {short} series. Prepare the panel with rows after the"
+            " last target that contain them (or a longer --calendar), or use --back"
         )
 
 
@@ -211,13 +234,15 @@ def _forecast(
     config: TSM2Config,
     masked: bool,
 ) -> tuple[NDArray[np.floating], NDArray[np.float64]]:
-    """Past (B, L, C) and forecast (B, H, C) of some series, in units of the data."""
+    """Return the lookback (B, L, C) and the forecast (B, H, C) of the given series, in units of the data."""
     past = panel.gather(panel.values, series, end - config.lookback, config.lookback)
     mean, std = inputs.scalers.mean[series][:, None], inputs.scalers.std[series][:, None]
     seen = np.isfinite(past)
     if not masked and not seen.all():
         name = panel.ids[series[int(np.argmin(seen.all(axis=(1, 2))))]]
-        raise UserError(f"{panel.folder}: the look-back of series {name} has holes: give --missing mask, or fill them")
+        raise UserError(
+            f"{panel.folder}: values are missing in the lookback of series {name}. Use --missing mask, or fill them"
+        )
     given = {"past": torch.from_numpy(np.where(seen, (past - mean) / std, 0).astype(np.float32))}
     if masked:
         given["mask"] = torch.from_numpy(seen)

@@ -1,4 +1,4 @@
-"""A trained model with what it needs to be used, from a run folder or from an export."""
+"""Loading of trained models from run folders and exports."""
 
 from __future__ import annotations
 
@@ -33,7 +33,15 @@ from mmtrain.train.state import TrainState
 
 @dataclass
 class TrainedModel:
-    """A model in evaluation mode with what it needs to be used. ``step`` is None for an export."""
+    """A trained model and the data needed to use it.
+
+    Attributes:
+        model: The model in evaluation mode, on the CPU.
+        config: Configuration of the run.
+        assets: Facts about the training data, such as class names or scalers.
+        folder: The run folder or export.
+        step: Step of the checkpoint, or None for an export.
+    """
 
     model: nn.Module
     config: RunConfig
@@ -42,11 +50,11 @@ class TrainedModel:
     step: int | None
 
     def check_step(self, source: Path, step: Step | None) -> None:
-        """Say so where the times of ``source`` have another step than those that the model was trained on."""
+        """Log a warning if ``step``, the time step of ``source``, differs from that of the training data."""
         trained_on = self.assets.get("step")  # runs of version 0.1.0 have none
         if step is not None and trained_on is not None and str(step) != trained_on:
             logger.warning(
-                "%s: its step is %s, but the model was trained on a step of %s: the forecast is of %d steps of %s",
+                "%s: its time step is %s, but that of the training data is %s: the forecast has %d time steps of %s",
                 source,
                 step,
                 trained_on,
@@ -55,19 +63,22 @@ class TrainedModel:
             )
 
 
-#: The checkpoint that is used unless another is asked for.
+#: Name of the default checkpoint.
 SELECTED = "selected"
 
 
 def load_trained(folder: str | Path, checkpoint: str = SELECTED) -> TrainedModel:
-    """Load from a run folder, or from a folder that :func:`export` wrote.
+    """Load a trained model from a run folder, or from a folder written by :func:`export`.
+
+    Averaged weights are loaded if the run has them.
 
     Args:
-        checkpoint: for a run folder: ``selected`` (that which the run tested at its end; before, what ``eval.select``
-            says), ``best``, ``last`` or a step. Averaged weights are used where they were kept.
+        folder: The folder.
+        checkpoint: Checkpoint of a run folder: "best", "last", a step, or "selected". The selected checkpoint is the
+            one that the run tested at its end, or before its end the one that ``eval.select`` names.
 
     Raises:
-        UserError: when there is no model in ``folder``, no such checkpoint, or one that is damaged.
+        UserError: If ``folder`` contains no model, or the checkpoint does not exist or is damaged.
     """
     folder = Path(folder)
     if (folder / WEIGHTS).is_file():
@@ -76,14 +87,14 @@ def load_trained(folder: str | Path, checkpoint: str = SELECTED) -> TrainedModel
         return TrainedModel(model.eval(), config, read_assets(folder / ASSETS, config), folder, None)
     if any(folder.glob("model.*")) and not (folder / "checkpoints").is_dir():
         raise UserError(
-            f"{folder} holds an export that runs without mmtrain: load it with onnxruntime or torch.export.load, or"
+            f"{folder} contains an export for use without mmtrain. Load it with onnxruntime or torch.export.load, or"
             " export the run again with --format safetensors"
         )
     run = RunFolder.existing(folder)
     config = run.config()
     path = _checkpoint(run, checkpoint, config.eval.select)
     averaged = config.train.ema_decay is not None
-    with torch.device("meta"):  # so that wrong shapes take no memory
+    with torch.device("meta"):  # wrong shapes must not take memory
         check_weights(build_model(config.model), path, averaged=averaged)
     model = build_model(config.model)
     read_weights(model, path, averaged=averaged)
@@ -93,11 +104,11 @@ def load_trained(folder: str | Path, checkpoint: str = SELECTED) -> TrainedModel
 
 def _checkpoint(run: RunFolder, which: str, select: str) -> Path:
     if which not in (SELECTED, "best", "last") and not re.fullmatch("[0-9]{1,18}", which):
-        raise UserError(f"--checkpoint {which}: give {SELECTED}, best, last or a step")
+        raise UserError(f"--checkpoint {which}: choose {SELECTED}, best, last or a step")
     store = CheckpointStore(run.checkpoints, Ranks(0, 1, torch.device("cpu")), clean=False)
     newest = store.newest()
     if newest is None:
-        raise UserError(f"{run.path} has no checkpoint yet: train it first, or wait for its first evaluation")
+        raise UserError(f"{run.path}: there is no checkpoint yet. Train first, or wait for the first evaluation")
     step = None
     if which == SELECTED:
         result = run.result()
@@ -110,15 +121,17 @@ def _checkpoint(run: RunFolder, which: str, select: str) -> Path:
     path = store.at(step) if isinstance(step, int) else newest
     fault = verify(path)
     if fault:
-        there = ", ".join(found.name for found in checkpoints_in(run.checkpoints).values())
-        raise UserError(f"{path} cannot be used: {fault} (there are: {there}); choose with --checkpoint")
+        available = ", ".join(found.name for found in checkpoints_in(run.checkpoints).values())
+        raise UserError(
+            f"{path} cannot be used: {fault}. Choose another one with --checkpoint (available: {available})"
+        )
     return path
 
 
 def export(trained: TrainedModel, out: str | Path) -> Path:
-    """Write ``model.safetensors``, ``config.yaml`` and ``assets.json`` to the new folder ``out``.
+    """Write ``model.safetensors``, ``config.yaml`` and ``assets.json`` to the new folder ``out`` and return it.
 
     Raises:
-        UserError: when ``out`` exists or cannot be written.
+        UserError: If ``out`` exists or cannot be written.
     """
     return save_pretrained(trained.model, trained.config, trained.assets, out)

@@ -1,5 +1,5 @@
-"""Looking inside models: tables of their stages, weights of the averaging, and steps with which they select.
+"""Analysis of models: cost of their stages, weights of the weighted averaging, and learned step sizes Δ.
 
-Here is what is read off a model or a trained run, as tables and arrays. Pictures of it are in ``mmtrain.plotting``,
-what a run of it would cost on a cluster in ``mmtrain.plan``.
+These modules return tables and arrays. ``mmtrain.plotting`` draws them, and ``mmtrain.plan`` estimates the cost of a
+run on a cluster.
 """

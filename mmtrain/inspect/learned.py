@@ -1,12 +1,12 @@
-"""What a model has learned: the weights of its averaging, and what it selects.
+"""Learned weights of the weighted averaging, and learned selection of the mixers.
 
 :func:`averaging_matrices` reads α, β, θ, γ of the weighted averaging (paper, "Weighted Averaging of Earlier Features").
-The paper's "dual selection", of tokens and of channels, shows in the steps Δ of the mixers.
+The paper's "dual selection", of tokens and of channels, is visible in the step sizes Δ of the mixers.
 
-A step of S6 says how much of a position enters the state: h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t. With Δ near 0 the
-state passes by the position unchanged; with a large Δ it forgets what was before and takes the position in. The steps
-are recorded while the model runs, by :func:`step_maps` for any forward pass, by :func:`window_selection` and
-:func:`image_selection` for one window of a series or one image and a trained model.
+The step size Δ of S6 determines how much of a position enters the state: h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t. With Δ
+near 0 the state ignores the position; with a large Δ it forgets earlier positions and stores this one.
+:func:`step_maps` records the step sizes during any forward pass, :func:`window_selection` and :func:`image_selection`
+for a trained model and one window or image.
 """
 
 from __future__ import annotations
@@ -32,20 +32,33 @@ from mmtrain.ops.mix import Direction, convolved, observed
 from mmtrain.plotting.selection import AveragingMatrix, ImageSelection, StepMap, WindowSelection
 from mmtrain.tasks import build_task
 
-#: Mixers with a map. A channel mixer of images scans windows of channels, an MLP has no steps.
+#: Mixers with a map. Channel mixers of images scan windows of channels, and an MLP has no step size.
 _KINDS: dict[type[nn.Module], str] = {TimeMixer: "time", VariateMixer: "variate", ImageTokenMixer: "image"}
 
 
 @torch.no_grad()
 def mean_steps(ssm: S6, x: Tensor) -> Tensor:
-    """Δ = softplus(Linear_Δ(x)), the mean over the features: x (B, L, features) → float32 (B, L)."""
+    """Return Δ = softplus(Linear_Δ(x)), averaged over the features.
+
+    Args:
+        ssm: The S6 module.
+        x: Its input, (B, L, features).
+
+    Returns:
+        Mean step sizes, float32 (B, L).
+    """
     low_rank = F.linear(x, ssm.x_proj.weight[: ssm.rank])
     return F.softplus(ssm.dt_proj(low_rank).float()).mean(-1)
 
 
 @torch.no_grad()
 def step_maps(model: nn.Module, forward: Callable[[], object]) -> list[StepMap]:
-    """Call ``forward``, which runs ``model`` once, and map the steps of its time, variate and image token mixers."""
+    """Return the mean step sizes of all time, variate and image token mixers during one forward pass.
+
+    Args:
+        model: The model.
+        forward: A function that runs ``model`` once.
+    """
     mixers = {name: module for name, module in model.named_modules() if type(module) in _KINDS}
     scans = {name: [m for m in mixer.modules() if isinstance(m, S6)] for name, mixer in mixers.items()}
     shapes: dict[nn.Module, torch.Size] = {}
@@ -55,9 +68,9 @@ def step_maps(model: nn.Module, forward: Callable[[], object]) -> list[StepMap]:
     def keep_shape(mixer: nn.Module, args: tuple[Any, ...]) -> None:
         shapes[mixer] = args[0].shape
 
-    def own(ssm: nn.Module, args: tuple[Any, ...], direction: Direction) -> None:
+    def keep_owner(ssm: nn.Module, args: tuple[Any, ...], direction: Direction) -> None:
         assert isinstance(ssm, S6)
-        owners[id(direction.A)] = direction.A, ssm  # A is kept alive, so that no other tensor gets its identity
+        owners[id(direction.A)] = direction.A, ssm  # keep A alive, so that no other tensor gets its id
 
     def keep_steps(x: Tensor, directions: Sequence[Direction], height: int) -> None:
         for direction in directions:
@@ -66,7 +79,7 @@ def step_maps(model: nn.Module, forward: Callable[[], object]) -> list[StepMap]:
                 steps[ssm] = mean_steps(ssm, convolved(x.flatten(0, -3), direction)).cpu()
 
     hooks = [mixer.register_forward_pre_hook(keep_shape) for mixer in mixers.values()]
-    hooks += [ssm.register_forward_hook(own) for each in scans.values() for ssm in each]
+    hooks += [ssm.register_forward_hook(keep_owner) for each in scans.values() for ssm in each]
     try:
         with observed(keep_steps):
             forward()
@@ -79,11 +92,11 @@ def step_maps(model: nn.Module, forward: Callable[[], object]) -> list[StepMap]:
             continue
         batch, *grid = shapes[mixer][:3]
         if not isinstance(mixer, ImageTokenMixer):
-            grid = [-1, steps[scans[name][0]].shape[-1]]  # sequences, as the mixer lays them out
-        # whatever the order in which a direction scans, its steps are by place
+            grid = [-1, steps[scans[name][0]].shape[-1]]  # sequences in the layout of the mixer
+        # step sizes are stored by position, whatever the order of the scan
         found = torch.stack([steps[ssm].view(batch, *grid)[0] for ssm in scans[name]]).mean(0).numpy()
-        siblings, _, place = name.rpartition(".")
-        label = mixer_labels(cast(nn.ModuleList, model.get_submodule(siblings)))[int(place)]
+        siblings, _, number = name.rpartition(".")
+        label = mixer_labels(cast(nn.ModuleList, model.get_submodule(siblings)))[int(number)]
         maps.append(StepMap(name, label, _KINDS[type(mixer)], found))
     return maps
 
@@ -91,23 +104,25 @@ def step_maps(model: nn.Module, forward: Callable[[], object]) -> list[StepMap]:
 def window_selection(
     trained: TrainedModel, config: RunConfig | None = None, series: Path | None = None
 ) -> WindowSelection:
-    """The selection in the last window of the test split, or at the end of the file ``series``.
+    """Return the step sizes of a forecaster on the last window of the test split, or of the file ``series``.
 
     Args:
-        config: the run's configuration with other data, where it is not ``trained.config``.
+        trained: The trained model.
+        config: The run's configuration with another data section (default: ``trained.config``).
+        series: A table whose last window is used instead.
 
     Raises:
-        UserError: for data that is not there or does not fit, or a model that makes no forecasts.
+        UserError: If the data is missing or does not fit the model, or the model is no forecaster.
     """
     _check_kind(trained, "forecasting", "--image")
     model = cast(TSM2Config, trained.config.model)
-    # where the patches that lie in the look-back begin (those of auxiliary inputs come behind them)
+    # first time step of each patch of the lookback (the patches of auxiliary inputs follow them)
     starts = np.arange(0, model.lookback - model.patch_size + 1, model.patch_stride)
     if series is not None:
-        made: list[Any] = []
+        forecasts: list[Any] = []
         missing = getattr(trained.config.data, "missing", "error")
-        maps = step_maps(trained.model, lambda: made.append(forecast(trained, series, missing=missing)))
-        found = made[0]
+        maps = step_maps(trained.model, lambda: forecasts.append(forecast(trained, series, missing=missing)))
+        found = forecasts[0]
         time: NDArray[Any] = np.arange(-model.lookback, 0) if found.stamps is None else found.stamps[: model.lookback]
         return WindowSelection(maps, found.columns, found.past, time, starts)
     task: Any = build_task(config or trained.config)
@@ -125,13 +140,15 @@ def window_selection(
 def image_selection(
     trained: TrainedModel, config: RunConfig | None = None, image: Path | None = None
 ) -> ImageSelection:
-    """The selection in the image file ``image``, or in the first test (else validation) image of the run's data.
+    """Return the step sizes of a classifier on the first test image (else validation image), or on the file ``image``.
 
     Args:
-        config: the run's configuration with other data, where it is not ``trained.config``.
+        trained: The trained model.
+        config: The run's configuration with another data section (default: ``trained.config``).
+        image: An image file that is used instead.
 
     Raises:
-        UserError: for data that is not there or does not fit, or a model that takes no images.
+        UserError: If the data is missing or does not fit the model, or the model does not take images.
     """
     _check_kind(trained, "classification", "--series")
     seen: list[torch.Tensor] = []
@@ -139,10 +156,10 @@ def image_selection(
     try:
         if image is not None:
             maps = step_maps(trained.model, lambda: classify(trained, [image]))
-            what = image.name
+            title = image.name
         else:
             task = build_task(config or trained.config)
-            source, what = (
+            source, title = (
                 (task.val, "first validation image") if task.test is None else (task.test, "first test image")
             )
             batch = source.fetch(np.array([0]), None)
@@ -151,22 +168,22 @@ def image_selection(
         hook.remove()
     mean, std = (np.asarray(trained.assets[key], np.float32) for key in ("mean", "std"))
     pixels = seen[0][0].permute(1, 2, 0).numpy() * std + mean
-    return ImageSelection(maps, pixels.clip(0, 1), what)
+    return ImageSelection(maps, pixels.clip(0, 1), title)
 
 
 def _check_kind(trained: TrainedModel, kind: str, flag: str) -> None:
     if trained.config.task.kind != kind:
-        raise UserError(f"{trained.folder} holds a model for {trained.config.task.kind}: give {flag} instead")
+        raise UserError(f"{trained.folder} contains a model for {trained.config.task.kind}: use {flag} instead")
 
 
 def mixer_labels(mixers: nn.ModuleList) -> list[str]:
-    """T1, T2, C1, …: token and channel mixers numbered each on their own, in order."""
+    """Return labels T1, T2, C1, …, which number token and channel mixers separately in their order."""
     kinds = ["C" if getattr(mixer, "mixes", "") == "channels" else "T" for mixer in mixers]
     return [f"{kind}{kinds[: i + 1].count(kind)}" for i, kind in enumerate(kinds)]
 
 
 def averaging_matrices(model: nn.Module) -> list[AveragingMatrix]:
-    """The weights of every :class:`MixerStack` in ``model``; none for a model that was made without averaging."""
+    """Return the weights of every :class:`MixerStack` in ``model``, or [] if it has no weighted averaging."""
     found = []
     stacks = [(name, m) for name, m in model.named_modules() if isinstance(m, MixerStack) and len(m.averages)]
     for number, (name, stack) in enumerate(stacks, 1):

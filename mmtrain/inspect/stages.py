@@ -1,6 +1,6 @@
-"""What each stage of a model costs: parameters and forward FLOPs, found on the meta device without any memory.
+"""Parameters and forward FLOPs of each stage of a model, computed on the meta device.
 
-:func:`resolve` finds the model from what a user calls it, :func:`stage_table` counts.
+:func:`resolve` finds the model that a user names, and :func:`stage_table` computes the table.
 """
 
 from __future__ import annotations
@@ -22,15 +22,22 @@ from mmtrain.models import build_model, example_inputs
 from mmtrain.models.averaging import MixerStack
 from mmtrain.ops.backend import scan_backend
 
-#: What the FLOPs leave out, as torch's counter does: about one operation an element each.
+#: Operations that the FLOPs do not include, as in torch's counter: about one operation per element each.
 NOT_COUNTED = "activations, gates, normalisation, sums of the weighted averaging, pooling"
 
 
 @dataclass(frozen=True)
 class StageRow:
-    """One line of the table. ``output``: the shape, batch first; FLOPs of one forward pass, 2 to a multiply-add.
+    """One row of the table.
 
-    ``scan_flops`` is the selective scans' share of ``flops``, each counted 9·B·L·D·N + B·L·D.
+    Attributes:
+        name: Name of the stage.
+        output: Shape of its output, batch first.
+        token_mixers: Number of token mixers.
+        channel_mixers: Number of channel mixers.
+        parameters: Number of parameters.
+        flops: FLOPs of one forward pass; a multiply-add counts as 2.
+        scan_flops: Part of ``flops`` in selective scans, 9·B·L·D·N + B·L·D for each.
     """
 
     name: str
@@ -44,7 +51,7 @@ class StageRow:
 
 @dataclass(frozen=True)
 class _Part:
-    """Modules by their names in the model, and which of them gives the part's output ("" for the model itself)."""
+    """A stage: the names of its modules, and of the module that returns its output ("" for the model itself)."""
 
     name: str
     modules: list[str]
@@ -54,20 +61,24 @@ class _Part:
 def stage_table(
     config: ModelConfig, *, batch: int = 1, image_size: tuple[int, int] = (224, 224), variates: int = 7
 ) -> list[StageRow]:
-    """One row a stage: ViM2's stem, stages with their down-sampling, and head; TSM2's embedding, mixers and head.
+    """Return one row per stage.
+
+    The rows are ViM2's stem, stages (with their down-sampling) and head, or TSM2's embedding, mixers and head. They add
+    up to the whole model: modules outside of these stages get the row ``other``.
 
     Args:
-        batch: samples in the input.
-        image_size: height and width in pixels, for ViM2.
-        variates: number of series M, for TSM2.
-
-    The rows add up to the whole model: what belongs to none of them gets a row ``other``.
+        config: Configuration of the model.
+        batch: Batch size of the input.
+        image_size: Height and width in pixels, for ViM2.
+        variates: Number of variates M, for TSM2.
 
     Raises:
-        UserError: for an input that the model cannot take.
+        UserError: If the model cannot take the input.
     """
     if min(batch, variates, *image_size) < 1:
-        raise UserError(f"batch {batch}, image {image_size[0]}x{image_size[1]}, variates {variates}: give 1 or more")
+        raise UserError(
+            f"batch {batch}, image {image_size[0]}x{image_size[1]}, variates {variates}: each must be at least 1"
+        )
     with torch.device("meta"):
         model = build_model(config).eval()
         inputs = example_inputs(config, batch=batch, image_size=image_size, variates=variates)
@@ -79,7 +90,7 @@ def stage_table(
 
     hooks = [model.get_submodule(part.output).register_forward_hook(keep(part.output)) for part in parts]
     try:
-        # the kernel's own rule for the FLOPs, whatever backend the environment asks for
+        # "auto" uses the kernel's rule for FLOPs, whatever backend the environment sets
         with FlopCounterMode(display=False) as counter, scan_backend("auto"), torch.no_grad():
             model(*inputs)
     except ValueError as error:
@@ -92,7 +103,7 @@ def stage_table(
 
 
 def _parts(model: nn.Module) -> list[_Part]:
-    """The parts that the model names, or else all of it as one."""
+    """Return the stages that the model defines, or the whole model as one stage."""
     stage_parts = getattr(model, "stage_parts", None)
     if stage_parts is None:
         return [_Part("model", [name for name, _ in model.named_children()], "")]
@@ -102,14 +113,14 @@ def _parts(model: nn.Module) -> list[_Part]:
 def _rows(
     model: nn.Module, parts: list[_Part], shapes: dict[str, tuple[int, ...]], counts: dict[str, dict[Any, int]]
 ) -> list[StageRow]:
-    there = dict(model.named_modules())
+    modules_of_model = dict(model.named_modules())
     root = type(model).__name__
     rows = []
     for part in parts:
-        names = [name for name in part.modules if name in there]
-        modules = [there[name] for name in names]
-        spent = [counts.get(f"{root}.{name}", {}) for name in names]
-        mixers = _mixers(modules, part.output, there)
+        names = [name for name in part.modules if name in modules_of_model]
+        modules = [modules_of_model[name] for name in names]
+        flops_of_modules = [counts.get(f"{root}.{name}", {}) for name in names]
+        mixers = _mixers(modules, part.output, modules_of_model)
         channel = sum(getattr(mixer, "mixes", "") == "channels" for mixer in mixers)
         rows.append(
             StageRow(
@@ -118,8 +129,8 @@ def _rows(
                 len(mixers) - channel,
                 channel,
                 sum(p.numel() for module in modules for p in module.parameters()),
-                sum(sum(ops.values()) for ops in spent),
-                sum(_scan(ops) for ops in spent),
+                sum(sum(ops.values()) for ops in flops_of_modules),
+                sum(_scan(ops) for ops in flops_of_modules),
             )
         )
     whole = counts.get(root, {})
@@ -131,12 +142,12 @@ def _rows(
     return rows
 
 
-def _mixers(modules: Iterable[nn.Module], output: str, there: dict[str, nn.Module]) -> list[nn.Module]:
-    """The mixers of a part: those of its stack, or the one mixer that it is."""
+def _mixers(modules: Iterable[nn.Module], output: str, modules_of_model: dict[str, nn.Module]) -> list[nn.Module]:
+    """Return the mixers of a stage: those of its stacks, or the stage itself if it is a mixer."""
     stacks = [module for module in modules if isinstance(module, MixerStack)]
     if stacks:
         return [mixer for stack in stacks for mixer in stack.mixers]
-    return [there[output]] if ".mixers." in output else []
+    return [modules_of_model[output]] if ".mixers." in output else []
 
 
 def _scan(operations: dict[Any, int]) -> int:
@@ -144,7 +155,7 @@ def _scan(operations: dict[Any, int]) -> int:
 
 
 def total(rows: Iterable[StageRow]) -> StageRow:
-    """The sum of ``rows``, with the output of the last one that has any."""
+    """Return the sum of ``rows``, with the output of the last row that has one."""
     kept = list(rows)
     output = [row.output for row in kept if row.output][-1]
     sums = ("token_mixers", "channel_mixers", "parameters", "flops", "scan_flops")
@@ -153,7 +164,13 @@ def total(rows: Iterable[StageRow]) -> StageRow:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is looked at. ``run`` is None for a bare model name, ``folder`` for anything but a run or export folder."""
+    """The model to analyse.
+
+    Attributes:
+        model: Configuration of the model.
+        run: The whole configuration, or None if only a model was named.
+        folder: The run folder or export, or None if none was named.
+    """
 
     model: ModelConfig
     run: RunConfig | None = None
@@ -161,15 +178,15 @@ class Subject:
 
 
 def resolve(name: str, overrides: Sequence[str] = ()) -> Subject:
-    """Find the model called ``name``.
+    """Return the model called ``name``.
 
     Args:
-        name: a name of the registry, a configuration's name or YAML file, or a run or export folder.
-        overrides: ``key=value``. Keys of the model may stand without their ``model.``; a folder, whose model is made,
-            takes keys of its data only.
+        name: Name of a model or configuration, YAML file, run folder or export.
+        overrides: Overrides ``key=value``. Keys of the section ``model`` may be written without ``model.``. With a run
+            folder or export, whose model already exists, only keys of the section ``data`` are allowed.
 
     Raises:
-        UserError: for an unknown name, key or value, with the nearest one.
+        UserError: If a name, key or value is unknown. The message suggests the nearest one.
     """
     if name in MODELS:
         return Subject(_overridden(name, overrides))
@@ -177,15 +194,19 @@ def resolve(name: str, overrides: Sequence[str] = ()) -> Subject:
     if (folder / "config.yaml").is_file():
         fixed = [item for item in overrides if not item.startswith("data")]
         if fixed:
-            raise UserError(f"{name} holds a trained model: it takes overrides of data only, not {', '.join(fixed)}")
+            raise UserError(
+                f"{', '.join(fixed)}: {name} contains a trained model, which only takes overrides of data. Leave it out"
+            )
         run = load_config(folder / "config.yaml", overrides)
         return Subject(run.model, run, folder)
     if folder.is_dir() and name not in config_names():
-        raise UserError(f"{name} is no run or export folder: it has no config.yaml (list runs with `mmtrain runs`)")
+        raise UserError(
+            f"{name}: not a run folder or export, because it has no config.yaml. `mmtrain runs` lists the runs"
+        )
     if folder.suffix not in (".yaml", ".yml") and name not in config_names():
         configurations = ", ".join(config_names()) or "(no configs/ folder here)"
         raise UserError(
-            f"'{name}' is no model, configuration or run folder{nearest(name, [*MODELS, *config_names()])}\n"
+            f"'{name}' is not a model, configuration or run folder{nearest(name, [*MODELS, *config_names()])}\n"
             f"  models: {', '.join(MODELS)}\n  configurations: {configurations}"
         )
     known = _keys(load_config(name).model)
@@ -194,18 +215,18 @@ def resolve(name: str, overrides: Sequence[str] = ()) -> Subject:
 
 
 def _keys(model: ModelConfig) -> list[str]:
-    """The model's own keys: not ``name``, which a run configuration has too."""
+    """Return the keys of the section ``model`` except ``name``, which also exists at the top level."""
     return [key for key in type(model).model_fields if key != "name"]
 
 
 def _overridden(name: str, overrides: Sequence[str]) -> ModelConfig:
-    """The named model with ``overrides``, typed and checked as in a configuration."""
+    """Return the configuration of the named model with ``overrides``, validated as in a configuration file."""
     known = _keys(preset(name))
     items = [item.removeprefix("model.") for item in overrides]
     for item in items:
         key, equals, _ = item.partition("=")
         if not equals:
-            raise UserError(f"'{item}' is not an override: write key=value, such as {known[0]}=10")
+            raise UserError(f"'{item}': not an override. Write key=value, such as {known[0]}=10")
         if key not in known:
             raise UserError(f"model '{name}' has no key '{key}'{nearest(key, known)} (keys: {', '.join(known)})")
     config = preset(name)

@@ -1,8 +1,8 @@
-"""What a run would need before it is started: memory, traffic, time and data, found on the meta device.
+"""Estimate of the memory, traffic, time and data rate of a run, computed on the meta device before the run starts.
 
-``step`` traces one micro-batch, ``sharding`` splits the model, ``strategies`` and ``roofline`` turn that into memory,
-traffic and time, ``planner`` puts the plan together. Nothing here trains; what a model costs in itself is told by
-``mmtrain.inspect``.
+``step`` traces one micro-batch, ``sharding`` shards the model, ``strategies`` and ``roofline`` compute memory, traffic
+and time from these, and ``planner`` assembles the plan. Nothing here trains. ``mmtrain.inspect`` reports the cost of a
+model itself.
 """
 
 from mmtrain.plan.planner import MAX_RANKS, plan_run

@@ -1,4 +1,4 @@
-"""How long the training split is and how large its samples are; from the data where it is at hand."""
+"""Number and size of the training samples, read from the data if it is on this machine, else assumed."""
 
 from __future__ import annotations
 
@@ -19,20 +19,26 @@ from mmtrain.data.images.tar_index import index_shards
 from mmtrain.data.open import open_data
 from mmtrain.errors import UserError
 
-#: ImageNet-1k's training split (ILSVRC 2012).
+#: Number of samples of the training split of ImageNet-1k (ILSVRC 2012).
 IMAGENET_SAMPLES = 1_281_167
-#: An average JPEG of it, as published.
+#: Published average size of its JPEG files, in bytes.
 IMAGENET_BYTES = 110_000
-#: Series of a table that is not at hand: those of the ETT benchmarks.
+#: Assumed number of variates of a table that is not on this machine: as in the ETT benchmarks.
 _VARIATES = 7
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """``samples``: None where nobody knows. ``origin``: where that number is from.
+    """Size of the training split.
 
-    ``stored``: bytes of a sample as it is read (``bytes_origin``: where that is from), ``decoded``: as it goes to the
-    GPU, in ``form``. ``variates``: series of a window.
+    Attributes:
+        samples: Number of training samples, or None if unknown.
+        origin: Source of this number, for the user.
+        stored: Bytes of a sample as it is read.
+        decoded: Bytes of a sample as it is copied to the GPU.
+        bytes_origin: Source of ``stored``, for the user.
+        variates: Number of variates of a window.
+        form: Data type of a decoded sample.
     """
 
     samples: int | None
@@ -45,14 +51,18 @@ class Dataset:
 
 
 def describe_dataset(config: RunConfig, samples: int | None = None) -> Dataset:
-    """What is known of the training split of ``config``.
+    """Return the size of the training split of ``config``.
 
     Args:
-        samples: its length, where the caller knows better.
+        config: The configuration of the run.
+        samples: Number of training samples; replaces the number found in the data.
+
+    Raises:
+        UserError: If the model cannot train on this data, or ``samples`` is less than 1.
     """
     data = config.data
     if samples is not None and samples < 1:
-        raise UserError(f"--samples {samples}: give the training samples of an epoch, 1 or more")
+        raise UserError(f"--samples {samples}: must be at least 1 (training samples per epoch)")
     if isinstance(data, SeriesDataConfig) != isinstance(config.model, ForecasterConfig):
         raise UserError(
             f"model '{config.model.name}' cannot train on data.kind={data.kind}: use data=series with tsm2, and"
@@ -64,10 +74,10 @@ def describe_dataset(config: RunConfig, samples: int | None = None) -> Dataset:
     size = getattr(data, "image_size", 224)
     decoded = 4 * channels * size * size
     if isinstance(data, SyntheticDataConfig):
-        return Dataset(*_given(samples, data.length, "data.length"), 0, decoded, "made up, nothing is read")
+        return Dataset(*_given(samples, data.length, "data.length"), 0, decoded, "synthetic, nothing is read")
     if not isinstance(data, ShardsDataConfig | FFCVDataConfig):
-        raise UserError(f"data.kind is {data.kind!r}: the planner does not know how many samples it has or how large")
-    if isinstance(data, ShardsDataConfig) and data.augment != "light":  # bytes, normalised on the device
+        raise UserError(f"data.kind={data.kind}: the plan supports shards, ffcv, synthetic, series and panel only")
+    if isinstance(data, ShardsDataConfig) and data.augment != "light":  # copied as bytes and normalised on the device
         return replace(_images(config, data, samples, decoded // 4), form="uint8")
     return _images(config, data, samples, decoded)
 
@@ -83,19 +93,21 @@ def _images(config: RunConfig, data: ShardsDataConfig | FFCVDataConfig, samples:
         if data.root and folder.is_file():
             beton = read_beton(folder)
             size = beton.stored / len(beton)
-            return Dataset(*_given(samples, len(beton), f"counted in {folder}"), size, decoded, f"of {folder}")
+            return Dataset(*_given(samples, len(beton), f"counted in {folder}"), size, decoded, f"mean of {folder}")
     elif data.root and folder.is_dir():
         skip = data.faults == "skip"
         indexes = index_shards(find_shards(folder, missing=skip), skip=skip)
         found = sum(len(index) for index in indexes)
         size = sum(float(index.sizes.sum()) for index in indexes) / max(found, 1)
-        return Dataset(*_given(samples, found, f"counted in {folder}"), size, decoded, f"of the shards in {folder}")
+        return Dataset(
+            *_given(samples, found, f"counted in {folder}"), size, decoded, f"mean of the shards in {folder}"
+        )
     if getattr(config.model, "num_classes", 0) == 1000:
-        origin = f"ImageNet-1k's training split, assumed since there is no {folder}"
+        origin = f"training split of ImageNet-1k, assumed because {folder} does not exist"
         given = _given(samples, IMAGENET_SAMPLES, origin)
     else:
-        given = _given(samples, None, f"unknown, since there is no {folder}: give --samples")
-    return Dataset(*given, IMAGENET_BYTES, decoded, "an average ImageNet JPEG, assumed")
+        given = _given(samples, None, f"unknown, because {folder} does not exist: give --samples")
+    return Dataset(*given, IMAGENET_BYTES, decoded, "assumed: mean of ImageNet JPEG files")
 
 
 def _series(config: RunConfig, data: SeriesDataConfig, samples: int | None) -> Dataset:
@@ -107,10 +119,10 @@ def _series(config: RunConfig, data: SeriesDataConfig, samples: int | None) -> D
         variates = len(series.columns)
         given = _given(samples, len(series.train), f"windows of {series.path}")
     except UserError as error:
-        what = "table" if data.kind == "series" else data.kind
-        why = f"unknown, since the {what} {data.path} cannot be used ({error}): give --samples"
+        kind = "table" if data.kind == "series" else data.kind
+        why = f"unknown, because the {kind} {data.path} cannot be used ({error}): give --samples"
         given = _given(samples, None, why)
-    more = model.auxiliary
-    window = 4 * variates * (model.lookback + model.horizon + more.steps * more.future + more.static)
+    extra = model.auxiliary
+    window = 4 * variates * (model.lookback + model.horizon + extra.steps * extra.future + extra.static)
     where = "in memory" if data.kind == "series" else "in memory-mapped files"
-    return Dataset(*given, window, window, f"a window of {variates} series {where}", variates)
+    return Dataset(*given, window, window, f"a window of {variates} variates {where}", variates)

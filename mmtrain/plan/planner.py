@@ -1,4 +1,4 @@
-"""From a configuration and a cluster to a plan: each strategy's memory, traffic and time, and which to choose."""
+"""Plan of a configuration on a cluster: memory, traffic and time of each strategy, and the recommended strategy."""
 
 from __future__ import annotations
 
@@ -33,41 +33,46 @@ from mmtrain.plan.strategies import (
 from mmtrain.train.build import micro_batches
 from mmtrain.train.state import Schedule
 
-#: The largest process group that is simulated.
+#: Largest process group that can be simulated.
 MAX_RANKS = 4096
 
 
 def plan_run(
     config: RunConfig, nodes: int, gpus_per_node: int, gpu: str = "h100", *, samples: int | None = None
 ) -> Plan:
-    """Plan ``config`` on ``nodes`` × ``gpus_per_node`` GPUs called ``gpu``, one rank a GPU, in this process.
+    """Return the plan of ``config`` on ``nodes`` × ``gpus_per_node`` GPUs, with one rank per GPU.
 
     Args:
-        samples: training samples of an epoch, where the data is not at hand.
+        config: The configuration of the run.
+        nodes: Number of nodes.
+        gpus_per_node: Number of GPUs per node.
+        gpu: Name of the GPU, a key of :data:`mmtrain.plan.roofline.GPUS`.
+        samples: Number of training samples per epoch, needed if the data is not on this machine.
 
     Raises:
-        UserError: for an unknown GPU, or fewer than 1 or more than :data:`MAX_RANKS` ranks.
+        UserError: If the GPU is unknown, or there are fewer than 1 or more than :data:`MAX_RANKS` ranks.
     """
     chosen_gpu = find_gpu(gpu)
     for flag, number in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node)):
         if number < 1:
-            raise UserError(f"{flag} {number}: give 1 or more")
+            raise UserError(f"{flag} {number}: must be at least 1")
     world = nodes * gpus_per_node
     if world > MAX_RANKS:
         raise UserError(
-            f"--nodes {nodes} --gpus-per-node {gpus_per_node}: that is {world} ranks; up to {MAX_RANKS} are planned"
+            f"--nodes {nodes} --gpus-per-node {gpus_per_node}: these are {world} ranks, but a plan has at most"
+            f" {MAX_RANKS}. Use fewer nodes"
         )
     dataset = describe_dataset(config, samples)
     batch = cut_batch(config, world)
     shape = Shape(batch.samples, getattr(config.data, "image_size", 224), dataset.variates)
     try:
         costs = trace_step(config.model, config.train, shape)
-    except ValueError as error:  # the model's word on its input
+    except ValueError as error:  # the model refuses the shape of its input
         raise UserError(f"model '{config.model.name}': {error}") from None
     planner = _Planner(config, nodes, gpus_per_node, chosen_gpu, costs, batch.micros)
     rows, left_out = planner.rows()
     choice, reason = _choose(rows)
-    asked = config.parallel.strategy
+    configured = config.parallel.strategy
     steps = config.train.max_steps if dataset.samples is None else Schedule.of(config, dataset.samples).steps
     return Plan(
         config=config,
@@ -83,14 +88,14 @@ def plan_run(
         choice=choice,
         reason=reason,
         advice=[] if choice else _advice(config, batch.samples),
-        configured=asked if asked != "auto" else "none" if world == 1 else "ddp",
+        configured=configured if configured != "auto" else "none" if world == 1 else "ddp",
         dataset=dataset,
         steps=steps,
     )
 
 
 def cut_batch(config: RunConfig, world: int) -> BatchCut:
-    """How a run on ``world`` ranks would cut its batch; with the words by which it would refuse to."""
+    """Return how a run on ``world`` ranks divides its global batch, or the error with which it would refuse to."""
     train = config.train
     batch, most = train.batch_size, train.micro_batch
     try:
@@ -103,8 +108,7 @@ def cut_batch(config: RunConfig, world: int) -> BatchCut:
 
 @dataclass
 class _Planner:
-    """Plans ``config`` on ``nodes`` × ``gpus_per_node`` × ``gpu``; ``costs`` are those of one of ``micros``
-    micro-batches."""
+    """Computes the rows of a plan. ``costs`` are those of one micro-batch, ``micros`` the micro-batches per step."""
 
     config: RunConfig
     nodes: int
@@ -119,7 +123,7 @@ class _Planner:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The whole model on the meta device, only to be looked at: FSDP splits one of its own."""
+        """The unsharded model on the meta device. It is not changed: FSDP gets its own copy."""
         return meta_model(self.config.model)
 
     @cached_property
@@ -127,18 +131,18 @@ class _Planner:
         return sum(p.numel() for p in self.model.parameters())
 
     def rows(self) -> tuple[list[StrategyPlan], dict[str, str]]:
-        """The rows in the order of :data:`STRATEGIES`, and why the missing ones are missing."""
+        """Return the rows in the order of :data:`STRATEGIES`, and the reasons of strategies without a row."""
         left_out = dict(self._left_out())
         return [self._row(name) for name in STRATEGIES if name not in left_out], left_out
 
     def _left_out(self) -> Iterator[tuple[str, str]]:
         if self.world > 1:
-            yield "none", f"for one process, and these are {self.world}"
+            yield "none", f"needs a single rank, but there are {self.world}"
         if self.world % self._shards("hsdp"):
             yield "hsdp", f"parallel.shard_size={self._shards('hsdp')} does not divide {self.world} ranks"
         if self.config.train.precision == "fp16":
             for name in ("zero1", "zero2", "zero3"):
-                yield name, "train.precision=fp16 is not for DeepSpeed here"
+                yield name, "does not support train.precision=fp16"
 
     def _shards(self, name: str) -> int:
         if name != "hsdp":
@@ -161,7 +165,7 @@ class _Planner:
         return StrategyPlan(name, memory, sum(t.sent for t in transfers), time, fits)
 
     def _parts(self, name: str) -> tuple[Memory, list[Transfer], int]:
-        """Memory, transfers, and the elements that a rank's optimizer updates."""
+        """Return memory, transfers, and the number of elements that a rank's optimizer updates."""
         model, world, micros, parallel = self.model, self.world, self.micros, self.config.parallel
         across, reshard = self.nodes > 1, parallel.reshard_after_forward
         ema = self.config.train.ema_decay is not None
@@ -191,28 +195,32 @@ class _Planner:
 
 
 def _choose(rows: list[StrategyPlan]) -> tuple[str | None, str]:
-    """The simplest that fits: none or ddp; else the faster of fsdp and hsdp; else the first stage of ZeRO that does."""
+    """Return the recommended strategy and the reason, or None if no strategy fits.
+
+    It is none or ddp if one of them fits, else the faster of fsdp and hsdp, else the first ZeRO stage that fits.
+    """
     fitting = {row.strategy: row for row in rows if row.fits}
     for name in ("none", "ddp"):
         if name in fitting:
-            return name, f"it is the simplest, and fits into {FILL:.0%} of the memory"
+            return name, f"it is the simplest strategy and fits into {FILL:.0%} of the memory"
     sharded = [fitting[name] for name in ("fsdp", "hsdp") if name in fitting]
     if sharded:
         best = min(sharded, key=lambda row: row.time.total)
-        return best.strategy, "a whole copy does not fit" + (
-            ", and of fsdp and hsdp it is estimated the faster" if len(sharded) > 1 else ""
+        return best.strategy, "a full replica does not fit" + (
+            ", and it is estimated to be the faster of fsdp and hsdp" if len(sharded) > 1 else ""
         )
     for name in ("zero1", "zero2", "zero3"):
         if name in fitting:
-            return name, "neither a whole copy nor fsdp fits"
+            return name, "neither a full replica nor fsdp fits"
     return None, ""
 
 
 def _advice(config: RunConfig, samples: int) -> list[str]:
+    """Return changes of the configuration that lower the memory per rank."""
     train = config.train
     found = [] if train.checkpointing == "full" else ["set train.checkpointing=full"]
     if samples > 1:
-        found.append(f"take fewer samples at once with train.micro_batch={max(samples // 2, 1)}")
+        found.append(f"lower the micro-batch with train.micro_batch={max(samples // 2, 1)}")
     if train.precision == "fp32":
         found.append("set train.precision=bf16")
     return [*found, "use GPUs with more memory"]

@@ -1,4 +1,4 @@
-"""What a plan says, as data and as text. Sizes in bytes, times in seconds."""
+"""Result of a plan as data and as text. Sizes are in bytes, times in seconds."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from mmtrain.plan.dataset import Dataset
 from mmtrain.plan.roofline import ASSUMPTIONS, Gpu, StepTime
 from mmtrain.plan.strategies import Memory
 
-#: The share of a GPU's memory that a plan may fill. The rest is for what it does not count: the CUDA context, buffers
-#: of NCCL, workspaces of kernels, and what the allocator loses to fragmentation.
+#: Share of a GPU's memory that a plan may fill. The rest is reserved for memory that the plan does not count: the CUDA
+#: context, NCCL buffers, kernel workspaces, and the allocator's fragmentation.
 FILL = 0.9
-#: Estimates that differ by less are not worth telling apart.
+#: Another strategy is suggested if its estimated step time is below this fraction of the recommended one's.
 _MUCH_FASTER = 0.85
 _GIB, _MB = 2**30, 1e6
 
 
 @dataclass(frozen=True)
 class BatchCut:
-    """``samples`` a rank and micro-batch, ``micros`` micro-batches a step.
+    """Division of the global batch.
 
-    ``problem``: why a run would refuse this batch, or ""; the plan is then one of ``samples`` all the same, which is
-    the share rounded down, but at least 1.
+    Attributes:
+        samples: Samples per rank and micro-batch.
+        micros: Micro-batches per step.
+        problem: Why a run would refuse this batch, or "". If there is a problem, ``samples`` is the share of a rank
+            rounded down, at least 1, and the plan is computed for it.
     """
 
     samples: int
@@ -36,7 +39,7 @@ class BatchCut:
 
 @dataclass(frozen=True)
 class StrategyPlan:
-    """One row. ``wire``: bytes that a rank sends in a step."""
+    """One row of the table. ``wire`` is the number of bytes that a rank sends per step."""
 
     strategy: str
     memory: Memory
@@ -47,7 +50,7 @@ class StrategyPlan:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The whole run: ``steps`` of the global batch."""
+    """Cost of the whole run of ``steps`` steps."""
 
     steps: int
     days: float
@@ -56,12 +59,25 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run of ``config`` on ``nodes`` × ``gpus_per_node`` × ``gpu``.
+    """Plan of a run.
 
-    ``flops`` and ``scan_flops``: of one step over the whole global batch, forward and backward, with what is
-    recomputed. ``choice``: the strategy that would be chosen, or None where none fits; ``reason`` and ``advice`` say
-    why, and what to change. ``configured``: what the configuration asks for. ``steps``: of the whole run, None where
-    the length of an epoch is not known.
+    Attributes:
+        config: The configuration of the run.
+        nodes: Number of nodes.
+        gpus_per_node: Number of GPUs, and of ranks, per node.
+        gpu: The kind of GPU.
+        parameters: Number of parameters of the model.
+        batch: Division of the global batch.
+        flops: FLOPs of one step over the global batch: forward, backward and recomputation.
+        scan_flops: Part of ``flops`` in selective scans.
+        rows: One row per strategy that can run.
+        left_out: Reasons of the strategies that cannot run.
+        choice: The recommended strategy, or None if no strategy fits.
+        reason: Reason for ``choice``.
+        advice: Changes of the configuration to make if no strategy fits.
+        configured: The strategy that the configuration sets.
+        dataset: Size of the training split.
+        steps: Steps of the whole run, or None if the length of an epoch is unknown.
     """
 
     config: RunConfig
@@ -90,13 +106,13 @@ class Plan:
 
     @property
     def basis(self) -> StrategyPlan:
-        """The row that rates, days and hours are told for: the configured strategy's, else the choice's."""
+        """The row used for rates and times: that of the configured strategy, else that of the recommended one."""
         row = self.row(self.configured) or self.row(self.choice or "")
         return row or self.rows[0]
 
     @property
     def samples(self) -> int:
-        """Those of a step as planned: the global batch, unless the ranks do not divide it."""
+        """Samples per step. This is the global batch, unless it is not divisible by the number of ranks."""
         return self.batch.samples * self.batch.micros * self.world
 
     @property
@@ -105,7 +121,7 @@ class Plan:
 
     @property
     def recipe(self) -> Recipe | None:
-        """Days and GPU-hours, where the number of steps is known."""
+        """Days and GPU-hours of the run, or None if the number of steps is unknown."""
         if self.steps is None:
             return None
         seconds = self.steps * self.basis.time.total
@@ -113,27 +129,27 @@ class Plan:
 
     @property
     def warnings(self) -> list[str]:
-        """What should keep one from submitting the run."""
+        """Reasons not to submit the run: a batch that would be refused, or too little memory."""
         found = [self.batch.problem] if self.batch.problem else []
-        mine = self.row(self.configured)
+        configured = self.row(self.configured)
         gib = f"{self.gpu.memory:g} GiB of a {self.gpu.name}"
         if self.choice is None:
             found.append(f"no strategy fits into {FILL:.0%} of the {gib}: {'; '.join(self.advice)}")
-        elif mine is not None and not mine.fits:
+        elif configured is not None and not configured.fits:
             found.append(
-                f"parallel.strategy={self.configured} needs about {mine.memory.total / _GIB:.1f} GiB a rank, more than"
-                f" {FILL:.0%} of the {gib}: use parallel.strategy={self.choice}"
+                f"parallel.strategy={self.configured} needs about {configured.memory.total / _GIB:.1f} GiB per rank,"
+                f" more than {FILL:.0%} of the {gib}: use parallel.strategy={self.choice}"
             )
-        elif mine is None:
+        elif configured is None:
             found.append(f"parallel.strategy={self.configured}: {self.left_out.get(self.configured, 'not planned')}")
         return found
 
 
 def render(plan: Plan, width: int = 120) -> str:
-    """The table, a row a strategy, and what follows from it."""
+    """Return the plan as text: a table with one row per strategy, followed by the recommendation and the estimates."""
     heading = (
         f"{plan.config.name}: {plan.config.model.name} on {plan.nodes} × {plan.gpus_per_node} × {plan.gpu.name}"
-        f" ({plan.gpu.memory:g} GiB), GiB a rank"
+        f" ({plan.gpu.memory:g} GiB), GiB per rank"
     )
     table = Table("strategy", box=None, title=heading, title_justify="left", pad_edge=False)
     columns = ("weights", "gradients", "optimizer", "EMA", "activations", "transient", "total", "fits")
@@ -155,68 +171,69 @@ def _cells(row: StrategyPlan) -> tuple[str, ...]:
 
 
 def _gib(size: int) -> str:
-    """GiB with three digits at least, so that the thousandth part of a model is not 0."""
+    """Format a size in GiB with enough digits that small parts are not shown as 0."""
     gib = size / _GIB
     return f"{gib:.2f}" if gib >= 1 or size == 0 else f"{gib:.3f}" if gib >= 0.1 else f"{gib:.2g}"
 
 
 def _lines(plan: Plan) -> list[str]:
     batch, train = plan.batch, plan.config.train
-    lines = [f"NOTE: {batch.problem}. The figures are for {batch.samples} samples."] if batch.problem else []
+    lines = [f"NOTE: {batch.problem}. The estimate assumes {batch.samples} samples."] if batch.problem else []
     lines += [f"left out: {name}: {why}" for name, why in plan.left_out.items()]
     lines += [
-        f"model: {plan.parameters / 1e6:.2f} M parameters; a step of {plan.samples} samples takes {_flops(plan.flops)}"
-        f" ({plan.scan_flops / max(plan.flops, 1):.0%} in scans), forward and backward",
+        f"model: {plan.parameters / 1e6:.2f} M parameters; forward and backward of a step of {plan.samples} samples"
+        f" take {_flops(plan.flops)} ({plan.scan_flops / max(plan.flops, 1):.0%} in scans)",
         f"batch: {plan.samples} = {plan.world} ranks × {batch.micros} micro-batch{'' if batch.micros == 1 else 'es'} ×"
-        f" {batch.samples} samples; precision {train.precision}, checkpointing {train.checkpointing}",
+        f" {batch.samples} samples; precision {train.precision}, recomputation (checkpointing) {train.checkpointing}",
         _choice(plan),
     ]
     basis = plan.basis
-    told = f" (with {basis.strategy})"
+    strategy = f" (with {basis.strategy})"
     rate = plan.samples_per_second
     data = plan.dataset
     lines.append(
-        f"data rate{told}: {rate:,.0f} samples/s, {rate * data.stored / _MB:,.0f} MB/s to read"
-        f" ({data.stored / 1e3:,.0f} kB a sample: {data.bytes_origin}), {rate * data.decoded / _MB:,.0f} MB/s decoded"
-        f" ({data.form}); a node needs 1/{plan.nodes} of it"
+        f"data rate{strategy}: {rate:,.0f} samples/s, {rate * data.stored / _MB:,.0f} MB/s read"
+        f" ({data.stored / 1e3:,.0f} kB per sample, {data.bytes_origin}), {rate * data.decoded / _MB:,.0f} MB/s decoded"
+        f" ({data.form}), in total over {plan.nodes} node{'' if plan.nodes == 1 else 's'}"
     )
-    lines.append(_recipe(plan, told))
+    lines.append(_recipe(plan, strategy))
     time = basis.time
     lines.append(
-        f"est. step{told}: {time.compute * 1e3:,.1f} ms computing, {time.optimizer * 1e3:,.1f} ms updating,"
-        f" {time.exposed * 1e3:,.1f} ms waiting for {time.communication * 1e3:,.1f} ms of communication"
+        f"est. step{strategy}: {time.compute * 1e3:,.1f} ms forward and backward, {time.optimizer * 1e3:,.1f} ms"
+        f" optimizer, {time.exposed * 1e3:,.1f} ms waiting for {time.communication * 1e3:,.1f} ms of communication"
     )
     lines.append(
-        f"An estimate by a roofline, never measured ({plan.gpu.source}; links: {plan.gpu.links},"
-        f" {plan.gpu.intra:g} and {plan.gpu.inter:g} GB/s):"
+        f"This is a roofline estimate, never measured ({plan.gpu.source}; links: {plan.gpu.links},"
+        f" {plan.gpu.intra:g} and {plan.gpu.inter:g} GB/s). Assumptions:"
     )
     lines += [f"- {text};" for text in ASSUMPTIONS]
     lines.append(
-        f"- memory leaves out the CUDA context, workspaces and fragmentation: a plan fits up to {FILL:.0%} of the GPU."
+        f"- memory does not include the CUDA context, workspaces and fragmentation: a plan fits if it fills at most"
+        f" {FILL:.0%} of the GPU."
     )
     return lines
 
 
 def _choice(plan: Plan) -> str:
     if plan.choice is None:
-        return f"would choose: none of these, since none fits: {', or '.join(plan.advice)}"
-    text = f"would choose: {plan.choice}, since {plan.reason}"
+        return f"recommended strategy: none, because no strategy fits: {', or '.join(plan.advice)}"
+    text = f"recommended strategy: {plan.choice}, because {plan.reason}"
     if plan.configured != plan.choice:
-        text += f" (the configuration asks for {plan.configured})"
+        text += f" (the configuration sets {plan.configured})"
     chosen, best = plan.row(plan.choice), min((row for row in plan.rows if row.fits), key=lambda row: row.time.total)
     if chosen is not None and best.time.total < _MUCH_FASTER * chosen.time.total:
         times = chosen.time.total / best.time.total
-        text += f"; try {best.strategy} against it: by the estimate it is {times:.1f}× as fast"
+        text += f"; also try {best.strategy}, which is estimated to be {times:.1f}× as fast"
     return text
 
 
-def _recipe(plan: Plan, told: str) -> str:
+def _recipe(plan: Plan, strategy: str) -> str:
     data, recipe = plan.dataset, plan.recipe
     if recipe is None:
-        return f"days: unknown; samples of an epoch: {data.origin}"
-    known = f"{data.samples:,} samples an epoch, {data.origin}" if data.samples else f"epoch: {data.origin}"
+        return f"whole run: unknown; samples per epoch: {data.origin}"
+    known = f"{data.samples:,} samples per epoch, {data.origin}" if data.samples else f"epoch: {data.origin}"
     return (
-        f"recipe{told}: {recipe.steps:,} steps, about {_days(recipe.days)} and {recipe.gpu_hours:,.2f} GPU-hours"
+        f"whole run{strategy}: {recipe.steps:,} steps, about {_days(recipe.days)} and {recipe.gpu_hours:,.2f} GPU-hours"
         f" ({known})"
     )
 

@@ -1,6 +1,6 @@
-"""The memory and the links of GPUs, and the time of a step on them, estimated by a roofline.
+"""Memory and links of GPUs, and a roofline estimate of the time of a step.
 
-Nothing here was measured; :data:`ASSUMPTIONS` says what the estimate rests on.
+Nothing here was measured. :data:`ASSUMPTIONS` lists the assumptions of the estimate.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from mmtrain.plan.step import Cost, Costs, StepCosts
 from mmtrain.plan.strategies import Transfer
 from mmtrain.train.flops import peak_by_name
 
-#: What a tuned kernel reaches of a data sheet's rate.
+#: Fractions of the data sheet's rates that a tuned kernel is assumed to reach.
 MATRIX, VECTOR, MEMORY, NETWORK = 0.6, 0.5, 0.8, 0.8
 #: Seconds to launch a kernel from Python, and for a message to cross one hop of a collective's tree.
 LAUNCH, HOP = 5e-6, 10e-6
-#: Bytes an element that AdamW moves: reads weight, gradient and two moments, writes all but the gradient; and the EMA.
+#: Bytes per element that AdamW moves (it reads weight, gradient and two moments, and writes all but the gradient), and
+#: bytes per element that the update of the averaged weights moves.
 _ADAMW, _EMA = 28, 12
 
 ASSUMPTIONS = (
-    f"each operation takes the longest of its FLOPs at {MATRIX:.0%} (matrix units) or {VECTOR:.0%} (vector units, as"
-    f" scans and convolutions) of the data sheet's rate, its reads and writes at {MEMORY:.0%} of the memory's, and a"
-    f" launch of {LAUNCH * 1e6:.0f} µs; nothing is fused beyond the kernels of the scan and its convolution",
-    f"links give {NETWORK:.0%} of their rate, rings move the bytes, a collective adds {HOP * 1e6:.0f} µs × log2 of its"
-    " ranks; what runs beside computation counts only where it takes longer",
-    "loading, evaluation, checkpoints and restarts are left out",
+    f"an operation takes the longest of three times: its FLOPs at {MATRIX:.0%} of the data sheet's rate (matrix units)"
+    f" or {VECTOR:.0%} (vector units: scans, convolutions), its reads and writes at {MEMORY:.0%} of the memory"
+    f" bandwidth, and a launch of {LAUNCH * 1e6:.0f} µs; only the scan and its convolution are fused kernels",
+    f"links reach {NETWORK:.0%} of their rate, collectives use rings and add {HOP * 1e6:.0f} µs × log2 of their ranks;"
+    " communication that overlaps computation counts only if it takes longer",
+    "data loading, evaluation, checkpoints and restarts are not included",
 )
 
 
@@ -34,10 +35,15 @@ ASSUMPTIONS = (
 class Gpu:
     """Peak rates of one GPU.
 
-    ``driver_name``: its name in the table of :mod:`mmtrain.train.flops`, which has its FLOP/s. ``memory``: GiB.
-    ``bandwidth``: of that memory, GB/s. ``intra``: to the other GPUs of a node, ``inter``: to other nodes; GB/s for one
-    GPU and one direction. ``source``: where the figures of the chip are from. The links of a node are a choice of who
-    builds it: ``links`` says which we assume.
+    Attributes:
+        name: Name for ``--gpu``.
+        driver_name: Name in the table of :mod:`mmtrain.train.flops`, which contains the FLOP/s.
+        memory: Memory in GiB.
+        bandwidth: Memory bandwidth in GB/s.
+        intra: Bandwidth to the other GPUs of a node in GB/s, per GPU and direction.
+        inter: Bandwidth to other nodes in GB/s, per GPU and direction.
+        source: Source of the chip's figures.
+        links: The assumed links, which depend on the builder of the node.
     """
 
     name: str
@@ -54,23 +60,23 @@ class Gpu:
         return int(self.memory * 2**30)
 
     def rate(self, precision: str) -> float:
-        """Peak FLOP/s in bf16, fp16, tf32 or fp32; that of fp32 where the GPU has no unit for the format."""
+        """Return the peak FLOP/s in bf16, fp16, tf32 or fp32, or that of fp32 if the GPU lacks the format."""
         peak = peak_by_name(self.driver_name, precision) or peak_by_name(self.driver_name, "fp32")
         assert peak is not None, self.driver_name
         return peak
 
     def matrix_rate(self, dtype: str, tf32: bool) -> float:
-        """FLOP/s of matrix products of operands of ``dtype`` (bfloat16, float16 or float32)."""
+        """Return the peak FLOP/s of matrix products of ``dtype`` (bfloat16, float16 or float32)."""
         return self.rate({"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "tf32" if tf32 else "fp32"))
 
 
-_HGX = "NVLink; a 400 Gb/s adapter a GPU"
-_A100 = "NVLink; a 200 Gb/s adapter a GPU"
-_PCIE = "PCIe 4.0 x16; a 200 Gb/s adapter for two GPUs"
+_HGX = "NVLink; one 400 Gb/s adapter per GPU"
+_A100 = "NVLink; one 200 Gb/s adapter per GPU"
+_PCIE = "PCIe 4.0 x16; one 200 Gb/s adapter per two GPUs"
 _H100_SHEET, _A100_SHEET = (f"NVIDIA {chip} Tensor Core GPU data sheet" for chip in ("H100", "A100"))
 _V100_SHEET = "NVIDIA V100 data sheet (SXM2, 32 GB); it has no bf16 and no TF32 units"
 _ADA_PAPER = "NVIDIA Ada GPU architecture white paper (products with fp32 accumulation)"
-_XGMI = "Infinity Fabric, 7 links; a 400 Gb/s adapter a GPU"
+_XGMI = "Infinity Fabric, 7 links; one 400 Gb/s adapter per GPU"
 _TABLE = (
     Gpu("h100", "H100 80GB HBM3", 80, 3350, 450, 50, f"{_H100_SHEET} (SXM5)", _HGX),
     Gpu("h200", "H200", 141, 4800, 450, 50, "NVIDIA H200 Tensor Core GPU data sheet (SXM)", _HGX),
@@ -78,32 +84,32 @@ _TABLE = (
     Gpu("a100-80gb", "A100-SXM4-80GB", 80, 2039, 300, 25, f"{_A100_SHEET} (SXM4, 80 GB)", _A100),
     Gpu("a100-40gb", "A100-SXM4-40GB", 40, 1555, 300, 25, f"{_A100_SHEET} (SXM4, 40 GB)", _A100),
     Gpu("l40s", "L40S", 48, 864, 32, 12.5, "NVIDIA L40S data sheet", _PCIE),
-    Gpu("v100", "V100-SXM2-32GB", 32, 900, 150, 12.5, _V100_SHEET, "NVLink; a 100 Gb/s adapter a GPU"),
-    Gpu("rtx4090", "GeForce RTX 4090", 24, 1008, 32, 3.1, _ADA_PAPER, "PCIe 4.0 x16; 25 Gb/s a GPU"),
+    Gpu("v100", "V100-SXM2-32GB", 32, 900, 150, 12.5, _V100_SHEET, "NVLink; one 100 Gb/s adapter per GPU"),
+    Gpu("rtx4090", "GeForce RTX 4090", 24, 1008, 32, 3.1, _ADA_PAPER, "PCIe 4.0 x16; 25 Gb/s per GPU"),
     Gpu("mi300x", "Instinct MI300X", 192, 5300, 448, 50, "AMD Instinct MI300X data sheet", _XGMI),
 )
 
-#: By name, as ``--gpu`` takes them.
+#: The known GPUs by their name for ``--gpu``.
 GPUS: dict[str, Gpu] = {gpu.name: gpu for gpu in _TABLE}
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU called ``name``.
+    """Return the GPU called ``name``.
 
     Raises:
-        UserError: for an unknown one, with the nearest.
+        UserError: If the name is unknown. The message suggests the nearest one.
     """
     found = GPUS.get(name.lower())
     if found is None:
         kinds = [f"'{known}'" for known in GPUS if known.startswith(f"{name.lower()}-")]
         hint = f"; did you mean {' or '.join(kinds)}?" if kinds else nearest(name.lower(), GPUS)
-        raise UserError(f"--gpu (or cluster.gpu) {name}: no such GPU is known{hint} (known: {', '.join(GPUS)})")
+        raise UserError(f"--gpu (or cluster.gpu) {name}: unknown GPU{hint} (known: {', '.join(GPUS)})")
     return found
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """An estimate. ``communication`` in all, ``exposed`` of it not hidden behind computation."""
+    """Estimated seconds of a step. ``exposed`` is the part of ``communication`` that does not overlap computation."""
 
     compute: float
     optimizer: float
@@ -126,11 +132,17 @@ def step_time(
     ema: int,
     gathers_in_forward: bool,
 ) -> StepTime:
-    """Seconds of a step of ``micros`` micro-batches.
+    """Return the estimated time of a step.
 
     Args:
-        local: elements that this rank's optimizer updates, ``ema`` those that its average does.
-        gathers_in_forward: whether communication may hide behind the forward passes too, not only behind the last
+        costs: Costs of one micro-batch.
+        micros: Micro-batches per step.
+        tf32: Whether float32 matrix products use TF32.
+        gpu: The GPU.
+        transfers: The collectives of a step.
+        local: Number of elements that the rank's optimizer updates.
+        ema: Number of elements of averaged weights that the rank updates.
+        gathers_in_forward: Whether communication overlaps all forward and backward passes, and not only the last
             backward pass.
     """
     forward, backward = (_pass_time(part, gpu, tf32) for part in (costs.forward, costs.backward))
@@ -138,7 +150,7 @@ def step_time(
     optimizer = (_ADAMW * local + _EMA * ema) / (MEMORY * gpu.bandwidth * 1e9)
     hidden = [_transfer_time(t, gpu) for t in transfers if t.overlapped]
     open_ = [_transfer_time(t, gpu) for t in transfers if not t.overlapped]
-    # the last piece of what runs beside computation has nothing left to hide behind
+    # the last call of each overlapped collective cannot overlap anything
     tails = [_transfer_time(t, gpu) / max(t.calls, 1) for t in transfers if t.overlapped]
     window = compute if gathers_in_forward else backward
     exposed = sum(open_) + max(sum(hidden) - window, sum(tails), 0.0)

@@ -1,6 +1,6 @@
-"""How FSDP2 would split a model over a mesh of any size: by really splitting it, on the meta device.
+"""Sharding of a model by FSDP2 over a mesh of any size, by really sharding it on the meta device.
 
-The process group of the mesh is in this one process, for shapes only: no collective of it moves anything.
+The process group of the mesh is a fake one in this single process, and its collectives move no data.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from mmtrain.errors import UserError
 from mmtrain.models.averaging import block_places
 from mmtrain.parallel.fsdp import apply_fsdp
 
-#: With more shards than this, what is left of the model is split on the CPU: FSDP2 makes an empty tensor for every rank
-#: that gets nothing of a parameter, which on the meta device costs ten times as much. Only rank 0's pages are touched.
-_MANY = 64
+#: With more shards than this, the model is sharded on the CPU. FSDP2 creates an empty tensor for every rank without a
+#: share of a parameter, which takes ten times as long on the meta device. Only the memory of rank 0's part is touched.
+_MANY_SHARDS = 64
 
 
 @contextmanager
 def fake_group(world: int) -> Iterator[None]:
-    """Within the context this process is rank 0 of ``world``; afterwards there is no process group, as before.
+    """Context in which this process is rank 0 of a fake process group of ``world`` ranks.
 
     Raises:
-        UserError: when this process is in a process group already.
+        UserError: If this process already has a process group.
     """
     if dist.is_initialized():
         raise UserError(
-            "mmtrain plan makes a process group of its own, and this process is in one: plan before training starts,"
-            " or in another process"
+            "a plan needs its own process group, but this process already has one: plan before training starts, or in"
+            " another process"
         )
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
@@ -49,11 +49,16 @@ def fake_group(world: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Unit:
-    """What FSDP2 gathers at once, ``count`` times in the model.
+    """Parameters that FSDP2 gathers together.
 
-    ``local``: elements on each rank, where the first dimension of every parameter is rounded up to a multiple of the
-    shards, as FSDP2 does; ``whole``: elements of the parameters; ``shards``: ranks that share one copy. ``wire_bytes``:
-    bytes an element when gathered. ``root``: stays gathered from forward to backward.
+    Attributes:
+        local: Elements per rank. As in FSDP2, the first dimension of every parameter is rounded up to a multiple of the
+            number of shards.
+        whole: Elements of the parameters.
+        shards: Number of ranks that share one replica.
+        wire_bytes: Bytes per element when gathered.
+        count: Number of such units in the model.
+        root: Whether it is the root unit, which stays gathered from the forward to the backward pass.
     """
 
     local: int
@@ -65,34 +70,36 @@ class Unit:
 
     @property
     def padded(self) -> int:
-        """Elements that a gather brings together, padding included."""
+        """Elements of the gathered unit, including padding."""
         return self.local * self.shards
 
 
 def fsdp_units(model: nn.Module, shape: tuple[int, ...], config: ParallelConfig) -> list[Unit]:
-    """Split ``model`` (on the meta device) over a fake mesh and read off the parts of rank 0, the fullest.
+    """Shard ``model`` over a fake mesh and return its units on rank 0, the rank with the largest share.
 
-    Splitting takes time in proportion to ranks × parameters, so of the blocks that hold the same shapes one is split,
-    and stands for all; the others are emptied.
+    Sharding takes time in proportion to ranks × parameters. Therefore only one of several blocks with the same shapes
+    is sharded, and the others are replaced by empty modules.
 
     Args:
-        shape: the mesh: (ranks,) for fsdp, (copies, shards) for hsdp.
+        model: A model on the meta device. It is changed.
+        shape: Shape of the mesh: (ranks,) for fsdp, (replicas, shards) for hsdp.
+        config: The section ``parallel``.
     """
     counts = _thin_out(model)
-    if shape[-1] > _MANY:
+    if shape[-1] > _MANY_SHARDS:
         model.to_empty(device="cpu")
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     apply_fsdp(model, list(counts), mesh, config)
     units = []
     for module, parameters in _owned(model).items():
         times = next((n for block, n in counts.items() if module in set(block.modules())), 1)
-        narrow = cast(Any, module)._get_fsdp_state()._mp_policy.param_dtype
+        gather_dtype = cast(Any, module)._get_fsdp_state()._mp_policy.param_dtype
         units.append(
             Unit(
                 local=sum(p.to_local().numel() for p in parameters),
                 whole=sum(p.numel() for p in parameters),
                 shards=shape[-1],
-                wire_bytes=4 if narrow is None else narrow.itemsize,
+                wire_bytes=4 if gather_dtype is None else gather_dtype.itemsize,
                 count=times,
                 root=module is model,
             )
@@ -101,7 +108,7 @@ def fsdp_units(model: nn.Module, shape: tuple[int, ...], config: ParallelConfig)
 
 
 def _thin_out(model: nn.Module) -> dict[nn.Module, int]:
-    """Keep one block of each kind, with the number of them, and put modules without parameters in the others' place."""
+    """Replace all but one block of each kind by modules without parameters. Return the number of blocks per kind."""
     kept: dict[tuple[Any, ...], nn.Module] = {}
     counts: Counter[nn.Module] = Counter()
     for where, i in block_places(model):
@@ -115,7 +122,7 @@ def _thin_out(model: nn.Module) -> dict[nn.Module, int]:
 
 
 def _owned(model: nn.Module) -> dict[nn.Module, list[DTensor]]:
-    """The parameters of each FSDP unit: those that no unit within it holds."""
+    """Return the parameters of each FSDP unit, without those of units inside it."""
     found: dict[nn.Module, list[DTensor]] = {}
 
     def visit(module: nn.Module, owner: nn.Module) -> None:

@@ -1,7 +1,7 @@
-"""One micro-batch, forward and backward, on the meta device: its activations, FLOPs and memory traffic.
+"""Activations, FLOPs and memory traffic of one micro-batch, forward and backward, on the meta device.
 
-:func:`trace_step` runs it under :class:`StepTrace`, which watches what is alive and what each operation computes and
-moves, and under :class:`MetaAutocast`, since torch knows no autocast of the meta device.
+:func:`trace_step` runs the micro-batch under :class:`StepTrace`, which records live memory and the cost of each
+operation, and under :class:`MetaAutocast`, because torch has no autocast for the meta device.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ from mmtrain.train.flops import FLOP_RULES
 from mmtrain.train.optim import autocast_dtype
 
 _aten = torch.ops.aten
-#: Run on the matrix units. Convolutions do not count as such: nearly all of these models' are depthwise.
+#: Operations on the matrix units. Convolutions are not among them, since nearly all in these models are depthwise.
 _MATRIX = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm}
-#: The FLOPs of an operation.
+#: Functions that compute the FLOPs of an operation.
 _RULES = {**flop_registry, **{packet: shape_wrapper(rule) for packet, rule in FLOP_RULES.items()}}
+#: Operations that move no memory.
 _FREE = {_aten._unsafe_view, _aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.detach}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One operation: FLOPs, the bytes it reads and writes, and the dtype of a matrix product ("" for the rest)."""
+    """Cost of one operation: FLOPs, bytes read and written, and the dtype if it is a matrix product (else "")."""
 
     flops: int
     moved: int
@@ -49,7 +50,7 @@ class Cost:
 
 @dataclass
 class Costs:
-    """The operations of a pass, those of one kind and size counted together."""
+    """The operations of a forward or backward pass, with the number of operations of equal cost."""
 
     counts: Counter[Cost] = field(default_factory=Counter)
     scan_flops: int = 0
@@ -61,7 +62,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Shape:
-    """The input of a micro-batch: ``samples`` images of ``image_size``² pixels, or windows of ``variates`` series."""
+    """Shape of a micro-batch: ``samples`` images of ``image_size``² pixels, or windows of ``variates`` variates."""
 
     samples: int
     image_size: int = 224
@@ -70,12 +71,17 @@ class Shape:
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Of one micro-batch on one rank.
+    """Memory and operations of one micro-batch on one rank.
 
-    ``kept``: bytes alive at the end of the forward pass, which are the inputs and what the backward pass needs (with
-    autocast also the narrow copies of the weights). ``working``: bytes beyond ``kept`` in the fullest moment of both
-    passes: results under way, gradients of activations, what is being recomputed. Neither holds parameters, their
-    gradients, workspaces of kernels, or what the allocator loses to fragmentation.
+    The memory does not include parameters, their gradients, kernel workspaces and fragmentation of the allocator.
+
+    Attributes:
+        kept: Bytes alive at the end of the forward pass: inputs and tensors saved for the backward pass, with autocast
+            also the lower-precision copies of the weights.
+        working: Additional bytes at the peak of both passes: intermediate results, gradients of activations, and
+            recomputed tensors.
+        forward: Operations of the forward pass.
+        backward: Operations of the backward pass, including recomputation.
     """
 
     kept: int
@@ -89,15 +95,15 @@ class StepCosts:
 
 
 def trace_step(model_config: ModelConfig, train: TrainConfig, shape: Shape) -> StepCosts:
-    """Run one micro-batch without memory.
+    """Trace one micro-batch on the meta device and return its costs.
 
-    The loss is plain cross-entropy or the squared error of the point forecast: what Mixup, smoothing, quantiles and
-    metrics add to it is a few numbers a sample.
+    The loss is the cross-entropy or the squared error of the point forecast. Mixup, label smoothing, quantiles and
+    metrics are neglected, since they add only a few operations per sample.
     """
     model = meta_model(model_config).train()
     autocast = meta_autocast(model, autocast_dtype(train))
     checkpoint_activations(model, train)
-    measure: Callable[[Tensor, Tensor], Tensor]
+    criterion: Callable[[Tensor, Tensor], Tensor]
     with torch.device("meta"):
         inputs = example_inputs(
             model_config,
@@ -106,17 +112,17 @@ def trace_step(model_config: ModelConfig, train: TrainConfig, shape: Shape) -> S
             variates=shape.variates,
         )
         if isinstance(model_config, ForecasterConfig):
-            measure, target = F.mse_loss, torch.zeros(shape.samples, model_config.horizon, shape.variates)
+            criterion, target = F.mse_loss, torch.zeros(shape.samples, model_config.horizon, shape.variates)
         else:
-            measure, target = F.cross_entropy, torch.zeros(shape.samples, dtype=torch.long)
+            criterion, target = F.cross_entropy, torch.zeros(shape.samples, dtype=torch.long)
     trace = StepTrace(model)
-    # the kernels' own rules for shapes and FLOPs, whatever backend the environment asks for
+    # "auto" uses the kernels' rules for shapes and FLOPs, whatever backend the environment sets
     with scan_backend("auto"), trace, autocast:
         for tensor in (*inputs, target):
             if tensor is not None:
                 trace.watch(tensor)
-        # the output gets no name here: it would count as kept for the backward pass
-        loss = measure(model(*inputs).float(), target)
+        # do not assign the output to a variable: it would stay alive and count as kept for the backward pass
+        loss = criterion(model(*inputs).float(), target)
         forward, trace.costs = trace.costs, Costs()
         kept = trace.live
         loss.backward()
@@ -124,23 +130,24 @@ def trace_step(model_config: ModelConfig, train: TrainConfig, shape: Shape) -> S
 
 
 def meta_model(config: ModelConfig) -> nn.Module:
-    """The model of ``config`` as shapes."""
+    """Build the model of ``config`` on the meta device."""
     with torch.device("meta"):
         return build_model(config)
 
 
-#: PyTorch, "Automatic Mixed Precision", Autocast Op Reference: those of its lists that the models and losses call.
-NARROWED: frozenset[Callable[..., Any]] = frozenset({F.linear, F.conv1d, F.conv2d, torch.matmul, torch.mm, torch.bmm})
-WIDENED_ON_CUDA: frozenset[Callable[..., Any]] = frozenset(
+#: Functions that autocast runs in lower precision, and in float32, as far as the models and losses call them. Source:
+#: PyTorch, "Automatic Mixed Precision", Autocast Op Reference.
+LOWERED: frozenset[Callable[..., Any]] = frozenset({F.linear, F.conv1d, F.conv2d, torch.matmul, torch.mm, torch.bmm})
+FLOAT32_ON_CUDA: frozenset[Callable[..., Any]] = frozenset(
     {F.layer_norm, F.softplus, F.cross_entropy, F.mse_loss, F.l1_loss, torch.exp, torch.Tensor.cumsum, torch.Tensor.sum}
 )
 
 
 class MetaAutocast(TorchFunctionMode):
-    """Casts floating-point arguments: to ``dtype`` for functions in NARROWED, to float32 for those in WIDENED_ON_CUDA.
+    """Casts floating-point arguments to ``dtype`` for functions in LOWERED, and to float32 for FLOAT32_ON_CUDA.
 
-    A weight is cast once a use, as autocast's cache does within one forward pass, so that the narrow copies which a
-    backward pass keeps are counted.
+    A weight is cast once per use, as with autocast's cache within one forward pass. So the lower-precision copies that
+    are saved for the backward pass are counted.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -148,7 +155,7 @@ class MetaAutocast(TorchFunctionMode):
         self.dtype = dtype
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        target = self.dtype if func in NARROWED else torch.float32 if func in WIDENED_ON_CUDA else None
+        target = self.dtype if func in LOWERED else torch.float32 if func in FLOAT32_ON_CUDA else None
         if target is None:
             return func(*args, **(kwargs or {}))
 
@@ -160,11 +167,14 @@ class MetaAutocast(TorchFunctionMode):
 
 
 def meta_autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[object]:
-    """A context in which ``model``, on the meta device and for planning only, runs as under autocast to ``dtype``
-    (None: float32).
+    """Return a context in which ``model`` runs on the meta device as under autocast to ``dtype``.
 
-    The residual stream is widened by hooks, since a :class:`MixerStack` on the meta device asks for no autocast; and
-    each branch carries the mode with it, since a branch that is computed again in the backward pass is out of it.
+    Hooks cast the residual stream to float32, because a :class:`MixerStack` does not see this autocast. Each branch
+    enters the mode itself, because a branch that is recomputed in the backward pass runs outside of the context.
+
+    Args:
+        model: A model on the meta device, used for planning only. It is changed.
+        dtype: The dtype of autocast, or None for float32.
     """
     if dtype is None:
         return nullcontext()
@@ -184,10 +194,10 @@ def meta_autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContex
 
 
 class StepTrace(TorchDispatchMode):
-    """Within the context every operation is noted in :attr:`costs`, and the bytes of all it makes in :attr:`live`.
+    """Context that records the cost of every operation in :attr:`costs` and the live bytes in :attr:`live`.
 
-    Storages are counted once, however many views they have, from their first operation to their last reference. Those
-    of ``model``'s parameters are not counted, nor are gradients once they stand in ``.grad``.
+    A storage counts once, from the operation that creates it until its last reference is gone. Parameters of ``model``
+    do not count, and their gradients only until they are accumulated into ``.grad``.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -201,7 +211,7 @@ class StepTrace(TorchDispatchMode):
             p.register_post_accumulate_grad_hook(self._gradient_is_done)
 
     def watch(self, tensor: Tensor) -> None:
-        """Count the storage of ``tensor`` until it goes."""
+        """Count the storage of ``tensor`` until it is freed."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._sizes or key in self._foreign:
@@ -209,9 +219,9 @@ class StepTrace(TorchDispatchMode):
         self._sizes[key] = storage.nbytes()
         self.live += storage.nbytes()
         self.peak = max(self.peak, self.live)
-        self._watched[key] = weakref.finalize(storage, self._gone, key)
+        self._watched[key] = weakref.finalize(storage, self._freed, key)
 
-    def _gone(self, key: int) -> None:
+    def _freed(self, key: int) -> None:
         self._watched.pop(key, None)
         self.live -= self._sizes.pop(key, 0)
 
@@ -241,9 +251,9 @@ class StepTrace(TorchDispatchMode):
 
 
 def _channels_last(packet: Any, args: Any, out: Any) -> Any:
-    """``out`` of a convolution, or of its backward pass, in the layout that its input has.
+    """Return the output ``out`` of a convolution, or of its backward pass, in the memory layout of its input.
 
-    So it is on the CPU and on GPUs; on the meta device it is always contiguous, and every scan would copy it.
+    The CPU and GPUs do the same. The meta device always returns a contiguous tensor, which every scan would copy.
     """
     if packet is _aten.convolution and _is_channels_last(args[0]):
         return out.contiguous(memory_format=torch.channels_last)
@@ -253,10 +263,10 @@ def _channels_last(packet: Any, args: Any, out: Any) -> Any:
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    """Whether channels run fastest in x (B, C, H, W), which may be a slice of something wider."""
+    """Return whether the channels of x (B, C, H, W) are contiguous; x may be a slice of a larger tensor."""
     return x.ndim == 4 and x.stride(1) == 1 and x.shape[1] > 1
 
 
 def _bytes(tensor: Tensor) -> int:
-    """What reading ``tensor`` moves: of an expanded one, its storage alone."""
+    """Return the bytes moved by reading ``tensor``; an expanded tensor counts with its storage only."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())

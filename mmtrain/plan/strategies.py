@@ -1,4 +1,4 @@
-"""What each strategy holds on the fullest rank, and what a rank sends in a step.
+"""Memory of each strategy on the rank with the largest share, and bytes that a rank sends per step.
 
 ====================  ============================================  ============================================
 strategy              collectives of a step                         sent by a rank, with P bytes of parameters
@@ -10,20 +10,20 @@ fsdp                  all-gather twice (once with                   2 m (W-1)/W 
                       in each of m micro-batches,
                       reduce-scatter of the gradients once
 hsdp                  fsdp over S shards, then all-reduce of the    as fsdp with S for W, + 2 (R-1)/R P/S
-                      shard's gradients over R = W/S copies
+                      shard's gradients over R = W/S replicas
 zero1, zero2          all-reduce of the gradients (DeepSpeed's      3 (W-1)/W P
                       ``use_multi_rank_bucket_allreduce``, on by
                       default), all-gather of the new weights
-zero3                 as fsdp; with reshard_after_forward=false     3 (W-1)/W P with one micro-batch, or as
-                      what is used again within 10⁹ elements is     little as 2 (W-1)/W P
-                      not gathered for the backward
+zero3                 as fsdp; with reshard_after_forward=false,    3 (W-1)/W P with one micro-batch, at
+                      parameters reused within 10⁹ elements are     least 2 (W-1)/W P
+                      not gathered for the backward pass
 ====================  ============================================  ============================================
 
-P is 4 bytes an element (2 where parallel.gather=bf16 gathers as bf16), after padding to equal shards: with thousands
-of ranks the padding is most of it. Ring algorithms: an all-gather or reduce-scatter of M bytes over n ranks sends
-(n-1)/n M from each, an all-reduce twice that. Left out: the gradient's norm and the loss, a few bytes.
+P is 4 bytes per element (2 with parallel.gather=bf16) after padding to equal shards; with thousands of ranks most of it
+is padding. W is the world size. Collectives use rings: in an all-gather or reduce-scatter of M bytes over n ranks each
+rank sends (n-1)/n M, in an all-reduce twice as much. The few bytes of the gradient norm and the loss are not counted.
 
-Weights, gradients, AdamW's two moments and the EMA are float32.
+Weights, gradients, AdamW's two moments and the averaged weights are float32.
 """
 
 from __future__ import annotations
@@ -37,18 +37,23 @@ from mmtrain.plan.sharding import Unit
 from mmtrain.train.optim import decays
 
 FP32 = 4
-#: DDP's default bucket of gradients, in bytes (``bucket_cap_mb``).
+#: Default size of DDP's gradient buckets in bytes (``bucket_cap_mb``).
 DDP_BUCKET = 25 * 2**20
-#: How far ahead ZeRO-3 looks, in elements, before it drops a parameter (with reshard_after_forward=false).
+#: With reshard_after_forward=false, ZeRO-3 keeps a parameter that is reused within this many elements.
 ZERO_REUSE = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest rank.
+    """Memory in bytes on the rank with the largest share.
 
-    ``activations``: what one micro-batch keeps for its backward pass. ``transient``: what comes and goes: gathered
-    parameters, buckets, results under way; taken as if all of it came at once, in the fullest moment.
+    Attributes:
+        weights: Parameters.
+        gradients: Gradients.
+        optimizer: Moments, and for zero1 and zero2 the rank's copy of its weights.
+        ema: Averaged weights.
+        activations: Tensors that one micro-batch saves for its backward pass.
+        transient: Gathered parameters, buckets and intermediate results, as if all had their peak at the same time.
     """
 
     weights: int
@@ -60,7 +65,7 @@ class Memory:
 
     @property
     def state(self) -> int:
-        """What is there between steps, and the gradients."""
+        """Memory in use between steps, including gradients."""
         return self.weights + self.gradients + self.optimizer + self.ema
 
     @property
@@ -70,7 +75,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Workload:
-    """What does not depend on the strategy. ``kept`` and ``working``: bytes of a micro-batch, as in StepCosts."""
+    """Sizes that do not depend on the strategy. ``kept`` and ``working`` are those of StepCosts, in bytes."""
 
     parameters: int
     kept: int
@@ -85,10 +90,15 @@ class Workload:
 
 @dataclass(frozen=True)
 class Transfer:
-    """One kind of collective of a step.
+    """The collectives of one kind in a step.
 
-    ``payload``: bytes of the whole (gathered, or unreduced) tensor, all ``calls`` together; ``ranks``: those that take
-    part. ``overlapped``: it runs beside computation. ``across_nodes``: its ring leaves the node.
+    Attributes:
+        kind: Name of the collective.
+        payload: Bytes of the whole (gathered or unreduced) tensors of all calls.
+        ranks: Number of participating ranks.
+        calls: Number of calls.
+        overlapped: Whether it overlaps computation.
+        across_nodes: Whether its ring spans several nodes.
     """
 
     kind: str
@@ -100,13 +110,13 @@ class Transfer:
 
     @property
     def sent(self) -> float:
-        """Bytes that one rank sends, by ring."""
+        """Bytes that one rank sends in a ring."""
         times = 2 if self.kind == "all-reduce" else 1
         return times * (self.ranks - 1) / self.ranks * self.payload
 
 
 def ddp_transfers(elements: int, world: int, across: bool) -> list[Transfer]:
-    """``elements`` of gradients, averaged in buckets."""
+    """Return the all-reduces of ``elements`` gradients in buckets."""
     size = FP32 * elements
     return [Transfer("all-reduce", size, world, -(-size // DDP_BUCKET), across_nodes=across)]
 
@@ -114,7 +124,16 @@ def ddp_transfers(elements: int, world: int, across: bool) -> list[Transfer]:
 def fsdp_transfers(
     units: list[Unit], copies: int, micros: int, reshard: bool, across_shards: bool, across_copies: bool
 ) -> list[Transfer]:
-    """``units`` as :func:`mmtrain.plan.sharding.fsdp_units` gives them; ``copies`` of the model (1 for fsdp)."""
+    """Return the collectives of fsdp and hsdp.
+
+    Args:
+        units: The units returned by :func:`mmtrain.plan.sharding.fsdp_units`.
+        copies: Number of replicas (1 for fsdp).
+        micros: Micro-batches per step.
+        reshard: ``parallel.reshard_after_forward``.
+        across_shards: Whether the ranks of one replica are on several nodes.
+        across_copies: Whether the replicas are on several nodes.
+    """
     shards = units[0].shards
     gathered = calls = reduced = local = 0
     for unit in units:
@@ -136,7 +155,10 @@ def fsdp_transfers(
 def zero_transfers(
     stage: int, elements: int, padded: int, world: int, micros: int, across: bool, reshard: bool
 ) -> list[Transfer]:
-    """DeepSpeed's stages, in float32. ``padded``: elements of all shards together."""
+    """Return the collectives of DeepSpeed's ZeRO stages in float32.
+
+    ``padded`` is the number of elements of all shards together, including padding.
+    """
     buckets = -(-elements // BUCKET)
     if stage < 3:
         return [
@@ -152,26 +174,27 @@ def zero_transfers(
 
 
 def zero3_held(elements: int, reshard: bool) -> int:
-    """Elements that ZeRO-3 keeps gathered from the forward to the backward pass: none with ``reshard``.
+    """Return the number of elements that ZeRO-3 keeps gathered from the forward to the backward pass.
 
-    Without it, a parameter with x elements behind it in the model is used again after 2x: the last ``ZERO_REUSE`` / 2
-    stay.
+    It is 0 with ``reshard``. Otherwise a parameter with x elements after it in the model is reused after 2x elements,
+    so the last ``ZERO_REUSE`` / 2 elements stay gathered.
     """
     return 0 if reshard else min(elements, ZERO_REUSE // 2)
 
 
 def replicated_memory(load: Workload) -> Memory:
-    """none and ddp: everything everywhere; DDP's buckets are the gradients (``gradient_as_bucket_view``)."""
+    """Return the memory of none and ddp: a full replica. DDP's buckets are the gradients (gradient_as_bucket_view)."""
     p = load.bytes
     return Memory(p, p, 2 * p, p if load.ema else 0, load.kept, load.working)
 
 
 def fsdp_memory(load: Workload, units: list[Unit], reshard: bool) -> Memory:
-    """fsdp and hsdp. Parameters, gradients, moments and EMA have the parts of rank 0.
+    """Return the memory of fsdp and hsdp on rank 0.
 
-    Gathered at once: the root; the largest unit, the next one's arriving beside it, and the buffer that they arrive in;
-    without resharding all units. In the backward pass the largest unit's whole gradients and the buffer of their
-    reduction; with several micro-batches all whole gradients, since they are reduced once a step.
+    Parameters, gradients, moments and averaged weights are sharded. Gathered at the same time are the root, the largest
+    unit, the next unit and its receive buffer, or all units without resharding. The backward pass adds the unsharded
+    gradients of the largest unit and their reduction buffer, or with several micro-batches all unsharded gradients,
+    because they are reduced once per step.
     """
     local = FP32 * sum(unit.count * unit.local for unit in units)
     root = sum(unit.whole * unit.wire_bytes for unit in units if unit.root)
@@ -187,29 +210,29 @@ def fsdp_memory(load: Workload, units: list[Unit], reshard: bool) -> Memory:
 
 
 def zero12_memory(load: Workload, stage: int, padded: int, world: int, offload: bool) -> Memory:
-    """DeepSpeed 0.19's ``stage_1_and_2.py``, in float32.
+    """Return the memory of zero1 and zero2, as in ``stage_1_and_2.py`` of DeepSpeed 0.19, in float32.
 
-    Beside the flat weights each rank keeps its part of them once more, as what the optimizer updates, and the moments
-    of that. Gradients pass through two buckets of ``BUCKET`` elements (``reduce_bucket_size``, doubled by
-    ``overlap_comm``). Stage 1 keeps all gradients until the step, in a bucket while they fit into it; stage 2 its own
-    part. Both hold all of them while several micro-batches are summed up. With ``offload`` the part and the moments are
-    on the CPU.
+    In addition to the flat weights, each rank keeps a copy of its share, which the optimizer updates, and its moments.
+    Gradients pass through two buckets of ``BUCKET`` elements (``reduce_bucket_size``, doubled by ``overlap_comm``).
+    Stage 1 keeps all gradients until the step, in a bucket if they fit into it; stage 2 keeps its share. Both keep all
+    gradients during accumulation. With ``offload``, the copy and the moments are on the CPU.
     """
     whole, part = FP32 * padded, FP32 * padded // world
     all_of_them = stage == 1 or load.micros > 1
     gradients = whole if all_of_them else part
     buckets = 2 * FP32 * BUCKET
-    # those of stage 1 stay where they were reduced; the flat gradient of the own part is made beside them
+    # stage 1 keeps its gradients in the buckets, and creates the flat gradient of its share in addition
     transient = max(buckets - (whole if stage == 1 and load.micros == 1 else 0), 0) + part
     optimizer = 0 if offload else 3 * part
     return Memory(whole, gradients, optimizer, whole if load.ema else 0, load.kept, load.working + transient)
 
 
 def zero3_memory(load: Workload, local: int, offload: bool, reshard: bool) -> Memory:
-    """DeepSpeed 0.19's ``stage3.py``, in float32: the optimizer updates the parts themselves, without a copy.
+    """Return the memory of zero3, as in ``stage3.py`` of DeepSpeed 0.19, in float32.
 
-    ``local``: elements of this rank, every parameter's rounded up. A bucket of ``BUCKET`` elements stays allocated;
-    gathered are those parameters that :func:`zero3_held` keeps.
+    The optimizer updates the shards directly, without a copy. A bucket of ``BUCKET`` elements stays allocated.
+    :func:`zero3_held` gives the gathered parameters. ``local`` is the number of elements per rank, rounded up for
+    every parameter.
     """
     part = FP32 * local
     gathered = FP32 * zero3_held(load.parameters, reshard)
@@ -220,8 +243,11 @@ def zero3_memory(load: Workload, local: int, offload: bool, reshard: bool) -> Me
 
 
 def zero12_padded(model: nn.Module, world: int) -> int:
-    """Elements of DeepSpeed's flat buffers: one for each of our two groups (with decay, without), each padded to twice
-    the ranks."""
+    """Return the number of elements of DeepSpeed's flat buffers.
+
+    There is one buffer per parameter group (with and without weight decay), each padded to a multiple of twice the
+    world size.
+    """
     decayed = sum(p.numel() for p in model.parameters() if decays(p))
     rest = sum(p.numel() for p in model.parameters()) - decayed
     unit = 2 * world
@@ -229,5 +255,5 @@ def zero12_padded(model: nn.Module, world: int) -> int:
 
 
 def zero3_local(model: nn.Module, world: int) -> int:
-    """Elements of a rank when each parameter is cut into equal parts, the last one padded."""
+    """Return the number of elements per rank if each parameter is split into equal shards, the last one padded."""
     return sum(-(-p.numel() // world) for p in model.parameters())

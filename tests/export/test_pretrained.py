@@ -105,11 +105,11 @@ def test_other_mismatches_list_keys_and_shapes(folder: Path) -> None:
 
 
 def test_what_is_no_model_says_so(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder, and it is no id"):
+    with pytest.raises(UserError, match="neither an existing folder nor the id"):
         from_pretrained(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"lacks model\.safetensors and config\.yaml"):
         from_pretrained(tmp_path)
-    with pytest.raises(UserError, match="revision='v1' is for the hub"):
+    with pytest.raises(UserError, match="revision='v1' applies to the hub"):
         from_pretrained(folder, revision="v1")
     (folder / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match="cannot be read"):
@@ -149,5 +149,5 @@ def test_without_the_hub_library_the_cure_is_told(monkeypatch: pytest.MonkeyPatc
 def test_a_repository_without_a_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "assets.json").write_text(json.dumps({}))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
-    with pytest.raises(UserError, match="someone/model holds no model of mmtrain"):
+    with pytest.raises(UserError, match="someone/model: contains no mmtrain model"):
         from_pretrained("someone/model")

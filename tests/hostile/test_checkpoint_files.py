@@ -73,7 +73,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 ) -> None:
     change, said = DAMAGED[name]
     change(checkpoint)
-    with pytest.raises(UserError, match="has no checkpoint yet"):  # it was the only one
+    with pytest.raises(UserError, match="there is no checkpoint yet"):  # it was the only one
         load_trained(here / RUN)
     assert said in caplog.text
     assert f"{checkpoint} is not used" in caplog.text
@@ -190,4 +190,4 @@ def test_a_checkpoint_that_is_not_there(here: Path, cli: Cli) -> None:
     ended = cli("predict", RUN, TABLE, "--checkpoint", "999999999999")
     assert ended.returncode == 2
     assert "step_999999999999 cannot be used" in ended.stderr
-    assert "there are: step_00000004" in ended.stderr
+    assert "available: step_00000004" in ended.stderr

@@ -31,7 +31,7 @@ ARGUMENTS = [
     (("runs", "stop", LONG), "too long"),
     (("report", LONG), "too long"),
     (("model", LONG), "too long"),
-    (("model", ""), "is no run or export folder"),
+    (("model", ""), "not a run folder or export"),
     (("model", "tsm2", "depth=0x10"), "model.depth"),
     (("model", "tsm2", "depth"), "not an override"),
     (("model", "tsm2", "depth=[1"), "model.depth"),

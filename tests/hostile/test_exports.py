@@ -99,11 +99,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "assets that are not text": (_written("assets.json", b"\xff\xfe\x00"), "assets.json is damaged"),
     "deep assets": (_written("assets.json", "[" * 100_000), "assets.json is damaged"),
-    "assets without anything": (_written("assets.json", "{}"), "assets.json has no 'lookback'"),
+    "assets without anything": (_written("assets.json", "{}"), "assets.json: the key 'lookback' is missing"),
     "assets of other types": (_asset(columns=5), "assets.json is damaged (columns: Input should be a valid list)"),
     "a look-back of another model": (
         _asset(lookback=10**12),
-        "assets.json is of another model: lookback is 1000000000000 there and 32",
+        "assets.json: belongs to another model, because lookback is 1000000000000 there, but 32",
     ),
     "a deviation of 0": (_scaler(std=[0.0, 1.0]), "has the deviation 0.0"),
     "a deviation that is NaN": (_scaler(std=[1.0, float("nan")]), "has the deviation nan"),
@@ -217,4 +217,4 @@ def test_names_of_classes_of_another_model_are_refused_where_they_are_used(tmp_p
     assert load_trained(folder).assets["classes"] == ["a", "b"]
     ended = cli("predict", "exports/vision_safetensors", reading.IMAGES[0])
     assert ended.returncode == 2
-    assert "assets.json is of another model: it names 2 classes of 4" in ended.stderr
+    assert "assets.json: belongs to another model, because it names 2 classes, but the model has 4" in ended.stderr

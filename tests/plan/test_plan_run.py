@@ -67,7 +67,7 @@ def test_the_simplest_that_fits_is_chosen() -> None:
     assert planned(gpus=2).choice == "ddp"
     plan = planned(gpus=2)
     assert [row.strategy for row in plan.rows] == ["ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3"]
-    assert "one process" in plan.left_out["none"]
+    assert "single rank" in plan.left_out["none"]
     assert plan.warnings == []
 
 
@@ -162,7 +162,15 @@ def test_the_command_prints_rows_and_what_follows(cli: Cli, tmp_path: Path) -> N
         "plan", "--config", "vim2_base_in1k", "--nodes", "2", "--gpus-per-node", "4", "--gpu", "a100-40gb", *SMALL
     )
     assert done.returncode == 0, done.stderr
-    for word in ("2 × 4 × a100-40gb", "fsdp", "zero3", "would choose: ddp", "never measured", "1,281,167", "GPU-hours"):
+    for word in (
+        "2 × 4 × a100-40gb",
+        "fsdp",
+        "zero3",
+        "recommended strategy: ddp",
+        "never measured",
+        "1,281,167",
+        "GPU-hours",
+    ):
         assert word in done.stdout
     refused = cli("plan", "--config", "vim2_base_in1k", "--gpu", "a100", *SMALL)
     assert refused.returncode == 2
@@ -172,7 +180,7 @@ def test_the_command_prints_rows_and_what_follows(cli: Cli, tmp_path: Path) -> N
 
 def test_a_dry_run_shows_the_plan(cli: Cli) -> None:
     job = ("launch/submit.py", "--config", "vim2_base_in1k", "--nodes", "2", "--dry-run", *SMALL)
-    assert "would choose: ddp" in cli(*job).stdout
+    assert "recommended strategy: ddp" in cli(*job).stdout
     assert "plan: none, because cluster.gpus_per_node is 0" in cli(*job, "--gpus-per-node", "0").stdout
     unknown = cli(*job, "--gpu", "h999")
     assert unknown.returncode == 0

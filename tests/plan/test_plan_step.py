@@ -60,7 +60,7 @@ def test_activations_are_those_that_a_real_forward_pass_keeps(config: ModelConfi
 @pytest.mark.parametrize("config", [VIM2, TSM2], ids=["vim2", "tsm2"])
 def test_so_are_they_under_autocast(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     # the CPU's autocast leaves norms and losses in the dtype they come in
-    monkeypatch.setattr(plan_step, "WIDENED_ON_CUDA", frozenset())
+    monkeypatch.setattr(plan_step, "FLOAT32_ON_CUDA", frozenset())
     narrow = trace(config, precision="bf16").kept
     assert narrow == pytest.approx(really_saved(config, 2, torch.bfloat16), rel=0.03)
     assert narrow != trace(config).kept

@@ -208,18 +208,18 @@ def test_a_panel_that_does_not_fit_the_model(panel_run: Path, tmp_path: Path, ca
     new["id"] = new["id"].replace({"s4": "new"})
     prepare_panel(write(new, tmp_path / "a.csv"), tmp_path / "a", **options)
     made = forecast_panel(trained, tmp_path / "a")
-    assert "not trained on 1 of 5 series: they are standardised by their own rows" in caplog.text
+    assert "1 of 5 series are not in the training data: they are standardised by their own" in caplog.text
     assert abs(made.values[made.ids.index("new")] - 4022).max() < 200  # 4000 to 4044 in its own units
     prepare_panel(write(long_frame([30, 40]), tmp_path / "b.csv"), tmp_path / "b", **options)
-    with pytest.raises(UserError, match=r"for 2 series price are not known for all steps to forecast"):
+    with pytest.raises(UserError, match=r"price end before the horizon of 2 series"):
         forecast_panel(trained, tmp_path / "b")
     bare = {**options, "known": [], "columns": ["y"]}
     prepare_panel(tmp_path / "b.csv", tmp_path / "c", **bare)
     with pytest.raises(UserError, match=r"there is no known column 'price'"):
         forecast_panel(trained, tmp_path / "c")
-    with pytest.raises(UserError, match=r"no series has a look-back of 24 rows ending 30 rows before"):
+    with pytest.raises(UserError, match=r"no series has the 24 rows of a lookback before the last 30 rows"):
         forecast_panel(trained, tmp_path / "a", back=30)
-    with pytest.raises(UserError, match=r"was trained on a panel: give a folder"):
+    with pytest.raises(UserError, match=r"was trained on a panel. Give a folder"):
         forecast(trained, tmp_path / "a.csv")
     with pytest.raises(UserError, match=r"not a prepared panel; run mmtrain data prepare panel"):
         forecast_panel(trained, tmp_path / "a.csv")
@@ -280,7 +280,7 @@ def test_another_step_is_told_once(table_run: Path, panel_run: Path, caplog: pyt
     table.assign(date=pd.date_range("2024-01-01", periods=200, freq="D")).to_csv(other, index=False)
     forecast(trained, other, back=4, missing="mask")
     assert caplog.messages == [
-        f"{other}: its step is 1D, but the model was trained on a step of 1h: the forecast is of 4 steps of 1D"
+        f"{other}: its time step is 1D, but that of the training data is 1h: the forecast has 4 time steps of 1D"
     ]
     assert load_trained(panel_run, "last").assets["step"] == "1D"
 

@@ -1,10 +1,10 @@
-"""What the data paths must reach, measured.
+"""Measure the speed and memory of the data pipelines and compare them with their targets.
 
     python benchmarks/data.py [--only images,memory,windows,share,panel,ffcv] [--images FOLDER] [--series FOLDER]
                               [--m5 FOLDER] [--json FILE] [--smoke]
 
-Ratios are medians of readings that alternate, and processor time where several processes are compared; made-up data
-stands in for what is not given. A target that is missed is reported; the exit status is 0 all the same.
+Ratios are medians of alternating measurements. Comparisons of several processes use processor time. Synthetic data
+replaces data that is not given. A missed target is reported but does not change the exit status, which is 0.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from trainer_parts.figure import Figure, measure_parts
 
 
 def parts(given: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Iterator[Figure]]]:
-    """The measurements by name, each of which begins when it is called."""
+    """Return the measurements by name. Each one starts when it is called."""
     smoke = given.smoke
 
     def ffcv() -> Iterator[Figure]:
         if importlib.util.find_spec("ffcv") is None:
-            print("ffcv is left out: it is not installed (docs/install.md)", flush=True)
+            print("ffcv is skipped, because it is not installed (see docs/install.md)", flush=True)
             return
         from data_parts import ffcv_part
 
@@ -53,18 +53,20 @@ def parts(given: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Ite
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", help="parts to measure: images, memory, windows, share, panel, ffcv")
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="images to enlarge, such as Tiny-ImageNet's")
+    parser.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="folder of images to enlarge, such as Tiny-ImageNet"
+    )
     parser.add_argument("--series", type=Path, metavar="FOLDER", help="folder with ETTh1.parquet")
     parser.add_argument("--m5", type=Path, metavar="FOLDER", help="folder with M5's three files")
-    parser.add_argument("--count", type=int, default=2048, help="images of an epoch, a multiple of 64")
+    parser.add_argument("--count", type=int, default=2048, help="images per epoch, a multiple of 64")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file as JSON")
     parser.add_argument(
-        "--smoke", action="store_true", help="tiny sizes, to see that it runs; the figures mean nothing"
+        "--smoke", action="store_true", help="use tiny sizes to check that it runs; the figures have no meaning"
     )
     given = parser.parse_args()
-    measure_parts(parser, given, lambda folder: parts(given, folder), "What the data paths must reach")
+    measure_parts(parser, given, lambda folder: parts(given, folder), "Data pipelines and their targets")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How activations and gradients pass through deep stacks of mixers at initialisation, layer by layer.
+"""Print the norms of activations and gradients in deep stacks of mixers at initialisation, layer by layer.
 
 python benchmarks/deep_norms.py --mixers 200
 """
@@ -21,10 +21,14 @@ from mmtrain.models.vim2 import ViM2
 
 @dataclass(frozen=True)
 class Norms:
-    """One entry for each mixer, in order; ``stream`` has the stage's output as one entry more.
+    """Norms with one entry per mixer, in order.
 
-    ``stream``: root mean square of what each mixer's norm is given. ``output``: of each mixer's output.
-    ``output_gradient``: norm of the loss's gradient at each mixer's output. ``weight_gradient``: at its ``in_proj``.
+    Attributes:
+        kinds: Class names of the mixers.
+        stream: Root mean square of the input of each mixer's norm. The last, additional entry is the stage's output.
+        output: Root mean square of each mixer's output.
+        output_gradient: Norm of the loss's gradient with respect to each mixer's output.
+        weight_gradient: Norm of the loss's gradient with respect to each mixer's ``in_proj`` weight.
     """
 
     kinds: list[str]
@@ -34,13 +38,16 @@ class Norms:
     weight_gradient: Tensor
 
     def ratio(self, values: Tensor, kind: str | None = None) -> float:
-        """Largest over smallest of ``values`` (one a mixer), of all mixers or those of one class."""
+        """Return the largest of ``values`` (one per mixer) divided by the smallest, for all mixers or one class."""
         chosen = values[[i for i, found in enumerate(self.kinds) if kind in (None, found)]]
         return (chosen.max() / chosen.min()).item()
 
 
 def measure(stack: MixerStack, x: Tensor) -> Norms:
-    """Forward and backward of Σ r·LayerNorm(stack(x)), r random: as a head behind a norm would send gradients."""
+    """Return the norms of one forward and backward pass of Σ r·LayerNorm(stack(x)) with random r.
+
+    The gradients resemble those of a head after a norm.
+    """
     streams: list[Tensor] = []
     outputs: list[Tensor] = []
 
@@ -73,14 +80,14 @@ def _rms(x: Tensor) -> Tensor:
 
 
 def forecaster(mixers: int, dim: int = 32) -> tuple[MixerStack, Tensor]:
-    """The stack of a TSM2 of that many mixers (half of them in time), and embedded noise (2, 5, 15, dim) for it."""
+    """Return the stack of a TSM2 with ``mixers`` mixers (half of them time mixers), and noise (2, 5, 15, dim)."""
     model = cast(TSM2, create_model("tsm2", depth=mixers // 2, dim=dim, lookback=128, dropout=0.0))
     with torch.no_grad():
         return model.blocks, model.embed(torch.randn(2, 5, 128).unfold(-1, 16, 8))
 
 
 def image_stage(mixers: int, dim: int = 64) -> tuple[MixerStack, Tensor]:
-    """A stage of a ViM2 of that many mixers (two thirds of them of tokens), and (2, 14, 14, dim) tokens for it."""
+    """Return a ViM2 stage with ``mixers`` mixers (two thirds of them token mixers), and noise (2, 14, 14, dim)."""
     sizes: dict[str, Any] = {"dims": [dim], "token_mixers": [mixers // 3 * 2], "channel_expand": [2]}
     model = cast(ViM2, create_model("vim2_small", **sizes, drop_path=0.0))
     return cast(MixerStack, model.stages[0]), torch.randn(2, 14, 14, dim)
@@ -88,10 +95,12 @@ def image_stage(mixers: int, dim: int = 64) -> tuple[MixerStack, Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--mixers", type=int, default=200, help="of the forecaster")
-    parser.add_argument("--image-mixers", type=int, default=27, help="of the stage of images (ViM2-S, stage 3: 27)")
+    parser.add_argument("--mixers", type=int, default=200, help="mixers of the forecaster")
+    parser.add_argument(
+        "--image-mixers", type=int, default=27, help="mixers of the image stage (27 in stage 3 of ViM2-S)"
+    )
     parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=28, help="rows printed of each table, evenly spread")
+    parser.add_argument("--rows", type=int, default=28, help="printed rows per table, evenly spaced")
     given = parser.parse_args()
     torch.manual_seed(0)
     stacks = {
@@ -100,7 +109,7 @@ def main() -> None:
     }
     for name, (stack, x) in stacks.items():
         found = measure(stack, x)
-        print(f"{name}, dim {given.dim}: rms of the stream and of the output; norms of gradients at output and in_proj")
+        print(f"{name}, dim {given.dim}: rms of stream and output; norms of the gradients of output and in_proj")
         print(f"{'':>4} {'mixer':<18} {'stream':>8} {'output':>8} {'d output':>9} {'d in_proj':>9}")
         count = len(found.kinds)
         for i in sorted({round(k * (count - 1) / max(given.rows - 1, 1)) for k in range(given.rows)}):
@@ -108,7 +117,7 @@ def main() -> None:
             stream, output, at_output, at_weight = (v[i].item() for v in values)
             print(f"{i:>4} {found.kinds[i]:<18} {stream:>8.3f} {output:>8.4f} {at_output:>9.2f} {at_weight:>9.2f}")
         print(f"     end of the stack   {found.stream[-1].item():>8.3f}")
-        print(f"largest over smallest gradient at the outputs: {found.ratio(found.output_gradient):.2f}\n")
+        print(f"largest / smallest norm of output gradients: {found.ratio(found.output_gradient):.2f}\n")
 
 
 if __name__ == "__main__":

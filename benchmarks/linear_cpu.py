@@ -1,9 +1,9 @@
-"""Time float32 matrix products of ViM2-T and TSM2 by torch's BLAS and by oneDNN, forward and backward.
+"""Time float32 matrix products of ViM2-T and TSM2 with torch's BLAS and with oneDNN, forward and backward.
 
     python benchmarks/linear_cpu.py [--json FILE] [--smoke]
 
-A product is (M, K) x (N, K)ᵀ, as a linear layer makes it; "dx" and "dw" are the products of its backward pass. What
-``mmtrain.ops.linear`` uses on this machine is said first.
+The product of a linear layer is (M, K) x (N, K)ᵀ; "dx" and "dw" are the products of its backward pass. The first line
+names the library that ``mmtrain.ops.linear`` uses on this machine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SIZES = [
 
 
 def gflops(run: Callable[[], object], operations: float, turns: int) -> float:
-    """Median rate of ``run`` in GFLOP/s, after one warm-up."""
+    """Return the median rate of ``run`` in GFLOP/s, after one warm-up call."""
     run()
     times = []
     for _ in range(turns):
@@ -44,7 +44,7 @@ def gflops(run: Callable[[], object], operations: float, turns: int) -> float:
 
 
 def products(x: Tensor, weight: Tensor, dy: Tensor) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
-    """By name: the product by torch, and by oneDNN."""
+    """Return pairs of functions by name: the product with torch, and with oneDNN."""
     return {
         "forward": (lambda: torch.nn.functional.linear(x, weight), lambda: _product(x, weight)),
         "dx": (lambda: dy @ weight, lambda: linear_bwd(dy, x, weight, True, False)),
@@ -54,8 +54,8 @@ def products(x: Tensor, weight: Tensor, dy: Tensor) -> dict[str, tuple[Callable[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as JSON")
-    parser.add_argument("--smoke", action="store_true", help="one small size, to see that it runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file as JSON")
+    parser.add_argument("--smoke", action="store_true", help="use one small size to check that it runs")
     args = parser.parse_args()
     processor = platform.processor() or platform.machine()
     print(f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}")

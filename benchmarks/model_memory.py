@@ -1,4 +1,4 @@
-"""Bytes that autograd keeps between the forward and the backward pass, as the sequence, the width or the image grows.
+"""Print how the memory that autograd saves for the backward pass grows with sequence length, width and image size.
 
 python benchmarks/model_memory.py
 """
@@ -19,15 +19,15 @@ from mmtrain.models.mixers import ImageChannelMixer, ImageTokenMixer, SequenceMi
 
 
 def saved_bytes(module: nn.Module, x: Tensor) -> int:
-    """Bytes of the storages saved for the backward pass of ``module(x)``, each once, without the parameters' own.
+    """Return the bytes of the storages that ``module(x)`` saves for its backward pass, without parameters.
 
-    Views of one storage count once, and whole: that is what stays allocated. The input counts if it is kept.
+    A storage counts once and as a whole, however many views of it are saved. The input counts if it is saved.
     """
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        kept[storage.data_ptr()] = storage  # keep it alive, so that no address is reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -38,7 +38,7 @@ def saved_bytes(module: nn.Module, x: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Series:
-    """One table: what grows (``along``); ``module(size)`` takes an input of shape ``shape(size)``."""
+    """One table. ``along`` names the size that grows; ``module(size)`` takes an input of shape ``shape(size)``."""
 
     name: str
     along: str
@@ -47,7 +47,7 @@ class Series:
     shape: Callable[[int], tuple[int, ...]]
 
     def measure(self) -> Iterator[tuple[int, int]]:
-        """(size, bytes) of every size."""
+        """Yield (size, bytes) for every size."""
         for size in self.sizes:
             yield size, saved_bytes(self.module(size), torch.randn(self.shape(size), requires_grad=True))
 
@@ -61,9 +61,9 @@ def _of_width_64(mixer: Callable[[int], nn.Module], size: int) -> nn.Module:
 
 
 def all_series() -> list[Series]:
-    """Every block and both models, along each axis in which the paper claims a linear cost.
+    """Return the tables of all blocks and both models, along each axis for which the paper claims a linear cost.
 
-    Images are as wide as high, or twice as wide.
+    Images are square or twice as wide as high.
     """
     lengths, widths, variates = (256, 512, 1024, 2048), (64, 128, 192, 256), (25, 50, 100, 200)
     tokens, pixels = (14 * 14, 14 * 28, 28 * 28, 28 * 56), (112 * 112, 112 * 224, 224 * 224, 224 * 448)
@@ -94,7 +94,7 @@ def all_series() -> list[Series]:
         ]
     return [
         *found,
-        Series("tsm2", "look-back", lengths, lambda n: _tsm2(n, 32), lambda n: (1, n, 7)),
+        Series("tsm2", "lookback", lengths, lambda n: _tsm2(n, 32), lambda n: (1, n, 7)),
         Series("tsm2", "variates", variates, lambda m: _tsm2(512, 32), lambda m: (1, 512, m)),
         Series("tsm2", "D", widths, lambda d: _tsm2(512, d), lambda d: (1, 512, 7)),
         Series("vim2_micro", "pixels", pixels, lambda n: create_model("vim2_micro"), lambda n: (1, 3, *grid(n))),
@@ -104,7 +104,7 @@ def all_series() -> list[Series]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.parse_args()
-    print("Saved for the backward pass, one sample, float32; slope: bytes added for each unit more than the row before")
+    print("Memory saved for the backward pass of one float32 sample. Slope: additional bytes per unit of size")
     for series in all_series():
         print(f"\n{series.name}\n{series.along:>10} {'MiB':>9} {'slope':>10}")
         before: tuple[int, int] | None = None

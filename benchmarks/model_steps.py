@@ -1,16 +1,16 @@
-"""Whole training steps on the CPU, side by side in one process: ours, ours without its kernels, and timm's models.
+"""Compare training steps on the CPU: mmtrain's models with and without its kernels, and models of timm.
 
     python benchmarks/model_steps.py [--batch 4] [--rounds 5] [--json FILE] [--smoke] [--only vision|series]
 
-A step is forward, backward and the release of the gradients, in float32. The models take turns, a step each a round,
-and a row is the median of its rounds, so that whatever slows the machine slows all of them. Beside ViM2-T and TSM2 as
-they run here stand
+A step is a float32 forward pass, a backward pass and the release of the gradients. All models run in one process. In
+each round every model takes one step, so that other load on the machine affects all of them, and a row is the median
+over the rounds. ViM2-T and TSM2 are compared with
 
-- "unfused": the same model with the C++ scan, but depthwise convolutions, SiLU, projections, flips, gates, matrix
-  products and weighted averages by PyTorch's own operators;
-- "plain": the same model with the scan in plain PyTorch as well (log-step parallel scan).
+- "unfused": the same model with the C++ scan, but with PyTorch operators for depthwise convolutions, SiLU,
+  projections, flips, gates, matrix products and weighted averaging;
+- "plain": the same model with a scan in plain PyTorch as well (parallel scan in log2(L) steps).
 
-The images are 224 × 224, the windows (512 → 96, 7 variates, dim 32, 2 blocks) those of the forecasting tables.
+Images have 224 × 224 pixels. Windows are those of the forecasting benchmarks (512 → 96, 7 variates, dim 32, 2 blocks).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TIMM = ("swin_tiny_patch4_window7_224", "convnext_tiny", "vit_small_patch16_224"
 
 
 def unfused_mix(x: Tensor, directions: Sequence[Direction], gated: bool = False, height: int = 1) -> Tensor:
-    """``selective_mix`` of PyTorch's own operators around ``selective_scan``: what one writes without more kernels."""
+    """Compute ``selective_mix`` with PyTorch operators and ``selective_scan``, as one writes it without its kernel."""
     if x.dim() == 4:
         return unfused_mix(x.flatten(0, 1), directions, gated, height).unflatten(0, x.shape[:2])
     x, *gate = x.chunk(2, -1) if gated else (x,)
@@ -63,7 +63,7 @@ def unfused_mix(x: Tensor, directions: Sequence[Direction], gated: bool = False,
 
 
 def chained_sum(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
-    """``weighted_sum`` of PyTorch's own operators."""
+    """Compute ``weighted_sum`` with PyTorch operators."""
     total = tensors[0] * weight[0]
     for w, y in zip(weight[1:], tensors[1:], strict=True):
         total = torch.addcmul(total, y, w)
@@ -105,7 +105,7 @@ class Row(NamedTuple):
 
 
 def step(row: Row) -> float:
-    """Seconds a sample of one training step."""
+    """Take one training step and return its seconds per sample."""
     with row.mode():
         begin = time.perf_counter()
         row.model(row.x).square().mean().backward()
@@ -114,9 +114,9 @@ def step(row: Row) -> float:
 
 
 def compare(rows: Sequence[Row], rounds: int) -> dict[str, float]:
-    """Median seconds a sample of every row; the plain ones, which are slow, take three turns at most."""
+    """Return the median seconds per sample of every row. Plain rows, which are slow, take at most three steps."""
     times: dict[str, list[float]] = {row.name: [] for row in rows}
-    for turn in range(-1, rounds):  # the first is not counted
+    for turn in range(-1, rounds):  # the first round is a warm-up
         for row in rows:
             if row.mode is plain and turn >= 3:
                 continue
@@ -132,7 +132,7 @@ def vision(batch: int, rounds: int, smoke: bool) -> dict[str, float]:
 
     name, side = ("vim2_nano", 32) if smoke else ("vim2_tiny", 224)
     ours, x = create_model(name).train(), torch.randn(batch, 3, side, side)
-    # the plain scan keeps so much that only one image fits
+    # the plain scan needs so much memory that only one image fits
     rows = [
         Row(name, ours, as_it_is, x),
         Row(f"{name} unfused", ours, unfused, x),
@@ -167,12 +167,12 @@ def report(what: str, rows: Sequence[Row], found: dict[str, float]) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--batch", type=int, default=4, help="images a step (default: 4)")
-    parser.add_argument("--windows", type=int, default=64, help="windows a step (default: 64)")
+    parser.add_argument("--batch", type=int, default=4, help="images per step (default: 4)")
+    parser.add_argument("--windows", type=int, default=64, help="windows per step (default: 64)")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file as JSON")
     parser.add_argument("--only", choices=["vision", "series"])
-    parser.add_argument("--smoke", action="store_true", help="tiny models, to see that it runs")
+    parser.add_argument("--smoke", action="store_true", help="use tiny models to check that it runs")
     args = parser.parse_args()
     torch.manual_seed(0)
     keep_freed_memory()  # as every training process does

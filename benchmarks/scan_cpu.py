@@ -1,13 +1,13 @@
-"""Time the C++ selective scan against scans in plain PyTorch, forward and forward + backward.
+"""Compare the C++ selective scan with scans in plain PyTorch, forward and forward + backward.
 
     python benchmarks/scan_cpu.py [--smoke] [--json FILE] [--no-baseline] [--more] [--reference]
 
 The baseline ("plain") is the Hillis–Steele scan that one writes without a kernel: log2(L) sweeps over Bt·L·D·N numbers.
-``--reference`` times the reference of mmtrain.ops too, which goes position by position and takes minutes at the longer
-lengths. A state update is one (batch, position, channel, state) of the recurrence, with one exponential each; "of exp"
-is the share of the rate at which this machine computes exponentials and nothing else. Memory is what the peak of a
-fresh process grows by in a pass, less the output and the gradients, over the size of the inputs: states and scratch.
-Times are the median of several runs.
+``--reference`` also times the reference of mmtrain.ops, which loops over the positions and takes minutes for long
+sequences. A state update is one (batch, position, channel, state) of the recurrence and contains one exponential. "of
+exp" is the share of the rate at which this machine computes exponentials only. Memory is the growth of the peak of a
+fresh process in a pass, without the output and the gradients, divided by the size of the inputs; it contains states and
+scratch memory. Times are medians of several runs.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ STATE = 16
 
 
 def log_step_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    """The recurrence by recursive doubling. u, delta and the result (Bt, L, D); A (D, N); B, C (Bt, L, N); D (D,)."""
+    """Compute the scan by recursive doubling. u, delta and the result (Bt, L, D); A (D, N); B, C (Bt, L, N); D (D,)."""
     decay = torch.exp(delta[..., None] * A)
     h = (delta * u)[..., None] * B[:, :, None, :]
     step = 1
     while step < u.shape[1]:
-        # h_t += decay_t h_{t-step}: afterwards h_t holds the last 2·step terms, decay_t their product.
+        # h_t += decay_t h_{t-step}: afterwards h_t contains the last 2·step terms, and decay_t the product of decays
         new_h = h[:, step:] + decay[:, step:] * h[:, :-step]
         decay = torch.cat([decay[:, :step], decay[:, step:] * decay[:, :-step]], dim=1)
         h = torch.cat([h[:, :step], new_h], dim=1)
@@ -50,7 +50,7 @@ def log_step_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: 
 
 
 def make_inputs(batch: int, length: int, channels: int) -> list[Tensor]:
-    """Channels-last inputs with steps and A as at Mamba's initialisation."""
+    """Return channels-last inputs with Δ and A as at the initialisation of Mamba."""
     generator = torch.Generator().manual_seed(0)
     u = torch.randn(batch, length, channels, generator=generator)
     delta = torch.rand(batch, length, channels, generator=generator) * 0.1
@@ -60,13 +60,13 @@ def make_inputs(batch: int, length: int, channels: int) -> list[Tensor]:
 
 
 def kernel_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    """``selective_scan`` on the same channels-last tensors."""
+    """Call ``selective_scan`` on channels-last tensors."""
     u, delta, B, C = (t.transpose(1, 2) for t in (u, delta, B, C))
     return selective_scan(u, delta, A, B, C, D).transpose(1, 2)
 
 
 def reference_scan(*inputs: Tensor) -> Tensor:
-    """``selective_scan`` position by position, on the same tensors."""
+    """Call the reference of ``selective_scan``, which loops over the positions, on channels-last tensors."""
     with scan_backend("reference"):
         return kernel_scan(*inputs)
 
@@ -75,7 +75,7 @@ SCANS: dict[str, Callable[..., Tensor]] = {"kernel": kernel_scan, "plain": log_s
 
 
 def seconds(run: Callable[[], object], budget: float = 2.0, most: int = 15) -> float:
-    """Median wall-clock seconds of ``run``, after one warm-up."""
+    """Return the median wall-clock seconds of ``run``, after one warm-up call."""
     run()
     times: list[float] = []
     while not times or (sum(times) < budget and len(times) < most):
@@ -86,7 +86,7 @@ def seconds(run: Callable[[], object], budget: float = 2.0, most: int = 15) -> f
 
 
 def passes(scan: Callable[..., Tensor], inputs: Sequence[Tensor]) -> dict[str, Callable[[], object]]:
-    """The forward alone and forward + backward, to be called."""
+    """Return functions that run the forward pass, and the forward and backward pass."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     grad = torch.randn_like(inputs[0])
 
@@ -98,23 +98,23 @@ def passes(scan: Callable[..., Tensor], inputs: Sequence[Tensor]) -> dict[str, C
 
 
 def peak_growth(name: str, which: str, size: Sequence[int]) -> float:
-    """Bytes by which one pass raises the peak of a fresh process beyond its results, over the bytes of its inputs."""
+    """Return the memory of one pass in a fresh process, without its results, divided by the size of its inputs."""
     command = [sys.executable, __file__, "--peak-of", name, which, *map(str, size)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 
 def peak_bytes() -> int:
-    """The largest resident size of this process so far. (What getrusage tells a child begins with its parent's.)"""
+    """Return the peak resident memory of this process. (getrusage would start with the peak of the parent process.)"""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 def print_peak_growth(name: str, which: str, *size: str) -> None:
-    """What :func:`peak_growth` runs in a process of its own."""
+    """Print the result of :func:`peak_growth`; runs in its process."""
     batch, length, channels = map(int, size)
     small = passes(SCANS[name], make_inputs(1, 8, 16))[which]
-    small()  # what is loaded and built once is no part of a pass
+    small()  # load the library, which is not part of a pass
     inputs = make_inputs(batch, length, channels)
     run = passes(SCANS[name], inputs)[which]
     before = peak_bytes()
@@ -125,7 +125,7 @@ def print_peak_growth(name: str, which: str, *size: str) -> None:
 
 
 def exp_rate() -> float:
-    """Exponentials a second of this machine, by the kernels' own code and threads."""
+    """Return the exponentials per second of this machine, with the code and the threads of the kernels."""
     count, total = 2_000_000_000, ctypes.c_double()
     args = ExpRateArgs(count=count, sum=ctypes.addressof(total))
     return count / seconds(lambda: loaded().call("exp_rate", args), budget=1.0)
@@ -133,11 +133,11 @@ def exp_rate() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as JSON")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file as JSON")
+    parser.add_argument("--smoke", action="store_true", help="use tiny sizes to check that it runs")
     parser.add_argument("--no-baseline", action="store_true", help="time the kernel only (the baseline takes minutes)")
-    parser.add_argument("--reference", action="store_true", help="time the position-by-position reference too")
-    parser.add_argument("--more", action="store_true", help="further sizes: short sequences, few channels")
+    parser.add_argument("--reference", action="store_true", help="also time the reference")
+    parser.add_argument("--more", action="store_true", help="also time short sequences and few channels")
     parser.add_argument("--peak-of", nargs=5, metavar="X", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak_of:

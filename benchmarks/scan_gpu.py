@@ -1,13 +1,14 @@
-"""The Triton scan on the GPU at hand: right, how fast, and how near to what the GPU can do.
+"""Check and time the Triton scan on the GPU of this machine, and compare it with the limits of the GPU.
 
     python benchmarks/scan_gpu.py [--batch 32] [--json FILE] [--no-models]
-    python benchmarks/scan_gpu.py --tune        # measure launch configurations, write the fastest into the table
-    python benchmarks/scan_gpu.py --smoke       # tiny sizes under Triton's interpreter on a CPU: does it run at all
+    python benchmarks/scan_gpu.py --tune        # time launch configurations, write the fastest into the table
+    python benchmarks/scan_gpu.py --smoke       # tiny sizes under Triton's interpreter on a CPU, to check that it runs
 
-First the outputs and gradients against float64, then times (medians, CUDA events): our scan, and what one composes
-without it, that is copies in every order, a 1-D scan (ours, and mamba-ssm's if it can be imported), and the sum. GB/s
-counts the traffic that cannot be avoided: each input and result once. The roof is the larger of that traffic at the
-bandwidth of a copy and of the exponentials at the rate of a kernel that does nothing else, both measured first.
+It first compares outputs and gradients with float64. Then it prints times (medians, CUDA events) of mmtrain's scan, and
+of its composition without this kernel: copies in every order, a 1-D scan (of mmtrain, and of mamba-ssm if it is
+installed), and the sum. GB/s counts the unavoidable traffic: each input and result once. The roof is the larger of two
+times: this traffic at the bandwidth of a copy, and the exponentials at the rate of a kernel that computes only these.
+Both rates are measured first.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Row = dict[str, object]
 
 
 def check(dtypes: list[torch.dtype], device: torch.device) -> tuple[list[Row], bool]:
-    """Errors of every way to run the scan, and whether all are within what is allowed."""
+    """Return the errors of every candidate, and whether all are within the tolerances."""
     rows: list[Row] = []
     table = Table("shape", "dtype", "run", "output", "gradients", "", title="Largest error over largest element")
     right = True
@@ -57,7 +58,7 @@ def check(dtypes: list[torch.dtype], device: torch.device) -> tuple[list[Row], b
 
 
 def time_run(candidate: Candidate, shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Seconds of the forward alone and of forward + backward."""
+    """Return the seconds of the forward pass, and of the forward and backward pass."""
     run, t = candidate.run, candidate.prepare(inputs(shape, dtype, device))
     leaves = list(t.values())
     with torch.no_grad():
@@ -72,7 +73,7 @@ def time_run(candidate: Candidate, shape: Shape, dtype: torch.dtype, device: tor
 def time_all(
     sizes: list[Shape], dtypes: list[torch.dtype], device: torch.device, roofs: tuple[float, float]
 ) -> list[Row]:
-    """Every shape, dtype and way to run it; what runs out of memory is told and left out."""
+    """Time every shape, dtype and candidate. Those that run out of memory are skipped with a message."""
     rows: list[Row] = []
     columns = ("shape", "Bt, D, H×W", "dtype", "run", "pass", "ms", "GB/s", "of the roof", "ours is")
     table = Table(*columns, title="Times")
@@ -100,7 +101,7 @@ def time_all(
 
 
 def write_tuned(device: torch.device) -> None:
-    """Measure and, but for a smoke test, rewrite the entries of this architecture."""
+    """Time launch configurations and rewrite the table entries of this GPU architecture, except in a smoke test."""
     arch = tuning.architecture(device)
     found = tune.tune(device, SMOKE)
     for kernel, classes in found.items():
@@ -116,15 +117,15 @@ def write_tuned(device: torch.device) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--batch", type=int, default=32, help="images, for the ViM2 shapes")
-    parser.add_argument("--model-batch", type=int, default=128, help="images, for the training rates")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    parser.add_argument("--no-models", action="store_true", help="the scan alone")
-    parser.add_argument("--tune", action="store_true", help="measure launch configurations and write the table")
-    parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU, under Triton's interpreter")
+    parser.add_argument("--batch", type=int, default=32, help="images per batch for the ViM2 shapes")
+    parser.add_argument("--model-batch", type=int, default=128, help="images per batch for the training rates")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file as JSON")
+    parser.add_argument("--no-models", action="store_true", help="time the scan only")
+    parser.add_argument("--tune", action="store_true", help="time launch configurations and write the table")
+    parser.add_argument("--smoke", action="store_true", help="use tiny sizes on the CPU, under Triton's interpreter")
     args = parser.parse_args()
     if not SMOKE and not torch.cuda.is_available():
-        print("benchmarks/scan_gpu.py needs an NVIDIA GPU: torch sees none here. To see that it runs: --smoke")
+        print("benchmarks/scan_gpu.py needs an NVIDIA GPU, but torch finds none. Use --smoke to check that it runs")
         return 2
     device = torch.device("cpu" if SMOKE else "cuda")
     about = machine(device)

@@ -1,4 +1,4 @@
-"""Samples a second of forward and backward passes of a configuration's model on random input, in this process.
+"""Print the samples per second of forward and backward passes of a configuration's model on random input.
 
 python benchmarks/train_step.py --config tsm2_etth1 --threads 2
 """
@@ -21,8 +21,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--config", required=True)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--steps", type=int, default=15, help="timed steps, after three that are not")
-    parser.add_argument("--variates", type=int, default=7, help="for a forecasting model")
+    parser.add_argument("--steps", type=int, default=15, help="timed steps, after three warm-up steps")
+    parser.add_argument("--variates", type=int, default=7, help="variates of a forecaster's input")
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -46,7 +46,7 @@ def main() -> None:
     print(f"{config.name}: {config.model.name}, {parameters:.2f} M parameters, input {tuple(x.shape)}")
     print(
         f"forward + backward: median {batch / statistics.median(times):.0f} samples/s"
-        f" (slowest {batch / times[-1]:.0f}, fastest {batch / times[0]:.0f}; {statistics.median(times):.3f} s a step)"
+        f" (slowest {batch / times[-1]:.0f}, fastest {batch / times[0]:.0f}; {statistics.median(times):.3f} s per step)"
     )
 
 

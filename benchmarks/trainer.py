@@ -1,9 +1,10 @@
-"""What the trainer must reach, measured: overhead, asynchronous saves, FSDP2 beside DDP, restart.
+"""Measure the trainer and compare it with its targets: overhead, asynchronous saves, FSDP2 against DDP, restart.
 
     python benchmarks/trainer.py [--only overhead,async,fsdp,restart] [--json FILE] [--smoke]
 
-Wants a quiet machine: the figures are medians of ratios of neighbours in time, but a load that comes and goes still
-spreads them (the quartiles are printed). A target that is missed is reported; the exit status is 0 all the same.
+Run it on an idle machine: the figures are medians of ratios of successive measurements, but a changing load still
+increases their spread (the quartiles are printed). A missed target is reported but does not change the exit status,
+which is 0.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from trainer_parts.figure import Figure, measure_parts
 
 
 def parts(given: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Iterator[Figure]]]:
-    """The measurements by name, each of which begins when it is called."""
+    """Return the measurements by name. Each one starts when it is called."""
     smoke = given.smoke
     model = "vim2_nano" if smoke else "vim2_base"
     small = ["data.image_size=32"] + (["model.name=vim2_nano", "train.precision=fp32"] if smoke else [])
@@ -47,22 +48,22 @@ def parts(given: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Ite
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", help="parts to measure, separated by commas: overhead, async, fsdp, restart")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file as JSON")
     parser.add_argument(
-        "--smoke", action="store_true", help="tiny sizes, to see that it runs; the figures mean nothing"
+        "--smoke", action="store_true", help="use tiny sizes to check that it runs; the figures have no meaning"
     )
-    parser.add_argument("--threads", type=int, help="of the parts in one process (default: torch's own)")
+    parser.add_argument("--threads", type=int, help="threads of the parts in one process (default: torch's default)")
     parser.add_argument("--pairs", type=int, default=20, help="overhead: pairs of blocks of 20 steps")
     parser.add_argument("--saves", type=int, default=5, help="async: pairs of saves")
     parser.add_argument("--fsdp-pairs", type=int, default=6, help="fsdp: pairs of steps")
     parser.add_argument("--fsdp-image-size", type=int, default=224)
-    parser.add_argument("--fsdp-batch", type=int, nargs="+", default=[8, 4], help="global ones, over two ranks")
+    parser.add_argument("--fsdp-batch", type=int, nargs="+", default=[8, 4], help="fsdp: global batches, for two ranks")
     parser.add_argument("--restarts", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="for runs and checkpoints (default: a temporary one)")
+    parser.add_argument("--folder", type=Path, help="folder for runs and checkpoints (default: a temporary one)")
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
-    measure_parts(parser, given, lambda folder: parts(given, folder), "What the trainer must reach", given.folder)
+    measure_parts(parser, given, lambda folder: parts(given, folder), "Trainer and its targets", given.folder)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The parts of the data benchmark, one file each."""
+"""Parts of ``benchmarks/data.py``, one file each."""

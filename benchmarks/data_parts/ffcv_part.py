@@ -1,10 +1,10 @@
-"""Our FFCV path beside FFCV's own loader, and beside LitData's, on the same images.
+"""Comparison of mmtrain's FFCV source with FFCV's loader and with LitData's loader, on the same images.
 
-All make float32 batches of 224 × 224: decode, random resized crop, flip, normalise. The readings alternate in one
-process, one epoch each after one to warm up, and a ratio is that of neighbours in time. FFCV's loader has its own
-decoder, flip, NormalizeImage and ToTorchImage, in random order; ours has the order of the data clock. LitData (pip
-install litdata) reads chunks of the same JPEG files in as many worker processes, and Pillow and torchvision do the
-rest; it is left out where it is not installed.
+All produce float32 batches of 224 × 224: decode, random resized crop, flip, normalise. After a warm-up epoch, epochs of
+the loaders alternate in one process, and a ratio is that of two successive epochs. FFCV's loader uses its decoder,
+flip, NormalizeImage and ToTorchImage in random order; mmtrain uses its deterministic order. LitData (pip install
+litdata) reads chunks of the same JPEG files in the same number of worker processes and uses Pillow and torchvision; it
+is skipped if it is not installed.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from mmtrain.data.prepare.writer import Item, write_dataset
 
 _CLASSES = 10
 
-Epoch = Callable[[], int]  # reads an epoch, and says how many images that was
+Epoch = Callable[[], int]  # reads an epoch and returns its number of images
 
 
 def measure(
     folder: Path, *, images: Path | None = None, threads: int = 2, pairs: int = 6, count: int = 1024, batch: int = 64
 ) -> Iterator[Figure]:
-    """The ratios, each from ``pairs`` pairs of epochs of ``count`` images. Writes below ``folder``."""
+    """Yield the ratios, each from ``pairs`` pairs of epochs of ``count`` images. Writes to ``folder``."""
     require_ffcv()
     files = make_images(count, images)
     items = [Item(number % _CLASSES, content=content) for number, content in enumerate(files)]
@@ -54,7 +54,7 @@ def measure(
 def _compare(name: str, ours: Epoch, other: Epoch, pairs: int, how: str, target: float | None) -> Iterator[Figure]:
     rates: dict[str, list[float]] = {"ours": [], name: []}
     for epoch in (ours, other):
-        epoch()  # compiles, and brings the file into memory
+        epoch()  # compile, and bring the file into memory
     for pair in range(pairs):
         both = [("ours", ours), (name, other)]
         for label, epoch in both if pair % 2 else both[::-1]:
@@ -74,7 +74,7 @@ def _compare(name: str, ours: Epoch, other: Epoch, pairs: int, how: str, target:
 
 
 def _through(batches: Iterable[Any]) -> int:
-    """Take all batches, as a training loop would; the first image of each is looked at."""
+    """Read all batches, check their shape, and return the number of images."""
     seen = 0
     for batch in batches:
         images = batch["image"] if isinstance(batch, dict) else batch[0]

@@ -1,10 +1,10 @@
-"""Our path from tar shards beside the usual ones, on the same images, with the same augmentation and workers.
+"""Comparison of mmtrain's tar shards with usual image pipelines: same images, augmentation and number of workers.
 
-All make float32 batches of 224 × 224: decode, random resized crop, flip, normalise. "webdataset" is its usual pipeline
-with Pillow and torchvision's transforms, "ImageFolder" torchvision's with a DataLoader. "bare" is our decoding and
-augmentation of images in memory, in one process and without any loader. All run on and on, and take turns; a ratio is
-that of one round. What counts is processor time, of the training process and of all workers: images a second of one
-core.
+All produce float32 batches of 224 × 224: decode, random resized crop, flip, normalise. "webdataset" is its usual
+pipeline with Pillow and torchvision's transforms, "ImageFolder" that of torchvision with a DataLoader. "bare" is
+mmtrain's decoding and augmentation of images in memory, in one process and without a loader. The pipelines run
+continuously and take turns; a ratio is that of one round. The unit is images per second and core, from the processor
+time of the training process and all workers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Batches = Iterator[torch.Tensor]  # endless
 
 
 def measure(folder: Path, *, source: Path | None, count: int, rounds: int, workers: int) -> Iterator[Figure]:
-    """The ratios for photos of 500 × 375 and, where ``source`` has images, for those as they are."""
+    """Yield the ratios for photos of 500 × 375, and for the images in ``source`` in their original size."""
     kinds = {f"photos of {WIDE} × {HIGH}": make_images(count, source)}
     if source is not None:
         kinds["small images as they are"] = _as_they_are(source, count)
@@ -56,7 +56,7 @@ def _beside(folder: Path, kind: str, files: list[bytes], rounds: int, workers: i
     spent: dict[str, list[float]] = {name: [] for name in contenders}
     steps = len(files) // BATCH
     for batches in contenders.values():
-        _take(batches, steps)  # starts workers, reads the files into memory
+        _take(batches, steps)  # start the workers, and bring the files into memory
     for turn in range(rounds):
         for name in list(contenders)[:: 1 if turn % 2 else -1]:
             begun = _processor_seconds()
@@ -80,11 +80,11 @@ def _beside(folder: Path, kind: str, files: list[bytes], rounds: int, workers: i
 
 
 def _take(batches: Batches, steps: int) -> None:
-    """As a training loop would."""
+    """Read ``steps`` batches, then wait until the workers have filled their queues."""
     for images in islice(batches, steps):
         assert images.shape == (BATCH, 3, SIZE, SIZE)
         assert images.dtype == torch.float32
-    # the workers of this one fill their queues and wait, as they did when its turn began
+    # the queues were also full when this turn began
     quiet = _processor_seconds()
     while True:
         time.sleep(0.1)
@@ -94,7 +94,7 @@ def _take(batches: Batches, steps: int) -> None:
 
 
 def _processor_seconds() -> float:
-    """Of this process and of all its workers."""
+    """Return the processor time of this process and all its workers."""
     return time.process_time() + sum(
         int(Path(f"/proc/{child}/schedstat").read_text().split()[0]) / 1e9 for child in _children()
     )

@@ -1,4 +1,4 @@
-"""LitData's loader of the same JPEG files, with Pillow and torchvision's transforms; left out where it is missing."""
+"""LitData's loader of JPEG files, with Pillow and torchvision's transforms. It is skipped if it is not installed."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 def is_here() -> bool:
     if importlib.util.find_spec("litdata") is not None:
         return True
-    print("LitData is left out: it is not installed (pip install litdata)", flush=True)
+    print("LitData is skipped, because it is not installed (pip install litdata)", flush=True)
     return False
 
 
 class _Augmented:
-    """What LitData's items become, in worker processes which import torchvision themselves."""
+    """Transform of LitData's items. Each worker process imports torchvision itself."""
 
     steps: Any = None
 
@@ -43,11 +43,11 @@ def _item(numbered: tuple[int, bytes]) -> dict[str, Any]:
 
 
 def open_litdata(folder: Path, files: list[bytes], workers: int, batch: int) -> Any:
-    """A loader of one epoch after the other, whose workers stay."""
+    """Return a loader with persistent workers; each iteration is one epoch."""
     import litdata
 
     method = multiprocessing.get_start_method()
     litdata.optimize(_item, list(enumerate(files)), str(folder), chunk_bytes="16MB", num_workers=1)
-    multiprocessing.set_start_method(method, force=True)  # it has set another one for the whole process
+    multiprocessing.set_start_method(method, force=True)  # litdata has changed it for the whole process
     dataset = litdata.StreamingDataset(str(folder), shuffle=True, transform=_Augmented())
     return litdata.StreamingDataLoader(dataset, batch_size=batch, num_workers=workers, persistent_workers=True)

@@ -1,4 +1,4 @@
-"""Made-up series for the data benchmark where the real ones are not there."""
+"""Synthetic series that replace missing data sets in the data benchmark."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STATES = ("CA", "TX", "WI")
 
 
 def write_table(file: Path, rows: int, columns: int = 7) -> Path:
-    """An hourly table of ``columns`` daily waves."""
+    """Write an hourly table of ``columns`` noisy daily waves."""
     hours = np.arange(rows)
     noise = np.random.default_rng(0).normal(scale=0.2, size=(rows, columns))
     values = np.sin(2 * np.pi * (hours[:, None] / 24 + np.arange(columns) / columns)) + noise
@@ -22,7 +22,7 @@ def write_table(file: Path, rows: int, columns: int = 7) -> Path:
 
 
 def write_m5(folder: Path, items: int, days: int) -> Path:
-    """Three files in the form of M5's: ``items`` products over ``days`` days, the calendar four weeks longer."""
+    """Write three files in the format of M5: ``items`` products, ``days`` days, and a calendar four weeks longer."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     dates = pd.date_range("2011-01-29", periods=days + 28, freq="D")

@@ -23,7 +23,7 @@ _MIB = 1 << 20
 
 
 def measure(folder: Path, *, samples: int, shards: int, epoch: int) -> Iterator[Figure]:
-    """``samples`` in ``shards`` for the index, ``epoch`` images for the growth."""
+    """Yield the growth over epochs of ``epoch`` images, and the memory of an index of ``samples`` in ``shards``."""
     folder.mkdir(parents=True, exist_ok=True)
     files = make_images(min(epoch, 64))
     items = [Item(0, content=files[number % len(files)]) for number in range(epoch)]
@@ -34,7 +34,7 @@ def measure(folder: Path, *, samples: int, shards: int, epoch: int) -> Iterator[
     growth = (found["rss"][-1] - found["rss"][0]) / (len(found["rss"]) - 1) / _MIB
     yield Figure(
         PART,
-        "growth of the training process, an epoch",
+        "growth of the training process per epoch",
         growth,
         "MiB",
         f"resident memory after each of {len(found['rss'])} epochs of {epoch} photos, 2 workers: "
@@ -63,7 +63,7 @@ def measure(folder: Path, *, samples: int, shards: int, epoch: int) -> Iterator[
 
 
 def _large_index(folder: Path, photo: bytes, samples: int, shards: int) -> Path:
-    """Shards of holes that hold one photo, with the index of as many samples as asked for."""
+    """Write sparse shards that contain one photo, with indexes of ``samples`` samples that all refer to it."""
     folder.mkdir(parents=True, exist_ok=True)
     each = samples // shards
     for number in range(shards):

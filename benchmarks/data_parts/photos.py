@@ -1,4 +1,4 @@
-"""JPEG files of the size of photos."""
+"""JPEG files with the size of photos."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WIDE, HIGH = 500, 375  # the usual photo of ImageNet
 
 
 def make_images(count: int, source: Path | None = None) -> list[bytes]:
-    """JPEG files of 500 × 375: the images found below ``source``, enlarged; else made up, about as large as photos."""
+    """Return JPEG files of 500 × 375: enlarged images from ``source``, or else synthetic ones of about 80 kB."""
     files = sorted(p for p in source.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png")) if source else []
     made = []
     for number in range(count):
@@ -28,7 +28,7 @@ def make_images(count: int, source: Path | None = None) -> list[bytes]:
 
 
 def _photo(number: int) -> Image.Image:
-    """Noise with the spectrum of photos: each octave weaker than the one below it; about 80 kB."""
+    """Return noise with a spectrum like that of photos, where each octave is weaker than the lower one."""
     rng, total = np.random.default_rng(number), np.zeros((HIGH, WIDE, 3), np.float32)
     for octave in range(1, 10):
         small = rng.normal(size=(max(2, 3 * 2**octave // 4), 2**octave, 3)).astype(np.float32)

@@ -1,6 +1,6 @@
-"""Forecasting data: windows a second, the loader's share of a step, and a panel of 30,490 series.
+"""Forecasting data: windows per second, the loader's share of a step, and a panel of 30,490 series.
 
-Made-up series of the same size stand in for ETTh1 and for M5 where they are not given.
+Synthetic series of the same size replace ETTh1 and M5 if these are not given.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PART = "series"
 
 
 class _SlicedWindows(Dataset):
-    """Windows in the way of the Time-Series-Library: one at a time, as slices of arrays of values and of time marks."""
+    """Windows as in the Time-Series-Library: one at a time, as slices of an array of values and one of time marks."""
 
     def __init__(self, series: SeriesData, lookback: int, horizon: int, label: int, dtype: type) -> None:
         train = series.train
@@ -54,11 +54,11 @@ class _SlicedWindows(Dataset):
 
 
 def windows(table: Path, split: str | None, *, pairs: int, batches: int) -> Iterator[Figure]:
-    """Our training loader beside the sliced one, in one process, in alternating blocks of ``batches`` batches.
+    """Compare mmtrain's training loader with slicing, in one process, in alternating blocks of ``batches`` batches.
 
-    The library's arrays are float64, and its loop makes each batch float32; arrays that are float32 from the start are
-    compared with too. Both with the C library's memory kept, as every process of a run has it: fresh pages cost either
-    of them time.
+    The library's arrays are float64, and its training loop casts each batch to float32. A second comparison uses
+    float32 arrays. Both run with the allocator settings of a training process, which keep freed memory, since new pages
+    cost time.
     """
     keep_freed_memory()
     lookback, horizon, size = 512, 96, 64
@@ -72,7 +72,7 @@ def windows(table: Path, split: str | None, *, pairs: int, batches: int) -> Iter
             speeds: list[tuple[float, float]] = []
             for _ in range(pairs + 1):
                 speeds.append((_speed(ours, batches, size), _speed(theirs, batches, size)))
-            ratios = [a / b for a, b in speeds[1:]]  # the first pair warms up
+            ratios = [a / b for a, b in speeds[1:]]  # the first pair is a warm-up
             mine, other = (float(np.median([pair[place] for pair in speeds[1:]])) for place in (0, 1))
             beside = "with calendar features" if calendar else "past and future alone"
             kind = np.dtype(dtype).name
@@ -103,7 +103,7 @@ def _speed(batches: Iterator[Any], count: int, size: int) -> float:
 
 
 def loader_share(table: Path, split: str, *, steps: int, tiny: bool) -> Iterator[Figure]:
-    """The time in the loader as a share of a training step of configs/tsm2_etth1.yaml, in one process."""
+    """Yield the time in the loader as a share of a training step of configs/tsm2_etth1.yaml, in one process."""
     small = ["model.dim=8", "model.depth=1", "train.batch_size=4"] if tiny else []
     config = load_config("tsm2_etth1", [f"data.path={table}", f"data.split={split}", *small])
     task = build_task(config)
@@ -136,7 +136,7 @@ def loader_share(table: Path, split: str, *, steps: int, tiny: bool) -> Iterator
 
 
 class _Timed:
-    """An iterator that notes how long each item took."""
+    """Iterator that records the time of each item."""
 
     def __init__(self, items: Iterator[Batch]) -> None:
         self.items, self.times = items, list[float]()
@@ -152,7 +152,7 @@ class _Timed:
 
 
 def panel(root: Path, out: Path, *, tiny: bool) -> Iterator[Figure]:
-    """M5: prepared from its parquet files and opened, each in a fresh process whose peak memory is measured."""
+    """Prepare M5 from its parquet files and open it, each in a fresh process. Yields times and peak memory."""
     made = _fresh(_PREPARE, str(root), str(out))
     opened = _fresh(_OPEN, str(out), "8" if tiny else "112", "4" if tiny else "28")
     what = f"{made['series']:,} series × up to {made['longest']:,} days"
@@ -196,7 +196,7 @@ _MEMORY = """
 import json, resource, sys, time
 def now():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
-def peak():  # not ru_maxrss, which a process inherits from the one that started it
+def peak():  # not ru_maxrss, which a process inherits from its parent
     status = open("/proc/self/status").read()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 """
@@ -245,7 +245,7 @@ def _fresh(code: str, *arguments: str) -> dict[str, Any]:
 def parts(
     folder: Path, *, tiny: bool, data: Path | None = None, m5: Path | None = None, pairs: int = 20, steps: int = 20
 ) -> dict[str, Callable[[], Iterator[Figure]]]:
-    """The measurements by name, each of which begins when it is called; ``folder`` is for what they write."""
+    """Return the measurements by name. Each one starts when it is called, and writes to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     there = data is not None and not tiny and (data / "ETTh1.parquet").is_file()
 

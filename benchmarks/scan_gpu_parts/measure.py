@@ -1,4 +1,4 @@
-"""Timing, the machine, and the two roofs that a scan can hit: memory bandwidth and the rate of exp2."""
+"""Timing, description of the machine, and the two limits of a scan: memory bandwidth and rate of exp2."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import triton.language as tl
 
 @triton.jit
 def exp2_rate(x, rounds, BLOCK: tl.constexpr):
-    """``rounds`` exponentials for each of BLOCK numbers, in BLOCK / threads independent chains a thread."""
+    """Compute ``rounds`` exponentials for each of BLOCK numbers, in BLOCK / threads independent chains per thread."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + at)
     for _ in range(rounds):
-        # exp2(-v) maps [0, 1] into itself: never an overflow, a subnormal or a constant the compiler could see
+        # exp2(-v) maps [0, 1] into itself: no overflow, no subnormal, no constant that the compiler could fold
         value = tl.exp2(-value)
     tl.store(x + at, value)
 
 
 def seconds(run: Callable[[], object], device: torch.device, budget: float = 1.0, most: int = 50) -> float:
-    """Median seconds of ``run`` after warm-up: by CUDA events on a GPU, by the clock elsewhere."""
+    """Return the median seconds of ``run`` after a warm-up, from CUDA events on a GPU and from the clock elsewhere."""
     for _ in range(3 if device.type == "cuda" else 1):
         run()
     times: list[float] = []
@@ -45,27 +45,27 @@ def seconds(run: Callable[[], object], device: torch.device, budget: float = 1.0
 
 
 def bandwidth(device: torch.device, size: int) -> float:
-    """Bytes a second, read and written, of copying ``size`` bytes."""
+    """Return the bytes per second, read and written, of copying ``size`` bytes."""
     source = torch.zeros(size // 4, device=device)
     target = torch.empty_like(source)
     return 2 * size / seconds(lambda: target.copy_(source), device)
 
 
 def exponentials(device: torch.device, programs: int, rounds: int) -> float:
-    """exp2 a second."""
+    """Return the number of exp2 per second."""
     block = 1024
     x = torch.rand(programs * block, device=device)
     return programs * block * rounds / seconds(lambda: exp2_rate[(programs,)](x, rounds, BLOCK=block), device)
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """Name, driver and versions, for the head of every table."""
+    """Return the name of the device, the driver and the versions of the packages."""
     from mmtrain.ops import upstream
 
     found = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
     for which, package in (("scan", "mamba-ssm"), ("conv", "causal-conv1d")):
         ok, reason = upstream.available(which)
-        found[package] = "there" if ok else f"not there ({reason})"
+        found[package] = "available" if ok else f"not available ({reason})"
     if device.type != "cuda":
         return {"device": f"{platform.processor() or platform.machine()}, Triton's interpreter: no timings"} | found
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -1,4 +1,4 @@
-"""Training images a second of ViM2-T at 224 beside timm's Swin-T: forward, backward and AdamW's step."""
+"""Training images per second of ViM2-T at 224 and of timm's Swin-T: forward, backward and step of AdamW."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scan_gpu_parts.measure import seconds
 
 
 def networks(smoke: bool) -> dict[str, Callable[[], nn.Module]]:
-    """Makers by name."""
+    """Return functions that build the models, by name."""
     from mmtrain.models import create_model
     from mmtrain.torchvision_compat import ensure_torchvision
 
@@ -30,7 +30,7 @@ def networks(smoke: bool) -> dict[str, Callable[[], nn.Module]]:
 def images_per_second(
     model: nn.Module, batch: int, size: int, classes: int, device: torch.device, compiled: bool
 ) -> float:
-    """In bf16 autocast with float32 parameters on a GPU."""
+    """Return the training images per second; on a GPU with bf16 autocast and float32 parameters."""
     model = model.to(device).train()
     step = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
@@ -48,7 +48,7 @@ def images_per_second(
 
 
 def measure(device: torch.device, batch: int, smoke: bool) -> list[dict[str, object]]:
-    """One row a network, compiled or not; one that fails is told and left out."""
+    """Return one row per model, compiled and not. Models that fail are skipped with a message."""
     rows: list[dict[str, object]] = []
     for name, make in networks(smoke).items():
         for compiled in (False,) if smoke else (False, True):

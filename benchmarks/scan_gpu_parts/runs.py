@@ -1,4 +1,4 @@
-"""The ways to run one directional scan that are compared, and the float64 definition they are checked against."""
+"""Implementations of the directional scan to be compared, and their float64 reference."""
 
 from __future__ import annotations
 
@@ -19,15 +19,21 @@ Run = Callable[[Inputs], Tensor]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to run a scan: ``prepare`` lays the inputs out as a model would hand them over, which is not timed."""
+    """An implementation of the scan.
+
+    Attributes:
+        run: Runs the scan.
+        prepare: Brings the inputs into the layout in which a model would compute them. This is not timed.
+        walked: Whether delta, B and C are in the order of the scan, and not in that of the grid.
+    """
 
     run: Run
     prepare: Callable[[Inputs], Inputs]
-    walked: bool  # delta, B and C are taken in the order of the walk, and are in it
+    walked: bool
 
 
 def ours(shape: Shape) -> Candidate:
-    """The one launch for all directions."""
+    """Return mmtrain's kernel, which scans in all directions in one launch."""
 
     def run(t: Inputs) -> Tensor:
         grid = (shape.height, shape.width, shape.orders)
@@ -38,10 +44,10 @@ def ours(shape: Shape) -> Candidate:
 
 
 def composed(shape: Shape, scan: Callable[..., tuple[Tensor, Tensor]], channels_last: bool) -> Candidate:
-    """Copies of u in every order side by side, one scan with a group for each, and the results put back and added.
+    """Return the composition: copies of u in every order, one scan with one group per copy, and the sum of the results.
 
-    delta, B and C come as if they had been computed in the order of the walk, as they would be in a model; in the
-    layout that the kernel reads: channels-last, or positions adjacent.
+    delta, B and C are given in the order of the scan, as a model would compute them, and in the layout that the kernel
+    reads: channels-last, or with adjacent positions.
     """
     d = shape.channels
 
@@ -77,7 +83,7 @@ def composed(shape: Shape, scan: Callable[..., tuple[Tensor, Tensor]], channels_
 
 
 def candidates(shape: Shape) -> dict[str, Candidate]:
-    """By name, those that can run here."""
+    """Return the implementations that can run on this machine, by name."""
     found = {"ours": ours(shape), "copies + our 1-D scan": composed(shape, selective_scan_triton, True)}
     if upstream.available()[0]:
         found["copies + mamba-ssm"] = composed(shape, upstream.selective_scan_upstream, False)
@@ -85,7 +91,7 @@ def candidates(shape: Shape) -> dict[str, Candidate]:
 
 
 def definition(shape: Shape, t: Inputs, walked: bool) -> Tensor:
-    """The scan position by position in the dtype of ``t``; ``walked``: delta, B and C are in the order of the walk."""
+    """Compute the scan position by position, in the dtype of ``t``. ``walked`` is that of :class:`Candidate`."""
     total = torch.zeros_like(t["delta"][:, 0])
     for k, order in enumerate(shape.orders):
         places = walk(order, shape, total.device)
@@ -105,7 +111,7 @@ def definition(shape: Shape, t: Inputs, walked: bool) -> Tensor:
 
 
 def errors(shape: Shape, t: Inputs) -> dict[str, tuple[float, float]]:
-    """Of every candidate: largest error of the output, and of the gradients, relative to the largest element."""
+    """Return the largest errors of output and gradients of every candidate, relative to the largest element."""
     doubles = {n: v.detach().double().requires_grad_() for n, v in t.items()}
     start = torch.randn(shape.batch, shape.channels, shape.length, generator=torch.Generator().manual_seed(1))
     found = {}

@@ -1,4 +1,4 @@
-"""The sizes that are measured, and inputs for them."""
+"""Measured sizes, and inputs for them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CROSS = (0, 1, 2, 3)
 
 @dataclass(frozen=True)
 class Shape:
-    """One directional scan; ``channels`` is the expanded width."""
+    """Size of a directional scan. ``channels`` is the expanded width."""
 
     name: str
     batch: int
@@ -28,15 +28,15 @@ class Shape:
 
     @property
     def steps(self) -> int:
-        """Positions times channels times directions times batch entries."""
+        """Number of (sample, direction, channel, position) combinations."""
         return self.batch * len(self.orders) * self.channels * self.length
 
     def exponentials(self, backward: bool) -> int:
-        """The fewest: one a state and step, and once more to go back without having kept all states."""
+        """Return the minimal number of exponentials: one per state and step, and one more in the backward pass."""
         return self.steps * self.state * (2 if backward else 1)
 
     def traffic(self, itemsize: int, backward: bool) -> int:
-        """Bytes that must move: every input once, every result once; in the backward pass again, with gradients."""
+        """Return the unavoidable traffic in bytes: every input and result once, also in the backward pass."""
         shared = self.batch * self.channels * self.length * itemsize  # u, out
         rows = 2 * self.batch * len(self.orders) * self.state * self.length * itemsize  # B and C
         forward = 2 * shared + self.steps * itemsize + rows
@@ -45,7 +45,7 @@ class Shape:
 
 
 def shapes(batch: int) -> list[Shape]:
-    """ViM2-T and -S (the same widths) and -B at 224, TSM2, and long sequences."""
+    """Return the shapes of ViM2-T and -S (of equal width) and -B at 224, of TSM2, and of long sequences."""
     found = []
     for model, first in (("ViM2-T/S", 96), ("ViM2-B", 128)):
         for stage, side in enumerate((56, 28, 14, 7)):
@@ -71,7 +71,7 @@ Inputs = dict[str, Tensor]
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Channels-last leaves with steps and A as at Mamba's initialisation; A, D and the bias float32."""
+    """Return channels-last inputs with Δ and A as at the initialisation of Mamba. A, D and the bias are float32."""
     generator = torch.Generator(device).manual_seed(0)
     k, d, n, length = len(shape.orders), shape.channels, shape.state, shape.length
 
@@ -91,7 +91,7 @@ def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
 
 
 def walk(order: int, shape: Shape, device: torch.device) -> Tensor:
-    """Grid positions in the order in which a direction meets them."""
+    """Return the grid positions in the order of a direction."""
     grid = torch.arange(shape.length, device=device).view(shape.height, shape.width)
     places = (grid.T if order >= 2 else grid).reshape(-1)
     return places.flip(0) if order % 2 else places

@@ -1,4 +1,4 @@
-"""Measuring launch configurations on the GPU at hand and writing the fastest into the launch table."""
+"""Search for the fastest launch configurations on the GPU of this machine, and writing of the launch table."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from scan_gpu_parts.shapes import CROSS, Shape, inputs
 
 
 def scan_launches(kernel: str, state: int, smoke: bool) -> Iterator[Launch]:
-    """What is tried for a scan kernel and a class of state size."""
+    """Yield the launch configurations to try for a scan kernel and a state size."""
     if smoke:
         yield from (Launch(4, 1, 1), Launch(2, 1, 2))
     elif kernel == "scan_backward":
-        # 4 to 16 states a thread
+        # 4 to 16 states per thread
         for warps, unroll, registers, states in itertools.product((2, 4, 8), (1, 2, 4), (0, 128, 168), (4, 8, 16)):
             block = warps * 32 * states // max(state, 4)
             if 1 <= block <= 128:
@@ -35,7 +35,7 @@ def scan_launches(kernel: str, state: int, smoke: bool) -> Iterator[Launch]:
 
 
 def conv_launches(kernel: str, smoke: bool) -> Iterator[Launch]:
-    """What is tried for a convolution kernel."""
+    """Yield the launch configurations to try for a convolution kernel."""
     if smoke:
         yield from (Launch(4, 1, 1), Launch(2, 1, 2))
     else:
@@ -45,10 +45,10 @@ def conv_launches(kernel: str, smoke: bool) -> Iterator[Launch]:
 
 
 def refuse_spills(kernel: str, launch: Launch, state: int, device: torch.device) -> None:
-    """Configurations that spill registers to memory are not taken, so that the table stays one without spills.
+    """Refuse a configuration that spills registers to memory: the table must contain none.
 
     Raises:
-        RuntimeError: this one does.
+        RuntimeError: If the configuration spills registers.
     """
     if device.type != "cuda":
         return
@@ -60,7 +60,7 @@ def refuse_spills(kernel: str, launch: Launch, state: int, device: torch.device)
 
 
 def scan_time(kernel: str, launch: Launch, shape: Shape, device: torch.device) -> float:
-    """Seconds of the pass that the kernel is in."""
+    """Return the seconds of the pass that contains the kernel."""
     refuse_spills(kernel, launch, shape.state, device)
     t = inputs(shape, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
     run = ours(shape).run
@@ -76,7 +76,7 @@ def scan_time(kernel: str, launch: Launch, shape: Shape, device: torch.device) -
 
 
 def conv_time(kernel: str, launch: Launch, sizes: tuple[int, int, int], device: torch.device) -> float:
-    """Seconds of the pass that the kernel is in, 4 taps with SiLU."""
+    """Return the seconds of the pass that contains the kernel, with 4 taps and SiLU."""
     batch, length, channels = sizes
     x = torch.randn(batch, length, channels, device=device).transpose(1, 2).requires_grad_()
     weight = torch.randn(channels, 4, device=device, requires_grad=True)
@@ -94,7 +94,7 @@ def fastest(times: dict[Launch, float]) -> Launch:
 
 
 def tune(device: torch.device, smoke: bool) -> dict[str, dict[str, Launch]]:
-    """kernel → class → the fastest configuration, printing every one. Those that do not compile or fit are skipped."""
+    """Return the fastest configuration by kernel and class. Prints all; skips those that do not compile or fit."""
     found: dict[str, dict[str, Launch]] = {}
     many, few = (2, 4) if smoke else (64, 2)
     for state in (2,) if smoke else tuning.STATES:
@@ -121,8 +121,11 @@ def tune(device: torch.device, smoke: bool) -> dict[str, dict[str, Launch]]:
 
 
 def compare_chunks(device: torch.device, smoke: bool) -> dict[int, float]:
-    """Seconds of the backward pass by the chunk, ``tuning.CHUNK``, which is for a person to choose: halving it doubles
-    the memory for saved states, and halves the scratch that should fit in the L2 cache."""
+    """Return the seconds of the backward pass for several values of ``tuning.CHUNK``.
+
+    The value is chosen by hand: half of it doubles the memory of saved states, and halves the scratch memory, which
+    should fit into the L2 cache.
+    """
     shape = Shape("chunks", 1, 4, 2, 4, CROSS, 2) if smoke else Shape("chunks", 64, 192, 56, 56, CROSS)
     found: dict[int, float] = {}
     for chunk in (4, 8) if smoke else (16, 32, 64, 128):
@@ -136,14 +139,14 @@ def _try(times: dict[Launch, float], launch: Launch, kernel: str, what: str, tim
     assert callable(time_it)
     try:
         times[launch] = time_it(launch)
-    except Exception as error:  # too much shared memory, too many registers: not a candidate here
+    except Exception as error:  # too much shared memory or too many registers for this GPU
         print(f"  {kernel} {what} {launch}: {type(error).__name__}: {error}"[:160])
         return
     print(f"  {kernel} {what} {launch}: {times[launch] * 1e3:.3f} ms", flush=True)
 
 
 def write_table(new: dict[str, dict[str, dict[str, Launch]]], path: Path = tuning.TABLE) -> None:
-    """Write ``new`` (as ``tuning.table`` gives it), one configuration a line."""
+    """Write ``new``, in the form of ``tuning.table()``, with one configuration per line."""
     lines: list[str] = []
     for arch, kernels in new.items():
         inner: list[str] = []

@@ -1,1 +1,1 @@
-"""The parts of ``benchmarks/trainer.py``, one file each."""
+"""Parts of ``benchmarks/trainer.py``, one file each."""

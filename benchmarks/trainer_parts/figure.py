@@ -1,4 +1,4 @@
-"""One measured figure beside its target, and the machine it was measured on."""
+"""Measured figures with their targets, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -20,9 +20,18 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Figure:
-    """``target``: what ``value`` must be at most, or at least with ``at_least``; None for what only informs.
+    """A measured figure.
 
-    ``spread``: the lower and the upper quartile, where there are several readings. ``how``: what was measured.
+    Attributes:
+        part: Part of the benchmark.
+        name: Name of the figure.
+        value: Measured value.
+        unit: Unit of the value.
+        how: Description of the measurement.
+        target: Largest allowed value (with ``at_least`` the smallest), or None if there is no target.
+        at_least: Whether the target is a lower bound.
+        spread: Lower and upper quartile of several measurements, or None.
+        detail: All measurements.
     """
 
     part: str
@@ -46,7 +55,7 @@ class Figure:
 
 
 def median_of(values: Sequence[float]) -> dict[str, Any]:
-    """``value`` and ``spread`` of a figure from several readings."""
+    """Return ``value`` and ``spread`` of a figure from several measurements."""
     if len(values) < 2:
         return {"value": values[0]}
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -54,7 +63,7 @@ def median_of(values: Sequence[float]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Model of the CPU, cores, load before the measurement, and versions."""
+    """Return the CPU model, the number of cores, the load before the measurement, and versions."""
     models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
         "cpu": models[0] if models else platform.processor() or platform.machine(),
@@ -71,13 +80,13 @@ def _lines(path: str) -> list[str]:
 
 
 def line_of(figure: Figure) -> str:
-    """One line, for the log."""
+    """Return the figure as one line for the log."""
     spread = f" (quartiles {figure.spread[0]:.3f} to {figure.spread[1]:.3f})" if figure.spread else ""
     return f"{figure.name}: {figure.value:.3f} {figure.unit}{spread}; {figure.how}"
 
 
 def table_of(figures: Sequence[Figure], title: str) -> Table:
-    """All of them, beside their targets."""
+    """Return a table of all figures with their targets."""
     table = Table(title=title)
     for name in ("part", "figure", "measured", "target", "met", "how"):
         table.add_column(name, justify="right" if name in ("measured", "target") else "left", overflow="fold")
@@ -95,9 +104,14 @@ def measure_parts(
     title: str,
     within: Path | None = None,
 ) -> None:
-    """Measure those of ``parts(folder)`` that ``--only`` names, tell each figure, and all beside their targets.
+    """Run the measurements that ``--only`` names, and print each figure and a table of all with their targets.
 
-    ``given`` has ``only`` and ``json``; the folder is a temporary one, below ``within``.
+    Args:
+        parser: Reports an unknown name in ``--only``.
+        given: Arguments with the attributes ``only`` and ``json``.
+        parts: Returns the measurements by name for a temporary folder.
+        title: Title of the table.
+        within: Parent of the temporary folder.
     """
     here = machine()
     print("  ".join(f"{key}={value}" for key, value in here.items() if value is not None), flush=True)

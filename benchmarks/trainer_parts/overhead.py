@@ -1,10 +1,10 @@
-"""The time of a step of the trainer beside that of a loop written by hand, of the same model on the same batches.
+"""Comparison of the trainer's time per step with that of a handwritten loop, for the same model and batches.
 
-Both run in one process, in alternating blocks of steps (trainer, bare, bare, trainer, ...), so that whatever else the
-machine does hits both. The trainer is the real one, in its own ``fit``; a hook at the top of its loop lets the bare
-loop in between two blocks. Its figures are all on: metrics, log, progress, timings, utilisation. A block is as long as
-the distance of two lines of metrics, so that each block of the trainer pays for one. Garbage collection is off in both,
-as the trainer has it.
+Both run in one process, in alternating blocks of steps (trainer, bare, bare, trainer, ...), so that other load on the
+machine affects both. The trainer is the real one, in its ``fit``; a hook at the top of its loop runs the bare loop
+between two blocks. All outputs of the trainer are enabled: metrics, log, progress, timings, utilisation. A block is as
+long as the interval between two lines of metrics, so each block of the trainer includes one. Garbage collection is
+disabled in both, as the trainer does it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _now() -> tuple[float, float]:
 
 
 class Blocks:
-    """Seconds a step of each block: ``wall``, and ``cpu`` of all threads of the process."""
+    """Seconds per step of each block: wall-clock time, and CPU time of all threads of the process."""
 
     def __init__(self) -> None:
         self.wall: list[float] = []
@@ -56,7 +56,7 @@ class Blocks:
 
 
 class BareLoop:
-    """What one writes without a framework: model, AdamW, batches, loss, backward pass, clipping, step."""
+    """Training loop as one writes it without a framework: AdamW, loss, backward pass, clipping, step."""
 
     def __init__(self, config: RunConfig, batches: Iterator[Batch], loss: Callable[[nn.Module, Batch], Tensor]) -> None:
         self.config, self.batches, self.loss = config, batches, loss
@@ -87,7 +87,7 @@ class BareLoop:
 
 
 class _Between:
-    """Stands in for the trainer's profiler, which the loop calls before each step: measures blocks, runs the other."""
+    """Replacement of the trainer's profiler, called before each step: times the blocks and runs the bare loop."""
 
     bare: BareLoop
 
@@ -111,7 +111,7 @@ class _Between:
             self.bare.run(max(2, self.warm_up // 2))
         else:
             self.trainer.add(self._begun, self.block)
-            # trainer, bare, bare, trainer, trainer, ...: the bare blocks come in twos, after every other block
+            # trainer, bare, bare, trainer, trainer, ...: two bare blocks after every other block
             while len(self.bare_ones.wall) < min((len(self.trainer.wall) + 1) // 2 * 2, self.pairs):
                 begun = _now()
                 self.bare.run(self.block)
@@ -122,10 +122,10 @@ class _Between:
 
 
 def compare(config: RunConfig, folder: Path, block: int, pairs: int, models: int) -> tuple[Blocks, Blocks]:
-    """Of the trainer and of the bare loop; block i of both stand side by side.
+    """Return the blocks of the trainer and of the bare loop, where equal indices are successive in time.
 
-    The pairs are spread over ``models`` pairs of models made anew, since where in memory a model comes to lie alone
-    makes it faster or slower by a few hundredths; the bare one is made first in every other pair.
+    The pairs are spread over ``models`` pairs of new models, because the memory addresses of a model change its speed
+    by some percent. In every other pair the model of the bare loop is created first.
     """
     trainer, bare = Blocks(), Blocks()
     for number in range(models):
@@ -177,7 +177,7 @@ def _series_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def write_series(path: Path) -> None:
-    """A table of seven hourly series, 4,000 rows."""
+    """Write a table of seven hourly series with 4,000 rows."""
     hours = np.arange(4000)
     noise = np.random.default_rng(0).normal(scale=0.2, size=(len(hours), 7))
     values = np.sin(2 * np.pi * (hours[:, None] / 24 + np.arange(7) / 7)) + noise
@@ -187,7 +187,7 @@ def write_series(path: Path) -> None:
 
 
 def configuration(kind: str, folder: Path, log_every: int, tiny: bool) -> RunConfig:
-    """A run long enough for all blocks, without evaluation or checkpoints in between."""
+    """Return the configuration of a run that is long enough for all blocks, without evaluations and checkpoints."""
     never = ["eval.every_steps=1000000", "checkpoint.every_minutes=100000", "train.max_steps=100000"]
     common = [*never, "train.epochs=1000000", f"train.log_every={log_every}", "device=cpu", "data.workers=0"]
     if kind == "vim2":
@@ -200,7 +200,7 @@ def configuration(kind: str, folder: Path, log_every: int, tiny: bool) -> RunCon
 
 
 def measure(folder: Path, *, pairs: int, tiny: bool) -> Iterator[Figure]:
-    """ViM2 and TSM2, each with the default ``log_every`` and with a line of metrics every step."""
+    """Yield the ratios for ViM2 and TSM2, each with the default ``log_every`` and with a line of metrics every step."""
     for kind in ("vim2", "tsm2"):
         for log_every in (20, 1):
             here = folder / f"{kind}_{log_every}"

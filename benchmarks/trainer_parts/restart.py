@@ -1,4 +1,4 @@
-"""From the start of the process to the first step of a run that goes on from a checkpoint: the command a user types."""
+"""Time from the start of the process to the first step of a resumed run, with the command that a user calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _run(folder: Path, config: str, overrides: list[str]) -> dict[str, Any]:
-    """The last ``start`` line of the metrics of ``launch/submit.py``, which must end well, and when it was begun."""
+    """Run ``launch/submit.py`` and return the last ``start`` line of its metrics and the time of the call."""
     command = [sys.executable, str(ROOT / "launch/submit.py"), "--config", config, "--local", "1"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     began = time.time()
@@ -32,7 +32,7 @@ def _run(folder: Path, config: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def measure(folder: Path, *, config: str, overrides: list[str], repeats: int) -> Iterator[Figure]:
-    """A run of two steps with a checkpoint after each, which is then deprived of its end and started again."""
+    """Train two steps with a checkpoint after each, then repeatedly delete the last checkpoint and resume."""
     overrides = ["data=synthetic", "data.length=256", "data.val_length=8", "train.batch_size=4", *overrides]
     overrides += ["train.max_steps=2", "train.log_every=1", "checkpoint.every_steps=1", "checkpoint.keep=2"]
     overrides += ["device=cpu", "eval.every_steps=2"]
@@ -60,7 +60,7 @@ def measure(folder: Path, *, config: str, overrides: list[str], repeats: int) ->
 
 
 def _forget(run: Path) -> None:
-    """Make the run one that was killed after step 1: no result, no checkpoint of step 2."""
+    """Delete the result and the checkpoint of step 2, as if the run had been killed after step 1."""
     (run / "result.json").unlink()
     for path in sorted((run / "checkpoints/step_00000002").iterdir()):
         path.unlink()

@@ -1,8 +1,8 @@
-"""How long training stands still for an asynchronous save, beside what the same save takes when it is waited for.
+"""Stall of training by an asynchronous save, compared with the time of a blocking save.
 
-One process, a ViM2-B with AdamW's moments (0.9 GB), the trainer's own strategy and checkpoint store. Blocking and
-asynchronous saves alternate; a blocking one ends when the checkpoint is durable, manifest and all. While an
-asynchronous one is being written steps go on, and are timed.
+One process saves a ViM2-B with AdamW's moments (0.9 GB), with the strategy and checkpoint store of the trainer.
+Blocking and asynchronous saves alternate. A blocking save ends when the whole checkpoint is durable. Training continues
+while an asynchronous save is written, and these steps are timed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Steps:
         self.batch: Batch = {**self.task.train.fetch(np.arange(2), None), "key": torch.arange(2)}
 
     def take(self) -> float:
-        """Seconds of one."""
+        """Take one step and return its seconds."""
         begun = time.perf_counter()
         self.strategy.runner.train()
         self.strategy.backward(self.task.loss(self.strategy.runner, self.batch, StepKey(0, 0)))
@@ -55,7 +55,7 @@ def measure(folder: Path, *, model: str, repeats: int, image_size: int) -> Itera
     parts = steps.strategy.state_dict(None)
     size = sum(t.nbytes for tensors in parts.values() for t in tensors.values())
     parameters = sum(t.numel() for t in parts["model"].values())
-    passing.prepare(parts)  # as the trainer does at its start
+    passing.prepare(parts)  # as the trainer does before its first step
     for _ in range(2):
         steps.take()
     blocking, stalls, durable, idle, beside = [], [], [], [], []

@@ -1,9 +1,9 @@
-"""FSDP2 beside DDP: the time of a step and the memory of a rank, two processes of one thread each over gloo.
+"""Comparison of FSDP2 with DDP: time per step and memory per rank, in two gloo processes with one thread each.
 
-Time: both strategies live in the same two processes, at the same global batch, and take alternating steps. Memory: each
-strategy has two fresh processes to itself and a batch of one tiny image a rank, so that hardly anything but parameters,
-gradients and moments is in memory; the peak of resident memory counts from just before the model is built. Activations,
-buffers of the collectives and what the allocator holds back are in it.
+For the time, both strategies run in the same two processes with the same global batch and take alternating steps. For
+the memory, each strategy has two fresh processes and a batch of one tiny image per rank, so that memory is mostly
+parameters, gradients and moments. The figure is the growth of the peak of resident memory since just before the model
+is built. It includes activations, buffers of collectives and memory kept by the allocator.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Work = Callable[[Ranks, dict[str, Any]], Any]
 
 
 def in_ranks(work: Work, options: dict[str, Any]) -> list[Any]:
-    """What ``work(ranks, options)`` gives on each of two ranks."""
+    """Call ``work(ranks, options)`` on two ranks and return their results."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -75,7 +75,7 @@ class Training:
         self.taken += 1
 
     def held(self) -> int:
-        """Bytes of parameters, gradients and the two moments of this rank, which are all of one size."""
+        """Return the bytes of parameters, gradients and the two moments of this rank, which have the same size."""
         return 4 * sum(to_local(p).nbytes for p in self.strategy.local_parameters().values())
 
 
@@ -91,7 +91,7 @@ def _batch(task: Task, config: RunConfig, ranks: Ranks) -> Batch:
 
 
 def _times(ranks: Ranks, options: dict[str, Any]) -> dict[str, list[float]]:
-    """Seconds of each step of both strategies, which take turns: ddp, fsdp, fsdp, ddp, ..."""
+    """Return the seconds of each step of both strategies. Their steps alternate: ddp, fsdp, fsdp, ddp, ..."""
     trainings = {name: Training(name, ranks, options) for name in ("ddp", "fsdp")}
     seconds: dict[str, list[float]] = {name: [] for name in trainings}
     for number in range(-options["warm_up"], options["pairs"]):
@@ -106,8 +106,10 @@ def _times(ranks: Ranks, options: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def _memory(ranks: Ranks, options: dict[str, Any]) -> dict[str, int]:
-    """Bytes: the peak of resident memory above what was resident before the model, and the training state's."""
-    Training(options["strategy"], ranks, {**options, "model": "vim2_nano"}).step()  # what is imported on first use
+    """Return the growth of the peak of resident memory since before the model, and the size of the training state."""
+    Training(
+        options["strategy"], ranks, {**options, "model": "vim2_nano"}
+    ).step()  # import everything that is imported on first use
     gc.collect()
     dist.barrier()
     before = _resident("VmRSS")
@@ -122,11 +124,11 @@ def _resident(key: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {key}: memory is measured on Linux only")
+    raise OSError(f"/proc/self/status has no {key}: memory can be measured on Linux only")
 
 
 def _reset_peak() -> bool:
-    """Begin a new peak at what is resident now; without permission the process's peak so far stays, which is lower."""
+    """Reset the peak of resident memory to the present value. Return False if this is not permitted."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

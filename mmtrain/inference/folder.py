@@ -67,8 +67,7 @@ def read_pretrained(folder: Path, source: str | Path) -> tuple[RunConfig, dict[s
     lacking = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
     if lacking:
         raise UserError(
-            f"{source}: contains no mmtrain model, because {' and '.join(lacking)} is missing. Write one with `mmtrain"
-            " export`"
+            f"{source}: contains no mmtrain model (missing: {', '.join(lacking)}). Write one with `mmtrain export`"
         )
     try:
         with os_errors(f"{folder / WEIGHTS} cannot be read", _AGAIN):
@@ -140,7 +139,7 @@ def _unfit(
         shown = [f"{key} (file {shape(weights, key)}, model {shape(expected, key)})" for key in faults[:_SHOWN]]
         more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         cure = (
-            f"Leave out those of {', '.join(overrides)} that change more than the head"
+            f"Of {', '.join(overrides)}, leave out the arguments that change more than the head"
             if overrides
             else "The file and its configuration belong to different models: export the model again"
         )

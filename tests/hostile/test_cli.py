@@ -35,7 +35,7 @@ ARGUMENTS = [
     (("model", "tsm2", "depth=0x10"), "model.depth"),
     (("model", "tsm2", "depth"), "not an override"),
     (("model", "tsm2", "depth=[1"), "model.depth"),
-    (("plan", "--config", "vim2_base_in1k", "--gpu", LONG), "no such GPU"),
+    (("plan", "--config", "vim2_base_in1k", "--gpu", LONG), "unknown GPU"),
     (("plan", "--config", "vim2_base_in1k", "--nodes", "-1"), "--nodes -1"),
     (("plan", "--config", "vim2_base_in1k", "--nodes", "1e3"), "Invalid value"),
     (("submit", "--config", "vim2_digits", "--local", "0"), "--local 0"),

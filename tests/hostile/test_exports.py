@@ -109,7 +109,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a deviation that is NaN": (_scaler(std=[1.0, float("nan")]), "has the deviation nan"),
     "a mean that is infinite": (_scaler(mean=[float("inf"), 0.0]), "has the mean inf"),
     "another number of means": (_scaler(mean=[0.0]), "the scaler is damaged"),
-    "no configuration": (_removed("config.yaml"), "it lacks config.yaml"),
+    "no configuration": (_removed("config.yaml"), "missing: config.yaml"),
     "a depth that never ends": (_setting("depth: 1", "depth: 100000000"), "model.depth"),
     "a depth of another model": (_setting("depth: 1", "depth: 1000"), "parameters do not fit"),
     "a huge width": (_setting("dim: 8", "dim: 100000000"), "parameters do not fit"),

@@ -55,7 +55,7 @@ def test_what_is_unknown_is_refused_with_the_nearest(look: Look, tmp_path: Path)
     refused(look("vim2_nano", "--input-size", "big"), "--input-size big", "224x160")
     refused(look("vim2_nano", "--variates", "3"), "--input-size")
     refused(look("tsm2", "--input-size", "32"), "--variates")
-    refused(look("tsm2", "--out", "pictures"), "--out", "run or export folder")
+    refused(look("tsm2", "--out", "pictures"), "--out", "run folder or an export")
     refused(look(tmp_path), "no config.yaml")
 
 
@@ -90,6 +90,6 @@ def test_an_export_without_its_data_asks_for_a_file(
 def test_flags_that_do_not_fit_a_run_are_refused(series_run: Path, waves: Path, look: Look, tmp_path: Path) -> None:
     refused(look(series_run, "--out", "here", "--series", "gone.csv"), "gone.csv")
     refused(look(series_run, "--out", "here", "--image", waves), "forecasting", "--series")
-    refused(look(series_run, "model.dim=3"), "data only")
+    refused(look(series_run, "model.dim=3"), "only takes overrides of data")
     (tmp_path / "file").touch()
     refused(look(series_run, "--out", "file"), "--out")

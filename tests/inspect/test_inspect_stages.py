@@ -124,5 +124,5 @@ def test_auxiliary_inputs_are_counted_too() -> None:
 def test_impossible_inputs_are_refused() -> None:
     with pytest.raises(UserError, match="at least 4×4"):
         stage_table(preset("vim2_tiny"), image_size=(3, 3))
-    with pytest.raises(UserError, match="1 or more"):
+    with pytest.raises(UserError, match="at least 1"):
         stage_table(preset("tsm2"), batch=0)

@@ -73,7 +73,7 @@ class PanelWriter:
 
     Args:
         missing: "keep" keeps missing values (train with data.missing=mask); ffill, interpolate or zero fills them.
-        shard_bytes: about the size of a shard.
+        shard_bytes: approximate size of a shard.
     """
 
     def __init__(self, folder: Path, layout: Layout, *, missing: str = "keep", shard_bytes: int = 64 << 20) -> None:

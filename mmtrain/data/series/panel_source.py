@@ -178,8 +178,8 @@ def _count_left_out(panel: Panel, spans: dict[str, Spans], rule: SplitRule, look
         if count == len(panel):
             raise UserError(
                 f"{panel.folder}: in the {name} split ({rule}) no series is long enough for one window of lookback "
-                f"{lookback} + horizon {horizon}; the longest series has {int(panel.lengths.max(initial=0))} rows in "
-                "all splits together. Use a shorter model.lookback or model.horizon, or another data.split"
+                f"{lookback} + horizon {horizon}; the longest series has {int(panel.lengths.max(initial=0))} rows over "
+                "all splits. Use a shorter model.lookback or model.horizon, or another data.split"
             )
     if any(left_out.values()):
         counts = ", ".join(f"{count} from {name}" for name, count in left_out.items() if count)

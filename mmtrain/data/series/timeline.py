@@ -35,11 +35,11 @@ _LAST = 1000
 
 @dataclass(frozen=True)
 class Step:
-    """A time step of ``count`` microseconds, or of ``count`` months or business days (Monday to Friday) if set."""
+    """A time step of a fixed length, or of a number of months or of business days (Monday to Friday)."""
 
-    count: int
-    months: bool = False
-    business: bool = False
+    count: int  # microseconds, months or business days
+    months: bool = False  # count months
+    business: bool = False  # count business days
 
     @classmethod
     def parse(cls, text: str) -> Step:
@@ -236,7 +236,7 @@ class Steps:
     def __init__(self) -> None:
         self.counts: Counter[int] = Counter()
         self.backward = 0
-        self._from: int | None = None  # any one of the times
+        self._from: int | None = None  # the first time that was added
         self._divisor = self._months = 0
         self._same_day = True
         self._days = _Days()

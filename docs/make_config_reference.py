@@ -50,7 +50,7 @@ def page() -> str:
 def _kinds(name: str, registry: Registry[Any]) -> Iterator[str]:
     """Yield the keys of all kinds, then those that several kinds share, then those of each kind."""
     yield from _section(f"`{name}`", registry.base)
-    titles = {registry.base: "all", **_SHARED[name]}
+    titles = {registry.base: f"`{name}`", **_SHARED[name]}
     for cls, title in _SHARED[name].items():
         yield from _section(f"`{name}`, {title}", cls, titles)
     kinds: dict[type[Section], list[str]] = {}

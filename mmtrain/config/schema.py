@@ -123,7 +123,7 @@ class TrainConfig(Section):
     """Length of the training, and settings of the training step."""
 
     prefix: ClassVar[str] = "train."
-    epochs: float = Field(1.0, gt=0, description="Length of the run in epochs; may be fractional.")
+    epochs: float = Field(1.0, gt=0, description="Length of the run in epochs, which may be fractional.")
     max_steps: int | None = Field(
         None, ge=1, description="Maximum number of steps; the run ends at this or at epochs, whichever comes first."
     )
@@ -141,8 +141,8 @@ class TrainConfig(Section):
     micro_batch: int | None = Field(None, ge=1, description="Maximum number of samples in a micro-batch.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32",
-        description="bf16 and fp16 use autocast; parameters, states of the scans, reductions and the optimizer stay in"
-        " fp32. fp16 also scales the loss.",
+        description="Precision of the computation. bf16 and fp16 use autocast; parameters, states of the scans,"
+        " reductions and the optimizer stay in fp32. fp16 also scales the loss.",
     )
     tf32: bool = Field(True, description="Use TF32 for fp32 matrix products on GPUs.")
     deterministic: bool = Field(False, description="Use deterministic algorithms only.")
@@ -238,7 +238,7 @@ class ClusterConfig(Section):
     """Resources of the Slurm job. Options that are null are left to the defaults of the cluster."""
 
     prefix: ClassVar[str] = "cluster."
-    nodes: int = Field(1, ge=1, description="Nodes of the job.")
+    nodes: int = Field(1, ge=1, description="Number of nodes of the job.")
     min_nodes: int | None = Field(
         None, ge=1, description="Minimum number of nodes. Slurm chooses a number from min_nodes to max_nodes."
     )
@@ -307,7 +307,7 @@ class RunConfig(Section):
 
     name: str = Field("", description="Name of the run; default: the name of the configuration.")
     seed: int = Field(0, description="Seed of the initial weights, the data order and all other randomness.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if a GPU is available, else cpu.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device. auto: cuda if available, else cpu.")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads per rank; null: torch's default.")
     run_root: str = Field("runs", description="Folder that contains the run folders.")
     model: Annotated[SerializeAsAny[ModelConfig], BeforeValidator(MODELS.validate)] = ModelConfig()

@@ -95,7 +95,7 @@ class MixerStack(nn.Module):
         return self.drops[i](self.mixers[i](self.norms[i](stream)))
 
 
-def block_places(model: nn.Module) -> list[tuple[nn.ModuleList, int]]:
+def block_positions(model: nn.Module) -> list[tuple[nn.ModuleList, int]]:
     """Return the position of each block of ``model`` as (list, index). Blocks are mixers and down-sampling layers."""
     lists = [stack.mixers for stack in model.modules() if isinstance(stack, MixerStack)]
     downs = getattr(model, "downs", None)
@@ -105,4 +105,4 @@ def block_places(model: nn.Module) -> list[tuple[nn.ModuleList, int]]:
 
 def model_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the blocks of ``model``, which are compiled and sharded one at a time."""
-    return [where[i] for where, i in block_places(model)]
+    return [where[i] for where, i in block_positions(model)]

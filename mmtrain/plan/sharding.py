@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mmtrain.config import ParallelConfig
 from mmtrain.errors import UserError
-from mmtrain.models.averaging import block_places
+from mmtrain.models.averaging import block_positions
 from mmtrain.parallel.fsdp import apply_fsdp
 
 #: With more shards than this, the model is sharded on the CPU. FSDP2 creates an empty tensor for every rank without a
@@ -111,7 +111,7 @@ def _thin_out(model: nn.Module) -> dict[nn.Module, int]:
     """Replace all but one block of each kind by modules without parameters. Return the number of blocks per kind."""
     kept: dict[tuple[Any, ...], nn.Module] = {}
     counts: Counter[nn.Module] = Counter()
-    for where, i in block_places(model):
+    for where, i in block_positions(model):
         block = where[i]
         kind = (type(block), *((name, p.shape) for name, p in block.named_parameters()))
         first = kept.setdefault(kind, block)

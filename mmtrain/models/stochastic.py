@@ -95,7 +95,7 @@ class SampleDropout(_Stochastic):
 
 
 class DropPath(_Stochastic):
-    """Drop path: set whole samples of x (B, ...) to 0 with probability ``drop``; multiply the others by 1/(1 - drop)."""
+    """Drop path: set whole samples of x (B, ...) to 0 with probability ``drop``; scale the others by 1/(1 - drop)."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.drop == 0:

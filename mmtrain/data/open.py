@@ -1,7 +1,8 @@
-"""The data of a run, as its configuration says: images in three splits, or a series cut into windows.
+"""Opening the data of a configuration: images in up to three splits, or series divided into windows.
 
-Each kind of data registers the function that opens it for its section with ``@DATA.implements``: for images it takes
-the section, the number of classes and the seed, for series the section and the model's.
+Each kind of data registers its function for the configuration section with ``@DATA.implements``. The function for
+images takes the section, the number of classes and the seed. The function for series takes the section and the section
+of the model.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class Images(NamedTuple):
-    """The splits of a dataset, and the names of its classes where it has them."""
+    """The splits of an image data set, and the names of its classes (None: unknown)."""
 
     train: Source
     val: Source
@@ -46,19 +47,19 @@ class Images(NamedTuple):
 
 
 def open_images(data: ImageDataConfig, num_classes: int, seed: int) -> Images:
-    """Open what ``data`` names.
+    """Open the splits of the image data set that ``data`` describes.
 
     Raises:
-        UserError: for data that is not there, is faulty, or has another number of classes.
+        UserError: if the data is missing or damaged, or has a different number of classes.
     """
     return cast(Images, DATA.implementation(data)(data, num_classes, seed))
 
 
 def open_data(data: SeriesDataConfig, model: ForecasterConfig) -> ForecastingData:
-    """Open what ``data`` names, cut into windows of ``model.lookback`` and ``model.horizon``.
+    """Open the series that ``data`` describes, divided into windows of ``model.lookback`` and ``model.horizon``.
 
     Raises:
-        UserError: for data that is not there, is faulty, or does not fit.
+        UserError: if the data is missing or damaged, or does not match the model.
     """
     return cast(ForecastingData, DATA.implementation(data)(data, model))
 
@@ -92,12 +93,12 @@ def _open_betons(data: FFCVDataConfig, num_classes: int, seed: int) -> Images:
 def _open_stored(
     data: StoredImagesConfig, num_classes: int, split: Callable[..., ImageShards | BetonImages], command: str
 ) -> Images:
-    """The splits below ``data.root``; ``command`` prepares such a folder."""
+    """Open the splits below ``data.root``. ``command`` is the `mmtrain data prepare` command that writes them."""
     if not data.root or (not is_address(data.root) and not Path(data.root).exists()):
         raise UserError(
-            f"data.root: {f'there is no folder {data.root}' if data.root else 'it is not set'}. Make one with `mmtrain"
-            f" data prepare {command} --out {data.root or 'FOLDER'}`, point data.root at yours, or try the"
-            " configuration on made-up images with data=synthetic"
+            f"data.root: {f'there is no folder {data.root}' if data.root else 'it is not set'}. Create it with `mmtrain"
+            f" data prepare {command} --out {data.root or 'FOLDER'}`, set data.root to an existing data set, or try"
+            " the configuration on generated images with data=synthetic"
         )
     shared = ("image_size", "mean", "std", "crop_pct", "hflip", "auto_augment", "re_prob")
     options = {key: getattr(data, key) for key in shared}
@@ -105,7 +106,7 @@ def _open_stored(
     found = train.num_classes
     if found is not None and found != num_classes:
         raise UserError(
-            f"{data.root} has {found} classes, but model.num_classes is {num_classes}: set model.num_classes={found}"
+            f"{data.root} has {found} classes, but model.num_classes is {num_classes}. Set model.num_classes={found}"
         )
     held_out = {**options, "train": False, "augment": "none"}
     val = split(data.val, **held_out)
@@ -114,7 +115,10 @@ def _open_stored(
         if source is not None:
             _check_labels(source, num_classes)
             if different := other_classes(train.classes, source.classes):
-                raise UserError(f"{data.root}: {name} has other classes than {data.train}: {different}")
+                raise UserError(
+                    f"{data.root}: the classes of {name} differ from those of {data.train}: {different}. Prepare both "
+                    "splits from the same classes"
+                )
     return Images(train, val, test, train.classes)
 
 
@@ -124,25 +128,25 @@ def _check_labels(source: ImageShards | BetonImages, num_classes: int) -> None:
         return
     bad, least, most = int(np.argmax(labels >= num_classes)), int(labels.min()), int(labels.max())
     cure = (
-        "the labels begin at 1: number the classes from 0 when the shards are made"
+        "The labels begin at 1: prepare the data again with classes numbered from 0"
         if (least, most) == (1, num_classes)
-        else f"the largest label is {most}: set model.num_classes={most + 1}, or make the data again"
+        else f"The largest label is {most}: set model.num_classes={most + 1}, or prepare the data again"
     )
     raise UserError(
-        f"{source.name_of(bad)}: label {labels[bad]}, but model.num_classes is {num_classes} and the first class is 0; "
+        f"{source.name_of(bad)}: label {labels[bad]}, but model.num_classes is {num_classes} and labels count from 0. "
         f"{cure}"
     )
 
 
 def other_classes(known: Sequence[str] | None, found: Sequence[str] | None) -> str:
-    """How the names ``found`` differ from those ``known``, in a few words; "" if they do not, or one is None."""
+    """Describe how the class names ``found`` differ from ``known``. Return "" if they are equal or one is None."""
     if known is None or found is None or list(known) == list(found):
         return ""
     if len(known) != len(found):
-        return f"{len(found)} of them, not {len(known)}"
-    places = [place for place, (one, other) in enumerate(zip(known, found, strict=True)) if one != other]
-    shown = [f"class {place} is {found[place]!r}, not {known[place]!r}" for place in places[:3]]
-    return "; ".join(shown) + (f"; ... ({len(places)} differ)" if len(places) > 3 else "")
+        return f"{len(found)} classes instead of {len(known)}"
+    different = [number for number, (one, other) in enumerate(zip(known, found, strict=True)) if one != other]
+    shown = [f"class {number} is {found[number]!r} instead of {known[number]!r}" for number in different[:3]]
+    return "; ".join(shown) + (f"; ... ({len(different)} differ)" if len(different) > 3 else "")
 
 
 @DATA.implements(SeriesDataConfig)
@@ -170,24 +174,24 @@ def _open_panel(data: PanelDataConfig, model: ForecasterConfig) -> ForecastingDa
 
 
 def check_inputs(data: ForecastingData, model: ForecasterConfig, path: str) -> None:
-    """Does the model take what the data gives?
+    """Check that the model's numbers of known and static covariates match the data.
 
     Raises:
-        UserError: with the keys to set.
+        UserError: if they differ. The message names the keys to set.
     """
     static, known = data.static, data.known
     widths = [name if width == 1 else f"{name} × {width}" for name, width in static.items()]
     wrong: list[str] = []
     for key, has, wanted, what in (
-        ("future_features", model.auxiliary.future, len(known), _named("known in advance", known)),
+        ("future_features", model.auxiliary.future, len(known), _named("known", known)),
         ("static_features", model.auxiliary.static, sum(static.values()), _named("static", widths)),
     ):
         if has != wanted:
-            wrong.append(f"model.{key} is {has}, but the data gives {wanted} ({what}): set model.{key}={wanted}")
+            wrong.append(f"model.{key} is {has}, but the data has {wanted} ({what}): set model.{key}={wanted}")
     if wrong:
-        hint = "" if static or known else " (or name columns with data.known, data.static or data.calendar=true)"
+        hint = "" if static or known else " (or select columns with data.known, data.static or data.calendar=true)"
         raise UserError(f"{path}: {'; '.join(wrong)}{hint}")
 
 
 def _named(what: str, names: Sequence[str]) -> str:
-    return f"{what}: {', '.join(names)}" if names else f"nothing {what}"
+    return f"{what}: {', '.join(names)}" if names else f"no {what} columns"

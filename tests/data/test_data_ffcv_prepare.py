@@ -195,8 +195,8 @@ def test_a_dataset_without_meta_json(
         ({"compress_probability": 2.0}, "--compress-probability 2.0"),
         ({"page_size": 3}, "--page-size 3"),
         ({"root": "nowhere"}, "--root .*nowhere: no such folder"),
-        ({"root": "."}, "none of train, val, test is in it"),
-        ({"out": "out/train.beton"}, "give the folder"),
+        ({"root": "."}, "contains none of the folders train, val, test"),
+        ({"out": "out/train.beton"}, "must be a folder"),
     ],
 )
 def test_bad_options_are_refused(
@@ -366,4 +366,4 @@ def test_places_that_wrap_around_are_refused(copy: Path) -> None:
 @pytest.mark.slow
 def test_what_betons_cannot_do_is_said(photos: Made, caplog: pytest.LogCaptureFixture) -> None:
     photos.source(augment="imagenet", os_cache=False)
-    assert "data.os_cache=false does nothing with data.augment=imagenet" in caplog.text
+    assert "data.os_cache=false has no effect with data.augment=imagenet" in caplog.text

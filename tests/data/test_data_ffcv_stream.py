@@ -128,7 +128,7 @@ def test_a_file_that_changes_under_the_run_is_refused(ffcv: None, tmp_path: Path
         with pytest.raises(UserError, match="changed after the run started"):
             list(eval_batches(source, batch_size=2))
     file.unlink()
-    with pytest.raises(UserError, match="cannot be read any more"):
+    with pytest.raises(UserError, match="can no longer be read"):
         list(eval_batches(sources[0], batch_size=2))
 
 
@@ -147,16 +147,16 @@ def test_a_file_larger_than_memory_is_told_of_once(
     photos: Made, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda: 1000)
-    monkeypatch.setattr(memory, "_told", set())
+    monkeypatch.setattr(memory, "_warned", set())
     with caplog.at_level(logging.WARNING, "mmtrain"):
         for _ in range(2):
             photos.source(augment="crop")
         photos.source("val", train=False)
-    assert caplog.text.count("set data.os_cache=false") == 1
+    assert caplog.text.count("Set data.os_cache=false") == 1
     caplog.clear()
     with caplog.at_level(logging.WARNING, "mmtrain"):
         photos.source(augment="crop", os_cache=False, window=3)
-    assert "set data.shuffle_window below 3" in caplog.text
+    assert "Set data.shuffle_window below 3" in caplog.text
     caplog.clear()
     monkeypatch.setattr(memory, "free_memory", lambda: 1 << 40)
     with caplog.at_level(logging.WARNING, "mmtrain"):

@@ -98,13 +98,13 @@ def pack_again(folder: Path, make: Make, samples: Callable) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (swap, ["2 of 3 shards hold other samples (counted from 0: 0, 1)"]),
-        (relabel, ["1 of 3 shards hold other samples (counted from 0: 0)"]),
-        (replace_image, ["1 of 3 shards hold other samples (counted from 0: 0)"]),
-        (shrink, ["1 of 3 shards have other sizes (shard 0: 6 samples before, 5 now)"]),
-        (reorder, ["2 of 3 shards hold other samples in another order (counted from 0: 1, 2)"]),
+        (swap, ["2 of 3 shards contain different samples (numbers, counted from 0: 0, 1)"]),
+        (relabel, ["1 of 3 shards contain different samples (numbers, counted from 0: 0)"]),
+        (replace_image, ["1 of 3 shards contain different samples (numbers, counted from 0: 0)"]),
+        (shrink, ["1 of 3 shards have a different size (shard 0: 6 samples before, 5 now)"]),
+        (reorder, ["2 of 3 shards are in a different order (numbers, counted from 0: 1, 2)"]),
         (delete, ["3 shards before, 2 now"]),
-        (rename_classes, ["the names or the order of the classes are others"]),
+        (rename_classes, ["the names or the order of the classes changed"]),
         (forget_indexes, []),
         (pack_again, []),
     ],
@@ -164,8 +164,8 @@ def with_value(row: int, column: str, value: float) -> Callable[[pd.DataFrame], 
     [
         (lambda f: f.rename(columns={"b": "c"}), DATES, ["columns: a, b before, a, c now"]),
         (lambda f: f[["date", "b", "a", "price"]], DATES, ["columns: a, b before, b, a now", "the values of the"]),
-        (with_value(70, "a", 7.0001), DATES, ["the values of the training rows are others"]),
-        (with_value(70, "price", 1), DATES, ["what is known in advance of the training rows is another"]),
+        (with_value(70, "a", 7.0001), DATES, ["the values of the training rows changed"]),
+        (with_value(70, "price", 1), DATES, ["the known covariates of the training rows changed"]),
         (lambda f: f.assign(date=f["date"] + pd.Timedelta(hours=1)), DATES, ["training rows: 72 before, 71 now"]),
         (with_value(100, "a", 9), DATES, []),  # the test rows are no samples of the training
         (lambda f: table(150), DATES, []),  # the table has grown, behind the training rows
@@ -205,13 +205,13 @@ def reversed_series(frame: pd.DataFrame) -> pd.DataFrame:
     ("change", "told"),
     [
         (lambda f: f, []),
-        (lambda f: f.iloc[::-1], ["the names or the order of the series are others"]),
-        (lambda f: f.replace({"id": {"s1": "new"}}), ["the names or the order of the series are others"]),
+        (lambda f: f.iloc[::-1], ["the names or the order of the series changed"]),
+        (lambda f: f.replace({"id": {"s1": "new"}}), ["the names or the order of the series changed"]),
         (lambda f: f[f["id"] != "s1"], ["number of series: 3 before, 2 now"]),
-        (with_value(5, "y", 5.5), ["the values of the training rows are others"]),
-        (reversed_series, ["the values of the training rows are others"]),
-        (with_value(5, "price", 5.5), ["what is known in advance of the training rows is another"]),
-        (lambda f: f.assign(kind="c"), ["what is known in advance"]),
+        (with_value(5, "y", 5.5), ["the values of the training rows changed"]),
+        (reversed_series, ["the values of the training rows changed"]),
+        (with_value(5, "price", 5.5), ["the known covariates of the training rows changed"]),
+        (lambda f: f.assign(kind="c"), ["the known covariates"]),
     ],
 )
 def test_panels(tmp_path: Path, change: Callable, told: list[str]) -> None:

@@ -45,7 +45,7 @@ REFUSED = {
     "two folders of one split": (["train/a/1.jpg", "Val/a/1.jpg", "validation/a/1.jpg"], "could both be the val split"),
     "a split without train": (["Val/a/1.jpg", "testing/a/1.jpg"], "Val holds the folders of a val split, but there is"),
     "other classes": (["Train/a/1.jpg", "Val/b/1.jpg"], "classes that .*Train does not have: b"),
-    "a class of no images": (["a/1.jpg", "b/1.heic", "b/2.heic"], r"no images of class 'b'.*left out: 2 \.heic files"),
+    "a class of no images": (["a/1.jpg", "b/1.heic", "b/2.heic"], r"no images of class 'b'.*ignored: 2 \.heic files"),
     "one image a class": (["a/1.jpg", "b/1.jpg"], r"no class has more than 1 image\(s\), of which --val-fraction 0\.1"),
     "nothing to validate in train": (
         ["train/a/1.jpg"],
@@ -87,15 +87,15 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path, caplog: pytest.Lo
         ".heic files": 3,
         "images outside of a class folder": 3,
         ".txt files": 1,
-        "files without an ending": 1,
-        "folders beside those that are read": 2,
+        "files without an extension": 1,
+        "other folders": 2,
         "links to folders": 1,
-        "links to nothing, or no files": 1,
+        "broken links or special files": 1,
     }
     [said] = [record.message for record in caplog.records]
-    assert said.startswith(f"{root}: left out: 5 images in hidden folders (first: ")
+    assert said.startswith(f"{root}: ignored: 5 images in hidden folders (first: ")
     assert f"3 .heic files (first: {root}/Train/a/0.HEIC)" in said
-    assert "and 2 kinds more; convert HEIC to JPEG first" in said
+    assert "and 2 more kinds; convert HEIC to JPEG first" in said
 
 
 def test_nothing_is_said_where_all_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

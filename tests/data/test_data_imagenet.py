@@ -143,10 +143,12 @@ def test_the_devkit_s_ids_need_its_list(train: Path) -> None:
     data = train / "ILSVRC2012_devkit_t12" / "data"
     data.mkdir(parents=True)
     (data / "ILSVRC2012_validation_ground_truth.txt").write_text(devkit_ids(labels))
-    with pytest.raises(UserError, match="ILSVRC ids, whose order is not that of the class indices: give --devkit"):
+    with pytest.raises(
+        UserError, match=r"ILSVRC ids of the devkit, whose order differs from the class indices\. Set --devkit"
+    ):
         prepare(train)
     (train.parent / "ids.txt").write_text(devkit_ids(labels))
-    with pytest.raises(UserError, match="give --devkit"):  # seen in the numbers: there is a 3, and no 0
+    with pytest.raises(UserError, match="Set --devkit"):  # seen in the numbers: there is a 3, and no 0
         prepare(train, val_labels=train.parent / "ids.txt")
     (train.parent / "synsets.txt").write_text("".join(f"{IDS[number]}\n" for number in (1, 2, 3)))
     done = prepare(train, val_labels=train.parent / "ids.txt", devkit=train.parent / "synsets.txt")
@@ -154,7 +156,7 @@ def test_the_devkit_s_ids_need_its_list(train: Path) -> None:
 
 
 def test_the_devkit_s_meta_mat(train: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("scipy", reason="reading meta.mat needs scipy: pip install scipy")
+    pytest.importorskip("scipy", reason="reading meta.mat needs SciPy .* pip install scipy")
     labels = flat_val(train / "val")
     data = train / "ILSVRC2012_devkit_t12" / "data"
     write_devkit(data)
@@ -164,27 +166,27 @@ def test_the_devkit_s_meta_mat(train: Path, monkeypatch: pytest.MonkeyPatch) -> 
     labels_fit_the_pixels(done.out, "val", 6)
     assert read_devkit(train)[0] == IDS
     (data / "meta.mat").write_bytes(b"not matlab's" * 50)
-    with pytest.raises(UserError, match=r"not the meta\.mat"):
+    with pytest.raises(UserError, match=r"cannot be read as the meta\.mat"):
         read_devkit(data / "meta.mat")
     monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(UserError, match="needs scipy: pip install scipy"):
+    with pytest.raises(UserError, match=r"needs SciPy .* pip install scipy"):
         read_devkit(data / "meta.mat")
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "holds no labels"),
+        ("", "contains no labels"),
         ("0\n1\n", "2 labels for 6 images"),
-        ("0\n" * 5 + "7\n", "line 6: '7' is none of the 3 classes"),
-        ("n01440764\n" * 5 + "n99999999\n", "line 6: 'n99999999' is none"),
+        ("0\n" * 5 + "7\n", "line 6: '7' is not one of the 3 training classes"),
+        ("n01440764\n" * 5 + "n99999999\n", "line 6: 'n99999999' is not one"),
         ("0\n" * 5 + "a 0\n", "line 6: 'a 0'"),
-        ("a 0\n" * 2, "'a' is there twice"),
-        ("a 0\nb 1\n", r"no label for 6 image\(s\): ILSVRC2012_val_00000001\.JPEG"),
+        ("a 0\n" * 2, "'a' is repeated"),
+        ("a 0\nb 1\n", r"6 image\(s\) have no label: ILSVRC2012_val_00000001\.JPEG"),
         ("a b c\n", "line 1: 'a b c'"),
-        ("1\n2\n3\n1\n2\n3\n", "give --devkit"),
-        ("-1\n" * 6, "'-1' is none"),
-        ("²\n" * 6, "line 1: '²' is none"),
+        ("1\n2\n3\n1\n2\n3\n", "Set --devkit"),
+        ("-1\n" * 6, "'-1' is not one"),
+        ("²\n" * 6, "line 1: '²' is not one"),
         ("9" * 5000 + "\n" + "0\n" * 5, "line 1: '999"),
     ],
 )
@@ -256,9 +258,9 @@ def test_the_whole_of_imagenet_is_wanted(train: Path, monkeypatch: pytest.Monkey
     said = str(caught.value)
     if importlib.util.find_spec("timm") is not None:
         assert re.search(r"missing classes: n01491361, .* \(997\)", said)
-    assert "12 training images, not 1,281,167" in said
-    assert "0 validation images, not 50,000; missing files: ILSVRC2012_val_00000001.JPEG" in said
-    assert "give --expect any" in said
+    assert "12 training images instead of 1,281,167" in said
+    assert "0 validation images instead of 50,000; missing files: ILSVRC2012_val_00000001.JPEG" in said
+    assert "use --expect any" in said
     small_imagenet(monkeypatch)
     (train.parent / "labels.txt").write_text(wnid_lines(flat_val(train / "val")))
     labels = {"val_labels": train.parent / "labels.txt", "expect": "full"}
@@ -311,18 +313,18 @@ def test_bad_roots(train: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no class folders"):
         prepare(tmp_path / "empty")
     (tmp_path / "empty" / "train" / "cat").mkdir()
-    with pytest.raises(UserError, match="folders that are no WNIDs: cat; for other classes"):
+    with pytest.raises(UserError, match=r"names of some folders are not WNIDs: cat\. For other classes"):
         prepare(tmp_path / "empty")
     (train / "val" / "n99999999").mkdir(parents=True)
     with pytest.raises(UserError, match=r"classes that .* does not have: n99999999"):
         prepare(train)
     (train / "val" / "loose.JPEG").write_bytes(photo(0))
-    with pytest.raises(UserError, match="images beside class folders"):
+    with pytest.raises(UserError, match="both class folders and images"):
         prepare(train)
     for options, said in (
         ({"expect": "some"}, "full or any"),
         ({"quality": 0}, "1 to 100"),
-        ({"image_size": 0}, "1 or more"),
+        ({"image_size": 0}, "at least 1"),
     ):
         with pytest.raises(UserError, match=said):
             prepare(train, **options)
@@ -331,7 +333,7 @@ def test_bad_roots(train: Path, tmp_path: Path) -> None:
 def test_the_command(cli: Any, train: Path) -> None:
     refused = cli("data", "prepare", "imagenet", "--root", train, "--out", "set")
     assert refused.returncode == 2
-    assert "not the whole of ImageNet" in refused.stderr
+    assert "not the complete ImageNet" in refused.stderr
     (train / "train" / WNIDS[0] / "bad.JPEG").write_bytes(b"x")
     words = ("data", "prepare", "imagenet", "--root", train, "--out", "set", "--expect", "any", "--workers", "1")
     failed = cli(*words)

@@ -273,7 +273,7 @@ def test_a_shard_that_is_removed_before_it_is_open(
     source = source_of(server, cache)
     assert source.fetch(np.arange(20), np.arange(20, dtype=np.uint64))["label"].tolist() == [n % 3 for n in range(20)]
     times = 10**6
-    with pytest.raises(Unreachable, match=r"is removed from .*raise data\.cache_gb"):
+    with pytest.raises(Unreachable, match=r"is removed from .*Increase data\.cache_gb"):
         cache.open(f"{server.address}/train/{far[0].name}")
 
 

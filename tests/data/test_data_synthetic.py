@@ -40,5 +40,5 @@ def test_class_means_of_one_part_classify_another() -> None:
 
 
 def test_bad_sizes() -> None:
-    with pytest.raises(UserError, match="1 or more"):
+    with pytest.raises(UserError, match="at least 1"):
         SyntheticImages(0, 8, 10, seed=0)

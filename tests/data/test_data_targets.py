@@ -206,9 +206,9 @@ def test_validation_boxes_have_the_same_categories(tmp_path: Path) -> None:
     assert done.meta["counts"] == {"train": 4, "val": 4}
     assert len(detections(done.out, "val")) == 4
     val.write_text(json.dumps(content | {"categories": [*content["categories"], {"id": 9, "name": "eel"}]}))
-    with pytest.raises(UserError, match=r"val\.json: other categories than"):
+    with pytest.raises(UserError, match=r"val\.json: the categories differ from"):
         prepare_boxes(root, content, tmp_path / "b", val_images=root, val_annotations=val)
-    with pytest.raises(UserError, match="go together"):
+    with pytest.raises(UserError, match="must be given together"):
         prepare_boxes(root, content, tmp_path / "b", val_images=root)
 
 
@@ -220,25 +220,28 @@ BOX = {"id": 1, "image_id": 10, "category_id": 7, "bbox": [1, 2, 3, 4]}
     [
         ({"images": None}, "no list 'images'"),
         ({"categories": []}, "no categories"),
-        ({"categories": [{"id": 7, "name": "dog"}, {"id": 7, "name": "cat"}]}, "a category id is there twice"),
-        ({"images": [{"id": 1, "file_name": "../0.jpg", "width": 12, "height": 10}]}, r"'\.\./0\.jpg' leads out of"),
-        ({"images": [{"id": 1, "file_name": "/0.jpg", "width": 12, "height": 10}]}, "leads out of"),
-        ({"images": [{"id": 1}]}, 'images need "id", "file_name"'),
+        ({"categories": [{"id": 7, "name": "dog"}, {"id": 7, "name": "cat"}]}, "a category id is repeated"),
+        ({"images": [{"id": 1, "file_name": "../0.jpg", "width": 12, "height": 10}]}, r"'\.\./0\.jpg' is outside of"),
+        ({"images": [{"id": 1, "file_name": "/0.jpg", "width": 12, "height": 10}]}, "is outside of"),
+        ({"images": [{"id": 1}]}, 'each image must have "id", "file_name"'),
         ({"images": [{"id": 1, "file_name": "x.jpg", "width": 12, "height": 10}], "annotations": []}, "1 of 1 images"),
         (
             {"images": [{"id": 10, "file_name": "1.jpg", "width": 13, "height": 10}]},
             "are for 13 × 10 pixels",
         ),
-        ({"annotations": [BOX | {"image_id": 5}]}, "annotation 1: no such image or category"),
-        ({"annotations": [BOX | {"category_id": 5}]}, "annotation 1: no such image or category"),
-        ({"annotations": [BOX | {"bbox": [1, 2, 3]}]}, 'annotation 1: needs "bbox"'),
-        ({"annotations": [BOX | {"bbox": [1, 2, -3, 4]}]}, "no negative width"),
-        ({"annotations": [BOX | {"bbox": [1, 2, 3, float("nan")]}]}, "finite numbers"),
-        ({"annotations": [BOX | {"segmentation": [[1, 2, 3]]}]}, "neither polygons"),
-        ({"annotations": [BOX | {"segmentation": {"size": [12, 10], "counts": []}}]}, "nor RLE of the image's size"),
-        ({"annotations": [BOX | {"iscrowd": float("inf")}]}, 'annotation 1: needs "bbox"'),
-        ({"categories": [{"id": float("inf"), "name": "dog"}]}, 'categories need "id"'),
-        ({"images": [{"id": 1, "file_name": "1.jpg", "width": float("inf"), "height": 10}]}, 'images need "id"'),
+        ({"annotations": [BOX | {"image_id": 5}]}, "annotation 1: its image or category does not exist"),
+        ({"annotations": [BOX | {"category_id": 5}]}, "annotation 1: its image or category does not exist"),
+        ({"annotations": [BOX | {"bbox": [1, 2, 3]}]}, 'annotation 1: must have a "bbox"'),
+        ({"annotations": [BOX | {"bbox": [1, 2, -3, 4]}]}, "must not be negative"),
+        ({"annotations": [BOX | {"bbox": [1, 2, 3, float("nan")]}]}, "must be finite"),
+        ({"annotations": [BOX | {"segmentation": [[1, 2, 3]]}]}, "must be polygons"),
+        ({"annotations": [BOX | {"segmentation": {"size": [12, 10], "counts": []}}]}, "with the size of the image"),
+        ({"annotations": [BOX | {"iscrowd": float("inf")}]}, 'annotation 1: must have a "bbox"'),
+        ({"categories": [{"id": float("inf"), "name": "dog"}]}, 'each category must have "id"'),
+        (
+            {"images": [{"id": 1, "file_name": "1.jpg", "width": float("inf"), "height": 10}]},
+            'each image must have "id"',
+        ),
         ([], "no list 'images'"),
     ],
 )
@@ -273,12 +276,12 @@ def test_damaged_shards_and_samples(tmp_path: Path) -> None:
         list(read_samples(tmp_path / "none.tar"))
     photo = {"jpg": png(0, SIZE, kind="JPEG")}
     for read, sample, said in (
-        (read_mask, photo, r"no \.seg\.png; make shards with mmtrain data prepare segmentation"),
+        (read_mask, photo, r"no \.seg\.png\. Create shards with `mmtrain data prepare segmentation"),
         (read_mask, photo | {"seg.png": b"x"}, "the mask cannot be decoded"),
-        (read_mask, photo | {"seg.png": png(0)}, "its pixels are RGB"),
+        (read_mask, photo | {"seg.png": png(0)}, "its mode is RGB"),
         (read_detection, photo, r"no \.json"),
-        (read_detection, photo | {"json": b"{}"}, "not the annotations of an image"),
-        (read_detection, photo | {"json": b'{"labels": [1], "image_id": 1, "width": 1, "height": 1}'}, "not the ann"),
+        (read_detection, photo | {"json": b"{}"}, "not valid annotations of an image"),
+        (read_detection, photo | {"json": b'{"labels": [1], "image_id": 1, "width": 1, "height": 1}'}, "not valid ann"),
     ):
         with pytest.raises(UserError, match=said):
             read(sample)

@@ -165,7 +165,7 @@ def test_damage_in_the_middle_is_not_taken_for_the_end(make_tar: Make, samples: 
     header = -(-int(index.offsets[2] + index.sizes[2]) // 512) * 512
     raw[header : header + 512] = b"\x55" * 512
     shard.write_bytes(raw)
-    with pytest.raises(UserError, match="no tar member"):
+    with pytest.raises(UserError, match="not a tar member"):
         index_shard(shard)
     shard.write_bytes(bytes(512 * 4) + b"x" * 512)
     with pytest.raises(UserError, match="shard"):
@@ -175,7 +175,7 @@ def test_damage_in_the_middle_is_not_taken_for_the_end(make_tar: Make, samples: 
 def test_joined_tars_are_refused(make_tar: Make, samples: Callable) -> None:
     one, two = make_tar(samples(2)), make_tar(samples(2, first=5), "train/b.tar")
     one.write_bytes(one.read_bytes() + two.read_bytes())
-    with pytest.raises(UserError, match="several tars"):
+    with pytest.raises(UserError, match="several tar files"):
         index_shard(one)
 
 

@@ -57,7 +57,7 @@ def test_a_killed_loader_worker_is_one_message(tmp_path: Path, monkeypatch: pyte
 
     _at_step_2(monkeypatch, kill)
     config = load_config("vim2_digits", [*SMALL, "data.workers=1", "train.max_steps=30"])
-    with pytest.raises(UserError, match=r"a data worker died .*use fewer data\.workers"):
+    with pytest.raises(UserError, match=r"a data worker died .*Reduce data\.workers"):
         run_training(config, tmp_path / "run")
 
 

@@ -46,7 +46,7 @@ def test_eval_compares_the_names(
         (
             ([*NAMES[:8], NAMES[9], NAMES[8]], "class 8 is 'animal 9', not 'animal 8'; class 9 is 'animal 8'"),
             ([*NAMES[:9], "emu"], "class 9 is 'emu', not 'animal 9'"),
-            (NAMES[::-1], "class 0 is 'animal 9', not 'animal 0'"),
+            (NAMES[::-1], "class 0 is 'animal 9' instead of 'animal 0'"),
         )
     ):
         other = named(digits, tmp_path / f"other{number}", names)
@@ -62,10 +62,10 @@ def test_a_resume_compares_the_names(vision: Path, small: list[str], digits: Pat
     shutil.rmtree(tmp_path / "data")
     named(digits, tmp_path / "data", NAMES[::-1])
     (tmp_path / "run/result.json").unlink()
-    with pytest.raises(UserError, match="the names or the order of the classes are others"):
+    with pytest.raises(UserError, match="the names or the order of the classes changed"):
         train(load_config(str(vision), small), tmp_path / "run")
     (tmp_path / "run/data.json").rename(tmp_path / "data.json")  # as in a run of version 0.1.0
-    with pytest.raises(UserError, match=r"has other classes than .*run: class 0 is 'animal 9', not 'animal 0'"):
+    with pytest.raises(UserError, match=r"has other classes than .*run: class 0 is 'animal 9' instead of 'animal 0'"):
         train(load_config(str(vision), small), tmp_path / "run")
     (tmp_path / "data.json").rename(tmp_path / "run/data.json")
     shutil.rmtree(tmp_path / "data")

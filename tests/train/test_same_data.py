@@ -86,7 +86,7 @@ def test_the_same_data_is_taken_without_a_word(here: Path, caplog: pytest.LogCap
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        (table(b=3.0), "the values of the training rows are others"),
+        (table(b=3.0), "the values of the training rows changed"),
         (table().rename(columns={"b": "c"}), "columns: a, b before, a, c now"),
         (table(220), r"the run was trained on 113 samples, the data now has 127\n  training rows: 140 before, 154 now"),
     ],
@@ -123,7 +123,7 @@ def test_changes_are_accepted_and_recorded(here: Path, caplog: pytest.LogCapture
     start(here, "data.accept_changes=true")
     (line,) = data_lines(here)
     assert (line["kind"], line["step"]) == ("data_changed", 4)
-    assert line["changes"] == ["columns: a, b before, a, c now", "the values of the training rows are others"]
+    assert line["changes"] == ["columns: a, b before, a, c now", "the values of the training rows changed"]
     assert "continues with changed data (data.accept_changes=true): columns: a, b before" in caplog.text
     trained = load_trained(here / "run", "last")
     assert trained.assets["columns"] == ["a", "c"]
@@ -165,7 +165,7 @@ def test_a_run_of_an_earlier_version_gets_a_fingerprint(here: Path, caplog: pyte
     assert [line["kind"] for line in data_lines(here)] == ["data_recorded"]  # it is said once
     stopped(here)
     table(b=3.0).to_csv(here / "t.csv", index=False)
-    with pytest.raises(UserError, match="the values of the training rows are others"):
+    with pytest.raises(UserError, match="the values of the training rows changed"):
         start(here)
 
 
@@ -174,7 +174,7 @@ def test_checkpoints_of_other_data_are_refused(here: Path) -> None:
     table(b=3.0).to_csv(here / "t.csv", index=False)
     for name in ("data.json", "assets.json", "config.yaml"):
         (here / "run" / name).unlink()
-    with pytest.raises(UserError, match="the values of the training rows are others"):
+    with pytest.raises(UserError, match="the values of the training rows changed"):
         start(here)
 
 

@@ -54,8 +54,8 @@ def get_command(
             if verify:
                 _report(verify_dataset(dataset, root), dataset)
             else:
-                told = _Progress(dataset.name)
-                _report(get_dataset(dataset, root, force=force, from_file=from_file, told=told), dataset)
+                progress = _Progress(dataset.name)
+                _report(get_dataset(dataset, root, force=force, from_file=from_file, progress=progress), dataset)
         except UserError as error:
             errors.append(str(error))
     if errors:

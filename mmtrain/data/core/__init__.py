@@ -1,6 +1,6 @@
-"""What every data source shares: the order of samples, the interface of a source, and the loaders.
+"""The parts that all data sources share: the order of samples, the interface of a source, and the loaders.
 
-``order`` is the data clock, ``source`` the interface and the log of faults, ``loader`` the batches for any rank and
-world size, ``workers`` the processes behind it, ``buffers`` memory that is used again. Nothing here knows what a sample
-holds.
+``order`` computes which sample comes at which stream position. ``source`` defines the interface of a data source and
+the log of damaged samples. ``loader`` yields batches for any rank and world size, ``workers`` runs the loading
+processes, and ``buffers`` reuses memory. Nothing in this package depends on the content of a sample.
 """

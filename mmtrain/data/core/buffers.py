@@ -1,6 +1,7 @@
-"""Memory of this process that is used again, because fresh pages cost more than what is written to them.
+"""Reuse of private memory within one process.
 
-Shared memory between a worker and the training process is ``workers.Ring``.
+The first write to a new memory page costs more than the write itself, so blocks are reused. Memory shared between a
+worker and the training process is managed by ``workers.Ring``.
 """
 
 from __future__ import annotations
@@ -16,26 +17,26 @@ from torch import Tensor
 
 
 class Buffers:
-    """Memory that is lent as tensors and comes back by itself when the last tensor on it is gone."""
+    """Pool of memory blocks for tensors. A block returns to the pool when its last tensor is deleted."""
 
     def __init__(self) -> None:
         self._free: list[mmap.mmap] = []
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor, on the smallest free block that holds it."""
+        """Return an uninitialised tensor in the smallest free block that is large enough."""
         size = max(prod(shape), 1) * dtype.itemsize
         fitting = [block for block in self._free if len(block) >= size]
         if fitting:
             block = min(fitting, key=len)
             self._free.remove(block)
         else:
-            # the largest of those that are too small is given up for it: what is held stays near what is used at once
+            # All free blocks are too small. Drop the largest of them, so that the pool does not grow without limit.
             if self._free:
                 self._free.remove(max(self._free, key=len))
             block = _block(size)
-        lent = np.frombuffer(block, dtype=np.uint8, count=size)
-        weakref.finalize(lent, self._free.append, block).atexit = False
-        return torch.from_numpy(lent).view(dtype)[: prod(shape)].view(*shape)
+        array = np.frombuffer(block, dtype=np.uint8, count=size)
+        weakref.finalize(array, self._free.append, block).atexit = False
+        return torch.from_numpy(array).view(dtype)[: prod(shape)].view(*shape)
 
 
 def _block(size: int) -> mmap.mmap:

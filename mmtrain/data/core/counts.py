@@ -1,4 +1,4 @@
-"""How many threads and processes may be started: a number that no machine can run ends in a crash of its libraries."""
+"""Limits on the number of threads and processes. A number far too large crashes the libraries that start them."""
 
 from __future__ import annotations
 
@@ -6,37 +6,42 @@ import os
 
 from mmtrain.errors import UserError
 
-#: The most threads or processes for each processor, and the most on a machine with few of them.
+#: Maximum number of threads or processes per processor, and the maximum allowed on any machine, however small.
 _EACH, _LEAST = 16, 256
-#: What ``data.workers`` counts.
+#: Description of ``data.workers`` in messages.
 WORKERS = "loader processes or threads of a rank"
 
 
 def processors() -> int:
-    """The processors that this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def check_count(key: str, count: int, what: str) -> None:
-    """Raise UserError for more threads or processes (``what``) than this machine could run; ``key`` sets ``count``."""
+    """Raise UserError if ``count`` is more threads or processes than this machine can run.
+
+    Args:
+        key: configuration key or flag that sets ``count``.
+        what: description of the threads or processes, for the message.
+    """
     most = max(_LEAST, _EACH * (os.cpu_count() or 1))
     if count > most:
         equals = " " if key.startswith("--") else "="
         raise UserError(
-            f"{key}{equals}{count}: no more than {most} {what} are started here, and as many as there are processors "
-            f"({processors()}) is usually best"
+            f"{key}{equals}{count}: the limit on this machine is {most} {what}. The number of processors "
+            f"({processors()}) is usually the best value"
         )
 
 
 def set_threads(threads: int | None) -> None:
-    """Set the number of threads that torch computes with (None: keep its default).
+    """Set the number of threads that torch computes with (None: keep torch's default).
 
     Raises:
-        UserError: for a number that this machine could not run.
+        UserError: if this machine cannot run that many threads.
     """
     if threads is None:
         return
-    import torch  # light commands read this module
+    import torch  # imported here, because light commands import this module
 
     check_count("threads", threads, "threads")
     torch.set_num_threads(threads)

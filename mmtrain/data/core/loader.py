@@ -1,7 +1,7 @@
-"""Batches of a source in the order of the data clock, for any rank, world size and number of workers.
+"""Batches of a data source for any rank, world size and number of workers.
 
-The loader has no state of its own: it can be made again anywhere from the number of samples consumed. Batches are
-copied to a GPU one ahead of the computation.
+The order of samples is the one of ``order``. The loader has no state: the number of samples consumed is enough to
+resume it. The copy of a batch to a GPU overlaps with the computation on the batch before it.
 """
 
 from __future__ import annotations
@@ -34,19 +34,31 @@ def train_batches(
     device: torch.device | None = None,
     on_fault: OnFault | None = None,
 ) -> Iterator[Batch]:
-    """Micro-batches of ``steps`` optimizer steps from stream position ``start`` (the number of samples consumed).
+    """Yield this rank's micro-batches of ``steps`` optimizer steps, from stream position ``start``.
 
-    ``batch_size`` is the global batch. Yields step 0 micro 0, micro 1, ..., then step 1: each what ``source.fetch``
-    gives for ``batch_size / (world * micros)`` samples plus int64 ``position`` (in the stream), ``index`` (of the
-    sample) and ``key`` (the uint64 random key's bits). The stream runs on over epoch ends. ``prefetch`` is the number
-    of micro-batches each worker keeps ready; ``device`` is where they come. Bit-identical for every number of workers.
+    The stream continues over the ends of epochs. The batches are bit-identical for every number of workers.
 
-    ``on_fault`` is told of every sample that could not be used. With it workers that die are started again; without it
-    that is a RuntimeError. Raises UserError for a batch that does not divide and for what the source reports.
+    Args:
+        batch_size: global batch size.
+        start: number of samples consumed so far.
+        micros: micro-batches per step.
+        window: shuffle window, in shards.
+        prefetch: micro-batches that each worker keeps ready.
+        device: device of the yielded tensors (None: leave them in CPU memory).
+        on_fault: called for each damaged sample. If given, workers that die are restarted; otherwise their death
+            raises a RuntimeError.
+
+    Yields:
+        Step 0 micro-batch 0, 1, ..., then step 1, and so on: the result of ``source.fetch`` for
+        ``batch_size / (world * micros)`` samples, plus int64 tensors ``position`` (in the stream), ``index`` (of the
+        sample) and ``key`` (the bits of the uint64 random key).
+
+    Raises:
+        UserError: if ``batch_size`` is not divisible, or the source reports an error.
     """
     if start < 0 or steps < 0:
-        raise ValueError(f"start and steps are 0 or more, got {start} and {steps}")
-    local_positions(start, batch_size, rank, world, 0, micros)  # say what is wrong before any worker starts
+        raise ValueError(f"start and steps must be 0 or more, got {start} and {steps}")
+    local_positions(start, batch_size, rank, world, 0, micros)  # report a bad batch size before any worker starts
 
     def arrays() -> Iterator[np.ndarray]:
         for step in range(steps):
@@ -67,16 +79,21 @@ def eval_batches(
     device: torch.device | None = None,
     on_fault: OnFault | None = None,
 ) -> Iterator[Batch]:
-    """Every sample once, in order, without padding: rank r of w takes r, r + w, ... in batches of ``batch_size``.
+    """Yield every sample once, in order and without padding.
 
-    The last batch is short, and ranks can differ by one sample, hence by one batch: reduce sums and counts at the end,
-    not batch by batch. Adds int64 ``index`` to what ``source.fetch`` gives. Samples that cannot be used are missing
-    where the source leaves faults out; a batch without any is left out. ``device``, ``on_fault``: as in training.
+    Rank r of w evaluates samples r, r + w, ... in batches of ``batch_size``. The last batch may be smaller, and ranks
+    may differ by one sample and therefore by one batch: reduce sums and counts over ranks at the end, not per batch.
+    Each batch is the result of ``source.fetch`` plus an int64 tensor ``index``. A source that skips damaged samples
+    yields smaller batches; empty batches are not yielded.
+
+    Args:
+        batch_size: samples of a batch on this rank.
+        prefetch, device, on_fault: as in ``train_batches``.
     """
     if batch_size < 1:
-        raise UserError(f"the evaluation batch size is 1 or more, got {batch_size}")
+        raise UserError(f"the evaluation batch size must be at least 1, got {batch_size}")
     if not 0 <= rank < world:
-        raise ValueError(f"no rank {rank} of {world}")
+        raise ValueError(f"rank must be from 0 to {world - 1}, got {rank}")
     length = len(source)
 
     def arrays() -> Iterator[np.ndarray]:
@@ -95,14 +112,14 @@ def _batches(
     device: torch.device | None,
     on_fault: OnFault | None,
 ) -> Iterator[Batch]:
-    """Batches of each array of stream positions, or of sample indices without an order, finished on ``device``."""
+    """Yield a batch on ``device`` for each array of stream positions (``order`` None: of sample indices)."""
     check_count("data.workers", workers, WORKERS)
     pinned = device is not None and device.type == "cuda"
-    if isinstance(source, Streaming):  # which makes them itself
+    if isinstance(source, Streaming):
         made = source.batches(arrays(), order, workers=workers, prefetch=prefetch, pin_memory=pinned)
         return on_device(made, device)
     if workers < 0:
-        raise UserError(f"data.workers={workers}: give 0 (load in the training process) or more")
+        raise UserError(f"data.workers={workers}: must be at least 0 (0: load in the training process)")
     made = made_batches(
         source,
         _Maker(source, order),
@@ -116,17 +133,17 @@ def _batches(
 
 
 class _Maker:
-    """Makes a batch in a worker: of stream positions, or of sample indices to evaluate (``order`` None)."""
+    """Load a batch in a worker, given stream positions or, for evaluation (``order`` None), sample indices."""
 
     def __init__(self, source: Source, order: Order | None) -> None:
         self.source, self.order = source, order
-        self.staged = source if isinstance(source, Staged) else None  # the question takes longer than a small batch
+        self.staged = source if isinstance(source, Staged) else None  # isinstance is too slow to call for each batch
         self.ahead: Callable[[list[int]], None] | None = getattr(source, "ahead", None)
 
     def __call__(self, numbers: np.ndarray, ring: Ring | None) -> Batch:
         if self.order is None:
             batch, index = self._load(numbers, None, ring), torch.from_numpy(numbers)
-            kept = batch.pop("kept", None)  # not all of them, where faults are left out
+            kept = batch.pop("kept", None)  # present if damaged samples were skipped
             return {**batch, "index": index if kept is None else index[kept]}
         if self.ahead is not None:
             self.ahead(self.order.coming(int(numbers[-1])))
@@ -149,9 +166,9 @@ class _Maker:
 def on_device(
     batches: Iterable[Batch], device: torch.device | None, finish: Callable[[Batch], Batch] | None = None
 ) -> Iterator[Batch]:
-    """Each batch on ``device`` (None: where it is) and finished there.
+    """Copy each batch to ``device`` (None: no copy) and apply ``finish`` there.
 
-    For CUDA both happen on a stream of their own, one batch ahead: give batches in pinned memory.
+    On CUDA, both run in a separate stream, one batch ahead. The input batches should be in pinned memory.
     """
     finish = finish or (lambda batch: batch)
     if device is None or device.type != "cuda":
@@ -170,7 +187,7 @@ def on_device(
 
 
 def _handed_over(batch: Batch, side: torch.cuda.Stream) -> Batch:
-    """The stream that computes waits for the one that copied, and memory is not used again before it is done."""
+    """Let the current stream wait for the copy, and keep the memory until the current stream has used it."""
     current = torch.cuda.current_stream()
     current.wait_stream(side)
     for tensor in batch.values():

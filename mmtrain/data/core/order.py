@@ -1,10 +1,11 @@
-"""The data clock: which sample comes at which position, as a pure function of (seed, epoch, position).
+"""The order of samples, as a pure function of (seed, epoch, position).
 
-Nothing here depends on workers, ranks or restarts, so the one number that a run has to save is how many samples it has
-consumed. Blocks (shards) are shuffled once an epoch; samples are then shuffled fully inside each window of consecutive
-shuffled blocks. That keeps reading sequential enough to stream and needs no global permutation.
+The order does not depend on workers, ranks or restarts, so a run only has to save the number of samples consumed.
+Blocks (shards) are shuffled once per epoch. Samples are then shuffled fully inside each window of consecutive shuffled
+blocks. Reading therefore stays sequential enough to stream, and no global permutation is needed.
 
-numpy's generators do not promise the same stream in every version, so the order rests on a hash of our own.
+NumPy does not guarantee that its generators give the same numbers in every version, so the order is computed with a
+hash that is defined here.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ _MASK = (1 << 64) - 1
 def mix64(*values: int | np.integer | np.ndarray) -> UInt64s:
     """Hash integers (negative ones modulo 2^64) to uint64, element by element with broadcasting.
 
-    The state starts at 0; each value is xored in and passed through one step of splitmix64 (Steele, Lea & Flood 2014),
-    so ``mix64(0)`` is the first output of splitmix64 seeded with 0. Each step is a bijection: for fixed leading values,
-    different last values never collide. Scalars give an array of shape (1,).
+    The state starts at 0. Each value is combined with the state by XOR, followed by one step of splitmix64 (Steele, Lea
+    & Flood 2014), so ``mix64(0)`` is the first output of splitmix64 with seed 0. Each step is a bijection: for fixed
+    leading values, different last values never collide. Scalars return an array of shape (1,).
     """
     state: Any = 0
     for value in values:
-        # plain integers are faster than arrays of one
+        # Python integers are faster than arrays with one element.
         number = int(value) & _MASK if isinstance(value, int | np.integer) else _as_uint64(value)
         state = ((state ^ number) + 0x9E3779B97F4A7C15) & _MASK
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
@@ -46,30 +47,35 @@ def mix64(*values: int | np.integer | np.ndarray) -> UInt64s:
 
 def _as_uint64(values: np.ndarray) -> UInt64s:
     if values.dtype.kind not in "iu":
-        raise TypeError(f"mix64 hashes integers, not {values.dtype}")
+        raise TypeError(f"mix64: values must be integers, got {values.dtype}")
     return np.atleast_1d(values.astype(np.int64) if values.dtype.kind == "i" else values).astype(np.uint64)
 
 
 class _Epoch(NamedTuple):
-    """One epoch's shuffled blocks."""
+    """The shuffled blocks of one epoch."""
 
-    blocks: Int64s  # (number of blocks,) block at each place
-    ends: Int64s  # (number of windows,) position at which each window ends
+    blocks: Int64s  # (number of blocks,) block numbers in shuffled order
+    ends: Int64s  # (number of windows,) position in the epoch at which each window ends
 
 
 class Order:
-    """The order of ``sum(block_sizes)`` samples, epoch after epoch.
+    """The order of ``sum(block_sizes)`` samples in each epoch.
 
-    ``window`` is the number of consecutive shuffled blocks within which samples are shuffled fully. Samples are
-    numbered block by block in the order of ``block_sizes``.
+    Args:
+        block_sizes: samples in each block. Samples are numbered block by block.
+        seed: seed of the shuffle.
+        window: shuffle window: number of consecutive shuffled blocks within which samples are shuffled fully.
+
+    Raises:
+        UserError: if there are no samples, or ``window`` is below 1.
     """
 
     def __init__(self, block_sizes: Sequence[int], seed: int, window: int = 8) -> None:
         self.sizes: Int64s = np.asarray(block_sizes, dtype=np.int64).reshape(-1)
         if (self.sizes < 0).any() or int(self.sizes.sum()) < 1:
-            raise UserError("there is nothing to train on: the data source holds no samples")
+            raise UserError("the training data contains no samples")
         if window < 1:
-            raise UserError(f"data.shuffle_window={window}: the shuffle window is a number of shards, 1 or more")
+            raise UserError(f"data.shuffle_window={window}: must be at least 1 (number of shards)")
         self.seed, self.window = int(seed), int(window)
         self.starts: Int64s = np.cumsum(self.sizes) - self.sizes
         self._length = int(self.sizes.sum())
@@ -80,46 +86,47 @@ class Order:
         return self._length
 
     def lookup(self, positions: Int64s) -> tuple[Int64s, Int64s]:
-        """Epochs and sample indices (int64, the shape of ``positions``) at stream positions q ≥ 0.
+        """Return epochs and sample indices (int64, same shape as ``positions``) at stream positions q ≥ 0.
 
-        Epoch q // N, place q % N. The stream runs on over the ends of epochs, so no last batch is ever dropped.
+        With N samples, q is position q % N of epoch q // N. The stream continues over the ends of epochs, so no
+        incomplete last batch is ever dropped.
         """
         positions = np.asarray(positions, dtype=np.int64)
         if positions.size and int(positions.min()) < 0:
-            raise ValueError(f"stream positions are 0 or more, got {int(positions.min())}")
-        epochs, places = np.divmod(positions, self._length)
-        indices = np.empty_like(places)
+            raise ValueError(f"stream positions must be 0 or more, got {int(positions.min())}")
+        epochs, offsets = np.divmod(positions, self._length)
+        indices = np.empty_like(offsets)
         for epoch in np.unique(epochs).tolist():
             in_epoch = epochs == epoch
             ends = self._epoch(epoch).ends
-            # side="right": windows of empty blocks have no places
-            windows = np.searchsorted(ends, places[in_epoch], side="right")
+            # side="right" skips windows that contain only empty blocks
+            windows = np.searchsorted(ends, offsets[in_epoch], side="right")
             found = np.empty(windows.shape, dtype=np.int64)
             for number in np.unique(windows).tolist():
                 inside = windows == number
                 begin = int(ends[number - 1]) if number else 0
-                found[inside] = self._window(epoch, number)[places[in_epoch][inside] - begin]
+                found[inside] = self._window(epoch, number)[offsets[in_epoch][inside] - begin]
             indices[in_epoch] = found
         return epochs, indices
 
     def samples(self, positions: Int64s) -> tuple[Int64s, UInt64s]:
-        """Sample indices at stream positions, and the random keys ``mix64(seed, epoch, index)`` of these samples."""
+        """Return the sample indices at stream positions, and their random keys ``mix64(seed, epoch, index)``."""
         epochs, indices = self.lookup(positions)
-        # a batch seldom reaches over the end of an epoch, and one number is hashed faster than many
+        # Most batches lie within one epoch, and hashing a scalar is faster than hashing an array.
         epoch = int(epochs[0]) if len(epochs) and epochs[0] == epochs[-1] else epochs
         return indices, mix64(self.seed, epoch, indices)
 
     def coming(self, position: int) -> list[int]:
-        """Blocks after the window of stream position ``position`` that should be on their way by then.
+        """Return the blocks of the next window that should be prefetched at stream position ``position``.
 
-        A window's samples come from all of its blocks at once; so while it is used up the blocks of the next one are
-        asked for, one after the other.
+        A new window needs all its blocks at once. Their number therefore grows in proportion to the samples of the
+        current window that are consumed.
         """
-        epoch, place = divmod(position, self._length)
+        epoch, offset = divmod(position, self._length)
         ends = self._epoch(epoch).ends
-        number = int(np.searchsorted(ends, place, side="right"))
+        number = int(np.searchsorted(ends, offset, side="right"))
         begin = int(ends[number - 1]) if number else 0
-        used = (place - begin) / max(int(ends[number]) - begin, 1)
+        used = (offset - begin) / max(int(ends[number]) - begin, 1)
         if number + 1 < len(ends):
             blocks = self._epoch(epoch).blocks[(number + 1) * self.window : (number + 2) * self.window]
         else:
@@ -135,7 +142,7 @@ class Order:
         return _Epoch(blocks.astype(np.int64), np.cumsum(np.add.reduceat(self.sizes[blocks], first)))
 
     def _shuffled_samples(self, epoch: int, number: int) -> Int64s:
-        """Sample indices of one window in their shuffled order."""
+        """Return the sample indices of window ``number`` in shuffled order."""
         blocks = self._epoch(epoch).blocks[number * self.window : (number + 1) * self.window]
         samples = np.concatenate(
             [np.arange(self.starts[b], self.starts[b] + self.sizes[b], dtype=np.int64) for b in blocks]
@@ -143,42 +150,46 @@ class Order:
         return samples[np.argsort(mix64(self.seed, epoch, _SAMPLE_TAG, samples), kind="stable")]
 
     def __reduce__(self) -> tuple[type[Order], tuple[object, ...]]:
-        return Order, (self.sizes, self.seed, self.window)  # caches are cheap to refill
+        return Order, (self.sizes, self.seed, self.window)  # without the caches, which are cheap to refill
 
 
 def local_positions(
     start: int, global_batch: int, rank: int, world: int, micro: int = 0, micros: int = 1
 ) -> NDArray[np.int64]:
-    """Stream positions (int64) of one rank's micro-batch in the global batch that begins at ``start``.
+    """Return the stream positions (int64) of one rank's micro-batch in the global batch that begins at ``start``.
 
-    They are the p in 0 .. global_batch - 1 with p ≡ micro·world + rank (mod world·micros), plus ``start``: over all
-    ranks and micro-batches the whole global batch, whatever the world size.
+    They are ``start + p`` for all p in 0 .. global_batch - 1 with p ≡ micro·world + rank (mod world·micros). Together,
+    all ranks and micro-batches cover the global batch exactly once, for every world size.
+
+    Raises:
+        UserError: if ``global_batch`` is not a multiple of world · micros.
     """
     if not (0 <= rank < world and 0 <= micro < micros):
-        raise ValueError(f"no rank {rank} of {world}, or no micro-batch {micro} of {micros}")
+        raise ValueError(f"rank {rank} of {world} or micro-batch {micro} of {micros} is out of range")
     parts = world * micros
     if global_batch < 1 or global_batch % parts:
         low = global_batch // parts * parts
         fitting = " or ".join(str(size) for size in (low, low + parts) if size > 0)
         raise UserError(
-            f"train.batch_size={global_batch} (the global batch) does not divide among {world} rank(s) × {micros} "
-            f"micro-batch(es) = {parts}: use a multiple of {parts}, for example {fitting}"
+            f"train.batch_size={global_batch}: the global batch is not divisible by {world} rank(s) × {micros} "
+            f"micro-batch(es) = {parts}. Use a multiple of {parts}, for example {fitting}"
         )
     return np.arange(micro * world + rank, global_batch, parts, dtype=np.int64) + int(start)
 
 
 def mixing_figure(order: Order, epoch: int = 0) -> float:
-    """How well one epoch is shuffled: how far apart samples come that lie side by side in a shard, as a part of N/3.
+    """Measure how well one epoch is shuffled: 1 for a uniform shuffle, 0 for no shuffle.
 
-    1.0 is a uniform shuffle, 0 an unshuffled order; shuffling blocks alone changes next to nothing, and windows of w of
-    W blocks give about w / W. O(N) time and memory.
+    The figure is the mean distance in the epoch between samples that are adjacent in a shard, scaled so that a uniform
+    shuffle of N samples (mean distance about N / 3) gives 1. A shuffle of whole blocks gives about 0, and windows of w
+    out of W blocks give about w / W. Time and memory are O(N).
     """
     n = len(order)
     _, indices = order.lookup(np.arange(n, dtype=np.int64) + n * epoch)
-    places = np.empty(n, dtype=np.int64)
-    places[indices] = np.arange(n)
-    together = np.diff(np.repeat(np.arange(len(order.sizes)), order.sizes)) == 0
-    if n < 3 or not together.any():
+    positions = np.empty(n, dtype=np.int64)
+    positions[indices] = np.arange(n)
+    same_block = np.diff(np.repeat(np.arange(len(order.sizes)), order.sizes)) == 0
+    if n < 3 or not same_block.any():
         return 1.0
-    # two places of a uniform permutation are (N + 1) / 3 apart on average, and never less than 1
-    return float((np.abs(np.diff(places))[together].mean() - 1) / ((n + 1) / 3 - 1))
+    # Two positions of a uniform permutation are (N + 1) / 3 apart on average, and at least 1.
+    return float((np.abs(np.diff(positions))[same_block].mean() - 1) / ((n + 1) / 3 - 1))

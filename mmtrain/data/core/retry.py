@@ -1,4 +1,4 @@
-"""Requests over a network: which failures may pass, how long to wait, and when to give up."""
+"""Retries of network requests: which failures are temporary, how long to wait, and when to give up."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from mmtrain.log import logger
 Result = TypeVar("Result")
 
 ATTEMPTS = 4
-#: The longest pause that a server is granted, in seconds.
+#: Longest pause between two requests, in seconds, even if the server requests a longer one.
 _LONGEST = 120.0
 
 
 class Unreachable(UserError):
-    """The file at an address cannot be fetched."""
+    """The file at a URL cannot be fetched."""
 
 
 class Absent(Unreachable):
-    """There is nothing at an address."""
+    """The file at a URL does not exist."""
 
 
-def passes(status: int) -> bool:
-    """Whether another request may be answered better than with this status code of HTTP."""
+def is_temporary(status: int) -> bool:
+    """Return whether the HTTP status code is a temporary failure, so that a retry may succeed."""
     return status in (408, 425, 429) or status >= 500
 
 
-def asked_pause(retry_after: str | None) -> float:
-    """Seconds that a ``Retry-After`` header asks for: a number, or a date. 0 without one, or for nonsense."""
+def requested_pause(retry_after: str | None) -> float:
+    """Return the seconds to wait according to a ``Retry-After`` header (a number or a date); 0 if absent or invalid."""
     from urllib3.exceptions import InvalidHeader
     from urllib3.util import Retry
 
@@ -40,70 +40,83 @@ def asked_pause(retry_after: str | None) -> float:
         return 0.0
 
 
-def pause_after(failures: int, first: float, asked: float = 0.0) -> float:
-    """Seconds before the next request: ``first``, doubled for each further failure, or as long as the server asked."""
-    return min(max(first * 2 ** (failures - 1), asked), _LONGEST)
+def pause_after(failures: int, first: float, requested: float = 0.0) -> float:
+    """Return the seconds to wait before the next request, at most ``_LONGEST``.
+
+    Args:
+        failures: failed requests so far.
+        first: pause after the first failure. It doubles with each further failure.
+        requested: pause that the server requested; used if it is longer.
+    """
+    return min(max(first * 2 ** (failures - 1), requested), _LONGEST)
 
 
 def persistently(address: str, action: Callable[[], Result], first: float) -> Result:
-    """What ``action``, which uses fsspec, returns; a failure that may pass is waited for, a few times.
+    """Return the result of ``action``, which uses fsspec. Temporary failures are retried, ``ATTEMPTS`` times in total.
 
-    Raises Absent, Unreachable, and UserErrors of ``action``.
+    Args:
+        address: URL for the messages.
+        first: seconds to wait after the first failure.
+
+    Raises:
+        Absent: if the file does not exist.
+        Unreachable: if the file cannot be fetched.
+        UserError: from ``action``; it is not retried.
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return action()
         except UserError:
             raise
-        except Exception as error:  # each kind of storage has its own
+        except Exception as error:  # each storage library has its own exceptions
             wait = _pause_for(address, error)
             if attempt == ATTEMPTS:
                 raise Unreachable(
                     f"{address}: could not be fetched in {ATTEMPTS} attempts ({reason(error)}). If the file was "
-                    "replaced, index it again: mmtrain data index"
+                    "replaced, index it again with `mmtrain data index`"
                 ) from error
             wait = pause_after(attempt, first, wait)
-            logger.debug("%s: attempt %d: %s; trying again in %g s", address, attempt, reason(error), wait)
+            logger.debug("%s: attempt %d failed: %s; retrying in %g s", address, attempt, reason(error), wait)
             time.sleep(wait)
     raise AssertionError
 
 
 def _pause_for(address: str, error: Exception) -> float:
-    """Seconds that the server asked for. Raises Absent or Unreachable for a failure that will not pass.
+    """Return the seconds that the server requested to wait. Raise Absent or Unreachable for a permanent failure.
 
-    fsspec makes a FileNotFoundError of whatever happened to an HTTP request: its cause tells what did.
+    fsspec raises FileNotFoundError for every failed HTTP request. The cause of that exception has the details.
     """
     cause = list(_causes(error))[-1]
-    status = getattr(cause, "status", None)  # of aiohttp's answers
+    status = getattr(cause, "status", None)  # set by aiohttp
     name = type(cause).__name__
     if name == "TooManyRedirects":
-        raise Unreachable(f"{address}: is redirected again and again; check the address") from error
+        raise Unreachable(f"{address}: too many redirects. Check the URL") from error
     if "Certificate" in name or "SSL" in name:
         raise Unreachable(
-            f"{address}: the server's certificate was not accepted ({reason(cause)}); behind a proxy with a "
-            "certificate of its own set SSL_CERT_FILE"
+            f"{address}: the server's certificate was not accepted ({reason(cause)}). If a proxy uses its own "
+            "certificate, set the environment variable SSL_CERT_FILE to it"
         ) from error
     if isinstance(cause, FileNotFoundError) or status in (404, 410):
         raise Absent(f"{address}: there is no such file") from error
     if isinstance(cause, PermissionError):
-        raise Unreachable(f"{address}: may not be read ({reason(cause)})") from error
-    if isinstance(status, int) and status and not passes(status):
+        raise Unreachable(f"{address}: permission denied ({reason(cause)})") from error
+    if isinstance(status, int) and status and not is_temporary(status):
         raise Unreachable(f"{address}: the server answered {status} {getattr(cause, 'message', '')}") from error
-    if isinstance(cause, ValueError) and not isinstance(cause, OSError):  # an address that is none
+    if isinstance(cause, ValueError) and not isinstance(cause, OSError):  # an invalid URL
         raise Unreachable(f"{address}: cannot be read ({reason(cause)})") from error
     headers = getattr(cause, "headers", None) or {}
-    return asked_pause(headers.get("Retry-After"))
+    return requested_pause(headers.get("Retry-After"))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """``error``, and what it was raised for where it is a FileNotFoundError of fsspec."""
+    """Yield ``error`` and, while it is a FileNotFoundError, the exception that caused it."""
     yield error
     if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
         yield from _causes(error.__cause__)
 
 
 def reason(error: BaseException) -> str:
-    """An error of some library in one line."""
+    """Return a one-line description of an exception raised by a storage library."""
     last = list(_causes(error))[-1]
     status = getattr(last, "status", None)
     if isinstance(status, int) and status:

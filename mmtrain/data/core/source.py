@@ -1,7 +1,8 @@
-"""What the loaders need of a data source, and what becomes of samples that cannot be used.
+"""The interface of a data source, and the log of damaged samples.
 
-A source implements :class:`Source`, and :class:`Staged` or :class:`Streaming` where that is faster. What it has to
-leave out it reports as a :class:`Fault`; a :class:`FaultLog` counts these, writes them down and limits them.
+A source implements :class:`Source`, and also :class:`Staged` or :class:`Streaming` if that is faster. It reports each
+sample that it skips as a :class:`Fault`. A :class:`FaultLog` records the faults and stops the run if there are too
+many.
 """
 
 from __future__ import annotations
@@ -30,52 +31,58 @@ Batch = dict[str, "Tensor"]
 
 @runtime_checkable
 class Source(Protocol):
-    """An indexable set of samples, stored in blocks (shards) which are cheap to read together."""
+    """An indexable set of samples, stored in blocks (shards) whose samples are cheap to read together."""
 
     @property
     def block_sizes(self) -> Sequence[int]:
-        """Samples in each block; sample indices run through block 0, then block 1, ..."""
+        """Number of samples in each block. Sample indices count through block 0, then block 1, and so on."""
         ...
 
     def __len__(self) -> int: ...
 
     def fetch(self, indices: NDArray[np.int64], keys: NDArray[np.uint64] | None) -> Batch:
-        """A collated batch: every tensor has ``len(indices)`` as its first dimension, in the order of ``indices``.
+        """Return a collated batch of the samples ``indices``, in this order.
 
-        ``keys`` are the samples' random keys ``mix64(seed, epoch, index)`` in training, None in evaluation: whatever
-        is random about a sample must be a function of its key alone.
+        Args:
+            indices: sample indices (B,).
+            keys: random keys ``mix64(seed, epoch, index)`` of the samples (B,) in training, None in evaluation. All
+                randomness of a sample must be a function of its key alone.
+
+        Returns:
+            Tensors whose first dimension is B.
         """
         ...
 
 
-#: Gives an uninitialised tensor of a shape and a dtype.
+#: Function that returns an uninitialised tensor of a shape and a dtype.
 Empty = Callable[[Sequence[int], "torch.dtype"], "Tensor"]
 
 
 @runtime_checkable
 class Staged(Protocol):
-    """A source that makes its batches in two halves: what moves between processes and devices is small.
+    """A source that produces batches in two stages, so that little data moves between processes and devices.
 
-    ``fetch`` is ``finish`` of ``load``. ``moved`` names the large tensors of ``load``, whose memory is used again as
-    soon as ``finish`` is done: it copies them.
+    ``fetch`` is equivalent to ``finish(load(...))``. ``moved`` names the large tensors of ``load``. Their memory is
+    reused as soon as ``finish`` returns, so ``finish`` must copy them.
     """
 
     moved: Sequence[str]
 
     def load(self, indices: NDArray[np.int64], keys: NDArray[np.uint64] | None, empty: Empty = ...) -> Batch:
-        """As ``fetch``, but what only ``finish`` understands: made by a worker, the tensors in ``moved`` best in
-        memory from ``empty(shape, dtype)``.
+        """Return an intermediate batch for ``finish``; called in a worker.
+
+        The tensors named in ``moved`` should be allocated with ``empty(shape, dtype)``, which avoids a copy.
         """
         ...
 
     def finish(self, batch: Batch) -> Batch:
-        """The batch as ``fetch`` gives it, on the device where ``load``'s tensors are by now."""
+        """Return the batch as ``fetch`` does, on the device of the tensors in ``batch``."""
         ...
 
 
 @runtime_checkable
 class Streaming(Source, Protocol):
-    """A source that makes its batches itself, in place of torch's DataLoader."""
+    """A source that produces its batches itself, without torch's DataLoader."""
 
     def batches(
         self,
@@ -86,58 +93,61 @@ class Streaming(Source, Protocol):
         prefetch: int = 2,
         pin_memory: bool = False,
     ) -> Iterator[Batch]:
-        """What ``loader.train_batches`` yields for each array of stream positions in ``order``; with ``order=None``
-        what ``loader.eval_batches`` yields for each array of sample indices. Closing the iterator stops what it runs.
+        """Yield a batch for each array in ``numbers``, as ``loader.train_batches`` does for stream positions.
+
+        Without ``order``, the numbers are sample indices, and the batches are those of ``loader.eval_batches``. Closing
+        the iterator stops its threads.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Sample ``index`` of a source (-1: a whole shard, which held about ``samples``) cannot be used."""
+    """A sample, or a whole shard, that cannot be used."""
 
-    index: int
-    where: str
+    index: int  # of the sample in its source; -1 for a whole shard
+    where: str  # file and sample, for messages
     reason: str
-    samples: int = 1
+    samples: int = 1  # lost samples; an estimate for a shard
 
 
-#: Is told of every sample that cannot be used.
+#: Function that is called for every damaged sample.
 OnFault = Callable[[Fault], None]
 
 
 class FaultLog:
-    """The faults of one split: each once, in a line of this rank's ``file``, and limited over all ranks.
+    """Log of the faults of one split, with a limit over all ranks.
 
     Args:
-        file: JSON lines. What is in it and in its neighbours already, of other ranks and of the job before, counts.
-        split: its name, for the lines.
-        total: samples of the split that are there.
-        most: the largest part of the split that may be missing.
+        file: JSON lines file of this rank, one line per fault. Faults that this file and the files of the other ranks
+            contain already, for example from an earlier job, are counted too.
+        split: name of the split.
+        total: number of readable samples of the split.
+        most: largest allowed fraction of lost samples.
     """
 
     def __init__(self, file: Path, split: str, total: int, most: float) -> None:
         self.file, self.split, self.total, self.most = file, split, total, most
-        self._mine = set(_read(file, split))
+        self._logged = set(_read(file, split))
 
     def add(self, fault: Fault) -> None:
-        """Note a fault. Raises UserError when they become too many."""
-        if (fault.index, fault.where) in self._mine:
+        """Log a fault unless it is logged already. Raise UserError if too many samples are lost."""
+        if (fault.index, fault.where) in self._logged:
             return
-        self._mine.add((fault.index, fault.where))
-        logger.warning("%s: %s; left out (data.faults=skip)", fault.where, fault.reason)
+        self._logged.add((fault.index, fault.where))
+        logger.warning("%s: %s; skipped (data.faults=skip)", fault.where, fault.reason)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         append_json_line(self.file, {"split": self.split, **asdict(fault)})
         missing, total = self.missing()
         if missing > self.most * total:
             raise UserError(
-                f"{missing} of {total} samples of the {self.split} split cannot be used, the last one: "
-                f"{fault.where}: {fault.reason}. That is more than data.max_faults={self.most:g} of them: repair the "
-                f"data (all are listed in {self.file.parent}), or raise data.max_faults"
+                f"{missing} of {total} samples of the {self.split} split cannot be used, most recently "
+                f"{fault.where}: {fault.reason}. This is more than the allowed fraction data.max_faults={self.most:g}. "
+                f"Repair the data (all faults are listed in {self.file.parent}), or increase data.max_faults"
             )
 
     def missing(self) -> tuple[int, int]:
-        """Samples that cannot be used, of all that there should be, as far as any rank has seen."""
+        """Return the numbers of lost samples and of all samples, as far as any rank has seen."""
         seen: dict[tuple[int, str], int] = {}
         for file in self.file.parent.glob(f"{self.file.stem.rpartition('_')[0]}_*{self.file.suffix}"):
             seen |= _read(file, self.split)
@@ -146,7 +156,7 @@ class FaultLog:
 
 
 def _read(file: Path, split: str) -> dict[tuple[int, str], int]:
-    """Samples that each fault in ``file`` stands for, as far as its lines can be read."""
+    """Return (index, where) → lost samples for each fault in ``file``. Unreadable lines are skipped."""
     found = {}
     for entry in read_json_lines(file):
         with suppress(KeyError, TypeError, ValueError):

@@ -1,8 +1,8 @@
-"""Micro-batches made by worker processes (torch's DataLoader), in the order asked for.
+"""Micro-batches loaded by worker processes (torch's DataLoader), in a given order.
 
-A worker gets the numbers of a whole micro-batch and returns it collated, so workers share nothing and hold no state.
-Large tensors travel in shared memory that is used again, because fresh pages would cost more than what is written to
-them. A worker that dies is started again where faults are to be survived.
+A worker receives the sample numbers of a micro-batch and returns the collated micro-batch, so workers share nothing and
+have no state. Large tensors are sent in shared memory that is reused, because the first write to a new memory page
+costs more than the write itself. Workers that die are restarted if faults may be skipped.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from torch.utils.data import DataLoader, Dataset
 from mmtrain.data.core.source import Batch, Fault, OnFault, Source, Staged
 from mmtrain.errors import UserError
 
-#: Restarts of workers that died, where faults are to be survived.
+#: Maximum number of restarts of workers that died.
 _RESTARTS = 3
-#: Bytes of a tensor that is sent by value.
+#: Largest tensor, in bytes, that is sent by value instead of in shared memory.
 _SMALL = 1 << 15
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Ring:
-    """The slots of shared memory that one worker sends its large tensors in, by turns.
+    """Ring buffer of shared memory in which one worker sends its large tensors.
 
-    Made before the workers are, filled in each. A worker has only a few batches on their way; the training process is
-    done with a slot before its turn comes again.
+    The object is created before the workers, and each worker allocates its own slots. A worker has only a few batches
+    in transit, so the training process has finished with a slot before the slot is reused.
     """
 
     def __init__(self, slots: int) -> None:
@@ -44,7 +44,7 @@ class Ring:
         self.turn = 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor in the next slot, whose content is lost."""
+        """Return an uninitialised tensor in the next slot. The previous content of the slot is lost."""
         size = prod(shape) * dtype.itemsize
         slot = self.slots[self.turn]
         if slot is None or slot.numel() < size:
@@ -53,14 +53,14 @@ class Ring:
         return slot[:size].view(dtype).view(*shape)
 
     def place(self, tensor: Tensor) -> Tensor:
-        """``tensor`` itself where it is from ``empty``, else a copy in the next slot."""
-        where = tensor.untyped_storage().data_ptr()
-        if any(slot is not None and slot.untyped_storage().data_ptr() == where for slot in self.slots):
+        """Return ``tensor`` itself if it was allocated with ``empty``, otherwise a copy in the next slot."""
+        address = tensor.untyped_storage().data_ptr()
+        if any(slot is not None and slot.untyped_storage().data_ptr() == address for slot in self.slots):
             return tensor
         return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
 
-#: Makes the batch of an array of numbers, its large tensors in the ring (None: where it likes).
+#: Function that loads the batch of an array of numbers, with its large tensors in the ring (None: in any memory).
 Make = Callable[[np.ndarray, Ring | None], Batch]
 
 
@@ -74,14 +74,21 @@ def made_batches(
     pinned: bool,
     on_fault: OnFault | None,
 ) -> Iterator[Batch]:
-    """``make`` of each of ``arrays()``, in order, without those that hold no sample; 0 workers: in this process.
+    """Yield ``make(numbers, ring)`` for each array of ``arrays()``, in order. Empty batches are not yielded.
 
-    ``on_fault`` is told of the source's faults. With it workers that die are started again; without it their death is
-    a UserError, as is what the source reports.
+    Args:
+        workers: worker processes (0: load in this process).
+        prefetch: batches that each worker keeps ready.
+        pinned: copy the batches to pinned memory.
+        on_fault: called for each fault of the source. If given, workers that die are restarted; otherwise their death
+            raises a UserError.
+
+    Raises:
+        UserError: as raised by the source.
     """
-    slots = prefetch + 2  # a worker has ``prefetch`` batches on their way, makes one, and one is being read
+    slots = prefetch + 2  # ``prefetch`` batches in transit, one being loaded and one being read
     dataset = _Batches(source, make, Ring(slots) if workers else None)
-    for fault in getattr(source, "take_faults", list)():  # those found when the source was opened
+    for fault in getattr(source, "take_faults", list)():  # faults found when the source was opened
         if on_fault is not None:
             on_fault(fault)
 
@@ -97,7 +104,7 @@ def made_batches(
             collate_fn=_as_is,  # items are batches already
             pin_memory=pinned,
             prefetch_factor=prefetch,
-            # DataLoader draws a seed when it starts; from a generator of its own, or it would advance the global one.
+            # DataLoader draws a seed when it starts. A separate generator keeps the global one unchanged.
             generator=torch.Generator(),
         )
         received = _received(loader)
@@ -107,17 +114,17 @@ def made_batches(
 
 
 class _Made:
-    """A batch on its way out of a worker, with what could not be used for it."""
+    """A batch sent by a worker, with the faults found while it was loaded."""
 
     def __init__(self, batch: Batch, faults: list[Fault]) -> None:
         self.batch, self.faults = batch, faults
 
     def pin_memory(self) -> _Made:
-        """DataLoader asks for this."""
+        """Return a copy in pinned memory; called by DataLoader."""
         return _Made({name: tensor.pin_memory() for name, tensor in self.batch.items()}, self.faults)
 
     def __getstate__(self) -> tuple[dict[str, Any], list[Fault]]:
-        """Small tensors travel by value: a file of shared memory for each would take longer than the batch."""
+        """Pickle small tensors by value: a shared memory file for each would take longer than loading the batch."""
         small = {n: t.numpy() for n, t in self.batch.items() if t.nbytes <= _SMALL and t.dtype != torch.bfloat16}
         return {**self.batch, **small}, self.faults
 
@@ -127,7 +134,7 @@ class _Made:
 
 
 class _Batches(Dataset):
-    """Map-style dataset whose item is a micro-batch: ``__getitems__`` takes an int64 array made by the sampler."""
+    """Map-style dataset whose items are micro-batches: ``__getitems__`` takes an int64 array from the sampler."""
 
     def __init__(self, source: Source, make: Make, ring: Ring | None) -> None:
         self.make, self.ring = make, ring
@@ -136,7 +143,7 @@ class _Batches(Dataset):
     def __getitems__(self, numbers: np.ndarray) -> _Made | UserError:
         try:
             return _Made(self.make(numbers, self.ring), self.take_faults())
-        except UserError as error:  # returned, because DataLoader would bury the message in a traceback
+        except UserError as error:  # returned, because DataLoader would hide the message in a traceback
             return UserError(str(error))
 
     def __getitem__(self, number: int) -> _Made | UserError:
@@ -144,11 +151,16 @@ class _Batches(Dataset):
 
 
 class _WorkerDied(UserError, RuntimeError):
-    """Its message says all: a traceback of the training process would not tell why a worker was killed."""
+    """A worker process died. A UserError, because a traceback of the training process would not show the reason."""
 
 
 def _survive(begin: Callable[[int], Iterator[_Made | UserError]], on_fault: OnFault | None) -> Iterator[Batch]:
-    """The batches of ``begin(0)``; when its workers die, those of ``begin(batches so far)``, a few times."""
+    """Yield the batches of ``begin(0)``. If workers die, continue with ``begin(done)``, at most ``_RESTARTS`` times.
+
+    Args:
+        begin: function that starts the workers after a number of batches that are done.
+        on_fault: called for each fault and each restart. None: a dead worker raises _WorkerDied.
+    """
     done = restarts = 0
     while True:
         try:
@@ -167,21 +179,21 @@ def _survive(begin: Callable[[int], Iterator[_Made | UserError]], on_fault: OnFa
             restarts += 1
             if on_fault is None or restarts > _RESTARTS:
                 raise
-            on_fault(Fault(-1, f"data worker, time {restarts}", f"it died and was started again: {error}", samples=0))
+            on_fault(Fault(-1, f"data worker, restart {restarts}", f"it died and was restarted: {error}", samples=0))
 
 
 def _here(dataset: _Batches, arrays: Iterator[np.ndarray], pinned: bool) -> Iterator[_Made | UserError]:
-    """Without workers there is nothing left for DataLoader to do, and what it does takes as long as a small batch."""
+    """Load batches in this process. DataLoader is not used, because its overhead is as large as a small batch."""
     for numbers in arrays:
         made = dataset.__getitems__(numbers)
         yield made.pin_memory() if pinned and isinstance(made, _Made) else made
 
 
 def _received(loader: DataLoader) -> Iterator[_Made | UserError]:
-    """What the workers send. Raises _WorkerDied."""
+    """Start the workers and yield their batches. Raises _WorkerDied."""
     iterator = _start(loader)
-    # Workers ignore SIGTERM, by which multiprocessing would end them at exit before it waits for them: without this, an
-    # exit in the middle of a run would wait for ever.
+    # At exit, multiprocessing sends SIGTERM to the workers and waits for them. Workers ignore SIGTERM, so without this
+    # finalizer an exit in the middle of a run would wait forever.
     stop = multiprocessing.util.Finalize(None, _stop, args=(iterator,), exitpriority=100)
     try:
         while True:
@@ -191,21 +203,24 @@ def _received(loader: DataLoader) -> Iterator[_Made | UserError]:
                 return
             except (RuntimeError, OSError, EOFError) as error:
                 text = str(error).strip()
-                # OSError, EOFError: a tensor's file was to come from a worker that is gone
+                # OSError, EOFError: the shared memory of a tensor was lost with its worker
                 died = isinstance(error, OSError | EOFError) or "is killed by signal" in text
                 if "in DataLoader worker process" in text or not (died or "exited unexpectedly" in text):
-                    raise  # by the source, in a worker: its traceback is in the message
+                    raise  # an exception of the source in a worker; the message contains its traceback
                 raise _WorkerDied(
-                    f"a data worker died ({text}). Most often the machine ran out of memory or of shared memory "
-                    "(/dev/shm): use fewer data.workers, or data.workers=0 to see the error itself"
+                    f"a data worker died ({text}). The usual cause is that the machine ran out of memory or of shared "
+                    "memory (/dev/shm). Reduce data.workers, or set data.workers=0 to see the original error"
                 ) from error
             yield made
     finally:
-        stop()  # now, and not when the last traceback lets go of the iterator
+        stop()  # stop now: a traceback may keep the iterator alive for longer
 
 
 def _kept_mapped(all_made: Iterator[_Made | UserError], moved: Sequence[str], most: int) -> Iterator[_Made | UserError]:
-    """The same, while the last ``most`` slots stay mapped: torch finds a storage again as long as it lives."""
+    """Yield ``all_made`` unchanged, but keep the last ``most`` slots of shared memory mapped.
+
+    torch reuses the mapping of a storage that is still referenced, which saves mapping the slot again.
+    """
     storages: OrderedDict[int, torch.UntypedStorage] = OrderedDict()
     with closing(all_made):  # type: ignore[type-var]
         for made in all_made:
@@ -219,27 +234,28 @@ def _kept_mapped(all_made: Iterator[_Made | UserError], moved: Sequence[str], mo
 
 
 def _start(loader: DataLoader) -> Iterator[Any]:
-    """Start the workers, but without the SIGCHLD handler that comes with them.
+    """Start the workers, but without DataLoader's SIGCHLD handler.
 
-    It raises wherever the training process happens to be, be it inside a checkpoint or a finalizer that swallows it.
-    DataLoader's own check, each 5 s without data, finds a dead worker as well, and in the right place.
+    That handler raises at an arbitrary point of the training process, for example while it saves a checkpoint, or
+    inside a finalizer that swallows the exception. DataLoader also checks for dead workers after each 5 s without
+    data, and raises that error where the batch is read.
     """
     if threading.current_thread() is not threading.main_thread():
         return iter(loader)
     before = signal.getsignal(signal.SIGCHLD)
-    # Workers begin with the signals held back, so that none can hit them before they ignore it (_start_worker).
+    # Workers start with these signals blocked, until _start_worker has set them to be ignored.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         iterator = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    if before is not None:  # None: set by C code, and out of reach
+    if before is not None:  # None: the handler was set by C code and cannot be restored
         signal.signal(signal.SIGCHLD, before)
     return iterator
 
 
 def _start_worker(_: int) -> None:
-    """Leave every signal to the training process: it decides when to stop, and stops its workers itself."""
+    """Ignore signals in a worker. The training process decides when to stop, and stops its workers itself."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -247,7 +263,7 @@ def _start_worker(_: int) -> None:
 
 
 def _stop(iterator: Any) -> None:
-    """End the workers: politely, then for good."""
+    """Shut the workers down, and kill those that are still alive."""
     workers = list(iterator._workers)
     iterator._shutdown_workers()
     for worker in workers:

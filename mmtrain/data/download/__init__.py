@@ -1,5 +1,6 @@
-"""Public forecasting tables: the ``registry`` of them, fetching and checking.
+"""Public forecasting tables: a registry of their URLs, fetching and checking.
 
-``fetch`` brings a whole file or none under the data root, through ``http``, which resumes what was interrupted;
-``check`` compares the content with the registry. Reading tables to train on belongs to ``data.series``.
+``registry`` describes the tables. ``fetch`` stores a complete file or none under the data root. ``http`` downloads, and
+resumes interrupted downloads. ``check`` compares the content with the registry. ``data.series`` reads the tables for
+training.
 """

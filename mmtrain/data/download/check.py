@@ -1,11 +1,11 @@
-"""Whether a table is the one that the registry describes, and how sure that is.
+"""Checking that a table has the content that the registry describes.
 
-The content of a table has a digest that does not depend on how it is stored: SHA-256 over ``mmtrain-series-1`` and a
-line feed; the column names as a JSON list and a line feed; the stamps in seconds since 1970 as int64; the values row by
-row as float32, both little-endian. Negative zeros count as zeros and every NaN is the same one, so a CSV and a parquet
-file of the same series agree.
+The digest of a table's content does not depend on the file format. It is the SHA-256 of ``mmtrain-series-1`` and a line
+feed; the column names as a JSON list and a line feed; the timestamps in seconds since 1970 as int64; and the values row
+by row as float32, both little-endian. Negative zero counts as zero and all NaNs count as equal, so a CSV and a parquet
+file of the same series have the same digest.
 
-Tables of bare numbers under gzip become CSV files with the benchmark's column names and stamps.
+Gzip files that contain only numbers are converted to CSV files with the benchmark's column names and timestamps.
 """
 
 from __future__ import annotations
@@ -33,62 +33,70 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _MARK = b"mmtrain-series-1\n"
-_LONGEST = 1 << 20  # bytes of a line
-_GROWTH = 64  # bytes for each compressed one, at most
+_LONGEST = 1 << 20  # maximum length of a line, in bytes
+_GROWTH = 64  # maximum compression ratio of a gzip file
 
 
 @dataclass(frozen=True)
 class Content:
-    """What was found in a table."""
+    """The content of a table."""
 
     path: Path
     rows: int
     columns: tuple[str, ...]  # without the time column
-    first: str
-    last: str
-    step: int  # seconds, the usual one
-    irregular: int  # steps that differ from it
-    digest: str
+    first: str  # first timestamp
+    last: str  # last timestamp
+    step: int  # most frequent time step, in seconds
+    irregular: int  # number of time steps that differ from it
+    digest: str  # of the content
 
 
 @dataclass(frozen=True)
 class Checked:
+    """A table that passed the check."""
+
     path: Path
     sha256: str  # of the file
     content: Content
-    how: str  # what the check rests on, for people
+    how: str  # how the table was checked, for messages
 
 
 def check_table(path: Path, dataset: Dataset) -> Checked:
-    """Compare the content of ``path`` with ``dataset``. Raises UserError with all that differs."""
+    """Compare the content of the file ``path`` with ``dataset``.
+
+    Raises:
+        UserError: if they differ. The message lists all differences.
+    """
     content = read_content(path)
-    # the benchmark's weather.csv has lost its µ and ²: what is not ASCII is not compared
+    # Only ASCII characters of names are compared, because the benchmark's weather.csv has lost its µ and ².
     names = [tuple(name.encode("ascii", "ignore").decode() for name in each.columns) for each in (content, dataset)]
     pairs = {
         "rows": (content.rows, dataset.rows),
         "columns": (names[0], names[1]),
-        "first stamp": (content.first, dataset.first),
-        "last stamp": (content.last, dataset.last),
-        "step in seconds": (content.step, dataset.step),
-        "irregular steps": (content.irregular, dataset.irregular),
+        "first timestamp": (content.first, dataset.first),
+        "last timestamp": (content.last, dataset.last),
+        "time step in seconds": (content.step, dataset.step),
+        "number of irregular time steps": (content.irregular, dataset.irregular),
     }
     different = [
-        f"{key} {_short(found)}, not {_short(right)}" for key, (found, right) in pairs.items() if found != right
+        f"{key}: found {_short(found)}, expected {_short(right)}"
+        for key, (found, right) in pairs.items()
+        if found != right
     ]
     if not different and dataset.digest is not None and content.digest != dataset.digest:
-        different = [f"other values: their digest is {content.digest}, not {dataset.digest}"]
+        different = [f"digest of the values: found {content.digest}, expected {dataset.digest}"]
     if different:
-        raise UserError(f"{path}: not the table {dataset.stem} of the benchmark: {'; '.join(different)}")
+        raise UserError(f"{path}: differs from the table {dataset.stem} of the benchmark: {'; '.join(different)}")
     if dataset.digest is not None:
-        how = "all values and stamps are those of the official file (digest of the content)"
+        how = "all values and timestamps are those of the official file (digest of the content)"
     else:
-        how = "rows, columns, stamps and step are right; no hash of the official file is known, so its values are taken"
-        how += " on trust"
+        how = "rows, columns, timestamps and time step are correct; the values are not checked, because no hash of the"
+        how += " official file is known"
     return Checked(path, file_sha256(path), content, how)
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, 64 hex digits."""
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
     with os_errors(f"{path}: cannot be read"), open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -100,9 +108,15 @@ def _short(value: object) -> str:
 
 
 def canonical_digest(columns: Sequence[str], stamps: NDArray[np.int64], values: NDArray[np.float32]) -> str:
-    """SHA-256 (64 hex digits) of stamps (T,) in seconds and values (T, M) under M column names."""
+    """Return the digest of a table's content (see the module) as 64 hexadecimal digits.
+
+    Args:
+        columns: M names.
+        stamps: timestamps (T,) in seconds since 1970.
+        values: values (T, M).
+    """
     if values.shape != (len(stamps), len(columns)):
-        raise ValueError(f"values of shape {values.shape} for {len(stamps)} stamps and {len(columns)} columns")
+        raise ValueError(f"values of shape {values.shape} for {len(stamps)} timestamps and {len(columns)} columns")
     plain = values.astype("<f4") + np.float32(0)  # -0 + 0 is 0
     plain[np.isnan(plain)] = np.float32("nan")
     found = hashlib.sha256(_MARK)
@@ -113,11 +127,11 @@ def canonical_digest(columns: Sequence[str], stamps: NDArray[np.int64], values: 
 
 
 def read_content(path: Path) -> Content:
-    """Read a CSV or parquet file whole. Raises UserError for what is no table of numbers with a time column."""
+    """Read the content of a CSV or parquet file. Raises UserError unless it is a numeric table with a time column."""
     frame = _read(path)
     time = find_time_column(frame, path, None)
     if time is None:
-        raise UserError(f"{path}: no time column (date, datetime, timestamp or time)")
+        raise UserError(f"{path}: no time column. Name it date, datetime, timestamp or time")
     stamps = _seconds(frame, path, time)
     columns = tuple(name for name in frame.columns if name != time)
     values = numbers_in(frame, path, columns).astype(np.float32)
@@ -132,31 +146,40 @@ def read_content(path: Path) -> Content:
 
 
 def _read(path: Path) -> pd.DataFrame:
-    """As ``read_frame``, but a number of a CSV becomes the float64 nearest to it: older pandas may be one off."""
+    """Read a table as ``read_frame`` does, but convert numbers of a CSV to the nearest float64.
+
+    Older versions of pandas may round a number to a neighbour of the nearest float64.
+    """
     if path.suffix.lower() in (".parquet", ".zip"):
         return read_frame(path)
     from pyarrow import csv
 
     try:
         frame = csv.read_csv(path).to_pandas()
-    except (OSError, ValueError) as error:  # arrow's errors are ValueErrors
+    except (OSError, ValueError) as error:  # Arrow's exceptions are subclasses of ValueError
         raise UserError(f"{path}: cannot be read as a table ({' '.join(str(error).split())[:200]})") from error
     if frame.empty:
-        raise UserError(f"{path}: the table holds no rows")
+        raise UserError(f"{path}: the table has no rows")
     return frame
 
 
 def _seconds(frame: pd.DataFrame, path: Path, name: str) -> NDArray[np.int64]:
     found = read_times(frame, path, name)
     if found is None:
-        raise UserError(f"{path}: column {name!r} holds numbers, not dates")
+        raise UserError(f"{path}: the column {name!r} contains numbers, not dates")
     return found[0].astype("datetime64[s]").astype(np.int64)
 
 
 def table_to_csv(source: Path, target: Path, dataset: Dataset) -> None:
-    """Write ``target``: a header, then each line of ``source`` behind its stamp, its numbers as they are written there.
+    """Convert a gzip file of bare numbers to a CSV file with a header and timestamps. Numbers are copied as text.
 
-    Raises UserError if ``source`` is no gzip file of ``dataset.rows`` lines with a number for each column.
+    Args:
+        source: gzip file.
+        target: CSV file to write.
+        dataset: description of the table, with its column names and timestamps.
+
+    Raises:
+        UserError: if ``source`` is not a gzip file of ``dataset.rows`` lines with a number for each column.
     """
     first = np.datetime64(dataset.first.replace(" ", "T"), "s")
     rows = 0
@@ -166,8 +189,8 @@ def table_to_csv(source: Path, target: Path, dataset: Dataset) -> None:
             for line in _lines(packed, source):
                 if rows == dataset.rows or line.count(b",") != len(dataset.columns) - 1:
                     raise UserError(
-                        f"{source.name}, line {rows + 1}: {line[:40]!r}: wanted are {dataset.rows} lines of "
-                        f"{len(dataset.columns)} numbers with commas between"
+                        f"{source.name}, line {rows + 1}: {line[:40]!r}: the file must have {dataset.rows} lines of "
+                        f"{len(dataset.columns)} numbers separated by commas"
                     )
                 stamp = str(first + np.timedelta64(rows * dataset.step, "s")).replace("T", " ")
                 stream.write(stamp.encode() + b"," + line + b"\n")
@@ -175,18 +198,18 @@ def table_to_csv(source: Path, target: Path, dataset: Dataset) -> None:
             stream.flush()
             os.fsync(stream.fileno())
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{source.name}: not a whole gzip file ({error})") from error
+        raise UserError(f"{source.name}: not a complete gzip file ({error})") from error
     if rows != dataset.rows:
-        raise UserError(f"{source.name}: {rows} rows, not {dataset.rows}")
+        raise UserError(f"{source.name}: {rows} rows instead of {dataset.rows}")
 
 
 def _lines(packed: BinaryIO, source: Path) -> Iterator[bytes]:
-    """Lines without their ends; empty ones at the end are left out."""
+    """Yield the lines of a gzip file without line breaks. Empty lines are skipped."""
     room = os.fstat(packed.fileno()).st_size * _GROWTH + _LONGEST
     with gzip.open(packed) as unpacked:
         while line := unpacked.readline(_LONGEST):
             room -= len(line)
             if room < 0 or len(line) == _LONGEST:
-                raise UserError(f"{source.name}: unpacks to far more than such a table holds")
+                raise UserError(f"{source.name}: decompresses to far more data than the table has")
             if line.strip():
                 yield line.strip()

@@ -1,7 +1,7 @@
-"""Fetching one file over HTTP: resumed after an interruption, patient for a while, never for ever.
+"""Downloading one file over HTTP, with retries and resumption.
 
-What has arrived lies in ``TARGET`` with ``TARGET.json`` beside it (address, ETag, length). It is continued only if the
-server says that its file is still the one with that ETag; otherwise it starts from the first byte.
+The received data is in ``TARGET``, and ``TARGET.json`` stores the URL, the ETag and the length. A download is resumed
+only if the server confirms that its file still has the same ETag. Otherwise it starts again from the first byte.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import urljoin, urlsplit
 
-from mmtrain.data.core.retry import asked_pause, passes, pause_after
+from mmtrain.data.core.retry import is_temporary, pause_after, requested_pause
 from mmtrain.errors import UserError
 from mmtrain.files import write_atomically
 from mmtrain.log import logger
@@ -32,28 +32,30 @@ _CHUNK = 1 << 16
 
 @dataclass(frozen=True)
 class Patience:
-    """Seconds to wait for a connection and between two pieces; ``attempts`` without progress before giving up."""
+    """Timeouts and retries of a download. Times are in seconds."""
 
-    connect: float = 10.0
-    stall: float = 30.0
-    attempts: int = 4
-    backoff: float = 1.0  # before the second attempt; doubled for each further one
-    slowest: float = 512.0  # bytes/s over two stalls: what is slower counts as stalled
-    progress: int = 1 << 20  # bytes after which earlier failures are forgotten
+    connect: float = 10.0  # timeout of a connection
+    stall: float = 30.0  # timeout between two pieces of data
+    attempts: int = 4  # maximum number of consecutive failures
+    backoff: float = 1.0  # pause before the second attempt; it doubles for each further attempt
+    slowest: float = 512.0  # bytes/s, averaged over 2 * stall; slower downloads count as stalled
+    progress: int = 1 << 20  # bytes of new data after which earlier failures are not counted
 
 
 @dataclass(frozen=True)
 class _State:
+    """The content of ``TARGET.json``."""
+
     url: str
     etag: str
     length: int | None
 
 
 class _Again(Exception):
-    """A fault that may pass. ``wait``: seconds the server asked for."""
+    """A temporary failure. ``wait``: seconds that the server requested to wait."""
 
-    def __init__(self, what: str, wait: float = 0.0) -> None:
-        super().__init__(what)
+    def __init__(self, message: str, wait: float = 0.0) -> None:
+        super().__init__(message)
         self.wait = wait
 
 
@@ -63,12 +65,19 @@ def download(
     *,
     limit: int,
     patience: Patience | None = None,
-    told: Callable[[int, int | None], None] | None = None,
+    progress: Callable[[int, int | None], None] | None = None,
 ) -> None:
-    """Fetch ``url`` into ``target``, at most ``limit`` bytes.
+    """Download ``url`` to the file ``target``. Proxies are taken from the environment.
 
-    ``told(bytes, length)`` hears how far it is. On an error what has arrived stays for the next call, unless it cannot
-    be used. Raises UserError naming the address and what happened. Proxies are taken from the environment.
+    After an error, the received data is kept for the next call, unless it is unusable.
+
+    Args:
+        limit: maximum size of the file, in bytes.
+        patience: timeouts and retries.
+        progress: callback ``progress(bytes received, total bytes or None)``.
+
+    Raises:
+        UserError: if the download fails. The message names the URL and the reason.
     """
     import requests
 
@@ -76,46 +85,46 @@ def download(
     failures, best = 0, _size(target)
     with requests.Session() as session:
         session.headers.update({"User-Agent": f"mmtrain/{__version__}", "Accept-Encoding": "identity"})
-        attempt = _Attempt(session, url, target, limit, patience, told or (lambda done, length: None))
+        attempt = _Attempt(session, url, target, limit, patience, progress or (lambda done, length: None))
         while True:
             try:
                 attempt.run()
                 return
             except _Again as fault:
-                # Measured from the furthest point ever: a server that breaks off at the same byte is not waited for.
+                # Progress counts from the largest size so far, so a server that always stops at the same byte fails.
                 failures = 1 if _size(target) >= best + patience.progress else failures + 1
                 best = max(best, _size(target))
                 if failures >= patience.attempts:
                     raise UserError(f"{url}: {fault} (tried {failures} times)") from fault
                 wait = pause_after(failures, patience.backoff, fault.wait)
-                logger.info("%s: %s; trying again in %g s", url, fault, wait)
+                logger.info("%s: %s; retrying in %g s", url, fault, wait)
                 time.sleep(wait)
-            except OSError as error:  # what the network does has become _Again: this is the disk
+            except OSError as error:  # an error of the disk: network errors are raised as _Again
                 raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
 
 
 def discard(target: Path) -> None:
-    """Remove what was fetched for ``target``."""
-    for file in (target, _beside(target)):
+    """Remove the received data of a download to ``target``."""
+    for file in (target, _state_file(target)):
         file.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
 class _Attempt:
-    """One request, which continues what has arrived so far."""
+    """One attempt of a download, which resumes from the received data."""
 
     session: requests.Session
     url: str
     target: Path
     limit: int
     patience: Patience
-    told: Callable[[int, int | None], None]
+    progress: Callable[[int, int | None], None]
 
     def run(self) -> None:
         state = _known(self.url, self.target)
         offset = _size(self.target) if state else 0
         if state and state.length is not None and offset == state.length:
-            return  # it was complete before the process ended; the caller checks the content
+            return  # the file is complete already; the caller checks its content
         headers = {"Range": f"bytes={offset}-", "If-Range": state.etag} if state and offset else {}
         with contextlib.closing(self.request(headers)) as response:
             length = self.judge(response, state, offset)
@@ -124,12 +133,12 @@ class _Attempt:
             total = None if length is None else offset + length
             if total is not None and total > self.limit:
                 discard(self.target)
-                raise UserError(f"{self.url}: {total} bytes are announced, and no more than {self.limit} can be right")
+                raise UserError(f"{self.url}: the server announces {total} bytes, more than the limit of {self.limit}")
             if offset == 0:
                 etag = response.headers.get("ETag", "")
                 state = _State(self.url, "" if etag.startswith("W/") else etag, total)
-                self.target.unlink(missing_ok=True)  # the old bytes must never stand beside the new state
-                write_atomically(_beside(self.target), json.dumps(asdict(state)) + "\n")
+                self.target.unlink(missing_ok=True)  # old data must never exist together with the new state
+                write_atomically(_state_file(self.target), json.dumps(asdict(state)) + "\n")
             with open(self.target, "ab" if offset else "wb") as stream:
                 try:
                     self.receive(response, stream, offset, total)
@@ -140,13 +149,13 @@ class _Attempt:
                         discard(self.target)
 
     def request(self, headers: dict[str, str]) -> requests.Response:
-        """The response after redirects, which lead to http(s) only, and from https to https only."""
+        """Return the response after redirects. Redirects must lead to http or https, and from https only to https."""
         import requests
 
         here = self.url
         for _ in range(_REDIRECTS + 1):
             _check_scheme(self.url, here)
-            self.session.close()  # a connection that was kept may be gone by now: each request has its own
+            self.session.close()  # use a new connection for each request: the server may have closed the old one
             try:
                 response = self.session.get(
                     here,
@@ -157,8 +166,8 @@ class _Attempt:
                 )
             except requests.exceptions.SSLError as error:
                 raise UserError(
-                    f"{here}: the server's certificate was not accepted ({_why(error)}); behind a proxy with a "
-                    "certificate of its own set REQUESTS_CA_BUNDLE"
+                    f"{here}: the server's certificate was not accepted ({_why(error)}). If a proxy uses its own "
+                    "certificate, set the environment variable REQUESTS_CA_BUNDLE to it"
                 ) from error
             except (requests.exceptions.InvalidURL, requests.exceptions.InvalidProxyURL) as error:
                 raise UserError(f"{here}: {_why(error)}") from error
@@ -168,13 +177,18 @@ class _Attempt:
                 return response
             response.close()
             here = urljoin(here, response.headers["Location"])
-        raise UserError(f"{self.url}: redirected more than {_REDIRECTS} times, the last time to {here}")
+        raise UserError(f"{self.url}: redirected more than {_REDIRECTS} times, most recently to {here}")
 
     def judge(self, response: requests.Response, state: _State | None, offset: int) -> int | None:
-        """Bytes that the body will have (None: not said), if this is the answer that was wanted."""
+        """Check the status and the headers of a response. Return the length of its body in bytes (None: unknown).
+
+        Raises:
+            _Again: for a temporary failure.
+            UserError: for a permanent failure.
+        """
         code, headers = response.status_code, response.headers
-        if passes(code):
-            raise _Again(f"the server answered {code} {response.reason}", asked_pause(headers.get("Retry-After")))
+        if is_temporary(code):
+            raise _Again(f"the server answered {code} {response.reason}", requested_pause(headers.get("Retry-After")))
         if code == 416 and offset:
             discard(self.target)
             raise _Again("the server's file has changed")
@@ -182,40 +196,42 @@ class _Attempt:
             raise UserError(f"{self.url}: the server answered {code} {response.reason}")
         if headers.get("Content-Encoding", "identity") not in ("", "identity"):
             raise UserError(
-                f"{self.url}: sent as {headers['Content-Encoding']} although asked for as it is (by a proxy?)"
+                f"{self.url}: was sent with the encoding {headers['Content-Encoding']}, which was not requested. Check "
+                "the proxy"
             )
-        told = re.fullmatch(r"[0-9]{1,18}", headers.get("Content-Length", ""))
-        length = None if told is None else int(told[0])
+        announced = re.fullmatch(r"[0-9]{1,18}", headers.get("Content-Length", ""))
+        length = None if announced is None else int(announced[0])
         if code == 200 or state is None:
             return length
-        place = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)", headers.get("Content-Range", ""))
-        total = None if place is None or place[2] == "*" else int(place[2])
+        span = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)", headers.get("Content-Range", ""))
+        total = None if span is None or span[2] == "*" else int(span[2])
         if (
-            place is None
-            or int(place[1]) != offset
+            span is None
+            or int(span[1]) != offset
             or headers.get("ETag", state.etag) != state.etag
             or (None not in (total, state.length) and total != state.length)
         ):
             discard(self.target)
-            raise _Again("the server's file has changed, or it sent another part than the one asked for")
+            raise _Again("the server's file has changed, or it sent a different range than requested")
         return total - offset if total is not None else length
 
     def receive(self, response: requests.Response, stream: BinaryIO, offset: int, total: int | None) -> None:
+        """Write the body of a response to ``stream``. Raises _Again if it is interrupted, UserError if too long."""
         from urllib3.exceptions import HTTPError
 
         done, mark, since = offset, offset, time.monotonic()
         while True:
             try:
-                piece = response.raw.read1(_CHUNK)  # what is there: read() would wait for a full chunk
+                piece = response.raw.read1(_CHUNK)  # not read(), which would wait for a full chunk
             except (HTTPError, OSError) as error:
-                raise _Again(f"broke off after {done} bytes ({_why(error)})") from error
+                raise _Again(f"was interrupted after {done} bytes ({_why(error)})") from error
             if not piece:
                 break
             stream.write(piece)
             done += len(piece)
-            self.told(done, total)
+            self.progress(done, total)
             if done > self.limit:
-                raise UserError(f"{response.url}: sends more than the {self.limit} bytes that can be right")
+                raise UserError(f"{response.url}: the server sends more than the limit of {self.limit} bytes")
             now = time.monotonic()
             if now - since > 2 * self.patience.stall:
                 if done - mark < self.patience.slowest * (now - since):
@@ -228,14 +244,15 @@ class _Attempt:
 def _check_scheme(url: str, here: str) -> None:
     scheme = urlsplit(here).scheme
     if scheme not in ("http", "https"):
-        raise UserError(f"{url}: leads to {here}, and only http and https are followed")
+        raise UserError(f"{url}: redirects to {here}, but only http and https are allowed")
     if urlsplit(url).scheme == "https" and scheme != "https":
-        raise UserError(f"{url}: leads to {here}, which is not encrypted: not followed")
+        raise UserError(f"{url}: redirects from https to {here}, which is not encrypted. Such redirects are rejected")
 
 
 def _known(url: str, target: Path) -> _State | None:
+    """Return the state of an earlier download if it can be resumed, else None."""
     try:
-        state = _State(**json.loads(_beside(target).read_text(encoding="utf-8")))
+        state = _State(**json.loads(_state_file(target).read_text(encoding="utf-8")))
         size = _size(target)
     except (OSError, ValueError, TypeError):
         return None
@@ -243,7 +260,7 @@ def _known(url: str, target: Path) -> _State | None:
     return state if fits else None
 
 
-def _beside(target: Path) -> Path:
+def _state_file(target: Path) -> Path:
     return target.with_name(target.name + ".json")
 
 
@@ -255,7 +272,7 @@ def _size(target: Path) -> int:
 
 
 def _why(error: BaseException) -> str:
-    """The innermost reason, in one line without object addresses."""
+    """Return the innermost reason of an exception in one line, without object addresses."""
     reason = error
     while True:
         parts = (getattr(reason, "reason", None), *reason.args)
@@ -263,6 +280,6 @@ def _why(error: BaseException) -> str:
         if deeper is None:
             break
         reason = deeper
-    said = str(getattr(reason, "strerror", None) or reason)
-    said = re.sub(r"^.*object at 0x\w+>: |^\w+\(.*?\): ", "", said)  # urllib3 begins with its connection
-    return " ".join(said.split())[:200] or type(reason).__name__
+    text = str(getattr(reason, "strerror", None) or reason)
+    text = re.sub(r"^.*object at 0x\w+>: |^\w+\(.*?\): ", "", text)  # urllib3's messages begin with the connection
+    return " ".join(text.split())[:200] or type(reason).__name__

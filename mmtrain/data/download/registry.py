@@ -1,11 +1,11 @@
-"""The public tables that ``mmtrain data get`` knows: addresses, licences, and what each must hold.
+"""Registry of the public tables for ``mmtrain data get``: URLs, licences and expected content.
 
-``sha256`` and ``size`` are those of the file at the address; None where they are not known, and the content alone is
-checked. Those of ETT are what the package tsdm (``tsdm.datasets.ett``) pins for the same addresses. ``digest`` is the
-digest of the values and stamps (``mmtrain.data.download.check``, ``mmtrain data digest FILE``), the same for a CSV
-and a parquet file.
+``sha256`` and ``size`` describe the file at a URL. If they are None (unknown), only the content is checked. The values
+for ETT are the ones that the package tsdm (``tsdm.datasets.ett``) uses for the same URLs. ``digest`` is the digest of
+values and timestamps (see ``mmtrain.data.download.check`` and ``mmtrain data digest FILE``), which is the same for a
+CSV and a parquet file.
 
-Mirrors are the copies that the authors of the benchmark's library (thuml/Time-Series-Library) publish.
+The mirrors are the copies published by the authors of the benchmark's library (thuml/Time-Series-Library).
 """
 
 from __future__ import annotations
@@ -28,39 +28,36 @@ _INFORMER = "Zhou et al. 2021, Informer: Beyond Efficient Transformer for Long S
 
 @dataclass(frozen=True)
 class Source:
-    """One address. ``form``: ``csv`` (with header and stamps) or ``table.gz`` (numbers alone, under gzip)."""
+    """One URL of a table."""
 
     url: str
-    form: Literal["csv", "table.gz"] = "csv"
-    sha256: str | None = None
-    size: int | None = None  # bytes
-    limit: int = 64 * MIB  # bytes of the download: what is larger is not this file
+    form: Literal["csv", "table.gz"] = "csv"  # csv: with header and timestamps; table.gz: bare numbers, gzip-compressed
+    sha256: str | None = None  # of the file
+    size: int | None = None  # of the file, in bytes
+    limit: int = 64 * MIB  # maximum size of the download, in bytes
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """One table: ``rows`` × ``columns`` (without ``date``), stamps from ``first`` to ``last`` every ``step`` seconds.
+    """One public table."""
 
-    ``irregular``: how many steps of the official file differ from the usual one.
-    """
-
-    name: str
-    stem: str  # of the file, as configurations name it
+    name: str  # as in ``mmtrain data get NAME``
+    stem: str  # file name without suffix, as in configurations
     rows: int
-    columns: tuple[str, ...]
-    first: str
-    last: str
-    step: int
-    sources: tuple[Source, ...]
+    columns: tuple[str, ...]  # without ``date``
+    first: str  # first timestamp
+    last: str  # last timestamp
+    step: int  # time step, in seconds
+    sources: tuple[Source, ...]  # tried in order
     licence: str
     citation: str
-    digest: str | None = None
-    irregular: int = 0
+    digest: str | None = None  # of the content
+    irregular: int = 0  # number of time steps of the official file that differ from ``step``
     note: str = ""
 
 
 def _numbered(count: int) -> tuple[str, ...]:
-    """Names as the benchmark gives them to tables without a header: 0, 1, ..., and OT for the last."""
+    """Return the benchmark's column names of tables without a header: 0, 1, ..., and OT for the last column."""
     return (*(str(number) for number in range(count - 1)), "OT")
 
 
@@ -86,7 +83,7 @@ def _wide(name: str, rows: int, columns: int, last: str, license: str, measured:
         Source(f"{_LAI}{name}/{name}.txt.gz", "table.gz", limit=256 * MIB),
         Source(f"{_THUML}{name}/{name}.csv", limit=512 * MIB),
     )
-    first, note = "2016-07-01 02:00:00", f"the stamps are the benchmark's; the measurements are of {measured}"
+    first, note = "2016-07-01 02:00:00", f"the timestamps are the benchmark's; the data was measured in {measured}"
     return Dataset(name, name, rows, _numbered(columns), first, last, HOUR, sources, license, _LSTNET, note=note)
 
 
@@ -128,7 +125,7 @@ _DATASETS = (
         "none stated (Max Planck Institute for Biogeochemistry, Jena)",
         "Wu et al. 2021, Autoformer: Decomposition Transformers with Auto-Correlation; station: bgc-jena.mpg.de/wetter",
         irregular=2,
-        note="-9999 stands for missing values in wv, max. PAR and OT, as in the published benchmark",
+        note="-9999 means a missing value in wv, max. PAR and OT, as in the published benchmark",
     ),
     _wide(
         "electricity",
@@ -161,7 +158,7 @@ _DATASETS = (
         "none stated",
         _LSTNET,
         "0baf076a3cb76f16b5a32a9ea8834011dfd5baf586e854271c769a134360d7a3",
-        note="the stamps are the benchmark's: weekends have no rates, so the real days end later",
+        note="the timestamps are the benchmark's; there are no rates on weekends, so the real dates end later",
     ),
     Dataset(
         "ili",
@@ -192,9 +189,12 @@ DATASETS: dict[str, Dataset] = {dataset.name: dataset for dataset in _DATASETS}
 
 
 def find_dataset(name: str) -> Dataset:
-    """The entry called ``name``, or whose file is called so (in any case: ETTh1, exchange_rate, weather.csv)."""
+    """Return the table with a given name or file name, for example ETTh1, exchange_rate or weather.csv.
+
+    Upper and lower case are equivalent. Raises UserError for an unknown name.
+    """
     wanted = name.lower().removesuffix(".csv").removesuffix(".parquet")
     for dataset in DATASETS.values():
         if wanted in (dataset.name, dataset.stem.lower()):
             return dataset
-    raise UserError(f"{name}: no such dataset{nearest(wanted, DATASETS)}; known are {', '.join(DATASETS)}")
+    raise UserError(f"{name}: no such data set{nearest(wanted, DATASETS)}. Available: {', '.join(DATASETS)}")

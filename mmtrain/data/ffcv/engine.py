@@ -1,17 +1,17 @@
-"""A beton, its compiled decoder and the memory it is read through: batches of given samples and keys.
+"""Decoding of batches from a beton: a compiled decoder, and the memory through which the file is read.
 
-Of FFCV this takes the library that decodes and resizes, and the process cache that reads pages ahead. Its Loader is
-left aside: it knows neither keys nor a stream without end, waits for ever when its thread fails, hands out memory that
-it writes again, and alters the array types that numba shares, so that a second Loader may compile without end.
+FFCV provides the library that decodes and resizes images, and the process cache that reads pages ahead. FFCV's Loader
+is not used: it has no random keys and no endless stream, waits forever if its thread fails, returns memory that it
+overwrites later, and changes array types that numba shares, so that a second Loader may compile without end.
 
-The decoder decodes, crops, flips and normalises one sample at a time. It differs from FFCV's own transforms in this:
-- randomness is hashed from the sample's key (``order.mix64``), not drawn from numpy's generator of whichever thread;
-- all four steps are done while the image is in the cache, and the result lies as (C, H, W);
-- an image that cannot be decoded is reported, where FFCV leaves what was in memory before.
+The decoder decodes, crops, flips and normalises one sample at a time. It differs from FFCV's own transforms:
+- random numbers are hashed from the sample's random key (``order.mix64``), not drawn from a thread's NumPy generator;
+- all four steps run while the image is in the CPU cache, and the result has the layout (C, H, W);
+- an image that cannot be decoded is reported, whereas FFCV returns the previous content of the memory.
 
-Resizing is FFCV's (OpenCV's area interpolation; linear where it enlarges), and so differs from the bicubic of the tar
-shards; its JPEG decoder takes the fast transform, a few grey levels from Pillow's. Evaluation otherwise has timm's
-geometry: shorter side to S / crop_pct, then the centre S × S.
+Resizing is FFCV's (OpenCV's area interpolation; linear if the image is enlarged), so it differs from the bicubic
+interpolation for tar shards. FFCV's JPEG decoder uses the fast inverse DCT, whose result differs by a few grey levels
+from Pillow's. Evaluation otherwise has timm's geometry: shorter side to S / crop_pct, then the centre S × S.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from mmtrain.data.images.photo import FLIP_DRAW, RATIO, SCALE, TRIES, Keys
 from mmtrain.errors import UserError, os_errors
 from mmtrain.log import logger
 
-#: Samples and their keys (None in evaluation).
+#: Sample indices and their random keys (None in evaluation).
 Request = tuple[NDArray[np.int64], Keys | None]
 
-# No fastmath: a crop must not move by a pixel because two builds of the code round differently.
+# No fastmath: otherwise two builds may round differently, and a crop may move by a pixel.
 _options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 _compiled = numba.njit(**_options)
 _decode_jpg = _compiled(imdecode)
@@ -50,17 +50,21 @@ _GOLDEN, _FIRST, _SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1C
 _27, _30, _31, _11 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(11)
 _LOG_LOW, _LOG_HIGH = math.log(RATIO[0]), math.log(RATIO[1])
 
-#: numba's fallback threading layer ends the process when two threads run parallel code at once.
+#: Lock for parallel code: numba's fallback threading layer ends the process if two threads run parallel code at once.
 _one_kernel = threading.Lock()
-#: Once in a process, since compiling takes seconds.
+#: Compiled decoders, shared in the process because compiling takes seconds.
 _decoders: dict[tuple[Any, ...], Callable[..., None]] = {}
 
 
 class Engine:
-    """Batches of ``recipe`` from a beton. ``threads`` and ``os_cache`` never change what comes out.
+    """Decodes batches from a beton. The result does not depend on ``threads`` and ``os_cache``.
 
-    ``os_cache``: map the file and leave it to the system what stays in memory; else read the pages of the requests that
-    are ``opened`` together, ahead of their use, and drop each page when it was used for the last time.
+    Args:
+        beton: the file.
+        recipe: the compiled transform.
+        threads: threads that decode.
+        os_cache: True: map the file, and let the operating system cache it. False: read the pages of the requests that
+            are ``opened`` together ahead of their use, and drop each page after its last use.
     """
 
     def __init__(self, beton: Beton, recipe: Recipe, threads: int, os_cache: bool) -> None:
@@ -68,7 +72,8 @@ class Engine:
         limit = int(vars(numba.config)["NUMBA_NUM_THREADS"])
         if threads > limit:
             logger.warning(
-                "data.workers=%d: numba runs at most %d threads here; set NUMBA_NUM_THREADS=%d to have them all",
+                "data.workers=%d: numba is limited to %d threads; set the environment variable NUMBA_NUM_THREADS=%d to "
+                "use all of them",
                 threads,
                 limit,
                 threads,
@@ -83,10 +88,17 @@ class Engine:
 
     @contextmanager
     def opened(self, requests: Sequence[Request]) -> Iterator[Callable[[int], Any]]:
-        """``state(number)``: the memory that request ``number`` is decoded from; with ``os_cache`` that of any."""
-        with os_errors(f"{self.beton.path}: cannot be read any more"):
+        """Open the file for ``requests``.
+
+        The context is a function ``state(number)`` that returns the memory from which request ``number`` is decoded.
+        With ``os_cache``, ``requests`` may be empty, and the memory is the same for all requests.
+
+        Raises:
+            UserError: if the file cannot be read, or has changed.
+        """
+        with os_errors(f"{self.beton.path}: can no longer be read"):
             if self.beton.path.stat().st_size != self.beton.file_size:
-                raise UserError(f"{self.beton.path}: the file has changed after the run started; start again")
+                raise UserError(f"{self.beton.path}: the file changed after the run started. Start the run again")
             mapped = np.memmap(self.beton.path, np.uint8, mode="r") if self.os_cache else None
         if mapped is not None:
             plain = np.asarray(mapped)
@@ -109,10 +121,17 @@ class Engine:
                 reader.join()
 
     def run(self, state: Any, request: Request, images: NDArray[Any]) -> None:
-        """Fill ``images`` (``recipe.shape``, ``recipe.dtype``). UserError for an image that cannot be decoded."""
+        """Decode the images of ``request`` into ``images`` (``recipe.shape``, ``recipe.dtype``).
+
+        Args:
+            state: memory from ``opened``.
+
+        Raises:
+            UserError: if an image cannot be decoded.
+        """
         indices, keys = request
         faults = np.zeros(len(indices), dtype=np.uint8)
-        # One thread takes no lock: a loader process may have been forked while another thread held it.
+        # With one thread, no lock is used: a worker process may have been forked while another thread held it.
         with _one_kernel if self.threads > 1 else nullcontext():
             if self.threads > 1:
                 numba.set_num_threads(self.threads)
@@ -121,8 +140,8 @@ class Engine:
         if faults.any():
             bad = int(indices[int(np.argmax(faults))])
             raise UserError(
-                f"{self.beton.path}: image number {bad} cannot be decoded: the file is damaged; copy it again, or make "
-                "it again with mmtrain data prepare ffcv --force"
+                f"{self.beton.path}: image number {bad} cannot be decoded, so the file is damaged. Copy it again, or "
+                "create it again with `mmtrain data prepare ffcv --force`"
             )
 
 
@@ -130,10 +149,17 @@ _END = object()
 
 
 class Stream:
-    """Iterator over what ``finish(request, about, images)`` makes of each request, ``ahead`` of them in advance.
+    """Iterator that decodes requests in a background thread and yields ``finish(request, about, images)`` for each.
 
-    ``segment``: requests whose pages are read together where the engine has no ``os_cache``. What fails in the thread
-    is raised by ``next``. ``close`` (or the end of the process) stops the thread, whatever it is doing.
+    Exceptions of the thread are raised by ``next``. ``close`` (or the end of the process) stops the thread.
+
+    Args:
+        engine: decoder.
+        requests: pairs of a request and any object ``about``, which is passed to ``finish``.
+        take: function that allocates the images of a batch of the given size.
+        finish: function that converts decoded images to the item to yield.
+        ahead: number of batches that are decoded in advance.
+        segment: number of requests whose pages are read together, if the engine has no ``os_cache``.
     """
 
     def __init__(
@@ -150,7 +176,7 @@ class Stream:
         self._segment = segment
         self._ready: queue.Queue[Any] = queue.Queue(max(1, ahead))
         self._stop = threading.Event()
-        # daemon: the interpreter waits for other threads before it calls what atexit knows
+        # A daemon thread, because at exit the interpreter waits for other threads before it runs atexit functions.
         self._thread = threading.Thread(target=self._work, name="ffcv", daemon=True)
         atexit.register(self.close)
         self._thread.start()
@@ -171,7 +197,7 @@ class Stream:
         return item
 
     def close(self) -> None:
-        """Stop the thread and wait for it: at most for the batch it is at."""
+        """Stop the thread and wait for it, at most until it has decoded its current batch."""
         self._stop.set()
         self._thread.join()
         atexit.unregister(self.close)
@@ -182,7 +208,7 @@ class Stream:
                 if not self._put(batch):
                     return
             self._put(_END)
-        except BaseException as error:  # whatever it is, the one who waits must hear of it
+        except BaseException as error:  # passed to the thread that waits in ``next``
             self._put(error)
 
     def _put(self, item: Any) -> bool:
@@ -212,11 +238,12 @@ class Stream:
 
 
 def compile_decoder(recipe: Recipe, mapped: bool, parallel: bool) -> Callable[..., None]:
-    """``decode(indices, keys, images, faults, rows, state)``, compiled at its first call.
+    """Return the function ``decode(indices, keys, images, faults, rows, state)``, which is compiled at its first call.
 
-    int64 (B,), uint64 (B,), ``recipe.shape(B)``, uint8 (B,): 1 for an image that cannot be decoded. ``rows``: those of
-    ``format.Beton``. ``state``: the file's bytes if ``mapped``, else pages (slots, page size), the slot of each page,
-    and log2 of the page size.
+    Its arguments are: ``indices`` int64 (B,); ``keys`` uint64 (B,); ``images``, the output, ``recipe.shape(B)``;
+    ``faults``, an output uint8 (B,), 1 for an image that cannot be decoded; ``rows`` of ``format.Beton``; and
+    ``state``: the bytes of the file if ``mapped``, otherwise pages (slots, page size), the slot of each page, and log2
+    of the page size.
     """
     read, cropped, finish = _read_mapped if mapped else _read_paged, _cropped(recipe), _finisher(recipe)
 
@@ -228,7 +255,7 @@ def compile_decoder(recipe: Recipe, mapped: bool, parallel: bool) -> Callable[..
             height, width = heights[sample], widths[sample]
             content = read(state, places[sample], sizes[sample])
             faults[slot] = 1
-            # Two calls: a mapped file cannot be written, which is another type to numba.
+            # The calls are duplicated, because a read-only array of the mapped file has a different type in numba.
             if modes[sample] == JPG:
                 image = np.empty((height, width, 3), np.uint8)
                 if _decode_jpg(content, image, height, width, height, width, 0, 0, 1, 1, False, False) == 0:
@@ -256,7 +283,7 @@ def _read_paged(state, place, size):  # type: ignore[no-untyped-def]
 
 
 def _cropped(recipe: Recipe) -> Callable[..., Any]:
-    """image, height, width, key → (S, S, 3) uint8."""
+    """Return the function (image, height, width, key) → uint8 (S, S, 3) that crops and resizes an image."""
     size = recipe.size
     shorter = math.floor(size / recipe.crop_pct)
 
@@ -287,7 +314,7 @@ def _cropped(recipe: Recipe) -> Callable[..., Any]:
 
 
 def _finisher(recipe: Recipe) -> Callable[..., Any]:
-    """patch (S, S, 3) uint8, key, target: flips where that is wanted, and looks the values up."""
+    """Return the function (patch uint8 (S, S, 3), key, target) that writes a flipped and normalised image to target."""
     size, hflip = recipe.size, recipe.hflip if recipe.random else 0.0
 
     if recipe.table is None:
@@ -318,7 +345,7 @@ def _finisher(recipe: Recipe) -> Callable[..., Any]:
 
 @_compiled
 def mixed(state, value):  # type: ignore[no-untyped-def]  # numba infers: uint64, uint64 -> uint64
-    """One step of ``order.mix64``."""
+    """Return the state of ``order.mix64`` after one step."""
     state = (state ^ value) + _GOLDEN
     state = (state ^ (state >> _30)) * _FIRST
     state = (state ^ (state >> _27)) * _SECOND
@@ -327,13 +354,13 @@ def mixed(state, value):  # type: ignore[no-untyped-def]  # numba infers: uint64
 
 @_compiled
 def draw(key, number):  # type: ignore[no-untyped-def]  # uint64, int -> float64
-    """Draw ``number`` of a key, uniform in [0, 1): ``transforms.uniform`` of one key."""
+    """Return draw ``number`` of a random key, uniform in [0, 1), as ``photo.uniform`` does."""
     return np.float64(mixed(mixed(np.uint64(0), key), np.uint64(number)) >> _11) * 2.0**-53
 
 
 @_compiled
 def crop_box(key, height, width):  # type: ignore[no-untyped-def]  # uint64, int64, int64 -> four int64
-    """Top, left, height and width of the random resized crop of an image; sizes in pixels."""
+    """Return top, left, height and width of the random resized crop of an image, in pixels."""
     area = np.float64(height) * np.float64(width)
     for attempt in range(TRIES):
         target = area * (SCALE[0] + (SCALE[1] - SCALE[0]) * draw(key, 4 * attempt))
@@ -354,5 +381,5 @@ def crop_box(key, height, width):  # type: ignore[no-untyped-def]  # uint64, int
 
 @_compiled
 def flipped(key, probability):  # type: ignore[no-untyped-def]  # uint64, float64 -> bool
-    """Whether a sample is mirrored."""
+    """Return whether a sample is mirrored."""
     return draw(key, FLIP_DRAW) < probability

@@ -1,4 +1,4 @@
-"""Sources of images from a ``.beton``: the same samples at the same steps as from the tar shards it was made of."""
+"""Data sources of ``.beton`` files, with the same samples at the same steps as the tar shards of the same data set."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from mmtrain.log import logger
 if TYPE_CHECKING:
     from mmtrain.data.ffcv.engine import Engine, Request
 
-#: Where a container (cgroup v2) tells of its own limit and use, of which psutil knows nothing.
+#: Folder with the memory limit and use of a container (cgroup v2), which psutil does not report.
 _CONTAINER = Path("/sys/fs/cgroup")
-#: What is scheduled together without os_cache, in windows of the shuffle, at least.
+#: Minimum number of shuffle windows whose pages are scheduled together without os_cache.
 _SEGMENT = 4
-_told: set[tuple[Path, bool]] = set()
+_warned: set[tuple[Path, bool]] = set()
 
 
 def open_beton(
@@ -43,12 +43,20 @@ def open_beton(
     window: int = 8,
     **options: Any,
 ) -> BetonImages:
-    """The source for one file: ``StreamedBeton`` where all that is done to an image is compiled, else ``BetonImages``,
-    whose batches are made in torch's loader processes.
+    """Open the data source of one file.
 
-    ``augment`` and the further keyword arguments are those of ``augment.build_augment``; ``os_cache`` is that of
-    ``engine.Engine``; ``window`` is the shuffle's, for the check of the memory. Raises UserError for a missing extra, a
-    damaged file, and one that does not belong to the meta.json beside it.
+    Args:
+        image_size, train, mean, std, augment, options: as for ``augment.build_augment``.
+        os_cache: as for ``engine.Engine``.
+        window: shuffle window in shards, for the check of the memory.
+
+    Returns:
+        ``StreamedBeton`` if the whole transform is compiled. Otherwise ``BetonImages``, whose batches are loaded in
+        torch's worker processes.
+
+    Raises:
+        UserError: if the extra ``ffcv`` is missing, or the file is damaged or does not match the meta.json in its
+            folder.
     """
     built = build_augment(train, image_size, augment, mean=mean, std=std, **options)
     require_ffcv()
@@ -57,22 +65,25 @@ def open_beton(
         warn_of_thrashing(source.beton, os_cache, window)
     if not built.compiled:
         if not os_cache:
-            logger.warning("data.os_cache=false does nothing with data.augment=%s: its processes map the file", augment)
+            logger.warning(
+                "data.os_cache=false has no effect with data.augment=%s, whose worker processes map the file", augment
+            )
         logger.info(
-            "%s: data.augment=%s works on one image after the other in Python, in data.workers processes; "
-            "data.augment=crop (crop and flip alone) is all compiled, and data.workers are threads then",
+            "%s: data.augment=%s processes images one by one in Python, in data.workers processes; data.augment=crop "
+            "(only crop and flip) is compiled and uses data.workers threads",
             source.beton.path,
             augment,
         )
-        # compiles what it calls, in some seconds: once, before processes are forked from this one
+        # Compile the decoder, which takes some seconds, once before worker processes are forked.
         source.fetch(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.uint64))
     return source
 
 
 class BetonImages:
-    """Source of {"image": float32 (B, 3, S, S) normalised, "label": int64 (B,)} from a beton.
+    """Data source of a beton: {"image": float32 (B, 3, S, S) normalised, "label": int64 (B,)}.
 
-    ``classes`` and ``num_classes`` come from ``meta.json`` beside the file and are None without one.
+    The attributes ``classes`` and ``num_classes`` come from ``meta.json`` in the folder of the file. They are None if
+    there is no such file.
     """
 
     def __init__(self, path: str | Path, augment: Augment, os_cache: bool = True) -> None:
@@ -96,11 +107,11 @@ class BetonImages:
         }
 
     def name_of(self, index: int) -> str:
-        """The file and the number of a sample."""
+        """Return the file and the number of a sample, for messages."""
         return f"{self.beton.path}, image number {index}"
 
     def fetch(self, indices: NDArray[np.int64], keys: NDArray[np.uint64] | None) -> Batch:
-        # One thread: this may be a forked process, where parallel code must not run.
+        # One thread, because parallel code must not run in a forked process.
         engine = self._engine(1, True)
         images = np.empty(engine.recipe.shape(len(indices)), engine.recipe.dtype)
         with engine.opened([]) as state:
@@ -122,11 +133,11 @@ class BetonImages:
         return self._engines[threads, os_cache]
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_engines": {}}  # compiled code does not pickle
+        return {**self.__dict__, "_engines": {}}  # compiled code cannot be pickled
 
 
 class StreamedBeton(BetonImages):
-    """Makes its batches itself, in threads of this process (see ``mmtrain.data.core.source.Streaming``)."""
+    """Data source of a beton that decodes batches in threads of this process (see ``data.core.source.Streaming``)."""
 
     def batches(
         self,
@@ -137,12 +148,16 @@ class StreamedBeton(BetonImages):
         prefetch: int = 2,
         pin_memory: bool = False,
     ) -> Iterator[Batch]:
-        """Batches of the stream positions ``numbers`` in ``order``; with ``order=None`` of these samples, to evaluate.
+        """Yield a batch for each array in ``numbers``, bit-identical for every number of workers.
 
-        ``workers``: threads that decode. Bit-identical for every number of them.
+        Args:
+            numbers: arrays of stream positions in ``order``; if ``order`` is None, sample indices for evaluation.
+            workers: threads that decode (0: one thread).
+            prefetch: batches that are decoded in advance, at least 2.
+            pin_memory: allocate images in pinned memory.
         """
         if workers < 0:
-            raise UserError(f"data.workers={workers}: give the number of FFCV's threads, 1 or more")
+            raise UserError(f"data.workers={workers}: must be at least 0 (number of FFCV's threads)")
         return self._stream(numbers, order, max(1, workers), max(2, prefetch), pin_memory)
 
     def _stream(
@@ -176,7 +191,7 @@ class StreamedBeton(BetonImages):
                 batch["key"] = torch.from_numpy(keys.view(np.int64))
             return batch
 
-        # At least some windows of the shuffle are scheduled together: pages that two segments share are read twice.
+        # Schedule several shuffle windows together, because pages that two segments share are read twice.
         samples = _SEGMENT * (1 if order is None else order.window) * len(self) // len(self.block_sizes)
         stream = Stream(engine, requests(), take, finish, ahead=ahead, segment=max(16, -(-samples // len(first))))
         try:
@@ -186,26 +201,33 @@ class StreamedBeton(BetonImages):
 
 
 def warn_of_thrashing(beton: Beton, os_cache: bool, window: int) -> None:
-    """Say once for a file what to set where the pages of a random order will not stay in memory."""
-    if (beton.path, os_cache) in _told:
+    """Log a warning, once per file, if the pages needed for random reading do not fit into memory.
+
+    Args:
+        window: shuffle window, in blocks.
+    """
+    if (beton.path, os_cache) in _warned:
         return
     free = free_memory()
     blocks = max(1, len(beton.block_sizes))
-    # Two windows are at hand where one ends and the next begins.
+    # At the boundary of two windows, the pages of both are needed.
     windows = min(beton.stored, 2 * window * beton.stored // blocks)
     if os_cache and beton.stored > free:
         cure = (
-            f"set data.os_cache=false, which keeps the pages of two shuffle windows ({_gb(windows)} for each rank), or "
-            "make the file smaller (mmtrain data prepare ffcv --max-resolution 500 --write-mode jpg)"
+            f"Set data.os_cache=false, which keeps only two shuffle windows in memory ({_gb(windows)} per rank), or "
+            "create a smaller file (mmtrain data prepare ffcv --max-resolution 500 --write-mode jpg)"
         )
-        what = f"{_gb(beton.stored)} of images in a random order, but {_gb(free)} of memory"
+        what = f"the images ({_gb(beton.stored)}) do not fit into the free memory ({_gb(free)})"
     elif not os_cache and windows > free:
-        cure = f"set data.shuffle_window below {window}"
-        what = f"two shuffle windows of {window} blocks are {_gb(windows)} for each rank, but {_gb(free)} of memory"
+        cure = f"Set data.shuffle_window below {window}"
+        what = (
+            f"two shuffle windows of {window} blocks ({_gb(windows)} per rank) do not fit into the free memory "
+            f"({_gb(free)})"
+        )
     else:
         return
-    _told.add((beton.path, os_cache))
-    logger.warning("%s: %s: reading will wait for the disk again and again; %s", beton.path, what, cure)
+    _warned.add((beton.path, os_cache))
+    logger.warning("%s: %s, so reading will often wait for the disk. %s", beton.path, what, cure)
 
 
 def _gb(size: float) -> str:
@@ -213,10 +235,10 @@ def _gb(size: float) -> str:
 
 
 def free_memory() -> int:
-    """Bytes that can be had without swapping, what is now cached of files included."""
+    """Return the bytes of memory that are available without swapping, including the page cache."""
     available = int(psutil.virtual_memory().available)
     try:
-        limit = int((_CONTAINER / "memory.max").read_text())  # "max" where there is none
+        limit = int((_CONTAINER / "memory.max").read_text())  # "max" (no limit) raises ValueError
         used = dict(line.split() for line in (_CONTAINER / "memory.stat").read_text().splitlines())
         return min(available, max(0, limit - int(used["anon"])))
     except (OSError, KeyError, ValueError):

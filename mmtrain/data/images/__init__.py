@@ -1,6 +1,6 @@
-"""Images: sources of them, decoding and transforms.
+"""Images: data sources, decoding and transforms.
 
-``shards`` reads WebDataset tar shards through ``tar_index`` and, for addresses, ``cache``; ``synthetic`` makes images
-up. ``photo`` decodes, crops and draws random numbers; ``transforms`` makes batches of that. ``targets`` reads masks and
-boxes. Betons are read in ``data.ffcv``, shards written in ``data.prepare``.
+``shards`` reads WebDataset tar shards through ``tar_index`` and, for URLs, through ``cache``. ``synthetic`` generates
+images. ``photo`` decodes and crops images and draws random numbers; ``transforms`` turns images into batches.
+``targets`` reads masks and boxes. ``data.ffcv`` reads betons, and ``data.prepare`` writes shards.
 """

@@ -1,6 +1,7 @@
-"""Shards that lie elsewhere, kept on this machine: whole files, each fetched once for all processes, up to a limit.
+"""Local cache of remote shards. Each file is fetched once for all processes, as a whole, up to a size limit.
 
-Any address that fsspec knows will do: ``https://``, ``s3://`` (with s3fs), ``gs://`` (with gcsfs), ``file://``, ...
+Every kind of URL that fsspec supports works: ``https://``, ``s3://`` (with s3fs), ``gs://`` (with gcsfs), ``file://``
+and others.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from mmtrain.errors import UserError, os_errors
 from mmtrain.files import exclusive
 
 _PIECE = 1 << 20
-#: Bytes of a file whose length nobody tells, at least; more only if the cache may hold more.
+#: Largest accepted file of unknown size, in bytes. The limit of the cache replaces it if that is larger.
 _UNTOLD = 1 << 30
-#: Seconds to connect, and without a byte, after which an attempt is given up.
+#: Timeouts of an attempt, in seconds: to connect, and between two pieces of data.
 _CONNECT, _SILENCE = 20.0, 60.0
 
 
 def is_address(path: object) -> bool:
-    """Whether ``path`` is read through fsspec (``https://...``, ``s3://...``) and not from a file system here."""
+    """Return whether ``path`` is a URL (``https://...``, ``s3://...``), which is read through fsspec."""
     return isinstance(path, str) and "://" in path
 
 
@@ -36,26 +37,33 @@ class ShardCache:
     """A folder of fetched files.
 
     Args:
-        folder: best on the node's own disk; all ranks of a node share it.
-        limit: bytes kept; those used longest ago go first. What is open stays readable.
-        pause: seconds before the second attempt; each further one waits twice as long, or as long as the server asks.
+        folder: best on a local disk of the node. All ranks of a node share it.
+        limit: maximum size in bytes. The least recently used files are removed first; open files stay readable.
+        pause: seconds before the second attempt. The pause doubles for each further attempt, or is as long as the
+            server requests.
     """
 
     def __init__(self, folder: Path, limit: int, pause: float = 1.0) -> None:
         self.folder, self.limit, self.pause = folder, limit, pause
         self._ahead: SimpleQueue[tuple[str, int | None, str]] | None = None
-        self._asked: set[str] = set()
+        self._requested: set[str] = set()
         self._owner = os.getpid()
 
     def place(self, address: str) -> Path:
-        """Where the file of ``address`` is or would be."""
+        """Return the path in the cache for the file at ``address``."""
         name = re.sub(r"[^\w.-]", "_", address.rpartition("/")[2])[-80:]
         return self.folder / f"{hashlib.sha256(address.encode()).hexdigest()[:16]}-{name}"
 
     def fetch(self, address: str, *, size: int | None = None, digest: str = "", fresh: bool = False) -> Path:
-        """The local file, which is fetched if it is not there (or ``fresh`` is wanted). Raises Unreachable.
+        """Return the local copy of a file, fetching it if it is not in the cache.
 
-        ``size`` and ``digest`` (SHA-256): what it must have; "" and None: not known.
+        Args:
+            size: expected size in bytes (None: unknown).
+            digest: expected SHA-256 ("": unknown).
+            fresh: fetch the file even if it is in the cache.
+
+        Raises:
+            Unreachable: if the file cannot be fetched.
         """
         target = self.place(address)
         if not fresh and self._good(target, size):
@@ -63,51 +71,51 @@ class ShardCache:
         with self._written():
             self.folder.mkdir(parents=True, exist_ok=True)
         with exclusive(target.with_name(target.name + ".lock"), wait=True, tell=False):
-            if fresh or not self._good(target, size):  # another process may have fetched it meanwhile
+            if fresh or not self._good(target, size):  # another process may have fetched it in the meantime
                 self._download(address, target, size, digest)
         self._make_room(target)
         return target
 
     def open(self, address: str, *, size: int | None = None, digest: str = "", fresh: bool = False) -> BufferedReader:
-        """The local file of ``fetch``, open: what is removed to make room stays readable."""
+        """Return the local copy of a file, open for reading. It stays readable if the cache removes it."""
         for _ in range(ATTEMPTS):
             local = self.fetch(address, size=size, digest=digest, fresh=fresh)
-            with suppress(FileNotFoundError):  # another process or thread has made room meanwhile
+            with suppress(FileNotFoundError):  # another process or thread removed it to free space
                 return open(local, "rb")
         raise Unreachable(
-            f"{address}: is removed from {self.folder} as soon as it is there: the limit of {self.limit / 1e9:g} GB is "
-            "too small for the shards that are read at once; raise data.cache_gb"
+            f"{address}: is removed from {self.folder} as soon as it is fetched. The limit of {self.limit / 1e9:g} GB "
+            "is too small for the shards that are read at the same time. Increase data.cache_gb"
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ahead": None, "_asked": set()}
+        return {**self.__dict__, "_ahead": None, "_requested": set()}
 
     def ahead(self, address: str, *, size: int | None = None, digest: str = "") -> None:
-        """Begin to fetch, in the background; what goes wrong is said when the file is wanted."""
+        """Start to fetch a file in the background. Errors are ignored here; ``fetch`` raises them later."""
         if self._owner != os.getpid() or self._ahead is None:  # threads do not survive a fork
-            self._ahead, self._asked, self._owner = SimpleQueue(), set(), os.getpid()
-            # daemon: the end of the process waits for no fetch
+            self._ahead, self._requested, self._owner = SimpleQueue(), set(), os.getpid()
+            # A daemon thread, so that the process does not wait for it at exit.
             threading.Thread(target=self._fetch_quietly, args=(self._ahead,), name="mmtrain-ahead", daemon=True).start()
-        if address in self._asked and self.place(address).exists():
+        if address in self._requested and self.place(address).exists():
             return
-        self._asked.add(address)
+        self._requested.add(address)
         self._ahead.put((address, size, digest))
 
-    def _fetch_quietly(self, wanted: SimpleQueue[tuple[str, int | None, str]]) -> None:
+    def _fetch_quietly(self, requests: SimpleQueue[tuple[str, int | None, str]]) -> None:
         while True:
-            address, size, digest = wanted.get()
+            address, size, digest = requests.get()
             with suppress(UserError, OSError):
                 self.fetch(address, size=size, digest=digest)
 
     def size(self, address: str) -> int | None:
-        """Bytes behind ``address``; None where that is not told. Raises Unreachable."""
+        """Return the size of the file at ``address`` in bytes (None: unknown). Raises Unreachable."""
         found = persistently(address, lambda: file_system(address).info(address), self.pause).get("size")
         return int(found) if found is not None else None
 
     def _good(self, target: Path, size: int | None) -> bool:
         try:
             found = target.stat().st_size
-            os.utime(target)  # used last now
+            os.utime(target)  # mark it as used now
         except OSError:
             return False
         return size is None or found == size
@@ -119,14 +127,14 @@ class ShardCache:
             try:
                 got, found = self._copy(address, part, size)
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # ours, not the network's
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # a local error, not one of the network
                     with self._written():
                         raise
                 raise
             if size is not None and got != size:
-                raise OSError(f"{'more' if got > size else got} bytes came, {size} were indexed")
+                raise OSError(f"received {'more' if got > size else got} bytes, but its index says {size}")
             if digest and found != digest:
-                raise OSError("its content is not what was indexed (SHA-256)")
+                raise OSError("its SHA-256 differs from the one in its index")
 
         try:
             persistently(address, attempt, self.pause)
@@ -140,7 +148,10 @@ class ShardCache:
         return os_errors(f"data.cache={self.folder}: cannot be written")
 
     def _copy(self, address: str, part: Path, size: int | None) -> tuple[int, str]:
-        """Bytes and SHA-256 of what came, which is not waited for beyond ``size`` or the length that was announced."""
+        """Copy the file at ``address`` to ``part``; return its number of bytes and its SHA-256.
+
+        Reading stops after ``size`` or the announced length, even if the server sends more.
+        """
         digest, got = hashlib.sha256(), 0
         with self._written():
             part.touch()
@@ -154,14 +165,15 @@ class ShardCache:
             os.fsync(target.fileno())
         if size is None and expected is None and got > most:
             raise Unreachable(
-                f"{address}: sends more than the {most / 1e9:g} GB of data.cache_gb, without telling how much"
+                f"{address}: the server announces no size and sends more than {most / 1e9:g} GB. Increase data.cache_gb"
+                " if the file is this large"
             )
         if isinstance(expected, int) and got != expected:
-            raise OSError(f"{got} of {expected} bytes came")
+            raise OSError(f"received {got} of {expected} bytes")
         return got, digest.hexdigest()
 
     def _make_room(self, kept: Path) -> None:
-        """Remove what was used longest ago, beyond the limit."""
+        """Remove the least recently used files until the limit is met, but never ``kept``."""
         with exclusive(self.folder / "room.lock", wait=True, tell=False):
             files = []
             for path in self.folder.iterdir():
@@ -181,20 +193,24 @@ class ShardCache:
 
 
 def default_cache(folder: str | None = None, gigabytes: float = 200.0) -> ShardCache:
-    """The cache of this user on this node, or that in ``folder``."""
-    where = Path(folder).expanduser() if folder else Path.home() / ".cache/mmtrain/shards"
-    return ShardCache(where, int(gigabytes * 1e9))
+    """Return the cache in ``folder`` (None: ``~/.cache/mmtrain/shards``), limited to ``gigabytes`` (10^9 bytes)."""
+    path = Path(folder).expanduser() if folder else Path.home() / ".cache/mmtrain/shards"
+    return ShardCache(path, int(gigabytes * 1e9))
 
 
 _systems = threading.local()
 
 
 def file_system(address: str) -> Any:
-    """fsspec's file system of an address, one for each process and thread."""
+    """Return the fsspec file system of a URL; each process and thread has its own.
+
+    Raises:
+        UserError: if a package is missing or the scheme is unknown.
+    """
     try:
         import fsspec
     except ImportError as error:
-        raise UserError(f"{address}: addresses need fsspec: pip install 'mmtrain[remote]'") from error
+        raise UserError(f"{address}: URLs need the package fsspec. Run pip install 'mmtrain[remote]'") from error
     scheme = address.partition("://")[0]
     if getattr(_systems, "process", None) != os.getpid():
         _systems.process, _systems.known = os.getpid(), {}
@@ -211,8 +227,8 @@ def file_system(address: str) -> Any:
         known[scheme] = fsspec.filesystem(scheme, skip_instance_cache=True, **options)
     except ImportError as error:
         raise UserError(
-            f"{address}: reading {scheme}:// needs a package that is not here ({error}): pip install 'mmtrain[remote]'"
-            " for http and https, s3fs for s3, gcsfs for gs"
+            f"{address}: reading {scheme}:// needs a package that is not installed ({error}). Install it with pip:"
+            " 'mmtrain[remote]' for http and https, s3fs for s3, gcsfs for gs"
         ) from error
     except ValueError as error:
         raise UserError(f"{address}: {error}") from error

@@ -1,7 +1,7 @@
-"""The image formats that are read, and the one function that opens an image.
+"""The supported image formats, and the only function that opens image files.
 
-Pillow opens whatever one of its plugins accepts, and chooses the plugin by the content: PostScript named ``.jpg`` would
-be handed to Ghostscript. Here only the formats in ``_PLUGINS`` are ever tried.
+Pillow chooses a plugin by the content of a file, not by its name: a PostScript file named ``.jpg`` would be passed to
+Ghostscript. Therefore, only the formats in ``_PLUGINS`` are ever tried.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-#: The most pixels of an image: Pillow's own limit, beyond which it takes a file for an attack.
+#: Maximum number of pixels of an image. It is the limit above which Pillow regards a file as a decompression bomb.
 MOST_PIXELS = 2 * (1024**3 // 4 // 3)
 
-#: Pillow's modules for the formats that are read, and the endings of their files.
+#: Pillow's plugin modules of the supported formats, and the file extensions of each format.
 _PLUGINS = {
     "Jpeg": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "Png": (".png",),
@@ -34,18 +34,18 @@ _PLUGINS = {
 
 @cache
 def _readable() -> dict[str, tuple[str, ...]]:
-    """Pillow's name of each format that it can read here, and the endings of its files."""
+    """Return Pillow's name of each supported format that the installed version can read, with its file extensions."""
     from PIL import Image
 
-    # Pillow warns from half of the limit on, which is no fault of a large photo. What is beyond it is refused.
+    # Pillow warns above half of the limit, but such large photos are valid. Larger images are rejected in open_image.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     found = {}
     for name, suffixes in _PLUGINS.items():
         try:
             plugin = importlib.import_module(f"PIL.{name}ImagePlugin")
-        except ImportError:  # AVIF came with Pillow 11.3
+        except ImportError:  # AVIF needs Pillow 11.3
             continue
-        if getattr(plugin, "SUPPORTED", True):  # False: Pillow was built without that library
+        if getattr(plugin, "SUPPORTED", True):  # False: Pillow was built without the format's library
             found[name.upper()] = suffixes
     return found
 
@@ -56,15 +56,19 @@ def _formats() -> tuple[str, ...]:
 
 
 def image_suffixes() -> frozenset[str]:
-    """The endings, with their dots and in lower case, of the files that are taken for images."""
+    """Return the file extensions that are treated as images, in lower case with a leading dot."""
     return frozenset(suffix for suffixes in _readable().values() for suffix in suffixes)
 
 
 def open_image(source: bytes | Path) -> Image:
-    """An image whose header is read and whose pixels are not yet decoded, of a file's bytes or of a file.
+    """Open an image: read its header, but do not decode its pixels yet.
 
-    Raises ValueError for what is no image of a format that is read, or has more than ``MOST_PIXELS`` pixels. A damaged
-    file can raise almost anything, here and when it is decoded.
+    Args:
+        source: path of the file, or its content.
+
+    Raises:
+        ValueError: if it is not an image of a supported format, or has more than ``MOST_PIXELS`` pixels. A damaged file
+            can raise almost any exception, both here and when it is decoded.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -72,7 +76,7 @@ def open_image(source: bytes | Path) -> Image:
     try:
         image: Image.Image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
     except UnidentifiedImageError as error:
-        raise ValueError(f"it is no image, or damaged; the formats that are read: {', '.join(formats)}") from error
+        raise ValueError(f"not an image, or damaged; supported formats: {', '.join(formats)}") from error
     except Image.DecompressionBombError as error:
         raise _too_many() from error
     if image.width * image.height > MOST_PIXELS:
@@ -81,4 +85,4 @@ def open_image(source: bytes | Path) -> Image:
 
 
 def _too_many() -> ValueError:
-    return ValueError(f"its header claims more than the {MOST_PIXELS:,} pixels that are read at most")
+    return ValueError(f"the image has more pixels than the limit of {MOST_PIXELS:,}")

@@ -1,11 +1,11 @@
-"""Bytes of an image file → pixels in RGB or grey with 8 bits a channel, upright, and random draws for each sample.
+"""Decoding of image files to upright 8-bit RGB or grey pixels, and the random augmentation of samples.
 
-A JPEG is decoded by libjpeg-turbo at a half, a quarter or an eighth of its size where the part wanted is that much
-larger than what it is to become (scaled inverse DCT): a crop for 224 pixels never decodes 4 megapixels whole.
+libjpeg-turbo can decode a JPEG at 1/2, 1/4 or 1/8 of its size (scaled inverse DCT). This is used where the crop is that
+much larger than the target size, so a crop to 224 pixels never decodes an image of 4 megapixels at full size.
 
-Random resized crop, flip and erasing are functions of samples' keys. Their distributions are the usual ones (the crop
-of Szegedy et al. 2015 as torchvision and timm draw it, the erasing of Zhong et al. 2017 as timm does); only the source
-of the random numbers is ours.
+Random resized crop, flip and erasing are functions of the samples' random keys. Their distributions are the usual ones
+(the crop of Szegedy et al. 2015 as in torchvision and timm, the erasing of Zhong et al. 2017 as in timm). Only the
+random numbers come from a hash instead of a generator.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from mmtrain.data.images.formats import MOST_PIXELS, open_image
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_ORIENTATION = 0x0112  # the EXIF tag
-#: Colours that simplejpeg turns into RGB or grey. CMYK is left to Pillow, which knows Adobe's inverted ones.
+_ORIENTATION = 0x0112  # EXIF tag "Orientation"
+#: Colour spaces that simplejpeg converts to RGB or grey. Pillow decodes CMYK, because it handles Adobe's inverted CMYK.
 _SPACES = ("YCbCr", "Gray")
-#: Of a random resized crop: part of the area, width over height, tries before the middle of the image.
+#: Random resized crop: range of the area fraction, range of width / height, and attempts before the centre crop.
 SCALE, RATIO, TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
-#: Draws of a key: crops take the first 4 · tries, then the flip; erasing and everything else begins at 64.
+#: Numbers of the draws of a key: the crop uses the first 4 · TRIES, then comes the flip; erasing begins at 64.
 FLIP_DRAW, _ERASE = 4 * TRIES, 64
 
 Pixels = NDArray[np.uint8]  # (height, width, channels)
@@ -35,15 +35,15 @@ Keys = NDArray[np.uint64]
 
 
 def decode(content: bytes, channels: int = 3) -> Image:
-    """Decode fully and convert to RGB (``channels=3``) or L (``channels=1``); alpha is dropped.
+    """Decode an image file fully and convert it to mode RGB (``channels=3``) or L (``channels=1``).
 
-    16-bit greys are scaled to 8 bits; PIL alone would clip them at 255. A photo that its camera marked as turned (EXIF)
-    is turned upright. Raises ValueError if it cannot be decoded.
+    Alpha is dropped. 16-bit grey values are scaled to 8 bits (PIL alone would clip them at 255). The image is rotated
+    upright according to its EXIF orientation. Raises ValueError if the image cannot be decoded.
     """
     from PIL import Image, ImageOps
 
     if channels not in (1, 3):
-        raise ValueError(f"images have 1 or 3 channels, not {channels}")
+        raise ValueError(f"channels must be 1 or 3, not {channels}")
     mode = "RGB" if channels == 3 else "L"
     try:
         image: Image.Image = open_image(content)
@@ -54,28 +54,28 @@ def decode(content: bytes, channels: int = 3) -> Image:
             grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
             image = Image.fromarray((grey >> 8).astype(np.uint8))
         elif image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")  # PIL asks for this detour
+            image = image.convert("RGBA")  # PIL warns if such an image is converted directly
         return image if image.mode == mode else image.convert(mode)
     except MemoryError:
         raise
     except Exception as error:  # PIL's plugins raise almost anything for damaged files
-        told = type(error) is ValueError  # by open_image, or by a plugin in whole sentences
-        raise ValueError(str(error) if told else f"{type(error).__name__}: {error}") from error
+        readable = type(error) is ValueError  # from open_image, or from a plugin with a clear message
+        raise ValueError(str(error) if readable else f"{type(error).__name__}: {error}") from error
 
 
 def orientation(content: bytes) -> int:
-    """How a JPEG or AVIF is to be turned, by its EXIF tag of that name: 1 (not at all) to 8."""
+    """Return the EXIF orientation of a JPEG or AVIF, 1 (upright) to 8. Other formats and damaged tags give 1."""
     if b"Exif\0\0" not in content[:4096] and content[4:12] != b"ftypavif":
         return 1
     try:
         found = open_image(content).getexif().get(_ORIENTATION, 1)
-    except Exception:  # a damaged tag turns nothing
+    except Exception:  # a damaged tag is ignored
         return 1
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 class Box(NamedTuple):
-    """A part of an image, in pixels."""
+    """A rectangle of an image, in pixels."""
 
     left: int
     top: int
@@ -84,7 +84,7 @@ class Box(NamedTuple):
 
 
 class Undecodable(ValueError):
-    """The image at ``place`` of a batch cannot be decoded."""
+    """The image at position ``place`` of a batch cannot be decoded."""
 
     def __init__(self, place: int, reason: object) -> None:
         super().__init__(str(reason))
@@ -92,10 +92,15 @@ class Undecodable(ValueError):
 
 
 class Photo:
-    """An image whose size is known and whose pixels are decoded when a part of them is wanted.
+    """An image whose size is known and whose pixels are decoded on demand.
 
-    ``content``: the bytes of a file, of which the header is read; ``image``: one that is decoded already, in RGB or L.
-    Raises ValueError for what cannot be decoded.
+    Args:
+        content: bytes of an image file. For a JPEG, only the header is read at first.
+        channels: 3 (RGB) or 1 (grey).
+        image: an image that is decoded already, in mode RGB or L; ``content`` is then ignored.
+
+    Raises:
+        ValueError: if the image cannot be decoded.
     """
 
     def __init__(self, content: bytes, channels: int = 3, image: Image | None = None) -> None:
@@ -113,7 +118,7 @@ class Photo:
         return self._image.size
 
     def whole(self) -> Image:
-        """All of it, at its own size."""
+        """Return the whole image at its original size."""
         if self._image is None:
             from PIL import Image as images
 
@@ -125,9 +130,10 @@ class Photo:
         return self._image
 
     def part(self, box: Box, size: int) -> Pixels:
-        """(at least ``size`` × ``size``, channels): the pixels in ``box``, no smaller than they have to be.
+        """Return the pixels in ``box``, decoded at 1/2, 1/4 or 1/8 of their size if both sides stay at least ``size``.
 
-        The part comes at its own size, or at 1/2, 1/4 or 1/8 of it where both of its sides stay ``size`` or more.
+        Returns:
+            uint8 (height, width, channels).
         """
         halvings = min(3, max(0, int(np.log2(max(min(box.width, box.height), 1) / size)))) if self._jpeg else 0
         pixels = self._decode(halvings) if self._image is None else None
@@ -140,7 +146,7 @@ class Photo:
         return pixels[top : max(bottom, top + 1), left : max(right, left + 1)]
 
     def _decode(self, halvings: int = 0) -> Pixels | None:
-        """The JPEG at 1/2**halvings of its size; None where Pillow has to say what is wrong with it, or nothing is."""
+        """Decode the JPEG at 1/2**halvings of its size. Return None if Pillow has to decode the image instead."""
         import simplejpeg
 
         if self._jpeg is None:
@@ -153,31 +159,31 @@ class Photo:
                 min_width=width if halvings else 0,
                 min_height=height if halvings else 0,
             )
-        except (ValueError, KeyError):  # KeyError: of simplejpeg, for a colour space without a name
-            return None  # also for stray bytes, which harm nothing
+        except (ValueError, KeyError):  # KeyError: simplejpeg does not know the colour space
+            return None  # simplejpeg also rejects harmless extra bytes; Pillow decides whether the file is damaged
         return pixels
 
 
 def resized(pixels: Pixels, size: int) -> Pixels:
-    """(size, size, C): ``pixels`` (h, w, C) by antialiased bicubic interpolation, as Pillow's."""
+    """Resize ``pixels`` (h, w, C) to (size, size, C) by antialiased bicubic interpolation, as Pillow does."""
     import torch
 
     if pixels.shape[:2] == (size, size):
         return pixels
-    given = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
-    made = torch.nn.functional.interpolate(given, (size, size), mode="bicubic", antialias=True)
-    return made[0].permute(1, 2, 0).numpy()
+    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    scaled = torch.nn.functional.interpolate(image, (size, size), mode="bicubic", antialias=True)
+    return scaled[0].permute(1, 2, 0).numpy()
 
 
 def _jpeg_size(content: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG that simplejpeg decodes as it is; None for all else."""
+    """Return width and height of an upright JPEG that simplejpeg can decode; None for all other files."""
     if not content.startswith(b"\xff\xd8") or orientation(content) != 1:
         return None
     import simplejpeg
 
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(content, strict=False)
-    except (ValueError, KeyError):  # KeyError: for a colour space without a name
+    except (ValueError, KeyError):  # KeyError: simplejpeg does not know the colour space
         return None
     if space not in _SPACES or width * height > MOST_PIXELS:
         return None
@@ -185,14 +191,19 @@ def _jpeg_size(content: bytes) -> tuple[int, int] | None:
 
 
 def uniform(keys: Keys | int, *numbers: int | NDArray[np.int64]) -> NDArray[np.float64]:
-    """Draw number ``numbers`` of each key (broadcast), uniform in [0, 1), float64."""
+    """Return the draws ``numbers`` of each key (broadcast): float64, uniform in [0, 1)."""
     return (mix64(keys, *numbers) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def random_crops(keys: Keys, sizes: Sequence[tuple[int, int]]) -> list[Box]:
-    """For each key and (width, height) a box of ``SCALE`` of the area, its width to height log-uniform in ``RATIO``.
+    """Return the random resized crop of each image.
 
-    Ten tries; then the largest box within ``RATIO`` in the middle.
+    The area is uniform in ``SCALE`` (fractions of the image), and width / height is log-uniform in ``RATIO``. If none
+    of ``TRIES`` attempts fits into the image, the crop is the largest centred box within ``RATIO``.
+
+    Args:
+        keys: random keys (B,).
+        sizes: (width, height) of each image.
     """
     if not len(keys):
         return []
@@ -219,17 +230,23 @@ def _middle(width: int, height: int) -> Box:
 
 
 def flips(keys: Keys, probability: float) -> NDArray[np.bool_]:
-    """Which samples are mirrored."""
+    """Return which samples are mirrored (B,)."""
     return uniform(keys, FLIP_DRAW) < probability
 
 
 def erase(
     pixels: NDArray[np.uint8], keys: Keys, probability: float, mean: Sequence[float], std: Sequence[float]
 ) -> None:
-    """Fill a rectangle of some images with noise, in place: pixels (B, S, S, C).
+    """Fill a random rectangle of some images with noise, in place (random erasing).
 
-    2 to 33 % of the area, its height to width log-uniform in 0.3 to 1/0.3, noise normal around ``mean`` with ``std``
-    (of pixels in 0..1), cut off at black and white.
+    The rectangle covers 2 to 33 % of the area, and its height / width is log-uniform from 0.3 to 1/0.3. The noise is
+    normal, clipped to the range of the pixels.
+
+    Args:
+        pixels: images (B, S, S, C).
+        keys: random keys (B,).
+        probability: probability that an image is changed.
+        mean, std: mean and standard deviation of the noise per channel, for pixels in 0..1.
     """
     side = pixels.shape[1]
     for n in np.flatnonzero(uniform(keys, _ERASE) < probability).tolist():
@@ -241,7 +258,7 @@ def erase(
             if height >= side or width >= side:
                 continue
             top, left = int(y * (side - height + 1)), int(x * (side - width + 1))
-            # the one generator of numpy whose stream is promised to stay
+            # RandomState is the only generator whose numbers NumPy guarantees to stay the same in every version.
             noise = np.random.RandomState(int(keys[n]) & 0xFFFFFFFF).standard_normal((height, width, len(mean)))
             values = np.rint(255 * (np.asarray(mean) + np.asarray(std) * noise))
             pixels[n, top : top + height, left : left + width] = values.clip(0, 255)

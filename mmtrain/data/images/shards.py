@@ -1,4 +1,4 @@
-"""Images in WebDataset tar shards: which shards a path means, reading them by position, and the source of samples."""
+"""Images in WebDataset tar shards: finding the shards of a path, reading them, and the data source."""
 
 from __future__ import annotations
 
@@ -27,20 +27,25 @@ from mmtrain.data.images.transforms import build_transform, new_tensor
 from mmtrain.errors import UserError, nearest, os_errors
 from mmtrain.log import logger
 
-#: Samples after a faulty one that are tried in its place.
+#: Number of samples after a damaged one that are tried as its replacement.
 _STAND_INS = 64
-#: The longest brace pattern, in characters, and the most names that one may have.
+#: Maximum length of a brace pattern, in characters, and maximum number of names that it may expand to.
 _LONGEST_PATTERN, _MOST_SHARDS = 4096, 1_000_000
-#: Seconds before the second attempt to list a folder or to read meta.json behind an address.
+#: Seconds before the second attempt to list a folder or to read meta.json at a URL.
 _PAUSE = 1.0
-Shard = Path | str  # a str is an address
+Shard = Path | str  # a str is a URL
 
 
 def find_shards(path: str | Path | Sequence[str | Path], *, missing: bool = False) -> list[Shard]:
-    """Tar shards of a folder (``*.tar``, sorted), of a brace pattern ``shard-{000000..000003}.tar``, or of a list.
+    """Return the tar shards that ``path`` refers to.
 
-    A pattern may name folders too (``{part1,part2}``), and all of it may be addresses. ``missing``: shards that are
-    named but not there are given all the same.
+    Args:
+        path: a folder (its ``*.tar`` files, sorted), a brace pattern such as ``shard-{000000..000003}.tar`` or
+            ``{part1,part2}`` (shards or folders), or a list of these. Each may be a URL.
+        missing: also return shards that are named but do not exist, unless all are missing.
+
+    Raises:
+        UserError: if there are no shards, or some are missing.
     """
     if not isinstance(path, str | Path):
         return [shard for part in path for shard in find_shards(part, missing=missing)]
@@ -52,27 +57,27 @@ def find_shards(path: str | Path | Sequence[str | Path], *, missing: bool = Fals
 
 
 def _braces(text: str) -> list[str]:
-    """What a brace pattern names. Raises UserError for one that is none, or that names too much to be meant."""
+    """Return the names that a brace pattern expands to. Raises UserError if it is invalid or has too many names."""
     from braceexpand import braceexpand
 
-    cure = "write shard-{000000..000003}.tar"
+    cure = "Write it like shard-{000000..000003}.tar"
     if len(text) > _LONGEST_PATTERN:
-        raise UserError(f"{text[:60]}...: a brace pattern of more than {_LONGEST_PATTERN} characters; {cure}")
+        raise UserError(f"{text[:60]}...: the brace pattern has more than {_LONGEST_PATTERN} characters. {cure}")
     innermost = re.findall(r"\{([^{}]*)\}", text)
     counts = [_names(group) for group in innermost]
-    nested = text.count("{") > len(innermost)  # the product is then more than the pattern names
+    nested = text.count("{") > len(innermost)  # for nested braces, the product would be too large
     try:
         most = max(counts, default=1) if nested else prod(counts)
         parts = [] if most > _MOST_SHARDS else list(islice(braceexpand(text), _MOST_SHARDS + 1))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{text}: not a brace pattern ({error}); {cure}") from error
+        raise UserError(f"{text}: not a valid brace pattern ({error}). {cure}") from error
     if not parts or len(parts) > _MOST_SHARDS:
-        raise UserError(f"{text}: a brace pattern of more than {_MOST_SHARDS:,} names; {cure}")
+        raise UserError(f"{text}: the brace pattern expands to more than {_MOST_SHARDS:,} names. {cure}")
     return parts
 
 
 def _names(group: str) -> int:
-    """How many names there are within one pair of braces: ``0..9``, or ``a,b``."""
+    """Return the number of names that one pair of braces expands to: a range ``0..9``, or a list ``a,b``."""
     numbers = re.fullmatch(r"(-?\d+)\.\.(-?\d+)(\.\.-?\d+)?", group)
     return abs(int(numbers[2]) - int(numbers[1])) + 1 if numbers else group.count(",") + 1
 
@@ -86,23 +91,23 @@ def _expanded(text: str) -> list[Shard]:
     shards = sorted(folder.glob("*.tar"))
     if not shards:
         below = sorted({shard.parent.name for shard in folder.glob("*/*.tar")})
-        hint = f" (there are some in its folders {', '.join(below)}: give one of them)" if below else ""
-        raise UserError(f"{text}: no *.tar shards in this folder{hint}; {_how(folder)}")
+        hint = f" (its subfolders {', '.join(below)} contain shards: use one of these)" if below else ""
+        raise UserError(f"{text}: no *.tar shards in this folder{hint}. {_how(folder)}")
     return list(shards)
 
 
 def _listed(address: str) -> list[str]:
-    """The shards below an address, where its storage can list them."""
+    """Return the shards in the folder at a URL. Raises UserError if there are none or they cannot be listed."""
     system = file_system(address)
     try:
         found = persistently(address, lambda: system.glob(address.rstrip("/") + "/*.tar"), _PAUSE)
     except Unreachable as error:
         raise Unreachable(
-            f"{error}. A folder that cannot be listed: name its shards, shard-{{000..099}}.tar"
+            f"{error}. If the folder cannot be listed, name its shards, for example shard-{{000..099}}.tar"
         ) from error
     if not found:
         raise UserError(
-            f"{address}: no *.tar shards are listed there; name them: {address}/shard-{{000000..000003}}.tar"
+            f"{address}: no *.tar shards found. Name them, for example {address}/shard-{{000000..000003}}.tar"
         )
     return sorted(system.unstrip_protocol(name) for name in found)
 
@@ -112,27 +117,32 @@ def _all_there(text: str, shards: list[Shard], missing: bool) -> list[Shard]:
     if not gone or (missing and len(gone) < len(shards)):
         return shards
     what = "no such folder or shard" if len(shards) == 1 else f"{len(gone)} of {len(shards)} shards are missing"
-    here = Path.cwd() / gone[0]
-    there = sorted(entry.name for entry in here.parent.glob("*"))
-    raise UserError(f"{text}: {what} (looked for {here}){nearest(here.name, there)}; {_how(gone[0])}")
+    file = Path.cwd() / gone[0]
+    siblings = sorted(entry.name for entry in file.parent.glob("*"))
+    raise UserError(f"{text}: {what} (looked for {file}){nearest(file.name, siblings)}. {_how(gone[0])}")
 
 
 def _how(path: Path) -> str:
     out = path.parent if path.suffix != ".tar" else path.parent.parent
     return (
-        f"make one with: mmtrain data prepare images --root IMAGES --out {out} (or: mmtrain data prepare digits --out "
-        "...)"
+        f"Create the shards with `mmtrain data prepare images --root IMAGES --out {out}` (or try `mmtrain data prepare "
+        "digits --out FOLDER`)"
     )
 
 
 class ImageShards:
-    """Source of {"image": float32 (B, C, S, S) normalised, "label": int64 (B,)} from tar shards.
+    """Data source of tar shards: {"image": float32 (B, C, S, S) normalised, "label": int64 (B,)}.
 
-    ``augment`` and the further keyword arguments are those of ``transforms.build_transform``. ``num_classes`` and
-    ``classes`` come from ``meta.json`` in the dataset's root (the folder above the split) and are None without one.
+    The attributes ``num_classes`` and ``classes`` come from ``meta.json`` in the root of the data set (the folder above
+    the split). They are None if there is no such file.
 
-    ``skip``: what cannot be used does not stop the run. In training the next sample that can be used stands in for it
-    (the same one whatever the world size); in evaluation it is left out of the batch. Each is told in ``take_faults``.
+    Args:
+        path: shards, as for ``find_shards``.
+        image_size, train, mean, std, channels, augment, augment_options: as for ``transforms.build_transform``.
+        skip: skip damaged samples, which ``take_faults`` then reports, instead of raising UserError. In training, the
+            next usable sample replaces a damaged one (the same for every world size). In evaluation, the damaged sample
+            is missing from its batch.
+        cache: local copies of shards at URLs.
     """
 
     moved = ("image",)
@@ -159,11 +169,11 @@ class ImageShards:
         self.paths = [shard.path for shard in shards]
         self.block_sizes = [len(shard) for shard in shards]
         whole = [len(shard) for shard in shards if not shard.fault]
-        usual = round(sum(whole) / len(whole)) if whole else 1  # samples, by which what a damaged shard lacks is judged
+        usual = round(sum(whole) / len(whole)) if whole else 1  # mean size, to estimate the loss of a damaged shard
         self._faults = [
             Fault(-1, str(shard.path), shard.fault, max(1, usual - len(shard))) for shard in shards if shard.fault
         ]
-        # One array each over all shards; the keys stay on disk, they are only needed to report a fault.
+        # One array for all shards. The sample keys stay on disk, because they are only needed to report a fault.
         self._offsets = np.concatenate([shard.offsets for shard in shards])
         self._sizes = np.concatenate([shard.sizes for shard in shards])
         self.labels: NDArray[np.int64] = np.concatenate([shard.labels for shard in shards])
@@ -178,8 +188,8 @@ class ImageShards:
         if self.num_classes is not None and int(self.labels.max(initial=-1)) >= self.num_classes:
             bad = int(np.argmax(self.labels >= self.num_classes))
             raise UserError(
-                f"{self.name_of(bad)}: label {self.labels[bad]}, but meta.json lists {self.num_classes} classes "
-                "(0 is the first): the shards and meta.json do not belong together; prepare the dataset again"
+                f"{self.name_of(bad)}: label {self.labels[bad]}, but meta.json lists {self.num_classes} classes (the "
+                "first is 0). The shards and meta.json do not match: prepare the data set again"
             )
 
     def __len__(self) -> int:
@@ -192,10 +202,13 @@ class ImageShards:
         return self.finish(self.load(indices, keys))
 
     def load(self, indices: NDArray[np.int64], keys: NDArray[np.uint64] | None, empty: Empty = new_tensor) -> Batch:
-        """As ``fetch``, with the pixels not yet normalised. In evaluation faulty samples are missing, see "kept"."""
+        """Return a batch as ``fetch`` does, but with the pixels not yet normalised.
+
+        If damaged samples are missing (in evaluation), "kept" (bool) tells which of ``indices`` are present.
+        """
         photos: list[Any] = [None] * len(indices)
         used = np.array(indices, dtype=np.int64)
-        for place in np.argsort(indices, kind="stable").tolist():  # along the shards, whatever the shuffle
+        for place in np.argsort(indices, kind="stable").tolist():  # in the order of the shards, for sequential reads
             photos[place], used[place] = self._usable(int(indices[place]))
         while True:
             kept = np.array([photo is not None for photo in photos], dtype=bool)
@@ -215,16 +228,16 @@ class ImageShards:
         return {**batch, "image": self.transform.finish(batch["image"])}
 
     def take_faults(self) -> list[Fault]:
-        """What could not be used since the last call."""
+        """Return the faults found since the last call."""
         found, self._faults = self._faults, []
         return found
 
     def ahead(self, blocks: Sequence[int]) -> None:
-        """Shards that are wanted soon."""
+        """Prefetch the shards ``blocks``."""
         self._files.ahead(blocks)
 
     def _usable(self, index: int) -> tuple[Photo | None, int]:
-        """The photo at ``index``, or what takes its place, and where that is from."""
+        """Return the photo at ``index``, or its replacement, and the index of the returned sample."""
         try:
             return self._photo(index), index
         except (ValueError, Damaged, Unreachable) as error:
@@ -243,16 +256,19 @@ class ImageShards:
                 self._note(other, error)
             else:
                 return photo, other
-        raise UserError(f"{self.name_of(index)}: cannot be used, and nor can the {_STAND_INS} samples after it")
+        raise UserError(
+            f"{self.name_of(index)}: this sample and the {_STAND_INS} samples after it are damaged. Prepare the data "
+            "set again"
+        )
 
     def _photo(self, index: int) -> Photo:
         content = self._files.read(self._block(index), int(self._offsets[index]), int(self._sizes[index]))
         return Photo(content, self.channels)
 
     def _note(self, index: int, error: Exception) -> None:
-        """Remember a fault; raise it as a UserError where one is to stop the run."""
+        """Record a fault; without ``skip``, raise it as a UserError."""
         if isinstance(error, UserError):
-            # what is neither is no fault of the data: a full disk would have every sample left out
+            # Other errors are not faults of the data: a full disk, for example, would make every sample a fault.
             if not self.skip or not isinstance(error, Damaged | Unreachable):
                 raise error
             path = self.paths[self._block(index)]
@@ -260,8 +276,8 @@ class ImageShards:
             return
         if not self.skip:
             raise UserError(
-                f"{self.name_of(index)}: the image cannot be decoded ({error}); replace it in the source and prepare "
-                "the dataset again (mmtrain data prepare images --force), or leave such samples out: data.faults=skip"
+                f"{self.name_of(index)}: the image cannot be decoded ({error}). Replace the image and prepare the data "
+                "set again (mmtrain data prepare images --force), or set data.faults=skip to skip damaged samples"
             ) from error
         self._faults.append(Fault(index, self.name_of(index), f"the image cannot be decoded ({error})"))
 
@@ -269,20 +285,20 @@ class ImageShards:
         return int(np.searchsorted(self._ends, index, side="right"))
 
     def name_of(self, index: int) -> str:
-        """The shard and the key of a sample."""
+        """Return the shard and the key of a sample, for messages."""
         block = self._block(index)
         within = index - (int(self._ends[block - 1]) if block else 0)
         try:
             shard = index_shards([self.paths[block]], skip=self.skip, cache=self.cache)[0]
             key = f"sample {str(shard.keys[within])!r}"
-        except (UserError, IndexError):  # the shard was damaged since: the number must do
-            logger.debug("no keys for %s", self.paths[block])
+        except (UserError, IndexError):  # the shard was damaged since it was indexed: use the number instead
+            logger.debug("%s: cannot read the sample keys", self.paths[block])
             key = f"sample number {within}"
         return f"{self.paths[block]}, {key}"
 
 
 def read_classes(meta: Path | str) -> list[str] | None:
-    """The names of the classes in a ``meta.json``; None if it is not there. Raises UserError if it is damaged."""
+    """Return the names of the classes in a ``meta.json`` (None: no such file). Raises UserError if it is damaged."""
     try:
         text = _text(meta)
         return None if text is None else [str(name) for name in json.loads(text)["classes"]]
@@ -290,7 +306,7 @@ def read_classes(meta: Path | str) -> list[str] | None:
         raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f'{meta}: not readable as JSON with a list "classes" ({error}); prepare the dataset again'
+            f'{meta}: cannot be read as JSON with a list "classes" ({error}). Prepare the data set again'
         ) from error
 
 
@@ -305,19 +321,22 @@ def _text(file: Path | str) -> str | None:
 
 
 class ShardFiles:
-    """Open files of the shards in use. Reads by position, so forked workers can share them; a pickle holds none."""
+    """The most recently used shards as open files. Reads name a position, so forked workers can share the files.
+
+    A pickle of this object contains no open files.
+    """
 
     LIMIT = 32
 
     def __init__(self, shards: Sequence[ShardIndex], cache: ShardCache | None) -> None:
-        # not the indexes themselves: their keys are long
+        # The indexes themselves are not kept, because their keys need much memory.
         self.shards = [(shard.path, shard.bytes, shard.changed, shard.digest) for shard in shards]
         self.cache = cache
         self.open: OrderedDict[int, int] = OrderedDict()
         self._ahead: OrderedDict[int, None] = OrderedDict()
 
     def read(self, block: int, offset: int, size: int) -> bytes:
-        """``size`` bytes of shard number ``block``. Raises Damaged or Unreachable."""
+        """Return ``size`` bytes of shard number ``block``, from position ``offset``. Raises Damaged or Unreachable."""
         handle = self.open.pop(block, None)
         if handle is None:
             handle = self._opened(block)
@@ -325,16 +344,16 @@ class ShardFiles:
                 os.close(self.open.popitem(last=False)[1])
         self.open[block] = handle  # most recently used last
         path = self.shards[block][0]
-        try:  # os_errors takes its time, and this is done for every sample
+        try:  # not os_errors, which is too slow to use for every sample
             content = os.pread(handle, size, offset)
         except OSError as error:
             raise Damaged(f"{path}: cannot read the shard ({error.strerror})") from error
         if len(content) != size:
-            raise Damaged(f"{path}: the shard was cut short after the run started; copy or prepare it again")
+            raise Damaged(f"{path}: the shard was truncated after the run started. Copy or prepare it again")
         return content
 
     def ahead(self, blocks: Sequence[int]) -> None:
-        """These shards are wanted soon: begin to fetch them, or to read them into the page cache."""
+        """Start to fetch the shards ``blocks`` (URLs), or to read them into the page cache (local files)."""
         for block in blocks:
             if block in self._ahead:
                 continue
@@ -349,7 +368,7 @@ class ShardFiles:
             try:
                 handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError:
-                continue  # said when it is read
+                continue  # the error is raised when the shard is read
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
             os.close(handle)
 
@@ -364,12 +383,12 @@ class ShardFiles:
         stat = os.fstat(handle)
         if stat.st_size < size:
             os.close(handle)
-            raise Damaged(f"{path}: the shard was cut short after it was indexed; copy or prepare it again")
+            raise Damaged(f"{path}: the shard was truncated after it was indexed. Copy or prepare it again")
         if stat.st_size != size or stat.st_mtime_ns != changed:
             os.close(handle)
             raise Damaged(
-                f"{path}: the shard changed after the run started: its index no longer fits. Start the run again, and"
-                " do not touch the data of one that runs"
+                f"{path}: the shard changed after the run started, so its index is no longer valid. Start the run "
+                "again, and do not change the data during a run"
             )
         return handle
 

@@ -1,4 +1,4 @@
-"""Images made up from their index: for tests, smoke runs and throughput measurements without files."""
+"""Images generated from their index, for tests and throughput measurements without files."""
 
 from __future__ import annotations
 
@@ -16,23 +16,27 @@ _TAPE = 1 << 16
 
 
 class SyntheticImages:
-    """Source of {"image": float32 (B, C, S, S), "label": int64 (B,)}: a wave pattern for each class plus unit noise.
+    """Data source of generated images: {"image": float32 (B, C, S, S), "label": int64 (B,)}.
 
-    Sample i has label i mod ``num_classes``. Pure function of (seed, i): keys change nothing. Noise is a slice, at a
-    hashed offset, of one tape of Gaussian numbers, so a sample costs a copy and one addition. Splits of one task share
-    ``seed`` and take different ``first`` indices.
+    An image is the wave pattern of its class plus unit Gaussian noise. Sample i has label i mod ``num_classes``, and is
+    a pure function of (seed, i): random keys are ignored. The noise is a slice, at a hashed offset, of one array of
+    Gaussian numbers, so a sample costs a copy and an addition.
+
+    Args:
+        length: number of samples.
+        first: index of the first sample. Splits of one task use the same ``seed`` and disjoint ranges of indices.
     """
 
     def __init__(
         self, num_classes: int, image_size: int, length: int, seed: int, channels: int = 3, first: int = 0
     ) -> None:
         if min(num_classes, image_size, length, channels) < 1:
-            raise UserError("synthetic images need num_classes, image_size, length and channels of 1 or more")
+            raise UserError("synthetic images: num_classes, image_size, length and channels must be at least 1")
         self.num_classes, self.length, self.seed, self.first = num_classes, length, seed, first
         self.shape = (channels, image_size, image_size)
         self.block_sizes = [length]
         self.patterns = self._patterns()
-        # Box-Muller on hashed uniforms: the same numbers with every version of numpy and torch
+        # Box-Muller transform of hashed uniform numbers: the same noise in every version of NumPy and torch.
         u, v = (uniform(seed, np.arange(math.prod(self.shape) + _TAPE), draw) for draw in (11, 12))
         self.noise = (np.sqrt(-2 * np.log1p(-u)) * np.cos(2 * np.pi * v)).astype(np.float32)
 
@@ -50,7 +54,10 @@ class SyntheticImages:
         return {"image": torch.from_numpy(image), "label": torch.from_numpy(labels)}
 
     def _patterns(self) -> NDArray[np.float32]:
-        """(classes, C, S, S), root mean square near 1: a plane wave with its own direction and colour per class."""
+        """Return the patterns (classes, C, S, S): a plane wave per class and channel, with a root mean square near 1.
+
+        Wave number, direction and phase are hashed from the class and the channel.
+        """
         channels, size, _ = self.shape
         numbers = np.arange(self.num_classes * channels).reshape(self.num_classes, channels, 1, 1)
         waves, angle, phase = (uniform(self.seed, numbers, draw) for draw in range(3))

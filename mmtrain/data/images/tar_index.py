@@ -1,11 +1,12 @@
-"""Index of WebDataset tar shards: where each sample's image lies and what its label is.
+"""Index of WebDataset tar shards: position of the image and label of each sample.
 
-With an index, any sample is one ``pread`` away, which is what lets the data clock start anywhere. The index lies beside
-the shard (``X.tar.idx``, an .npz without pickles) and remembers the shard's size and modification time, and its SHA-256
-where it was read whole. A shard elsewhere (``https://``, ``s3://``, ...) is fetched into a cache, and so is its index.
+With the index, any sample can be read with one ``pread``, so training can start at any stream position. The index is
+stored next to its shard (``X.tar.idx``, an .npz file without pickles). It contains the size and modification time of
+the shard, and its SHA-256 if the whole shard was read. Remote shards (``https://``, ``s3://``, ...) and their indexes
+are fetched into a cache.
 
-A sample is the members that share a key (the name up to the first dot of its last part): one image and a ``.cls`` file
-with the class number, or a ``.json`` file with ``"label"``. Other members are left alone.
+A sample consists of the members that share a sample key (the path up to the first dot of the file name): an image, and
+a ``.cls`` file with the class number or a ``.json`` file with ``"label"``. Other members are ignored.
 """
 
 from __future__ import annotations
@@ -39,48 +40,53 @@ from mmtrain.log import logger
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _FORMAT = 1
 _META_NAME = re.compile(r"__[^/]*__($|/)")  # WebDataset's own members
-#: The largest .cls or .json member that is read for its label, and the largest class number, which is that of FFCV too.
+#: Maximum size of a .cls or .json member, in bytes, and maximum class number (the same as in FFCV).
 _MOST_LABEL_BYTES, _MOST_LABEL = 1 << 24, 2**31 - 1
-#: numpy parses the header of an array as Python source, which Python 3.11 may not do in two threads at once: now and
-#: then it ends in "SystemError: AST constructor recursion depth mismatch" (python/cpython#106905).
+#: Lock for reading array headers. NumPy parses them as Python source, and in Python 3.11 two threads that do so at once
+#: may raise "SystemError: AST constructor recursion depth mismatch" (python/cpython#106905).
 _parsing = threading.Lock()
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Samples of one shard, in the order of the tar."""
+    """The samples of one shard, in the order of the tar."""
 
-    path: Path | str  # str: an address
+    path: Path | str  # str: a URL
     keys: NDArray[np.str_]  # (n,)
     offsets: NDArray[np.int64]  # (n,) first byte of the image in the tar
     sizes: NDArray[np.int64]  # (n,) bytes of the image
     labels: NDArray[np.int64]  # (n,) class number
     bytes: int = 0  # of the shard
-    changed: int = 0  # its modification time in ns; 0 for an address
-    digest: str = ""  # its SHA-256; "" where nobody has read it whole
-    fault: str = ""  # why samples are missing, where faults are left out
+    changed: int = 0  # modification time of the shard in ns; 0 for a URL
+    digest: str = ""  # SHA-256 of the shard; "" if unknown
+    fault: str = ""  # why samples are missing, if damaged samples are skipped
 
     def __len__(self) -> int:
         return len(self.offsets)
 
     def samples_digest(self) -> str:
-        """Of the names, sizes and labels of the samples, in their order; not of where they lie in the shard."""
+        """Return a digest of the keys, sizes and labels of the samples in order, without their positions."""
         return digest(self.keys.tolist(), self.sizes, self.labels, size=4)
 
     def changed_since(self, stat: os.stat_result) -> bool:
-        """Whether the shard, as it is now, is another one than was indexed."""
+        """Return whether the shard, whose current state is ``stat``, changed since it was indexed."""
         return stat.st_size != self.bytes or (self.changed != 0 and stat.st_mtime_ns != self.changed)
 
 
 def index_path(shard: Path) -> Path:
+    """Return the path of the index file of a shard."""
     return shard.with_name(shard.name + ".idx")
 
 
 def index_shard(path: str | Path, *, rebuild: bool = False) -> ShardIndex:
-    """The index of one shard: read from beside it, or made (and written there if the folder allows it).
+    """Return the index of one shard. Read its index file, or create (and if possible write) it.
 
-    Raises UserError for a shard that is missing, truncated, empty, holds a sample twice, without image or without
-    label, or names files outside of the archive.
+    Args:
+        rebuild: create the index even if there is an index file.
+
+    Raises:
+        UserError: if the shard is missing, truncated or empty, has a duplicate sample or one without image or label, or
+            has members with paths outside of the archive.
     """
     return index_shards([path], rebuild=rebuild)[0]
 
@@ -94,12 +100,14 @@ def index_shards(
     cache: ShardCache | None = None,
     threads: int = 8,
 ) -> list[ShardIndex]:
-    """``index_shard`` for many, in the order given; what needs saying is said once, not once for each shard.
+    """Return the indexes of several shards, in order, as ``index_shard`` does. Warnings are logged once for all shards.
 
     Args:
-        digest: read each shard whole and note its SHA-256, which a download of it is checked against.
-        skip: take of a damaged or missing shard what there is, and say in its ``fault`` what is missing.
-        cache: for addresses.
+        digest: read each shard completely and store its SHA-256, against which downloads of the shard are checked.
+        skip: return the readable samples of a damaged shard (none if it is missing) and describe the damage in
+            ``ShardIndex.fault``, instead of raising UserError.
+        cache: local copies of shards at URLs.
+        threads: shards that are indexed at the same time.
     """
     makers = [_Maker(path, rebuild, digest, skip, cache) for path in paths]
     with ThreadPoolExecutor(min(threads, max(1, len(makers)))) as pool:
@@ -108,11 +116,11 @@ def index_shards(
     unwritten = [maker.shard for maker in makers if maker.unwritten]
     if changed:
         logger.warning(
-            "%d shard(s) changed since they were indexed, so were indexed again: %s", len(changed), _some(changed)
+            "%d shard(s) changed since they were indexed and were indexed again: %s", len(changed), _some(changed)
         )
     if unwritten:
         logger.warning(
-            "cannot write the index of %d shard(s) (%s); it is kept in memory and made again at every start: %s",
+            "cannot write the index of %d shard(s) (%s); it is kept in memory and created again at every start: %s",
             len(unwritten),
             next(maker.unwritten for maker in makers if maker.unwritten),
             _some(unwritten),
@@ -125,7 +133,12 @@ def _some(shards: Sequence[Path | str]) -> str:
 
 
 class _Maker:
-    """Reads or makes one index. ``changed``: the shard was another one before; ``unwritten``: why it is not stored."""
+    """Reads or creates one index.
+
+    Attributes:
+        changed: whether the shard changed since it was indexed.
+        unwritten: why the index file could not be written ("": no error).
+    """
 
     def __init__(self, shard: Path | str, rebuild: bool, digest: bool, skip: bool, cache: ShardCache | None) -> None:
         self.shard: Path | str = shard if is_address(shard) else Path(shard)
@@ -159,10 +172,10 @@ class _Maker:
         return self._stored(index, index_path(shard))
 
     def _far(self) -> ShardIndex:
-        """From beside the address, or of the shard itself, which is fetched for it."""
+        """Return the index of a shard at a URL. Fetch its index file, or fetch the shard and index it."""
         address = str(self.shard)
         if self.cache is None:
-            raise ValueError(f"{address} needs a cache")
+            raise ValueError(f"{address}: a URL needs a cache")
         kept = self.cache.place(address + ".idx")
         found = _read(kept, address) if kept.exists() and not self.rebuild else None
         if found is None and not self.rebuild:
@@ -196,8 +209,8 @@ def _read(file: Path, shard: Path | str) -> ShardIndex | None:
         if known != _FORMAT:
             return None
         digest = str(rest[0]) if rest else ""
-    except Exception as error:  # zipfile and numpy raise almost anything; a damaged index is as good as a stale one
-        logger.debug("%s: not read: %s", file, error)
+    except Exception as error:  # zipfile and NumPy raise almost anything; a damaged index is created again
+        logger.debug("%s: cannot read the index: %s", file, error)
         return None
     stale = 0 if isinstance(shard, str) else changed
     found = ShardIndex(shard, keys, offsets, sizes, labels, bytes=size, changed=stale, digest=digest)
@@ -205,10 +218,10 @@ def _read(file: Path, shard: Path | str) -> ShardIndex | None:
 
 
 def _array(archive: zipfile.ZipFile, name: str, most: int) -> NDArray[Any]:
-    """An array of an .npz whose file has ``most`` bytes, which bounds what is allocated. Raises ValueError."""
+    """Return the array ``name`` of an .npz file. Raises ValueError if it needs more than ``most`` bytes of memory."""
     entry = archive.getinfo(f"{name}.npy")
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > most:
-        raise ValueError(f"{name} claims {entry.file_size} bytes, compressed")
+        raise ValueError(f"{name} is compressed, or claims {entry.file_size} bytes")
     with archive.open(entry) as stream:
         version = np.lib.format.read_magic(stream)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -216,12 +229,12 @@ def _array(archive: zipfile.ZipFile, name: str, most: int) -> NDArray[Any]:
             shape, fortran, dtype = read_header(stream)
         content = stream.read(entry.file_size)
     if dtype.kind not in "iU" or fortran or prod(shape) * dtype.itemsize != len(content):
-        raise ValueError(f"{name} claims {shape} of {dtype}, its file holds {len(content)} bytes")
+        raise ValueError(f"{name} claims the shape {shape} of {dtype}, but has {len(content)} bytes")
     return np.ndarray(shape, dtype, content)
 
 
 def _fits(index: ShardIndex) -> bool:
-    """Whether an index, which may come from elsewhere, points into its shard."""
+    """Return whether all entries of an index are valid positions in its shard. An index may be fetched from a URL."""
     numbers = (index.offsets, index.sizes, index.labels)
     if index.keys.dtype.kind != "U" or any(array.dtype != np.int64 for array in numbers):
         return False
@@ -233,11 +246,11 @@ def _fits(index: ShardIndex) -> bool:
 
 
 def write_index(index: ShardIndex, target: Path) -> str:
-    """Write ``target``; returns why it could not be written, "" if it was."""
+    """Write an index to the file ``target``. Return why it could not be written ("": it was written)."""
     stamp = np.array([_FORMAT, index.bytes, index.changed], dtype=np.int64)
     arrays: dict[str, Any] = {name: getattr(index, name) for name in ("keys", "offsets", "sizes", "labels")}
     try:
-        # several ranks may index the same shard at once: the last rename wins
+        # Several ranks may index the same shard at once. The last rename wins.
         with complete_or_absent(target) as partial, open(partial, "wb") as stream:
             np.savez(stream, stamp=stamp, digest=np.array(index.digest), **arrays)
     except OSError as error:
@@ -253,7 +266,7 @@ class _Sample:
 
 
 def _walk(shard: Path | str, stream: BinaryIO, skip: bool) -> ShardIndex:
-    """Read the headers of all members. With ``skip`` what is damaged is left out and told in ``fault``."""
+    """Index a shard by reading the headers of all members. With ``skip``, describe damage in ``fault``."""
     samples: dict[str, _Sample] = {}
     faults: list[str] = []
 
@@ -272,7 +285,7 @@ def _walk(shard: Path | str, stream: BinaryIO, skip: bool) -> ShardIndex:
     except Damaged as error:
         damaged(str(error))
     if not samples:
-        damaged(f"{shard}: the shard holds no samples; {CURE_SHARD}, or delete it")
+        damaged(f"{shard}: the shard contains no samples; {CURE_SHARD}, or delete it")
     return replace(_collect(shard, samples, damaged), fault="; ".join(faults))
 
 
@@ -286,30 +299,33 @@ def _add(samples: dict[str, _Sample], shard: Path | str, stream: BinaryIO, membe
         return
     sample = samples.setdefault(key, _Sample())
     if getattr(sample, field) is not None:
-        raise Damaged(f"{shard}: sample {key!r} has two {field} members: keys must be unique; {CURE_SHARD}")
+        raise Damaged(f"{shard}: sample {key!r} has two {field} members. Sample keys must be unique; {CURE_SHARD}")
     if field == "image":
         sample.image = (member.offset_data, member.size)
         return
     if member.size > _MOST_LABEL_BYTES:
-        raise Damaged(f"{shard}: {member.name!r} has {member.size} bytes, more than are read for a label; {CURE_SHARD}")
+        raise Damaged(
+            f"{shard}: {member.name!r} has {member.size} bytes, more than the limit of {_MOST_LABEL_BYTES} for a label;"
+            f" {CURE_SHARD}"
+        )
     with os_errors(f"{shard}: cannot read the shard", kind=Damaged):
         content = os.pread(stream.fileno(), member.size, member.offset_data)
     try:
         label = json.loads(content)["label"] if field == "json" else int(content)
-    except (ValueError, KeyError, TypeError, RecursionError):  # RecursionError: JSON that is nested without end
+    except (ValueError, KeyError, TypeError, RecursionError):  # RecursionError: deeply nested JSON
         label = None
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label <= _MOST_LABEL:
         if field == "json":
-            return  # metadata without a label; .cls may hold it
+            return  # metadata without a label; the label may be in a .cls member
         raise Damaged(
-            f"{shard}: {member.name!r} holds {content[:40]!r}: a .cls member is a class number 0, 1, ... up to "
-            f"{_MOST_LABEL}"
+            f"{shard}: {member.name!r} contains {content[:40]!r}, but a .cls member must be a class number from 0 to "
+            f"{_MOST_LABEL}; {CURE_SHARD}"
         )
     setattr(sample, field, label)
 
 
 def _collect(shard: Path | str, samples: dict[str, _Sample], damaged: Callable[[str], None]) -> ShardIndex:
-    whole: dict[str, tuple[int, int, int]] = {}  # key → offset, size, label
+    complete: dict[str, tuple[int, int, int]] = {}  # key → offset, size, label
     for key, sample in samples.items():
         label = sample.cls if sample.cls is not None else sample.json
         if sample.image is None:
@@ -317,10 +333,10 @@ def _collect(shard: Path | str, samples: dict[str, _Sample], damaged: Callable[[
             damaged(f"{shard}: sample {key!r} has no image ({suffixes}); {CURE_SHARD}")
         elif label is None:
             damaged(
-                f'{shard}: sample {key!r} has no label: add a .cls member with the class number, or "label" to its '
+                f'{shard}: sample {key!r} has no label. Add a .cls member with the class number, or "label" to its '
                 f".json; {CURE_SHARD}"
             )
         else:
-            whole[key] = (*sample.image, label)
-    offsets, sizes, labels = np.array(list(whole.values()), dtype=np.int64).reshape(-1, 3).T
-    return ShardIndex(shard, np.array(list(whole), dtype=np.str_), offsets.copy(), sizes.copy(), labels.copy())
+            complete[key] = (*sample.image, label)
+    offsets, sizes, labels = np.array(list(complete.values()), dtype=np.int64).reshape(-1, 3).T
+    return ShardIndex(shard, np.array(list(complete), dtype=np.str_), offsets.copy(), sizes.copy(), labels.copy())

@@ -1,16 +1,16 @@
-"""Images → normalised float32 batches, with randomness that is a function of each sample's key alone.
+"""Transforms of images to normalised float32 batches. All randomness is a function of each sample's random key.
 
 "none"      no randomness: timm's resize and centre crop, as in evaluation.
-"light"     small random affine (rotation, shift, scale) for digits and the like. Done on the decoded batch as tensors
-            with parameters hashed from the keys: several times faster than PIL's affine at 32 × 32, and deterministic
-            by construction. What moves in from outside is black.
+"light"     small random affine transform (rotation, shift, scale), for example for digits. It is computed on the
+            decoded batch as a tensor: several times faster than PIL at 32 × 32, and deterministic. Pixels from outside
+            of the image are black.
 "crop"      random resized crop and flip, decoded no larger than the crop needs.
-"imagenet"  the recipe of timm: crop and flip, RandAugment (timm's, which draws from the global generators of ``random``
-            and numpy: they are seeded from the key for each sample and put back afterwards), random erasing.
+"imagenet"  the recipe of timm: crop and flip, RandAugment, random erasing. timm's RandAugment uses the global
+            generators of ``random`` and NumPy. They are seeded from the random key for each sample, and restored.
 
-Each transform has two halves: ``pixels`` makes small tensors in the loader's workers (uint8 wherever that is exact),
-``finish`` normalises them where the model is. An image that already has the target size is not resized for "none",
-"light" and evaluation.
+Each transform has two stages. ``pixels`` runs in the loader's workers and returns small tensors (uint8 wherever that is
+exact). ``finish`` normalises them on the device of the model. For "none", "light" and evaluation, an image that already
+has the target size is not resized.
 """
 
 from __future__ import annotations
@@ -39,20 +39,23 @@ if TYPE_CHECKING:
 
 AUGMENTS = ("none", "light", "crop", "imagenet")
 
-ROTATION = 10.0  # degrees, both ways
-SHIFT = 0.08  # of the side, both ways
-SCALE = (0.9, 1.1)
+ROTATION = 10.0  # largest rotation in either direction, in degrees
+SHIFT = 0.08  # largest shift in either direction, as a fraction of the side
+SCALE = (0.9, 1.1)  # range of the scale
 
 _buffers = Buffers()
 
 
 def new_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Uninitialised."""
+    """Return an uninitialised tensor."""
     return torch.empty(tuple(shape), dtype=dtype)
 
 
 class Transform(ABC):
-    """B images (decoded or not) and their B keys (None: no randomness wanted) → float32 (B, C, S, S), normalised."""
+    """Function of B images and their B random keys that returns a normalised batch, float32 (B, C, S, S).
+
+    Images may be decoded or not. In evaluation, the keys are None.
+    """
 
     normalise: Callable[[Tensor], Tensor]
 
@@ -61,26 +64,38 @@ class Transform(ABC):
 
     @abstractmethod
     def pixels(self, images: Sequence[Photo | Image], keys: Keys | None, empty: Empty = new_tensor) -> torch.Tensor:
-        """What ``finish`` takes: uint8 (B, S, S, C), in memory from ``empty``, or float32 (B, C, S, S) in 0..1.
+        """Return the pixels that ``finish`` normalises.
 
-        Raises Undecodable.
+        Args:
+            empty: function that allocates a tensor of uint8 pixels.
+
+        Returns:
+            uint8 (B, S, S, C), or float32 (B, C, S, S) in 0..1.
+
+        Raises:
+            Undecodable: if an image cannot be decoded.
         """
 
     def finish(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalise what ``pixels`` made, on whatever device it is; into other memory."""
+        """Normalise the result of ``pixels``. The returned batch is in new memory on the same device."""
         return self.normalise(pixels)
 
 
 def check_options(
     image_size: int, augment: str, mean: Sequence[float], std: Sequence[float], crop_pct: float, channels: int = 3
 ) -> None:
-    """Raise UserError for options of ``build_transform`` that make no sense, by their keys."""
+    """Raise UserError for invalid options of ``build_transform``. The message names the configuration keys."""
     if augment not in AUGMENTS:
-        raise UserError(f"data.augment={augment!r}: one of {', '.join(AUGMENTS)}{nearest(augment, AUGMENTS)}")
+        raise UserError(f"data.augment={augment!r}: must be one of {', '.join(AUGMENTS)}{nearest(augment, AUGMENTS)}")
     if image_size < 1 or not 0 < crop_pct <= 1:
-        raise UserError(f"data.image_size={image_size}, data.crop_pct={crop_pct}: a size ≥ 1 and a part in (0, 1]")
+        raise UserError(
+            f"data.image_size={image_size}, data.crop_pct={crop_pct}: image_size must be at least 1, and crop_pct must "
+            "be above 0 and at most 1"
+        )
     if len(mean) != channels or len(std) != channels or min(std) <= 0:
-        raise UserError(f"data.mean and data.std need {channels} value(s), std above 0; got {list(mean)}, {list(std)}")
+        raise UserError(
+            f"data.mean={list(mean)}, data.std={list(std)}: each must have {channels} value(s), and std must be above 0"
+        )
 
 
 def build_transform(
@@ -96,15 +111,26 @@ def build_transform(
     auto_augment: str = "rand-m9-mstd0.5-inc1",
     re_prob: float = 0.25,
 ) -> Transform:
-    """The transform of one split. ``mean`` and ``std`` are per channel, for pixels in 0..1.
+    """Return the transform of one split.
 
-    ``crop_pct`` is the part of the resized image that the centre crop keeps ("none" and evaluation); ``hflip`` belongs
-    to "crop" and "imagenet", ``auto_augment`` (timm's notation, "" for none) and ``re_prob`` (random erasing) to the
-    latter.
+    Args:
+        train: use ``augment``. False: the transform for evaluation.
+        image_size: side S of the batches, in pixels.
+        augment: "none", "light", "crop" or "imagenet" (see the module).
+        mean, std: mean and standard deviation per channel, for pixels in 0..1.
+        channels: 3 (RGB) or 1 (grey).
+        crop_pct: side of the centre crop as a fraction of the shorter side of the resized image ("none", "light" and
+            evaluation).
+        hflip: probability of a horizontal flip ("crop" and "imagenet").
+        auto_augment: RandAugment or AutoAugment policy in timm's notation, "" for none ("imagenet").
+        re_prob: probability of random erasing ("imagenet").
+
+    Raises:
+        UserError: for invalid options.
     """
     check_options(image_size, augment, mean, std, crop_pct, channels)
     if train and augment == "imagenet" and channels != 3:
-        raise UserError(f"data.augment=imagenet works on colour images: data.channels=3, not {channels}")
+        raise UserError(f"data.channels={channels}: data.augment=imagenet needs colour images. Set data.channels=3")
     normalise = Normalise(mean, std)
     if train and augment == "imagenet":
         distort = Distort(timm_policy(auto_augment, image_size, mean), re_prob, mean, std)
@@ -116,7 +142,7 @@ def build_transform(
 
 
 class Normalise:
-    """(pixels / 255 - mean) / std, per channel."""
+    """Compute (pixels / 255 - mean) / std per channel."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
@@ -128,8 +154,8 @@ class Normalise:
         if pixels.device.type != "cpu":
             wide = pixels.movedim(-1, 1).to(torch.float32, memory_format=torch.contiguous_format)
             return wide.mul_(scale.to(wide.device).view(-1, 1, 1)).add_(shift.to(wide.device).view(-1, 1, 1))
-        # One plane at a time, which stays in the cache, and by numpy: torch would wake threads for each, which the
-        # workers need. The memory is used again: fresh pages (38 MB for 64 photos) cost five times the arithmetic.
+        # One plane at a time stays in the CPU cache. NumPy is used, because torch would start threads on the cores that
+        # the workers need. The memory is reused: new pages (38 MB for 64 photos) cost five times the arithmetic.
         b, h, w, c = pixels.shape
         out = _buffers.tensor((b, c, h, w), torch.float32)
         for source, target in zip(pixels.numpy(), out.numpy(), strict=True):
@@ -142,7 +168,7 @@ class Normalise:
 
 
 class _Resize(Transform):
-    """Shorter side to S / crop_pct, then the centre S × S."""
+    """Resize the shorter side to S / crop_pct, then crop the centre S × S."""
 
     def __init__(self, size: int, crop_pct: float, channels: int, normalise: Normalise) -> None:
         self.size, self.crop_pct, self.channels, self.normalise = size, crop_pct, channels, normalise
@@ -166,14 +192,14 @@ class _Resize(Transform):
             from timm.data import create_transform
 
             whole: Any = create_transform(self.size, normalize=False, crop_pct=self.crop_pct, interpolation="bicubic")
-            self._resize = whole.transforms[:-1]  # without the step to a tensor
+            self._resize = whole.transforms[:-1]  # without the conversion to a tensor
         for step in self._resize:
             image = step(image)
         return image
 
 
 class Affine:
-    """A small random rotation, scale and shift of a batch float32 (B, C, S, S) in 0..1, and its normalisation."""
+    """Small random rotation, scale and shift of a batch, float32 (B, C, S, S) in 0..1, followed by normalisation."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
@@ -183,17 +209,17 @@ class Affine:
         return self.normalise(self.move(pixels, keys))
 
     def move(self, pixels: torch.Tensor, keys: Keys | None) -> torch.Tensor:
-        """Without keys, ``pixels`` itself.
+        """Return the transformed batch without normalisation (``keys`` None: ``pixels`` itself).
 
-        The grid takes element-wise products and sums only: ``F.affine_grid`` multiplies matrices, whose rounding may
-        depend on how many samples share the batch, and then the run would depend on the world size.
+        The grid is computed with element-wise operations only. ``F.affine_grid`` multiplies matrices, and their
+        rounding may depend on the number of samples in the batch, so the run would depend on the world size.
         """
         if keys is None:
             return pixels
         size = pixels.shape[-1]
         angle = np.deg2rad(ROTATION) * (2 * uniform(keys, 0) - 1)
         scale = SCALE[0] + (SCALE[1] - SCALE[0]) * uniform(keys, 1)
-        # Side = 2 in grid coordinates. The grid says where each output pixel comes from: hence 1 / scale.
+        # The side is 2 in grid coordinates. The grid maps output pixels to input positions, hence 1 / scale.
         shift_x, shift_y = (2 * SHIFT * (2 * uniform(keys, n) - 1) for n in (2, 3))
         cos, sin, move_x, move_y = (
             torch.from_numpy(values.astype(np.float32)).view(-1, 1, 1)
@@ -205,12 +231,12 @@ class Affine:
         return functional.grid_sample(pixels, grid, align_corners=False)
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Into other memory."""
+        """Return the normalised batch, in new memory."""
         return pixels.sub(self.mean.to(pixels.device)).div_(self.std.to(pixels.device))
 
 
 class _Light(Transform):
-    """Random affine on the decoded batch."""
+    """Resize and centre crop, then a random affine transform of the decoded batch."""
 
     def __init__(self, resize: _Resize, mean: Sequence[float], std: Sequence[float]) -> None:
         self.resize, self.affine = resize, Affine(mean, std)
@@ -223,7 +249,7 @@ class _Light(Transform):
 
 @dataclass
 class _Crop(Transform):
-    """Random resized crop and flip, then ``distort`` where that is wanted."""
+    """Random resized crop and flip, then ``distort`` if it is given."""
 
     normalise: Normalise
     size: int
@@ -252,7 +278,7 @@ class _Crop(Transform):
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """Give the global generators of ``random`` and numpy, which timm draws from, their states back at the end."""
+    """Restore the global generators of ``random`` and NumPy, which timm uses, at the end of the block."""
     states = random.getstate(), np.random.get_state()
     try:
         yield
@@ -263,7 +289,7 @@ def generators_kept() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Distort:
-    """``policy`` (of :func:`timm_policy`), then random erasing, of bytes (B, S, S, C), in place."""
+    """Apply ``policy`` (from :func:`timm_policy`), then random erasing, to uint8 pixels (B, S, S, C) in place."""
 
     policy: Any
     re_prob: float
@@ -283,7 +309,16 @@ class Distort:
 
 
 def timm_policy(name: str, size: int, mean: Sequence[float]) -> Any:
-    """timm's RandAugment or AutoAugment, with the settings that its own factory gives it; None for no name."""
+    """Return timm's RandAugment or AutoAugment policy ``name``, with the default settings of timm ("": None).
+
+    Args:
+        name: policy in timm's notation.
+        size: side of the images, in pixels.
+        mean: mean per channel, for pixels in 0..1; it fills the areas outside of an image.
+
+    Raises:
+        UserError: for AugMix, which is not supported.
+    """
     if not name:
         return None
     ensure_torchvision()
@@ -298,13 +333,19 @@ def timm_policy(name: str, size: int, mean: Sequence[float]) -> Any:
         "interpolation": str_to_pil_interp("bicubic"),
     }
     if name.startswith("augmix"):
-        raise UserError(f"auto_augment {name!r}: AugMix is not supported; use rand-... or a policy of AutoAugment")
+        raise UserError(
+            f"data.auto_augment={name!r}: AugMix is not supported. Use RandAugment (rand-...) or an AutoAugment policy"
+        )
     make = auto_augment.rand_augment_transform if name.startswith("rand") else auto_augment.auto_augment_transform
     return make(name, options)
 
 
 def _posterize(image: Image, bits: int, **_: Any) -> Image:
-    """timm's strongest level keeps 0 bits: black in Pillow up to 12 and so in every published run, an error in 13."""
+    """Posterize an image as Pillow 12 and earlier do.
+
+    timm's strongest level keeps 0 bits. Published results used these versions, where this gives a black image. Pillow
+    13 raises an error instead.
+    """
     from PIL import Image as images
     from PIL import ImageOps
 

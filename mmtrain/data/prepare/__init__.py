@@ -1,6 +1,6 @@
-"""Preparing datasets: image folders, ImageNet, masks, COCO and the digits → tar shards; tar shards → betons; tables of
-many series and M5 → panels.
+"""Preparation of data sets.
 
-Every preparation writes a folder that is complete or absent. Reading what was written belongs to ``data.images``,
-``data.ffcv`` and ``data.series``, fetching from the net to ``data.download``.
+Image folders, ImageNet, masks, COCO and digits are converted to tar shards, tar shards to betons, and long tables and
+M5 to panels. Every preparation writes a folder that is complete or absent. ``data.images``, ``data.ffcv`` and
+``data.series`` read these folders; ``data.download`` fetches data from the network.
 """

@@ -1,8 +1,8 @@
-"""The two real data sets of the demo, from packages and without a network.
+"""The two real data sets of the demo, which come from installed packages and need no network.
 
-The 1,797 hand-written digits of scikit-learn (UCI "Optical Recognition of Handwritten Digits", test part), and hourly
-traffic on Interstate 94 with the weather, 17,520 hours from 2016-10-01 (UCI "Metro Interstate Traffic Volume", Hogue
-2019, CC BY 4.0, as shipped with the PyPI package AutoTS).
+Digits: the 1,797 hand-written digits of scikit-learn (UCI "Optical Recognition of Handwritten Digits", test set).
+Traffic: hourly traffic on Interstate 94 with the weather, 17,520 hours from 2016-10-01 (UCI "Metro Interstate Traffic
+Volume", Hogue 2019, CC BY 4.0, as shipped with the PyPI package AutoTS).
 """
 
 from __future__ import annotations
@@ -27,14 +27,19 @@ SHARD_SIZE = 150
 
 
 def prepare_digits(out: str | Path, image_size: int = 32, *, force: bool = False) -> Prepared:
-    """Write the 8 × 8 scans, enlarged with Lanczos' filter, as grey PNGs in shards; split 70/10/20 % within each class.
+    """Write the digits as tar shards of grey PNGs, split 70/10/20 % within each class.
 
-    Needs scikit-learn (``pip install 'mmtrain[demo]'``), no network.
+    The 8 × 8 scans are enlarged with a Lanczos filter. Needs scikit-learn (``pip install 'mmtrain[demo]'``).
+
+    Args:
+        out: folder to write.
+        image_size: side of the images, in pixels.
+        force: replace an existing folder.
     """
     from PIL import Image
 
     if image_size < 8:
-        raise UserError(f"--image-size {image_size}: 8 pixels or more")
+        raise UserError(f"--image-size {image_size}: must be at least 8 pixels")
     out = Path(out).expanduser()
     settings = {"image_size": image_size}
     if (done := existing(out, Origin(SOURCE), settings, force=force)) is not None:
@@ -42,7 +47,9 @@ def prepare_digits(out: str | Path, image_size: int = 32, *, force: bool = False
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UserError(f"the digits come with scikit-learn: pip install 'mmtrain[demo]' ({error})") from error
+        raise UserError(
+            f"the digits are part of scikit-learn, which cannot be imported ({error}). Run pip install 'mmtrain[demo]'"
+        ) from error
     digits = load_digits()
     items = []
     for scan, label in zip(digits.images, digits.target, strict=True):  # scan: (8, 8) float, 0..16
@@ -56,39 +63,41 @@ def prepare_digits(out: str | Path, image_size: int = 32, *, force: bool = False
 
 COLUMNS = ("clouds_all", "rain_1h", "snow_1h", "temp", "traffic_volume")
 _MEMBER = "datasets/data/traffic_hourly.zip"
+_REINSTALL = "Run pip install 'AutoTS==1.0.4'"
 
 
 @dataclass(frozen=True)
 class TrafficReport:
+    """Summary of the prepared traffic table."""
+
     file: Path
     rows: int
-    holes: int  # hours without a measurement, filled linearly between their neighbours
+    holes: int  # hours without a measurement, filled by linear interpolation
     longest: int  # longest run of such hours
-    outliers: dict[str, int]  # values more than 8 standard deviations from the mean, left as they are
-    fresh: bool  # False: the same file was there already
+    outliers: dict[str, int]  # per column: values more than 8 standard deviations from the mean, which are kept
+    fresh: bool  # False: the identical file existed already
 
 
 def prepare_traffic(out: str | Path) -> TrafficReport:
-    """Write OUT/traffic.csv: ``date``, four weather columns, ``traffic_volume`` last.
+    """Write OUT/traffic.csv with the columns ``date``, four weather columns, and ``traffic_volume``.
 
-    Hours without a measurement are filled linearly and counted in the report. Needs AutoTS (its file, not its code).
+    Hours without a measurement are interpolated linearly and counted in the report. The data file of the package AutoTS
+    must be installed.
     """
     import pandas as pd
 
     source = _locate()
     frame = read_frame(source)
     if missing := [name for name in ("datetime", *COLUMNS) if name not in frame.columns]:
-        raise UserError(f"{source}: columns {', '.join(missing)} are missing: pip install 'AutoTS==1.0.4'")
+        raise UserError(f"{source}: columns {', '.join(missing)} are missing. {_REINSTALL}")
     times = read_times(frame, source, "datetime")
     if times is None:
-        raise UserError(f"{source}: datetime holds numbers, not dates: pip install 'AutoTS==1.0.4'")
+        raise UserError(f"{source}: the column datetime contains numbers, not dates. {_REINSTALL}")
     stamps = pd.Series(times[0])
     even = regularity(times[0])
     irregular = even.irregular + even.backward
     if even.duplicates or irregular or even.step != pd.Timedelta(1, unit="h"):
-        raise UserError(
-            f"{source}: {even.duplicates} repeated and {irregular} irregular hours; pip install 'AutoTS==1.0.4'"
-        )
+        raise UserError(f"{source}: {even.duplicates} repeated and {irregular} irregular timestamps. {_REINSTALL}")
     values = frame[list(COLUMNS)].astype("float64")
     empty = values.isna().any(axis=1)
     filled = values.interpolate(limit_direction="both")
@@ -107,9 +116,9 @@ def prepare_traffic(out: str | Path) -> TrafficReport:
 
 
 def _locate() -> Path:
-    if (file := package_file("autots", _MEMBER)) is not None:  # to import it would take seconds
+    if (file := package_file("autots", _MEMBER)) is not None:  # importing the package would take seconds
         return file
     raise UserError(
-        "the traffic data comes with the package AutoTS, which is not installed here: pip install 'mmtrain[demo]' (its "
-        "data file alone will do: pip install --no-deps AutoTS==1.0.4)"
+        "the traffic data is part of the package AutoTS, which is not installed. Run pip install 'mmtrain[demo]' (or, "
+        "for the data file alone, pip install --no-deps AutoTS==1.0.4)"
     )

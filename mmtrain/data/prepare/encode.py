@@ -1,4 +1,4 @@
-"""One item of a dataset → the members of its sample in a shard."""
+"""Encoding of one item of a data set as the members of a sample in a shard."""
 
 from __future__ import annotations
 
@@ -20,50 +20,55 @@ _KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 class Item(NamedTuple):
-    """One image: a file, or its bytes. With a class, a file of targets, or targets as bytes."""
+    """One image (a file or its content), with a class, a file of targets, or encoded targets."""
 
-    label: int = 0
-    path: str = ""
-    content: bytes = b""
-    target: str = ""
-    note: bytes = b""
+    label: int = 0  # class number
+    path: str = ""  # image file
+    content: bytes = b""  # content of the image file; empty: read ``path``
+    target: str = ""  # file of the targets, for example a mask
+    note: bytes = b""  # encoded targets, for example annotations as JSON
 
 
 class BadSample(UserError):
-    """An item whose files were read but hold nothing usable; ``--skip-bad`` leaves such ones out."""
+    """The files of an item were read, but their content is unusable. ``--skip-bad`` skips such items."""
 
     def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}; replace or remove it, then start again")
+        super().__init__(f"{path}: {reason}. Replace or remove it, then start again")
         self.path, self.reason = path, reason
 
     def __reduce__(self) -> tuple[type[BadSample], tuple[str, str]]:
-        return BadSample, (self.path, self.reason)  # it comes back from worker processes
+        return BadSample, (self.path, self.reason)  # worker processes send it to the main process
 
 
 class Encoded(NamedTuple):
-    """A sample's members (suffix → bytes), and what is counted over a split for its meta.json."""
+    """The encoded members of a sample."""
 
-    members: dict[str, bytes]
-    counts: dict[str, int] = {}  # noqa: RUF012  # never changed
+    members: dict[str, bytes]  # suffix → content
+    counts: dict[str, int] = {}  # noqa: RUF012  # counts (e.g. pixels per class) that meta.json sums up over a split
 
 
 class Encoder(Protocol):
-    """Makes the members of a sample. It is pickled for worker processes."""
+    """Function that encodes an item as the members of a sample. It must be picklable for worker processes."""
 
-    #: The samples have class numbers (``.cls``), so that their shards can be indexed for training.
+    #: Whether the samples have class numbers (``.cls``), so that their shards can be indexed for training.
     labelled: ClassVar[bool]
 
     def __call__(self, item: Item) -> Encoded:
-        """Read and convert ``item``. Raises BadSample, and UserError for files that cannot be read."""
+        """Read and encode ``item``.
+
+        Raises:
+            BadSample: if its content is unusable.
+            UserError: if a file cannot be read.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class ClassEncoder:
-    """An image and its class number. ``image_size``: its shorter side is shrunk to that many pixels at most."""
+    """Encodes an image and its class number."""
 
-    image_size: int | None = None
-    quality: int = QUALITY
+    image_size: int | None = None  # maximum of the shorter side, in pixels; larger images are shrunk
+    quality: int = QUALITY  # of JPEGs that are encoded again
     labelled: ClassVar[bool] = True
 
     def __call__(self, item: Item) -> Encoded:
@@ -72,20 +77,21 @@ class ClassEncoder:
 
 
 def check_encoding(image_size: int | None, quality: int = QUALITY) -> None:
-    """Raise UserError for options that no encoder takes."""
+    """Raise UserError for an invalid image size or JPEG quality."""
     if image_size is not None and image_size < 1:
-        raise UserError(f"--image-size {image_size}: pixels, 1 or more")
+        raise UserError(f"--image-size {image_size}: must be at least 1 (pixels)")
     if not 1 <= quality <= 100:
-        raise UserError(f"--quality {quality}: 1 to 100")
+        raise UserError(f"--quality {quality}: must be from 1 to 100")
 
 
 def read_file(path: str) -> bytes:
+    """Return the content of a file. Raises UserError if it cannot be read."""
     with os_errors(f"{path}: cannot read the file"):
         return Path(path).read_bytes()
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines that are not empty, without spaces around them."""
+    """Return the non-empty lines of a text file without surrounding spaces. Raises UserError if it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -94,17 +100,28 @@ def read_lines(path: Path) -> list[str]:
 
 
 def package_file(package: str, member: str) -> Path | None:
-    """A file of an installed package, which is not imported; None if it is not there."""
+    """Return the path of a file in an installed package, without importing the package (None: no such file)."""
     spec = importlib.util.find_spec(package)
     folders = (spec.submodule_search_locations or []) if spec else []
     return next((file for folder in folders if (file := Path(folder) / member).is_file()), None)
 
 
 def encode_image(item: Item, image_size: int | None, quality: int) -> tuple[str, bytes, tuple[int, int]]:
-    """Suffix, bytes, and the size (W, H) before shrinking.
+    """Encode the image of an item for a shard.
 
-    The file as it is where that is possible, after decoding it fully to see that it can be. The suffix is that of the
-    format found, whatever the file is called. CMYK becomes RGB, since not every decoder can do it.
+    The file is stored unchanged if possible. It is always decoded, to check that it is not damaged. CMYK images are
+    converted to RGB, because not every decoder supports CMYK.
+
+    Args:
+        image_size: maximum of the shorter side, in pixels (None: no limit).
+        quality: of JPEGs that are encoded again.
+
+    Returns:
+        The suffix of the actual format (regardless of the file name), the encoded image, and its size (W, H) before
+        shrinking.
+
+    Raises:
+        BadSample: if the image cannot be decoded.
     """
     from PIL import Image
 
@@ -128,7 +145,7 @@ def encode_image(item: Item, image_size: int | None, quality: int) -> tuple[str,
 
 
 def shrunk(size: tuple[int, int], shorter: int) -> tuple[int, int]:
-    """The size (W, H) with the shorter side at most ``shorter`` pixels, in the same proportions."""
+    """Return ``size`` (W, H), scaled down so that the shorter side has at most ``shorter`` pixels."""
     if min(size) <= shorter:
         return size
     scale = shorter / min(size)
@@ -136,7 +153,7 @@ def shrunk(size: tuple[int, int], shorter: int) -> tuple[int, int]:
 
 
 def to_bytes(image: Image, quality: int | None) -> bytes:
-    """JPEG of that quality, or PNG (None)."""
+    """Encode an image as JPEG of the given quality, or as PNG if ``quality`` is None."""
     buffer = io.BytesIO()
     if quality is None:
         image.save(buffer, format="PNG")

@@ -1,8 +1,8 @@
-"""Tar shards → FFCV's ``.beton``: OUT/{train,val,test}.beton and OUT/meta.json.
+"""Conversion of tar shards to FFCV's ``.beton`` files: OUT/{train,val,test}.beton and OUT/meta.json.
 
-FFCV encodes the images and defines the format; the pages are laid out here, one shard after the other. FFCV's own
-DatasetWriter hangs when one of its processes fails, lays the samples out in whichever order they come, and
-draws which ones to compress. So: the same shards give the same bytes, and each shard is one run of pages.
+FFCV encodes the images, but this module writes the pages, shard by shard. FFCV's own DatasetWriter hangs if one of its
+processes fails, writes the samples in arbitrary order, and chooses at random which ones to compress. Here, the same
+shards always give the same bytes, and the samples of a shard are in consecutive pages.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from mmtrain.errors import UserError
 SPLITS = ("train", "val", "test")
 WRITE_MODES = ("jpg", "raw", "proportion")
 _QUALITY = 90
-_TAG = 0x6265746F6E  # keeps the choice of what to compress apart from the other hashes
+_TAG = 0x6265746F6E  # separates the hashes that choose the images to compress from other hashes
 
 
 class Encoding(NamedTuple):
-    """How images are stored: see :func:`prepare_beton`; ``page_size`` in bytes."""
+    """Options for storing images (see :func:`prepare_beton`). ``page_size`` is in bytes."""
 
     write_mode: str
     max_resolution: int | None
@@ -43,15 +43,19 @@ class Encoding(NamedTuple):
 
 
 class Job(NamedTuple):
+    """Conversion of one shard to a file of pages."""
+
     shard: ShardIndex
-    first: int  # number of the first sample in its split
-    target: Path
+    first: int  # number of the shard's first sample in its split
+    target: Path  # file to write
     encoding: Encoding
 
 
 class Block(NamedTuple):
-    rows: NDArray[Any]  # (n,) as the beton has them, except that places count from the block's begin
-    sizes: NDArray[np.int64]  # (n,) bytes
+    """Result of a job: the rows of a shard with n samples."""
+
+    rows: NDArray[Any]  # (n,) rows of the beton, with positions relative to the first page of the block
+    sizes: NDArray[np.int64]  # (n,) stored bytes of each image
 
 
 def prepare_beton(
@@ -66,33 +70,42 @@ def prepare_beton(
     workers: int | None = None,
     force: bool = False,
 ) -> Prepared:
-    """Write OUT/{train,val,test}.beton from the tar shards in ROOT/{train,val,test}, sample by sample in their order.
+    """Write OUT/{train,val,test}.beton from the tar shards in ROOT/{train,val,test}, in the same order of samples.
 
-    ``write_mode``: "jpg", "raw" (pixels: fast to read, several times larger) or "proportion" (a part of
-    ``compress_probability`` as JPEG, chosen by a hash of the sample's number). ``max_resolution``: shrink images whose
-    longer side is longer. ``jpeg_quality``: encode every image again; None: keep JPEG files as they are where they need
-    not be shrunk, and encode others at 90. ``page_size``: MiB, a power of two from 2 to 2048; no image may be larger.
-    ``workers``: processes (None: one per core, at most 8). A finished OUT is left alone.
+    Args:
+        root: folder of the tar shards.
+        out: folder to write. A complete one is kept unless ``force`` is set.
+        write_mode: "jpg", "raw" (pixels: fast to read, but several times larger) or "proportion" (a fraction
+            ``compress_probability`` as JPEG, chosen by a hash of the sample's number; the others as pixels).
+        max_resolution: maximum of the longer side, in pixels; larger images are shrunk.
+        jpeg_quality: encode all images that are stored as JPEG with this quality. None: keep JPEG files that need not
+            be shrunk, and encode the others with quality 90.
+        page_size: in MiB, a power of two from 2 to 2048. No stored image may be larger.
+        workers: processes (None: one per core, at most 8).
+        force: replace an existing folder.
+
+    Raises:
+        UserError: for invalid options, damaged shards, or images that cannot be stored.
     """
     root, out = Path(root).expanduser(), Path(out).expanduser()
     check_root(root, out)
     if out.suffix == ".beton":
-        raise UserError(f"--out {out}: give the folder, for example {out.parent}: there is a file for each split")
+        raise UserError(f"--out {out}: must be a folder (for example {out.parent}), which gets one file per split")
     if write_mode not in WRITE_MODES:
-        raise UserError(f"--write-mode {write_mode}: one of {', '.join(WRITE_MODES)}")
+        raise UserError(f"--write-mode {write_mode}: must be one of {', '.join(WRITE_MODES)}")
     if max_resolution is not None and max_resolution < 1:
-        raise UserError(f"--max-resolution {max_resolution}: pixels, 1 or more")
+        raise UserError(f"--max-resolution {max_resolution}: must be at least 1 (pixels)")
     if jpeg_quality is not None and not 1 <= jpeg_quality <= 100:
-        raise UserError(f"--jpeg-quality {jpeg_quality}: 1 to 100")
+        raise UserError(f"--jpeg-quality {jpeg_quality}: must be from 1 to 100")
     if not 0 <= compress_probability <= 1:
-        raise UserError(f"--compress-probability {compress_probability}: 0 to 1")
+        raise UserError(f"--compress-probability {compress_probability}: must be from 0 to 1")
     if not 2 <= page_size <= 2048 or page_size & (page_size - 1):
-        raise UserError(f"--page-size {page_size}: MiB, a power of two from 2 to 2048")
+        raise UserError(f"--page-size {page_size}: must be a power of two from 2 to 2048 (MiB)")
     splits = {split: index_shards(find_shards(root / split)) for split in SPLITS if (root / split).is_dir()}
     if not splits:
         raise UserError(
-            f"--root {root}: none of {', '.join(SPLITS)} is in it; wanted are folders of tar shards, as mmtrain data "
-            "prepare images makes them"
+            f"--root {root}: contains none of the folders {', '.join(SPLITS)}. Create folders of tar shards with "
+            "`mmtrain data prepare images`"
         )
     counts = {split: sum(map(len, shards)) for split, shards in splits.items()}
     encoding = Encoding(write_mode, max_resolution, jpeg_quality, compress_probability, page_size << 20)
@@ -117,12 +130,12 @@ def prepare_beton(
                     advance(count)
         write_meta(part, meta)
         for split in splits:
-            read_beton(part / f"{split}.beton")  # what was written can be read
+            read_beton(part / f"{split}.beton")  # check the written file
     return Prepared(out, meta, fresh=True)
 
 
 def _write(target: Path, shards: list[ShardIndex], encoding: Encoding, workers: int | None) -> Iterator[int]:
-    """Samples written, shard by shard."""
+    """Write a beton. Yield the number of samples of each shard after it is written."""
     from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
     from ffcv.utils import align_to_page
 
@@ -156,7 +169,7 @@ def _write(target: Path, shards: list[ShardIndex], encoding: Encoding, workers: 
             stream.seek(at)
             with open(job.target, "rb") as source:
                 shutil.copyfileobj(source, stream, 16 << 20)
-            # The unused end of the last page is a hole, which takes no room on the disk.
+            # The unused end of the last page is a hole in the file, which takes no space on the disk.
             at += -(-job.target.stat().st_size // encoding.page_size) * encoding.page_size
             job.target.unlink()
             yield len(job.shard)
@@ -171,7 +184,7 @@ def _write(target: Path, shards: list[ShardIndex], encoding: Encoding, workers: 
 
 
 def fields() -> dict[str, tuple[int, Any]]:
-    """Name → FFCV's number of the kind, and the field."""
+    """Return the fields of a beton: name → (FFCV's type number, field)."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.types import TYPE_ID_HANDLER
 
@@ -180,7 +193,7 @@ def fields() -> dict[str, tuple[int, Any]]:
 
 
 def encode_block(job: Job) -> Block:
-    """Write the pages of one shard to ``job.target``. Raises UserError with the sample that cannot be stored."""
+    """Write the pages of one shard to ``job.target``. Raises UserError if a sample cannot be stored."""
     require_ffcv()
     from ffcv.types import get_metadata_type
 
@@ -199,14 +212,16 @@ def encode_block(job: Job) -> Block:
                 encoder.store(content, job.first + place, rows["f0"][place : place + 1], pages.malloc)
             except (UserError, OSError, MemoryError):
                 raise
-            except Exception as error:  # of PIL, OpenCV or FFCV
-                raise UserError(f"{name}: the image cannot be stored ({error}); replace it in the source") from error
+            except Exception as error:  # raised by PIL, OpenCV or FFCV
+                raise UserError(
+                    f"{name}: the image cannot be stored ({error}). Replace the image and prepare the shards again"
+                ) from error
             sizes[place] = pages.size
     return Block(rows, sizes)
 
 
 class _Pages:
-    """Allocates as FFCV wants it: an image lies in one page, behind the one before it."""
+    """Allocator of images in pages, as FFCV requires it: images follow each other, and none crosses a page boundary."""
 
     def __init__(self, stream: BinaryIO, page_size: int) -> None:
         self.stream, self.page_size = stream, page_size
@@ -216,7 +231,7 @@ class _Pages:
     def malloc(self, size: int) -> tuple[int, _Slot]:
         if size > self.page_size:
             raise UserError(
-                f"{self.name}: {size} bytes to store, more than a page of {self.page_size >> 20} MiB: give --page-size "
+                f"{self.name}: {size} bytes to store, more than a page of {self.page_size >> 20} MiB. Set --page-size "
                 f"{1 << max(1, (size - 1 >> 20).bit_length())}, --max-resolution or --write-mode jpg"
             )
         if self.end % self.page_size + size > self.page_size:
@@ -227,18 +242,18 @@ class _Pages:
 
 
 class _Slot:
-    """FFCV assigns an image's bytes to it: ``slot[:] = bytes``."""
+    """Place for one image in a file. FFCV writes to it with ``slot[:] = bytes``."""
 
     def __init__(self, stream: BinaryIO, at: int) -> None:
         self.stream, self.at = stream, at
 
     def __setitem__(self, _: slice, content: NDArray[np.uint8]) -> None:
-        self.stream.seek(self.at)  # over the unused end of a page, if one has just ended
+        self.stream.seek(self.at)  # may skip the unused end of the previous page
         self.stream.write(np.ascontiguousarray(content).tobytes())
 
 
 class _Encoder:
-    """Image files → FFCV's rows and bytes."""
+    """Encodes image files as rows and data of a beton."""
 
     def __init__(self, encoding: Encoding) -> None:
         from ffcv.fields import RGBImageField
@@ -251,7 +266,7 @@ class _Encoder:
         }
 
     def store(self, content: bytes, number: int, row: NDArray[Any], malloc: Any) -> None:
-        """Fill ``row`` (1,) for sample ``number`` and put its bytes where ``malloc`` says."""
+        """Fill ``row`` (1,) of sample ``number``, and write its image to memory from ``malloc``."""
         image = decode(content)
         mode = self.encoding.write_mode
         if mode == "proportion":
@@ -264,14 +279,14 @@ class _Encoder:
             self.modes[mode].encode(row, np.asarray(image), malloc)
 
     def _can_stay(self, content: bytes, size: tuple[int, int]) -> bool:
-        """Whether FFCV reads the file itself as PIL does: an upright JPEG in grey or YCbCr, not to be shrunk."""
+        """Return whether the file can be stored unchanged: an upright grey or YCbCr JPEG that need not be shrunk."""
         from ffcv.libffcv import imdecode
 
         most = self.encoding.max_resolution
         if self.encoding.jpeg_quality is not None or (most is not None and max(size) > most):
             return False
         if orientation(content) != 1:
-            return False  # FFCV does not look at EXIF
+            return False  # FFCV ignores EXIF
         with open_image(content) as header:
             if header.format != "JPEG" or header.mode not in ("RGB", "L"):
                 return False

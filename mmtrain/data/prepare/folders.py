@@ -1,4 +1,4 @@
-"""Which folders are splits and classes, which files are images, and what stands beside them and is left out."""
+"""Finding the splits, classes and images in a folder, and reporting the files that are ignored."""
 
 from __future__ import annotations
 
@@ -12,75 +12,82 @@ from mmtrain.data.images.formats import image_suffixes
 from mmtrain.errors import UserError, os_errors
 from mmtrain.log import logger
 
-#: The names of the folders of a split, in lower case; any case is taken.
+#: Folder names of each split, in lower case. Upper and lower case are equivalent.
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
 _HEIC = (".heic", ".heif")
-#: How many kinds of files are named.
+#: Maximum number of kinds of ignored files in a message.
 _MOST = 6
 
 
 @dataclass
 class LeftOut:
-    """What a preparation did not take: how many of each kind, and the first of them."""
+    """Files and folders that a preparation ignores: the number of each kind, and the first path of each kind."""
 
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
 
     def add(self, kind: str, path: str | Path) -> None:
+        """Count an ignored file or folder."""
         self.counts[kind] += 1
         self.first.setdefault(kind, str(path))
 
     def file(self, path: str) -> None:
-        """A file that is no image by its name."""
+        """Count a file that is not an image according to its extension."""
         suffix = os.path.splitext(path)[1].lower()
-        self.add(f"{suffix} files" if suffix else "files without an ending", path)
+        self.add(f"{suffix} files" if suffix else "files without an extension", path)
 
     def __str__(self) -> str:
         kinds = self.counts.most_common(_MOST)
-        more = f", and {len(self.counts) - _MOST} kinds more" if len(self.counts) > _MOST else ""
+        more = f", and {len(self.counts) - _MOST} more kinds" if len(self.counts) > _MOST else ""
         hint = "; convert HEIC to JPEG first" if any(f"{suffix} files" in self.counts for suffix in _HEIC) else ""
         return ", ".join(f"{count} {kind} (first: {self.first[kind]})" for kind, count in kinds) + more + hint
 
     def tell(self, root: Path) -> None:
-        """Warn, in a line, if there is anything to say."""
+        """Log a warning if anything was ignored."""
         if self.counts:
-            logger.warning("%s: left out: %s", root, self)
+            logger.warning("%s: ignored: %s", root, self)
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """The folders in ``root`` that are named as a split, whatever their case. Raises UserError for two of one split."""
+    """Return split → folder for the folders in ``root`` whose name is in ``SPLIT_NAMES``.
+
+    Raises:
+        UserError: if two folders have names of the same split.
+    """
     found: dict[str, Path] = {}
     for name in class_folders(root):
         for split, names in SPLIT_NAMES.items():
             if name.lower() in names:
                 if split in found:
                     raise UserError(
-                        f"{root}: {found[split].name} and {name} could both be the {split} split: rename one of them"
+                        f"{root}: {found[split].name} and {name} both name the {split} split. Rename one of them"
                     )
                 found[split] = root / name
     return found
 
 
 def class_folders(folder: Path) -> list[str]:
-    """The names of the folders in ``folder``, sorted; hidden ones are left out."""
+    """Return the sorted names of the folders in ``folder``, without hidden ones."""
     with os_errors(f"{folder}: cannot be read"), os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir() and not _hidden(entry.name))
 
 
 def check_classes(folder: Path, found: Sequence[str], train: Path, classes: Sequence[str]) -> None:
-    """Raise UserError if ``folder`` has classes that the training images in ``train`` do not have."""
+    """Raise UserError if some classes ``found`` in ``folder`` are not in ``classes``, the classes of ``train``."""
     if unknown := sorted(set(found) - set(classes)):
-        raise UserError(f"{folder}: classes that {train} does not have: {', '.join(unknown[:5])}")
+        raise UserError(
+            f"{folder}: contains classes that {train} does not have: {', '.join(unknown[:5])}. Rename or remove them"
+        )
 
 
 def image_files(folder: Path, left: LeftOut) -> list[Path]:
-    """The images in ``folder`` and in all folders below it, sorted.
+    """Return the images in ``folder`` and its subfolders, sorted.
 
-    What is hidden, or below a hidden folder, is no image; it and all else goes to ``left``.
+    Hidden files are ignored. Images in hidden folders and all other files are ignored too, and counted in ``left``.
     """
     return sorted(_images(str(folder), left))
 
@@ -104,11 +111,11 @@ def _images(folder: str, left: LeftOut) -> Iterator[Path]:
             elif os.path.isfile(path):
                 yield Path(path)
             else:
-                left.add("links to nothing, or no files", path)
+                left.add("broken links or special files", path)
 
 
 def files_in(folder: Path, left: LeftOut) -> list[str]:
-    """The names of the images in ``folder`` itself, sorted; other files, and the folders in it, go to ``left``."""
+    """Return the sorted names of the images directly in ``folder``. Other files and folders are counted in ``left``."""
     suffixes, names = image_suffixes(), []
     with os_errors(f"{folder}: cannot be read"), os.scandir(folder) as entries:
         for entry in entries:
@@ -124,14 +131,14 @@ def files_in(folder: Path, left: LeftOut) -> list[str]:
 
 
 def note_beside(folder: Path, taken: Sequence[str], left: LeftOut) -> None:
-    """Note what stands beside the folders ``taken`` of ``folder``, which are splits or classes."""
+    """Count the other folders and images in ``folder`` as ignored. ``taken`` are its folders of splits or classes."""
     suffixes = image_suffixes()
     with os_errors(f"{folder}: cannot be read"), os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.name in taken or entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                left.add("folders beside those that are read", entry.path)
+                left.add("other folders", entry.path)
             elif os.path.splitext(entry.name)[1].lower() in suffixes:
                 left.add("images outside of a class folder", entry.path)
 

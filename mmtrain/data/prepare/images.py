@@ -1,4 +1,4 @@
-"""Folders of images, one folder per class → tar shards."""
+"""Conversion of folders of images, with one folder per class, to tar shards."""
 
 from __future__ import annotations
 
@@ -36,19 +36,29 @@ def prepare_images(
 ) -> Prepared:
     """Write OUT/{train,val,test}/shard-*.tar and OUT/meta.json from ROOT/CLASS/* or ROOT/{train,val,test}/CLASS/*.
 
-    With one folder per class, ``val_fraction`` and ``test_fraction`` of each class are set aside by a hash of the file
-    names. With ROOT/train the folders are the splits; only a missing ROOT/val is taken from train by ``val_fraction``.
-    The names of splits may have any case, and be training, valid, validation and testing. What is no image, hidden or
-    beside those folders is counted and told, and in meta.json as ``left_out``.
-    ``image_size``: shrink images whose shorter side is longer than that (JPEG quality 95); otherwise files are stored
-    as they are. ``workers``: processes (None: one per core, at most 8). A finished OUT is left alone; one that a killed
-    or interrupted process began is completed.
+    If ROOT contains class folders, fractions of each class become the splits val and test, chosen by a hash of the file
+    names. If ROOT contains a folder train, its folders are the splits; only a missing val is split off from train.
+    Split folders may also be called training, valid, validation or testing, in upper or lower case. Ignored files and
+    folders are logged, and counted in meta.json as ``left_out``. An interrupted preparation is completed.
+
+    Args:
+        root: folder of the images.
+        out: folder to write. A complete one is kept unless ``force`` is set.
+        image_size: maximum of the shorter side, in pixels; larger images are shrunk (JPEG quality 95). Other files are
+            stored unchanged.
+        shard_size: samples per shard.
+        workers: processes (None: one per core, at most 8).
+        val_fraction, test_fraction: fractions of each class for val and test.
+        force: replace an existing folder.
+
+    Raises:
+        UserError: for invalid options, or missing or damaged files.
     """
     root, out = Path(root).expanduser(), Path(out).expanduser()
     check_root(root, out)
     if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
         raise UserError(
-            f"--val-fraction {val_fraction}, --test-fraction {test_fraction}: parts that leave some to train"
+            f"--val-fraction {val_fraction}, --test-fraction {test_fraction}: must be at least 0, and below 1 in total"
         )
     check_encoding(image_size)
     settings = {
@@ -85,8 +95,8 @@ def _find(
         for split, folder in folders.items():
             if class_folders(folder):
                 raise UserError(
-                    f"{root}: {folder.name} holds the folders of a {split} split, but there is no train folder: rename "
-                    f"one to train, or give --root {folder} to divide that one"
+                    f"{root}: {folder.name} is a {split} split, but there is no folder train. Rename a folder to "
+                    f"train, or use --root {folder} to divide this folder into splits"
                 )
         classes = _classes(root, left)
         splits = stratify(root, _items(root, classes, left), val_fraction, test_fraction)
@@ -100,29 +110,29 @@ def _find(
         check_classes(folder, _classes(folder, left), train, classes)
         splits[split] = _items(folder, classes, left, some_empty=True)
     if "val" not in splits and val_fraction > 0:
-        logger.info("%s has no val folder: %g of train is set aside", root, val_fraction)
+        logger.info("%s: no folder val, so a fraction %g of train becomes the val split", root, val_fraction)
         splits |= stratify(root, splits["train"], val_fraction, 0.0)
         _check_set_aside(root, classes, splits, {"val": val_fraction})
     return classes, {split: splits[split] for split in ("train", "val", "test") if splits.get(split)}
 
 
 def _check_set_aside(
-    root: Path, classes: Sequence[str], splits: Mapping[str, Sequence[Item]], asked: Mapping[str, float]
+    root: Path, classes: Sequence[str], splits: Mapping[str, Sequence[Item]], fractions: Mapping[str, float]
 ) -> None:
-    """Raise UserError where a part that was asked for is empty; say how many classes have nothing in it."""
-    for split, fraction in asked.items():
+    """Raise UserError if a requested split is empty. Log a warning if some classes have no images in a split."""
+    for split, fraction in fractions.items():
         if not fraction:
             continue
-        there = {item.label for item in splits.get(split, ())}
-        if not there:
+        present = {item.label for item in splits.get(split, ())}
+        if not present:
             most = max(Counter(item.label for items in splits.values() for item in items).values())
             raise UserError(
-                f"{root}: no class has more than {most} image(s), of which --{split}-fraction {fraction:g} sets none "
-                f"aside: give a larger part, or --{split}-fraction 0 to have no {split} split"
+                f"--{split}-fraction {fraction:g}: gives no images, because no class in {root} has more than {most} "
+                f"image(s). Increase it, or set --{split}-fraction 0 for no {split} split"
             )
-        if lacking := [name for label, name in enumerate(classes) if label not in there]:
+        if lacking := [name for label, name in enumerate(classes) if label not in present]:
             logger.warning(
-                "%s: %d of %d classes are too small for --%s-fraction %g, so have no image in %s: %s",
+                "%s: %d of %d classes are too small for --%s-fraction %g and have no images in %s: %s",
                 root,
                 len(lacking),
                 len(classes),
@@ -137,7 +147,8 @@ def _classes(folder: Path, left: LeftOut) -> list[str]:
     names = class_folders(folder)
     if not names:
         raise UserError(
-            f"{folder}: no class folders: wanted is ROOT/CLASS/IMAGE or ROOT/{{train,val,test}}/CLASS/IMAGE"
+            f"{folder}: no class folders. The expected layout is ROOT/CLASS/IMAGE or "
+            "ROOT/{train,val,test}/CLASS/IMAGE"
         )
     note_beside(folder, names, left)
     return names
@@ -148,9 +159,9 @@ def _items(folder: Path, classes: Sequence[str], left: LeftOut, *, some_empty: b
     for label, name in enumerate(classes):
         files = image_files(folder / name, left) if (folder / name).is_dir() else []
         if not files and not some_empty:
-            there = f"; left out: {left}" if left.counts else ""
+            ignored = f"; ignored: {left}" if left.counts else ""
             raise UserError(
-                f"{folder / name}: no images of class {name!r} ({', '.join(sorted(image_suffixes()))}){there}"
+                f"{folder / name}: no images of class {name!r} ({', '.join(sorted(image_suffixes()))}){ignored}"
             )
         items += [Item(label, str(file)) for file in files]
     if not items:
@@ -159,7 +170,18 @@ def _items(folder: Path, classes: Sequence[str], left: LeftOut, *, some_empty: b
 
 
 def stratify(root: Path, items: Sequence[Item], val_fraction: float, test_fraction: float) -> dict[str, list[Item]]:
-    """Set aside parts of each class, chosen by a hash of each file's name (or content): the same ones every time."""
+    """Divide the items of each class into train, val and test, reproducibly by a hash of the file name (or content).
+
+    Args:
+        root: folder to which the names of the items are relative.
+        val_fraction, test_fraction: fractions of each class.
+
+    Returns:
+        Split → items, without empty splits.
+
+    Raises:
+        UserError: if a class is too small.
+    """
     splits: dict[str, list[Item]] = {"train": [], "val": [], "test": []}
     by_class: dict[int, list[Item]] = {}
     for item in items:
@@ -169,7 +191,8 @@ def stratify(root: Path, items: Sequence[Item], val_fraction: float, test_fracti
         tests, vals = round(len(ranked) * test_fraction), round(len(ranked) * val_fraction)
         if tests + vals >= len(ranked):
             raise UserError(
-                f"class number {label} has {len(ranked)} image(s): too few to set some aside; use fractions 0"
+                f"class number {label} has only {len(ranked)} image(s), too few for --val-fraction and "
+                "--test-fraction. Set both to 0"
             )
         splits["test"] += ranked[:tests]
         splits["val"] += ranked[tests : tests + vals]

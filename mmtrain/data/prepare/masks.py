@@ -1,8 +1,8 @@
-"""Mask files → class numbers for each pixel, and whether these can be what was meant.
+"""Reading of mask files as class numbers per pixel, and checking that the numbers are plausible.
 
-Photos that their camera marked as turned (EXIF) are turned upright when they are decoded. Their masks and boxes may
-have been made on the photo as it is shown, or on the pixels as they are stored: which of the two is found out or asked
-for, and targets are turned with the photo.
+A photo with an EXIF orientation is rotated upright when it is decoded. Its masks and boxes may have been created on the
+upright photo or on the stored pixels. The sizes or the option ``--turned`` tell which, and the targets are rotated if
+necessary.
 """
 
 from __future__ import annotations
@@ -22,33 +22,35 @@ from mmtrain.data.prepare.encode import BadSample, Encoded, Item, encode_image, 
 from mmtrain.errors import UserError
 
 VOID = 255
-#: Masks that are looked at before any is written, at least.
-_LOOKED_AT = 64
-#: Numbers without gaps: of the classes up to the largest, at least one in so many is seen.
+#: Minimum number of masks that are checked before any is written.
+_CHECKED = 64
+#: Masks whose largest number is at least _FEW are suspicious if at most one in _SPARSE of the numbers up to it occurs.
 _SPARSE, _FEW = 8, 16
-#: Values that interpolation makes are many, and rare: three quarters of them hold less than this part of the pixels.
+#: Masks with at least _MANY numbers are suspicious if the rarest three quarters of the numbers cover less than a
+#: fraction _RARE of the pixels. Interpolation creates such numbers.
 _MANY, _RARE = 30, 0.005
 
 
 @dataclass(frozen=True)
 class MaskValues:
-    """What the values in mask files mean. ``values``: that of class 0, of class 1, ... (None: the class numbers)."""
+    """The meaning of the values in mask files."""
 
-    values: tuple[int, ...] | None = None
-    ignore: tuple[int, ...] = (VOID,)
-    zero_is_void: bool = False
+    values: tuple[int, ...] | None = None  # value of class 0, class 1, ... in the files; None: the class numbers
+    ignore: tuple[int, ...] = (VOID,)  # numbers that are void (no class)
+    zero_is_void: bool = False  # map 0 to 255 (void) and n to n - 1; ``ignore`` refers to the numbers after that
 
     @property
     def voids(self) -> tuple[int, ...]:
-        """The numbers that are no class, after reading."""
+        """The void numbers in the result of ``read``."""
         if self.values is not None:
             return (VOID,)
         return tuple(sorted({*self.ignore, VOID} if self.zero_is_void else set(self.ignore)))
 
     def read(self, path: str) -> NDArray[np.uint8]:
-        """The class numbers (H, W) of a mask file: grey, black and white, or the places in a palette.
+        """Read the class numbers (H, W) of a mask file, which are grey values, 0 and 1, or palette indices.
 
-        Raises BadSample.
+        Raises:
+            BadSample: if the file cannot be decoded or has invalid values.
         """
         stored, lossy = _stored(path)
         if self.values is not None:
@@ -56,30 +58,30 @@ class MaskValues:
         if lossy:
             raise BadSample(
                 path,
-                "the mask is a JPEG, whose compression changes class numbers: store masks as PNG, or give --mask-values"
-                " with the values that were meant",
+                "the mask is a JPEG, whose compression changes class numbers (store masks as PNG, or set --mask-values "
+                "to the values before compression)",
             )
         if not self.zero_is_void:
             return stored
-        # 0 becomes 255, n becomes n - 1; a void that was 255 before stays one
+        # 0 becomes 255 (void), n becomes n - 1, and 255 stays void.
         return np.where(stored == VOID, VOID, stored - np.uint8(1)).astype(np.uint8)
 
     def _mapped(self, path: str, stored: NDArray[np.uint8], lossy: bool) -> NDArray[np.uint8]:
         assert self.values is not None
         known = [*self.values, *(value for value in self.ignore if value not in self.values)]
         numbers = [*range(len(self.values)), *[VOID] * (len(known) - len(self.values))]
-        if lossy:  # the nearest of them
+        if lossy:  # map each value to the nearest known one
             distance = np.abs(np.arange(VOID + 1)[:, None] - np.array(known)[None])
             return np.array(numbers, dtype=np.uint8)[distance.argmin(1)][stored]
         if unknown := sorted(set(np.unique(stored).tolist()) - set(known)):
-            raise BadSample(path, f"holds the value {unknown[0]}, which --mask-values and --ignore do not name")
+            raise BadSample(path, f"contains the value {unknown[0]}, which is not in --mask-values or --ignore")
         table = np.zeros(VOID + 1, dtype=np.uint8)
         table[known] = numbers
         return table[stored]
 
 
 def _stored(path: str) -> tuple[NDArray[np.uint8], bool]:
-    """The values in a mask file, and whether its format changes values."""
+    """Return the values (H, W) in a mask file, and whether its format is lossy."""
     content = read_file(path)
     try:
         image = open_image(content)
@@ -89,25 +91,22 @@ def _stored(path: str) -> tuple[NDArray[np.uint8], bool]:
     except Exception as error:  # PIL's plugins raise almost anything for damaged files
         raise BadSample(path, f"the mask cannot be decoded ({type(error).__name__}: {error})") from error
     if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
-        raise BadSample(path, f"the mask's pixels are {image.mode}, not class numbers (grey, or a palette)")
+        raise BadSample(path, f"the mask's mode is {image.mode}, but class numbers need a grey or palette image")
     numbers = np.asarray(image)
     if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) <= VOID:
-        raise BadSample(path, f"the mask holds class numbers outside of 0 to {VOID}")
+        raise BadSample(path, f"the mask contains numbers outside of the range 0 to {VOID}")
     return numbers.astype(np.uint8), image.format in ("JPEG", "MPO")
 
 
 @dataclass(frozen=True)
 class MaskEncoder:
-    """An image and its mask (``.seg.png``, grey with 8 bits: a class number for each pixel).
+    """Encodes an image and its mask (``.seg.png``, 8-bit grey: the class number of each pixel)."""
 
-    ``classes``: how many there are (None: any number). ``turned``: see ``mmtrain.data.prepare.masks``.
-    """
-
-    image_size: int | None
-    quality: int
-    classes: int | None
+    image_size: int | None  # maximum of the shorter side, in pixels; larger images are shrunk
+    quality: int  # of JPEGs that are encoded again
+    classes: int | None  # number of classes; None: not checked
     meaning: MaskValues
-    turned: str | None = None
+    turned: str | None = None  # "upright" or "stored", see ``turn_wanted``
     labelled: ClassVar[bool] = False
 
     def __call__(self, item: Item) -> Encoded:
@@ -122,7 +121,8 @@ class MaskEncoder:
         for value in np.unique(numbers).tolist() if self.classes is not None else ():
             if value >= self.classes and value not in self.meaning.voids:
                 raise BadSample(
-                    item.target, f"holds the class number {value}, but there are {self.classes} classes (see --ignore)"
+                    item.target,
+                    f"contains the class number {value}, but there are only {self.classes} classes (see --ignore)",
                 )
         mask = Image.fromarray(numbers)
         if self.image_size is not None:
@@ -133,7 +133,7 @@ class MaskEncoder:
 
 
 def parse_values(text: str | None, names: Sequence[str] | None) -> tuple[int, ...] | None:
-    """The values of ``--mask-values``: "0,255". Raises UserError."""
+    """Parse ``--mask-values``, for example "0,255". Raises UserError if it is invalid or does not match ``names``."""
     if text is None:
         return None
     try:
@@ -141,21 +141,25 @@ def parse_values(text: str | None, names: Sequence[str] | None) -> tuple[int, ..
     except ValueError:
         values = ()
     if len(set(values)) != len(values) or not values or not all(0 <= value <= VOID for value in values):
-        raise UserError(f"--mask-values {text}: different numbers from 0 to {VOID}, such as 0,255: of class 0, 1, ...")
+        raise UserError(
+            f"--mask-values {text}: must be different numbers from 0 to {VOID}, separated by commas: the values of "
+            "class 0, 1, ..., for example 0,255"
+        )
     if names is not None and len(names) != len(values):
-        raise UserError(f"--mask-values {text}: {len(values)} values, but --classes names {len(names)}")
+        raise UserError(f"--mask-values {text}: {len(values)} values, but --classes has {len(names)} names")
     return values
 
 
 def question_masks(items: Sequence[Item], meaning: MaskValues, names: Sequence[str] | None, skip_bad: bool) -> None:
-    """Raise UserError where the numbers in the masks cannot be what was meant.
+    """Raise UserError if the numbers in the masks are implausible.
 
-    Some masks are read; where they look wrong, more of them, and all before it is said.
+    A random selection of the masks is read. As long as it looks implausible, more masks are read; the error is raised
+    only after all masks were read.
     """
     pixels: Counter[int] = Counter()
     first: BadSample | None = None
     order = np.argsort(mix64(1, np.arange(len(items))), kind="stable").tolist()
-    fault, wanted = "", _LOOKED_AT
+    fault, wanted = "", _CHECKED
     for place, number in enumerate(order, 1):
         try:
             values, counts = np.unique(meaning.read(items[number].target), return_counts=True)
@@ -176,34 +180,39 @@ def question_masks(items: Sequence[Item], meaning: MaskValues, names: Sequence[s
 
 
 def implausible(pixels: Counter[int], meaning: MaskValues, names: Sequence[str] | None) -> str:
-    """What is strange about masks of so many pixels of each number, and the cure; "" if nothing is."""
+    """Return why the numbers in masks are implausible, with a cure ("": they are plausible).
+
+    Args:
+        pixels: number of pixels of each number, over all masks.
+    """
     voids, total = meaning.voids, sum(pixels.values())
     seen = sorted(number for number in pixels if number not in voids)
     if not total or meaning.values is not None:
         return ""
     void = 1 - sum(pixels[number] for number in seen) / total
     if not seen:
-        return f"every pixel is void ({', '.join(map(str, voids))}); see --ignore and --mask-values"
+        return f"every pixel is void ({', '.join(map(str, voids))}). Check --ignore and --mask-values"
     if seen == [0] and pixels[VOID] and not meaning.zero_is_void and (names is None or len(names) > 1):
         return (
-            f"they hold 0 and 255 alone, and 255 is void: nothing but class 0 would be left, and {void:.0%} of the "
-            "pixels void. If 255 is a class, give --mask-values 0,255; if it is void, name the one class with --classes"
+            f"they contain only 0 and 255. Since 255 is void, class 0 would be the only class, and {void:.0%} of the "
+            "pixels would be void. If 255 is a class, set --mask-values 0,255; if it is void, set --classes to a file "
+            "with the name of the class"
         )
     if names is not None:
         return ""
-    known = f"give --mask-values {','.join(map(str, seen))}" if len(seen) <= _MANY else "see --mask-values"
+    known = f"set --mask-values {','.join(map(str, seen))}" if len(seen) <= _MANY else "see --mask-values"
     if seen[-1] >= _FEW and len(seen) * _SPARSE <= seen[-1] + 1:
         return (
-            f"they hold {len(seen)} numbers up to {seen[-1]}, which would make {seen[-1] + 1} classes. If they "
-            f"are shades of grey, {known}; if they are class numbers, name the classes with --classes"
+            f"they contain {len(seen)} different numbers up to {seen[-1]}, which would mean {seen[-1] + 1} classes. If "
+            f"the numbers are shades of grey, {known}; if they are class numbers, name the classes with --classes"
         )
     shares = sorted(pixels[number] / total for number in seen)
     rare = shares[: 3 * len(shares) // 4]
     if len(seen) >= _MANY and sum(rare) < _RARE:
         return (
-            f"they hold {len(seen)} numbers, of which {len(rare)} together cover {sum(rare):.2%} of the pixels: shades "
-            "that interpolation or compression made? Store masks as PNG and shrink them by the nearest pixel; if they "
-            "are class numbers, name the classes with --classes"
+            f"they contain {len(seen)} different numbers, {len(rare)} of which together cover {sum(rare):.2%} of the "
+            "pixels, as if interpolation or compression had created them. Store masks as PNG, and shrink them with "
+            "nearest-neighbour interpolation; if the numbers are class numbers, name the classes with --classes"
         )
     return ""
 
@@ -213,36 +222,43 @@ Size = tuple[int, int]  # (W, H)
 
 
 def check_choice(turned: str | None) -> None:
-    """Raise UserError for a ``--turned`` that is none of the choices."""
+    """Raise UserError for an invalid ``--turned``."""
     if turned is not None and turned not in CHOICES:
-        raise UserError(f"--turned {turned}: {' or '.join(CHOICES)}")
+        raise UserError(f"--turned {turned}: must be {' or '.join(CHOICES)}")
 
 
 def turn_wanted(path: str, turn: int, size: Size, found: Size, choice: str | None) -> int:
-    """The EXIF orientation by which the targets of ``path`` are still to be turned; 1: they fit as they are.
+    """Return the EXIF orientation by which the targets must be rotated to match the upright photo (1: not at all).
 
-    ``turn``: of the photo; ``size``: of the photo when upright; ``found``: of its targets. Raises BadSample where
-    neither the sizes nor ``choice`` tell, and where the sizes do not fit.
+    Args:
+        path: file of the targets, for messages.
+        turn: EXIF orientation of the photo.
+        size: size (W, H) of the upright photo.
+        found: size (W, H) of the image on which the targets were created.
+        choice: "upright" or "stored": the image on which the targets were created. None: infer it from the sizes.
+
+    Raises:
+        BadSample: if the sizes do not match, or are ambiguous and ``choice`` is None.
     """
     stored = size[::-1] if turn >= 5 else size
-    here = f"the photo is marked as turned (EXIF orientation {turn}), and " if turn != 1 else ""
+    prefix = f"the photo has the EXIF orientation {turn}, and " if turn != 1 else ""
     if found not in {"upright": (size,), "stored": (stored,)}.get(choice or "", (size, stored)):
         raise BadSample(
-            path, f"{here}its targets are for {found[0]} × {found[1]} pixels, the image has {size[0]} × {size[1]}"
+            path, f"{prefix}its targets are for {found[0]} × {found[1]} pixels, but the image has {size[0]} × {size[1]}"
         )
     if turn == 1 or choice == "upright":
         return 1
     if choice is None and size == stored:
         raise BadSample(
             path,
-            f"{here}its size does not tell whether its targets were made on the photo as it is shown (give --turned "
-            "upright) or on the pixels as they are stored (--turned stored)",
+            f"{prefix}its size does not show whether its targets were created on the upright photo (set --turned "
+            "upright) or on the stored pixels (set --turned stored)",
         )
     return turn if choice == "stored" or found == stored else 1
 
 
 def turn_array(stored: NDArray[Any], turn: int) -> NDArray[Any]:
-    """(H, W) as it is stored → upright."""
+    """Rotate a stored image (H, W) with EXIF orientation ``turn`` upright."""
     turned = {
         1: lambda: stored,
         2: lambda: stored[:, ::-1],
@@ -257,7 +273,7 @@ def turn_array(stored: NDArray[Any], turn: int) -> NDArray[Any]:
 
 
 def turn_points(points: NDArray[np.float64], turn: int, size: Size) -> NDArray[np.float64]:
-    """(n, 2) places x, y in the stored image of ``size`` → the same places in the upright one."""
+    """Convert points (n, 2), x and y in a stored image of ``size`` (W, H), to points in the upright image."""
     x, y, (width, height) = points[:, 0], points[:, 1], size
     turned = {
         1: (x, y),
@@ -273,7 +289,11 @@ def turn_points(points: NDArray[np.float64], turn: int, size: Size) -> NDArray[n
 
 
 def turn_annotations(path: str, target: Mapping[str, Any], turn: int) -> dict[str, Any]:
-    """The annotations of a stored image → those of the upright one. Raises BadSample for compressed RLE."""
+    """Convert the annotations of a stored image to annotations of the upright image.
+
+    Raises:
+        BadSample: for compressed RLE, which cannot be rotated.
+    """
     size = (target["width"], target["height"])
 
     def turned(numbers: list[float]) -> NDArray[np.float64]:
@@ -283,7 +303,9 @@ def turn_annotations(path: str, target: Mapping[str, Any], turn: int) -> dict[st
         if isinstance(found, list):
             return [turned(polygon).reshape(-1).tolist() for polygon in found]
         if not isinstance(found["counts"], list):
-            raise BadSample(path, "its compressed outline (RLE) cannot be turned with the photo: store both upright")
+            raise BadSample(
+                path, "its compressed outline (RLE) cannot be rotated with the photo (store the photo and RLE upright)"
+            )
         return _turned_runs(path, found["counts"], turn, size)
 
     corners = [turned(box) for box in target["boxes"]]
@@ -298,11 +320,11 @@ def turn_annotations(path: str, target: Mapping[str, Any], turn: int) -> dict[st
 
 
 def _turned_runs(path: str, counts: list[int], turn: int, size: Size) -> dict[str, Any]:
-    """COCO's run lengths: columns, one after the other, beginning with the length of what is outside."""
+    """Rotate COCO run lengths, which go column by column and begin with the pixels outside of the object."""
     width, height = size
     runs = np.array(counts, dtype=np.int64)
     if runs.min(initial=0) < 0 or int(runs.sum()) != width * height:
-        raise BadSample(path, f"an outline's run lengths do not add up to {width} × {height} pixels")
+        raise BadSample(path, f"the run lengths of an outline do not add up to {width} × {height} pixels")
     inside = np.repeat(np.arange(len(runs)) % 2, runs).reshape(width, height).T
     flat = turn_array(inside, turn).T.reshape(-1)
     borders = np.flatnonzero(np.diff(flat, prepend=0)) if len(flat) else np.empty(0, np.int64)

@@ -1,4 +1,4 @@
-"""Images with targets → tar shards: a class number for each pixel (ADE20K, CamVid), or boxes and outlines (COCO)."""
+"""Conversion of images with targets to tar shards: masks (ADE20K, CamVid), or boxes and outlines (COCO)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from mmtrain.data.prepare.output import Origin, Prepared, check_root, existing
 from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.errors import UserError
 
-_LAYOUTS = "wanted is ROOT/images/train with ROOT/annotations/train, or ROOT/train with ROOT/trainannot"
+_LAYOUTS = "The expected layout is ROOT/images/train with ROOT/annotations/train, or ROOT/train with ROOT/trainannot"
 
 
 def prepare_segmentation(
@@ -57,22 +57,31 @@ def prepare_segmentation(
 ) -> Prepared:
     """Write OUT/{train,val,test}/shard-*.tar of images and masks, and OUT/meta.json.
 
-    ROOT/images/SPLIT and ROOT/annotations/SPLIT, or ROOT/SPLIT and ROOT/SPLITannot, hold files of the same stems.
-    ``classes``: a file with a name in each line, the first for class 0; masks may then hold no other numbers but those
-    of ``ignore``. Without it the classes are numbers. ``zero_is_void``: 0 becomes 255 and n becomes n − 1, as is usual
-    for ADE20K; ``ignore`` means the numbers after that. ``mask_values``: "0,255" for masks whose class 0 has the value
-    0 and whose class 1 has 255; the pixels of a JPEG take the nearest. Masks that cannot be what was meant are refused.
-    ``turned``: "upright" or "stored", what the masks of photos that EXIF marks as turned were made on. ``image_size``:
-    shrink images and masks (nearest pixel) whose shorter side is longer. meta.json has the pixels of each class. The
-    rest is as for ``prepare_imagenet``.
+    ROOT/images/SPLIT and ROOT/annotations/SPLIT, or ROOT/SPLIT and ROOT/SPLITannot, must contain files with the same
+    stems. meta.json lists the number of pixels of each class.
+
+    Args:
+        classes: a file with the name of a class on each line, beginning with class 0. The masks must then contain only
+            these classes and the numbers in ``ignore``. None: the names are the class numbers.
+        ignore: numbers in the masks that are void (no class).
+        zero_is_void: map 0 to 255 (void) and n to n − 1, as usual for ADE20K. ``ignore`` refers to the numbers after
+            that.
+        mask_values: value of each class in the masks, for example "0,255" for class 0 and 1. Each pixel of a JPEG gets
+            the class of the nearest value.
+        turned: "upright" or "stored": the image on which masks of photos with an EXIF orientation were created.
+        image_size: maximum of the shorter side, in pixels. Larger images and masks (nearest neighbour) are shrunk.
+        root, out, quality, shard_size, workers, skip_bad, force: as for ``prepare_imagenet``.
+
+    Raises:
+        UserError: for invalid options, missing or damaged files, and implausible masks.
     """
     root, out = Path(root).expanduser(), Path(out).expanduser()
     check_encoding(image_size, quality)
     if not all(0 <= number <= VOID for number in ignore):
-        raise UserError(f"--ignore {' '.join(map(str, ignore))}: class numbers, 0 to {VOID}")
+        raise UserError(f"--ignore {' '.join(map(str, ignore))}: must be numbers from 0 to {VOID}")
     names = None if classes is None else read_lines(Path(classes).expanduser())
     if mask_values is not None and zero_is_void:
-        raise UserError("--mask-values and --zero-is-void exclude each other")
+        raise UserError("--mask-values and --zero-is-void must not be given together. Remove one of them")
     check_choice(turned)
     meaning = MaskValues(parse_values(mask_values, names), tuple(ignore), zero_is_void)
     voids = meaning.voids
@@ -126,7 +135,7 @@ def _find_masks(root: Path) -> dict[str, list[Item]]:
         if beside.is_dir():
             pairs.setdefault(split, (folder, beside))
     if "train" not in pairs:
-        raise UserError(f"{root}: no training images with masks; {_LAYOUTS}")
+        raise UserError(f"{root}: no training images with masks. {_LAYOUTS}")
     left = LeftOut()
     found = {split: _pairs(*pairs[split], left) for split in SPLIT_NAMES if split in pairs}
     left.tell(root)
@@ -139,12 +148,15 @@ def _pairs(images: Path, masks: Path, left: LeftOut) -> list[Item]:
         for path in image_files(folder, left):
             stem = path.relative_to(folder).with_suffix("").as_posix()
             if stem in found:
-                raise UserError(f"{path}: {found[stem].name} has the same stem: one of them must go")
+                raise UserError(f"{path}: {found[stem].name} has the same name without extension. Remove one of them")
             found[stem] = path
     for folder, other in ((images, masks), (masks, images)):
         if alone := sorted(set(by_stem[folder]) - set(by_stem[other])):
             first = by_stem[folder][alone[0]]
-            raise UserError(f"{first}: no file of that stem in {other} ({len(alone)} such)")
+            raise UserError(
+                f"{first}: {other} has no file of the same name without extension ({len(alone)} such file(s)). Add the "
+                "missing files, or remove these"
+            )
     if not by_stem[images]:
         raise UserError(f"{images}: no images")
     return [Item(path=str(path), target=str(by_stem[masks][stem])) for stem, path in sorted(by_stem[images].items())]
@@ -152,12 +164,9 @@ def _pairs(images: Path, masks: Path, left: LeftOut) -> list[Item]:
 
 @dataclass(frozen=True)
 class BoxEncoder:
-    """An image and the annotations of that image (``.json``, see ``mmtrain.data.images.targets.read_detection``).
+    """Encodes an image and its annotations (``.json``, see ``mmtrain.data.images.targets.read_detection``)."""
 
-    ``turned``: see ``mmtrain.data.prepare.masks``.
-    """
-
-    turned: str | None = None
+    turned: str | None = None  # "upright" or "stored", see ``masks.turn_wanted``
     labelled: ClassVar[bool] = False
 
     def __call__(self, item: Item) -> Encoded:
@@ -188,14 +197,23 @@ def prepare_coco(
 ) -> Prepared:
     """Write OUT/train/shard-*.tar (and OUT/val) of images with their annotations, and OUT/meta.json.
 
-    ``annotations`` is a file like instances_train2017.json. Categories become class indices in the order of their ids,
-    which meta.json keeps as ``category_ids`` for an evaluation by COCO's tools, with the boxes of each class. Images
-    without annotations stay, and all keep their size. ``turned``: "upright" or "stored", what the annotations of
-    photos that EXIF marks as turned were made on. The rest is as for ``prepare_imagenet``.
+    Categories become class indices in the order of their ids. meta.json stores the ids as ``category_ids``, for
+    evaluation with COCO's tools, and the number of boxes of each class. Images without annotations are included. Images
+    are not resized.
+
+    Args:
+        images: folder of the training images.
+        annotations: file of the training annotations, such as instances_train2017.json.
+        val_images, val_annotations: the same for validation.
+        turned: "upright" or "stored": the image on which annotations of photos with an EXIF orientation were created.
+        out, shard_size, workers, skip_bad, force: as for ``prepare_imagenet``.
+
+    Raises:
+        UserError: for missing or damaged files.
     """
     out = Path(out).expanduser()
     if (val_images is None) != (val_annotations is None):
-        raise UserError("--val-images and --val-annotations go together")
+        raise UserError("--val-images and --val-annotations must be given together")
     given = {"train": (Path(images).expanduser(), Path(annotations).expanduser())}
     if val_images is not None and val_annotations is not None:
         given["val"] = (Path(val_images).expanduser(), Path(val_annotations).expanduser())
@@ -211,7 +229,7 @@ def prepare_coco(
     splits = {}
     for split, (folder, file) in given.items():
         if _categories(contents[split], file) != categories:
-            raise UserError(f"{file}: other categories than {given['train'][1]}")
+            raise UserError(f"{file}: the categories differ from those of {given['train'][1]}. Use the same categories")
         splits[split] = _coco_items(contents[split], folder, file, classes)
     return write_dataset(
         out,
@@ -236,12 +254,12 @@ def _read_annotations(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{file}: cannot read the annotations ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not JSON ({error})") from error
+        raise UserError(f"{file}: not valid JSON ({error})") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise UserError(f"{file}: not annotations in COCO's format: no list {key!r}")
+            raise UserError(f"{file}: not annotations in COCO's format: there is no list {key!r}")
         if not all(isinstance(entry, dict) for entry in content[key]):
-            raise UserError(f"{file}: {key!r} holds something else than objects")
+            raise UserError(f"{file}: the list {key!r} must contain only objects")
     return content
 
 
@@ -249,9 +267,9 @@ def _categories(content: dict[str, Any], file: Path) -> list[tuple[int, str]]:
     try:
         found = sorted((int(entry["id"]), str(entry["name"])) for entry in content["categories"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f'{file}: categories need "id" and "name" ({error!r})') from error
+        raise UserError(f'{file}: each category must have "id" and "name" ({error!r})') from error
     if len({number for number, _ in found}) != len(found) or not found:
-        raise UserError(f"{file}: {'a category id is there twice' if found else 'no categories'}")
+        raise UserError(f"{file}: {'a category id is repeated' if found else 'there are no categories'}")
     return found
 
 
@@ -262,17 +280,19 @@ def _coco_items(content: dict[str, Any], folder: Path, file: Path, classes: Mapp
             number, name = int(entry["id"]), str(entry["file_name"])
             width, height = int(entry["width"]), int(entry["height"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(f'{file}: images need "id", "file_name", "width" and "height" ({error!r})') from error
+            raise UserError(
+                f'{file}: each image must have "id", "file_name", "width" and "height" ({error!r})'
+            ) from error
         if number in targets:
-            raise UserError(f"{file}: image {number} is there twice")
+            raise UserError(f"{file}: the image id {number} is repeated")
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise UserError(f"{file}: image {number}: {name!r} leads out of {folder}")
+            raise UserError(f"{file}: image {number}: the path {name!r} is outside of {folder}")
         lists: dict[str, Any] = {key: [] for key in ("ids", "boxes", "labels", "areas", "iscrowd", "segmentations")}
         targets[number] = {"image_id": number, "file_name": name, "width": width, "height": height, **lists}
     for entry in content["annotations"]:
         _add(entry, targets, file, classes)
     if not targets:
-        raise UserError(f"{file}: lists no images")
+        raise UserError(f"{file}: the list of images is empty")
     missing = [target["file_name"] for target in targets.values() if not (folder / target["file_name"]).is_file()]
     if missing:
         raise UserError(f"{folder}: {len(missing)} of {len(targets)} images are missing: {', '.join(missing[:5])}")
@@ -287,18 +307,20 @@ def _add(entry: dict[str, Any], targets: dict[int, dict[str, Any]], file: Path, 
     try:
         target, label = targets[entry["image_id"]], classes[entry["category_id"]]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{where}: no such image or category ({error!r})") from error
+        raise UserError(f"{where}: its image or category does not exist ({error!r})") from error
     try:
         x, y, width, height = (float(value) for value in entry["bbox"])
         area = float(entry.get("area", width * height))
         number, crowd = int(entry.get("id", 0)), int(entry.get("iscrowd", 0))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f'{where}: needs "bbox" with x, y, width and height in pixels ({error!r})') from error
+        raise UserError(f'{where}: must have a "bbox" with x, y, width and height in pixels ({error!r})') from error
     if not all(map(math.isfinite, (x, y, width, height, area))) or min(width, height) < 0:
-        raise UserError(f"{where}: bbox {entry['bbox']}: finite numbers, and no negative width or height")
+        raise UserError(
+            f"{where}: bbox {entry['bbox']}: numbers must be finite, and width and height must not be negative"
+        )
     outline = entry.get("segmentation", [])
     if not _is_outline(outline, target):
-        raise UserError(f"{where}: segmentation is neither polygons (x, y, x, y, ...) nor RLE of the image's size")
+        raise UserError(f"{where}: segmentation must be polygons (x, y, x, y, ...) or RLE, with the size of the image")
     target["ids"].append(number)
     target["boxes"].append([x, y, x + width, y + height])
     target["labels"].append(label)

@@ -250,7 +250,7 @@ def test_as_many_stand_ins_are_tried_as_the_message_says(
     source = ImageShards(
         make_tar(damage(members, "000004.png", b"x")).parent, train=True, augment="crop", skip=True, **GREY
     )
-    with pytest.raises(UserError, match=r"sample '000001': cannot be used, and nor can the 3 samples after it"):
+    with pytest.raises(UserError, match=r"sample '000001': this sample and the 3 samples after it are damaged"):
         source.fetch(np.array([1]), source_key(1))
 
 

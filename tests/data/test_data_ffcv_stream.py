@@ -138,7 +138,7 @@ def test_more_threads_than_numba_has_are_told_of(photos: Made, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING, "mmtrain"):
         parts = list(eval_batches(source, batch_size=7, workers=99))
     assert len(parts) == 1
-    assert "data.workers=99: numba runs at most" in caplog.text
+    assert "data.workers=99: numba is limited to" in caplog.text
     with pytest.raises(UserError, match=r"data\.workers=-1"):
         eval_batches(source, batch_size=7, workers=-1)
 

@@ -42,14 +42,17 @@ def test_splits_by_any_usual_name(tmp_path: Path, names: tuple[str, str, str]) -
 
 
 REFUSED = {
-    "two folders of one split": (["train/a/1.jpg", "Val/a/1.jpg", "validation/a/1.jpg"], "could both be the val split"),
-    "a split without train": (["Val/a/1.jpg", "testing/a/1.jpg"], "Val holds the folders of a val split, but there is"),
+    "two folders of one split": (["train/a/1.jpg", "Val/a/1.jpg", "validation/a/1.jpg"], "both name the val split"),
+    "a split without train": (["Val/a/1.jpg", "testing/a/1.jpg"], "Val is a val split, but there is"),
     "other classes": (["Train/a/1.jpg", "Val/b/1.jpg"], "classes that .*Train does not have: b"),
     "a class of no images": (["a/1.jpg", "b/1.heic", "b/2.heic"], r"no images of class 'b'.*ignored: 2 \.heic files"),
-    "one image a class": (["a/1.jpg", "b/1.jpg"], r"no class has more than 1 image\(s\), of which --val-fraction 0\.1"),
+    "one image a class": (
+        ["a/1.jpg", "b/1.jpg"],
+        r"no class has more than 1 image\(s\), so --val-fraction 0\.1 gives no",
+    ),
     "nothing to validate in train": (
         ["train/a/1.jpg"],
-        "give a larger part, or --val-fraction 0 to have no val",
+        "or set --val-fraction 0 for no val",
     ),
 }
 
@@ -111,7 +114,7 @@ def test_classes_without_a_sample_to_validate(tmp_path: Path, caplog: pytest.Log
     with caplog.at_level(logging.WARNING, "mmtrain"):
         done = prepare(tmp_path / "in", tmp_path / "out", test_fraction=0)
     assert done.meta["counts"] == {"train": 11, "val": 1}
-    assert "1 of 2 classes are too small for --val-fraction 0.1, so have no image in val: b" in caplog.text
+    assert "1 of 2 classes are too small for --val-fraction 0.1 and have no images in val: b" in caplog.text
 
 
 def test_imagenet_counts_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

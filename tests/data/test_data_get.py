@@ -102,7 +102,7 @@ def test_a_pinned_sha256_and_size(server: Server, tmp_path: Path) -> None:
     right(server, tmp_path / "a")
     for wrong, said in (
         (dataclasses.replace(source, sha256="0" * 64), "SHA-256"),
-        (Source(server.url, size=5), "not 5"),
+        (Source(server.url, size=5), "instead of 5"),
     ):
         with pytest.raises(UserError, match=said):
             get(server, tmp_path / "b", entry(wrong))
@@ -243,7 +243,7 @@ def test_slow_and_steady_is_waited_for(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("announced", "said"), [(+7, "was interrupted|ended after"), (-700, "rows 2|not numeric|no date")]
+    ("announced", "said"), [(+7, "was interrupted|ended after"), (-700, "rows: found 2|not numeric|no date")]
 )
 def test_a_wrong_length_is_an_error(server: Server, tmp_path: Path, announced: int, said: str) -> None:
     length = len(server.content) + announced
@@ -272,7 +272,7 @@ def test_garbage_is_an_error(server: Server, tmp_path: Path, garbage: bytes) -> 
 
 
 def test_too_much_is_refused(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no more than 100 can be right"):
+    with pytest.raises(UserError, match="more than the limit of 100"):
         get(server, tmp_path, entry(Source(server.url, limit=100)))
 
     def unannounced(handler: Any, number: int) -> bool:
@@ -283,7 +283,7 @@ def test_too_much_is_refused(server: Server, tmp_path: Path) -> None:
         return True
 
     server.trick = unannounced
-    with pytest.raises(UserError, match="more than the 100 bytes"):
+    with pytest.raises(UserError, match="more than the limit of 100 bytes"):
         get(server, tmp_path, entry(Source(server.url, limit=100)))
     assert names(tmp_path) == set()
 
@@ -292,7 +292,7 @@ def test_too_much_is_refused(server: Server, tmp_path: Path) -> None:
     ("location", "said"),
     [
         ("{url}", "redirected more than 5 times"),
-        ("file:///etc/passwd", "leads to file:///etc/passwd, and only http"),
+        ("file:///etc/passwd", "redirects to file:///etc/passwd, but only http"),
         ("ftp://127.0.0.1/t.csv", "only http and https"),
     ],
 )
@@ -315,7 +315,7 @@ def test_a_redirect_is_followed_but_not_out_of_encryption(server: Server, tmp_pa
 def test_content_that_a_proxy_compressed(server: Server, tmp_path: Path) -> None:
     packed = gzip.compress(server.content)
     server.trick = lambda handler, number: handler.answer(200, packed, {"Content-Encoding": "gzip"}) or True
-    with pytest.raises(UserError, match="sent as gzip"):
+    with pytest.raises(UserError, match="sent with the encoding gzip"):
         get(server, tmp_path)
 
 
@@ -325,7 +325,7 @@ def test_the_next_address_is_tried_and_said(server: Server, tmp_path: Path, capl
     with caplog.at_level(logging.WARNING, "mmtrain"):
         got = get(server, tmp_path, entry(Source(gone), Source(server.url)))
     assert got.origin == server.url
-    assert "404 Not Found; trying the next address" in caplog.text
+    assert "404 Not Found; trying the next URL" in caplog.text
     right(server, tmp_path)
 
 
@@ -339,7 +339,7 @@ def test_without_a_network(tmp_path: Path) -> None:
     assert f"{url}: cannot be reached (" in said
     assert "refused" in said
     assert "object at 0x" not in said
-    assert f"into {tmp_path} and call mmtrain data get toy --verify" in said
+    assert f"to {tmp_path} and run `mmtrain data get toy --verify`" in said
 
 
 def test_the_proxy_of_the_environment_is_used(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,7 +503,7 @@ def test_commands(cli: Any, server: Server, tmp_path: Path, monkeypatch: pytest.
     assert "exchange_rate" in listed.stdout
     missing = cli("data", "get", "toy", "--verify")
     assert missing.returncode == 2
-    assert "data/toy.csv or .parquet: not there; mmtrain data get toy fetches it" in missing.stderr
+    assert "data/toy.csv or .parquet: no such file. Fetch it with `mmtrain data get toy`" in missing.stderr
     got = cli("data", "get", "toy")
     assert got.returncode == 0, got.stderr
     assert f"data/toy.csv: 300 rows, 3 columns; from {server.url}" in got.stdout

@@ -63,8 +63,12 @@ STRANGE: dict[str, tuple[Callable[[int], Mask], str, str]] = {
         r"only 0 and 255.*1\d% of the pixels would be void\. If 255.*--mask-values 0,255",
     ),
     "void alone": (lambda _: np.full((24, 32), 255, np.uint8), "png", r"every pixel is void \(255\)"),
-    "shades": (shades, "png", r"4 numbers up to 113, which would make 114 classes.*--mask-values 0,38,75,113; if"),
-    "blurred": (blurred, "png", r"52 numbers, of which 39 together cover 0\.\d\d% of the pixels"),
+    "shades": (
+        shades,
+        "png",
+        r"4 different numbers up to 113, which would mean 114 classes.*--mask-values 0,38,75,113; if",
+    ),
+    "blurred": (blurred, "png", r"52 different numbers, 39 of which together cover 0\.\d\d% of the pixels"),
     "a JPEG": (level(2), "jpg", r"0\.jpg: the mask is a JPEG, whose compression changes class numbers"),
 }
 
@@ -139,7 +143,7 @@ def test_black_and_white_masks_are_classes_0_and_1(tmp_path: Path) -> None:
         ({"mask_values": "a"}, "different numbers"),
         ({"mask_values": "0,255", "zero_is_void": True}, "must not be given together"),
         ({"mask_values": "0,7"}, r"0\.png: contains the value 38, which is not in --mask-values or --ignore"),
-        ({"turned": "left"}, "--turned left: upright or stored"),
+        ({"turned": "left"}, "--turned left: must be upright or stored"),
     ],
     ids=str,
 )

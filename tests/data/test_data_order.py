@@ -128,7 +128,7 @@ def test_ranks_and_micro_batches_share_out_the_global_batch(world: int, micros: 
 
 
 def test_a_batch_that_does_not_divide_is_named() -> None:
-    with pytest.raises(UserError, match=r"train\.batch_size=10 .*multiple of 4, for example 8 or 12"):
+    with pytest.raises(UserError, match=r"train\.batch_size=10: .*multiple of 4, for example 8 or 12"):
         local_positions(0, 10, 0, 2, 0, 2)
     with pytest.raises(UserError, match=r"for example 8$"):
         local_positions(0, 3, 0, 8)

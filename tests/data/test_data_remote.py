@@ -184,7 +184,7 @@ def test_a_shard_that_was_replaced_since_it_was_indexed(
     index_shards(far, digest=True)
     source = source_of(server, cache)
     make_tar(samples(60), "far/train/shard-000001.tar")
-    with pytest.raises(UserError, match=r"bytes came, \d+ were indexed.*mmtrain data index"):
+    with pytest.raises(UserError, match=r"received more bytes, but its index says \d+.*mmtrain data index"):
         source.fetch(np.array([6]), np.array([1], dtype=np.uint64))
     assert len(source_of(server, cache)) == 75  # a new start sees its new size, and indexes it again
 

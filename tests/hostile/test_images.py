@@ -38,13 +38,13 @@ def png(width: int, height: int) -> bytes:
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(x) run\n%%EOF\n"
 CASES = {
-    "PostScript": (POSTSCRIPT, "no image, or damaged; the formats that are read: JPEG, PNG"),
-    "PostScript behind a DOS header": (b"\xc5\xd0\xd3\xc6" + struct.pack("<II", 32, 60) + POSTSCRIPT, "no image"),
-    "an icon": (b"\0\0\1\0\1\0\x10\x10\0\0\1\0\x20\0" + bytes(80), "no image"),
-    "a film": (b"\0\0\1\xb3" + bytes(80), "no image"),
-    "nothing": (b"", "no image"),
-    "10 gigapixels": (png(100_000, 100_000), r"claims more than the 178,956,970 pixels"),
-    "one row too many": (png(178_956_971, 1), r"claims more than the 178,956,970 pixels"),
+    "PostScript": (POSTSCRIPT, "not an image, or damaged; supported formats: JPEG, PNG"),
+    "PostScript behind a DOS header": (b"\xc5\xd0\xd3\xc6" + struct.pack("<II", 32, 60) + POSTSCRIPT, "not an image"),
+    "an icon": (b"\0\0\1\0\1\0\x10\x10\0\0\1\0\x20\0" + bytes(80), "not an image"),
+    "a film": (b"\0\0\1\xb3" + bytes(80), "not an image"),
+    "nothing": (b"", "not an image"),
+    "10 gigapixels": (png(100_000, 100_000), r"more pixels than the limit of 178,956,970"),
+    "one row too many": (png(178_956_971, 1), r"more pixels than the limit of 178,956,970"),
     "179 megapixels that are not there": (png(13_000, 13_000), "truncated|broken|incomplete"),
 }
 

@@ -49,9 +49,9 @@ def sample(key: str, label: bytes = b"1", suffix: str = "cls") -> bytes:
 
 #: What stands between two good samples; a part of the message; whether the second sample can still be found.
 CASES: dict[str, tuple[bytes, str, bool]] = {
-    "a label of 20 digits": (sample("b", b"9" * 20), r"'b\.cls' holds b'9999.*class number", True),
-    "a label of 5,000 digits": (sample("b", b"9" * 5000), r"'b\.cls' holds b'9999.*class number", True),
-    "a label of 2**31": (sample("b", b"2147483648"), r"'b\.cls' holds b'2147483648'", True),
+    "a label of 20 digits": (sample("b", b"9" * 20), r"'b\.cls' contains b'9999.*class number", True),
+    "a label of 5,000 digits": (sample("b", b"9" * 5000), r"'b\.cls' contains b'9999.*class number", True),
+    "a label of 2**31": (sample("b", b"2147483648"), r"'b\.cls' contains b'2147483648'", True),
     "a JSON label of 2**70": (sample("b", b'{"label": %d}' % 2**70, "json"), "'b' has no label", True),
     "deep JSON": (sample("b", b"[" * 100_000, "json"), "'b' has no label", True),
     "JSON without end": (sample("b", b'{"label":' * 30_000, "json"), "'b' has no label", True),

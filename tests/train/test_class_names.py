@@ -44,7 +44,7 @@ def test_eval_compares_the_names(
     assert moved.stdout == same.stdout
     for number, (names, said) in enumerate(
         (
-            ([*NAMES[:8], NAMES[9], NAMES[8]], "class 8 is 'animal 9', not 'animal 8'; class 9 is 'animal 8'"),
+            ([*NAMES[:8], NAMES[9], NAMES[8]], "class 8 is 'animal 9' instead of 'animal 8'; class 9 is 'animal 8'"),
             ([*NAMES[:9], "emu"], "class 9 is 'emu', not 'animal 9'"),
             (NAMES[::-1], "class 0 is 'animal 9' instead of 'animal 0'"),
         )
@@ -77,7 +77,7 @@ def test_splits_have_the_same_classes(vision: Path, digits: Path, tmp_path: Path
     named(digits, tmp_path / "a", NAMES)
     named(digits, tmp_path / "b", NAMES[::-1])
     config = load_config(str(vision), [f"data.root={tmp_path / 'a'}", "data.val=../b/val"])
-    with pytest.raises(UserError, match=r"\.\./b/val has other classes than train: class 0 is 'animal 9'"):
+    with pytest.raises(UserError, match=r"\.\./b/val differ from those of train: class 0 is 'animal 9'"):
         train(config, tmp_path / "run")
 
 
@@ -93,7 +93,7 @@ def test_a_run_without_names_says_that_it_cannot_compare(
     assert "run has no class names" in done.stderr + caplog.text
 
 
-@pytest.mark.parametrize(("classes", "said"), [(9, r"set model\.num_classes=10"), (5, r"the largest label is 9: set")])
+@pytest.mark.parametrize(("classes", "said"), [(9, r"set model\.num_classes=10"), (5, r"The largest label is 9: set")])
 def test_labels_without_a_class(vision: Path, digits: Path, tmp_path: Path, classes: int, said: str) -> None:
     bare = named(digits, tmp_path / "bare", None)
     config = load_config(str(vision), [f"data.root={bare}", f"model.num_classes={classes}"])

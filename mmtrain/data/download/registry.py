@@ -197,4 +197,4 @@ def find_dataset(name: str) -> Dataset:
     for dataset in DATASETS.values():
         if wanted in (dataset.name, dataset.stem.lower()):
             return dataset
-    raise UserError(f"{name}: no such data set{nearest(wanted, DATASETS)}. Available: {', '.join(DATASETS)}")
+    raise UserError(f"{name}: no such data set{nearest(wanted, DATASETS) or '.'} Available: {', '.join(DATASETS)}")

@@ -68,9 +68,9 @@ def find_beton(path: str | Path) -> Path:
     if file.is_file():
         return file
     siblings = sorted(entry.name for entry in file.parent.glob("*.beton"))
-    hint = nearest(file.name, siblings) or (f" (the folder contains {', '.join(siblings[:5])})" if siblings else "")
+    hint = nearest(file.name, siblings) or (f" (the folder contains {', '.join(siblings[:5])})." if siblings else ".")
     raise UserError(
-        f"{file}: no such file (looked for {file.absolute()}){hint}. Create it with `mmtrain data prepare ffcv "
+        f"{file}: no such file (looked for {file.absolute()}){hint} Create it with `mmtrain data prepare ffcv "
         f"--root SHARDS --out {file.parent}`"
     )
 

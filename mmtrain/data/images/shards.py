@@ -119,7 +119,7 @@ def _all_there(text: str, shards: list[Shard], missing: bool) -> list[Shard]:
     what = "no such folder or shard" if len(shards) == 1 else f"{len(gone)} of {len(shards)} shards are missing"
     file = Path.cwd() / gone[0]
     siblings = sorted(entry.name for entry in file.parent.glob("*"))
-    raise UserError(f"{text}: {what} (looked for {file}){nearest(file.name, siblings)}. {_how(gone[0])}")
+    raise UserError(f"{text}: {what} (looked for {file}){nearest(file.name, siblings) or '.'} {_how(gone[0])}")
 
 
 def _how(path: Path) -> str:

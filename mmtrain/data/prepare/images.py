@@ -127,8 +127,8 @@ def _check_set_aside(
         if not present:
             most = max(Counter(item.label for items in splits.values() for item in items).values())
             raise UserError(
-                f"--{split}-fraction {fraction:g}: gives no images, because no class in {root} has more than {most} "
-                f"image(s). Increase it, or set --{split}-fraction 0 for no {split} split"
+                f"{root}: no class has more than {most} image(s), so --{split}-fraction {fraction:g} gives no images. "
+                f"Increase it, or set --{split}-fraction 0 for no {split} split"
             )
         if lacking := [name for label, name in enumerate(classes) if label not in present]:
             logger.warning(

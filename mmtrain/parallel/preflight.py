@@ -63,7 +63,7 @@ def check_ranks(ranks: Ranks, folder: Path, device: str) -> str:
     middle = statistics.median(clocks)
     report(
         [r for r, clock in enumerate(clocks) if abs(clock - middle) > _MOST_SKEW],
-        f"has a clock that differs by more than {_MOST_SKEW:.0f} s: start its time service (chrony)",
+        f"has a clock that differs by more than {_MOST_SKEW:.0f} s from the others: start its time service (chrony)",
     )
     total = ranks.sum(torch.ones((), device=ranks.device)).item()
     report([0] if total != ranks.world else [], f"computed {total:g} as the sum of {ranks.world} ones")

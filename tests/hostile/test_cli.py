@@ -66,7 +66,7 @@ def test_a_run_whose_weights_overflow_does_not_end_well(digits: Path, cli: Cli, 
     small = ["model.dims=[8,16]", "model.token_mixers=[2,2]", "model.channel_expand=[1,1]", "train.max_steps=1"]
     done = cli("train", "--config", "vim2_digits", f"data.root={digits}", *small, "optim.lr=1e38", "data.image_size=16")
     assert done.returncode == 2
-    assert "the checkpoint of step 1 is of no use" in done.stderr
+    assert "the checkpoint of step 1 is unusable" in done.stderr
     assert not (tmp_path / "runs" / "vim2_digits" / "result.json").exists()
 
 

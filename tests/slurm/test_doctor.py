@@ -49,7 +49,7 @@ other = plain
     ("fault", "said"),
     [
         (lambda value: value + 60 if isinstance(value, float) else plain(value), "far, .* has a clock|has a clock"),
-        (lambda value: False if isinstance(value, bool) else plain(value), "far does not see what rank 0"),
+        (lambda value: False if isinstance(value, bool) else plain(value), "far does not see a file that rank 0"),
         (lambda value: {"host": "far", "cuda": True} if isinstance(value, dict) else value, "has no visible GPU"),
         (plain, None),
     ],

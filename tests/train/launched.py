@@ -135,6 +135,7 @@ def _run(words: Sequence[str], fault: Fault | None) -> int:
 
     status: Any = 0
     sys.argv = ["mmtrain", *words]
+    multiprocessing.set_start_method(None, force=True)  # type: ignore[arg-type]  # the default, not the server's
     torch.set_num_threads(1)
     try:
         if fault is not None:

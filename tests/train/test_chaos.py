@@ -84,7 +84,7 @@ def _wait(job: Launched, condition: Callable[[], bool]) -> None:
 
 
 def _moment(chance: random.Random, job: Launched) -> Callable[[], bool]:
-    until = time.time() + chance.uniform(0.1, 6.0)
+    until = time.time() + chance.uniform(0.1, 2.0)
     return lambda: time.time() >= until
 
 

@@ -10,7 +10,7 @@ TRAFFIC := data/traffic/traffic.csv
 PYTEST := $(BIN)/python -m pytest --durations 10
 WORKERS := $(shell echo $$(($$(nproc 2>/dev/null || echo 2) + 1)))
 
-.PHONY: demo test test-fast lint docs-check format clean
+.PHONY: demo test test-fast mutate lint docs-check format clean
 
 demo: $(DIGITS) $(TRAFFIC)
 	$(BIN)/mmtrain submit --config vim2_digits --local 1
@@ -35,6 +35,10 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	$(PYTEST) --numprocesses $(WORKERS) -m "not slow and not timed"
+
+mutate: $(STAMP)
+	nice -n 19 $(BIN)/python -m tests.mutate --sample 150 --seed 0 --jobs 2
+	nice -n 19 $(BIN)/python -m tests.mutate --kernels --jobs 2
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

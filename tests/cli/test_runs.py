@@ -202,6 +202,13 @@ def test_logs_of_a_run_here(cli: Cli, tmp_path: Path) -> None:
     refused(cli("runs", "logs", run, "--rank", "1"), "rank 0", "--rank")
 
 
+def test_what_is_printed_of_a_log_need_not_be_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "log.txt"
+    log.write_bytes(b"first\nsecond \xff\n")
+    assert logs.print_from(log, 6) == 15
+    assert capsys.readouterr().out == "second \N{REPLACEMENT CHARACTER}\n"
+
+
 def test_follow_goes_on_with_what_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

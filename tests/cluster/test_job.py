@@ -47,3 +47,7 @@ def test_a_new_submission_forgets_the_request_to_stop(monkeypatch: pytest.Monkey
     assert "7" in submit(load_config("vim2_digits", ["cluster.gpus_per_node=0"]), str(run))
     assert not (run / requeue.STOP).exists()
     assert journal.last_job(run) == "7"
+
+
+def test_the_lines_of_a_query_are_joined() -> None:
+    assert job_module._query("printf", r"gpu\ncpu\ngpu\n") == "gpu, cpu"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import lzma
 import re
 from datetime import date
@@ -18,6 +19,7 @@ import pandas as pd
 import pytest
 
 from mmtrain.data.prepare.panel import prepare_panel
+from mmtrain.data.series import dialect
 from mmtrain.data.series.describe import describe_table
 from mmtrain.data.series.files import TableFormat
 from mmtrain.data.series.order import regularity
@@ -383,3 +385,13 @@ def test_a_panel_keeps_the_zone(tmp_path: Path) -> None:
     assert panel.zone == "+02:00"
     assert stamps is not None
     assert str(shown(stamps, panel.zone)[0]) == "2022-01-01 00:00:00+02:00"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_sample_of_a_long_text_is_whole_lines(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    monkeypatch.setattr(dialect, "_BLOCK", 64)
+    text = rows(HOURS, end=end)
+    found = dialect._sample(io.BytesIO(text.encode()), "utf-8", "t.csv")
+    assert text.startswith(found)
+    assert found.endswith(end[-1])
+    assert 1 <= len(found.split()) < len(text.split())

@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,6 +67,19 @@ def test_the_timeline_adds_up(tmp_path: Path) -> None:
     assert max(levels) >= 4 * 2**20
     assert levels[-1] == kept.nbytes
     assert [float(row["seconds"]) for row in rows] == sorted(float(row["seconds"]) for row in rows)
+
+
+def test_the_timeline_is_in_the_order_of_time() -> None:
+    events = [SimpleNamespace(name=lambda: "[memory]", start_ns=lambda t=t: t, nbytes=lambda n=n: n)
+              for t, n in ((3_000, -8), (1_000, 8), (2_000, 4))]  # fmt: skip
+    events.append(SimpleNamespace(name=lambda: "aten::add"))
+    found = SimpleNamespace(profiler=SimpleNamespace(kineto_results=SimpleNamespace(events=lambda: events)))
+    assert profiling._timeline(found).splitlines() == [  # type: ignore[arg-type]
+        "seconds,change,allocated",
+        "0.000000000,8,8",
+        "0.000001000,4,12",
+        "0.000002000,-8,4",
+    ]
 
 
 def test_a_run_that_ends_early_or_begins_late_gives_what_there_is(tmp_path: Path) -> None:

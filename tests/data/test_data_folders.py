@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmtrain.data.prepare.folders import LeftOut, image_files
+from mmtrain.data.prepare.folders import Ignored, image_files
 from mmtrain.data.prepare.imagenet import prepare_imagenet
 from mmtrain.data.prepare.images import prepare_images
 from mmtrain.data.prepare.output import Prepared
@@ -137,10 +137,10 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(UserError, match=r"a/b: cannot be read \(Permission denied\)"):
-        image_files(tmp_path / "a", LeftOut())
+        image_files(tmp_path / "a", Ignored())
 
 
 def test_files_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
     fill(tmp_path, "b/1.jpg", "a/2.jpg", "a.jpg", "a-b.png", "a/b/1.jpg")
-    found = image_files(tmp_path, LeftOut(Counter()))
+    found = image_files(tmp_path, Ignored(Counter()))
     assert found == sorted(tmp_path.rglob("*.*g"))

@@ -102,7 +102,7 @@ def _refuse(message: str) -> None:
 
 
 def _fault(member: tarfile.TarInfo) -> str:
-    """Return the reason to reject a member because of its header ("": no reason)."""
+    """Return why a member must be rejected because of its header ("": it is valid)."""
     if member.name.startswith("/") or ".." in member.name.split("/"):
         return (
             "has a path outside of the archive. mmtrain never extracts members, but no tool for shards writes such "

@@ -24,7 +24,7 @@ _MOST = 6
 
 
 @dataclass
-class LeftOut:
+class Ignored:
     """Files and folders that a preparation ignores: the number of each kind, and the first path of each kind."""
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -46,7 +46,7 @@ class LeftOut:
         hint = "; convert HEIC to JPEG first" if any(f"{suffix} files" in self.counts for suffix in _HEIC) else ""
         return ", ".join(f"{count} {kind} (first: {self.first[kind]})" for kind, count in kinds) + more + hint
 
-    def tell(self, root: Path) -> None:
+    def warn(self, root: Path) -> None:
         """Log a warning if anything was ignored."""
         if self.counts:
             logger.warning("%s: ignored: %s", root, self)
@@ -84,63 +84,63 @@ def check_classes(folder: Path, found: Sequence[str], train: Path, classes: Sequ
         )
 
 
-def image_files(folder: Path, left: LeftOut) -> list[Path]:
+def image_files(folder: Path, ignored: Ignored) -> list[Path]:
     """Return the images in ``folder`` and its subfolders, sorted.
 
-    Hidden files are ignored. Images in hidden folders and all other files are ignored too, and counted in ``left``.
+    Hidden files are ignored. Images in hidden folders and all other files are ignored too, and counted in ``ignored``.
     """
-    return sorted(_images(str(folder), left))
+    return sorted(_images(str(folder), ignored))
 
 
-def _images(folder: str, left: LeftOut) -> Iterator[Path]:
+def _images(folder: str, ignored: Ignored) -> Iterator[Path]:
     suffixes = image_suffixes()
     for here, folders, files in os.walk(folder, onerror=_unreadable):
         for name in sorted(folders):
             path = os.path.join(here, name)
             if os.path.islink(path):
-                left.add("links to folders", path)
+                ignored.add("links to folders", path)
             elif _hidden(name):
-                _count_hidden(path, left)
+                _count_hidden(path, ignored)
         folders[:] = sorted(name for name in folders if not _hidden(name))
         for name in sorted(files):
             path = os.path.join(here, name)
             if name.startswith("."):
                 continue
             if os.path.splitext(name)[1].lower() not in suffixes:
-                left.file(path)
+                ignored.file(path)
             elif os.path.isfile(path):
                 yield Path(path)
             else:
-                left.add("broken links or special files", path)
+                ignored.add("broken links or special files", path)
 
 
-def files_in(folder: Path, left: LeftOut) -> list[str]:
-    """Return the sorted names of the images directly in ``folder``. Other files and folders are counted in ``left``."""
+def files_in(folder: Path, ignored: Ignored) -> list[str]:
+    """Return the sorted names of the images directly in ``folder``. Count other files and folders in ``ignored``."""
     suffixes, names = image_suffixes(), []
     with os_errors(f"{folder}: cannot be read"), os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             if not entry.is_file():
-                left.add("folders", entry.path)
+                ignored.add("folders", entry.path)
             elif os.path.splitext(entry.name)[1].lower() in suffixes:
                 names.append(entry.name)
             else:
-                left.file(entry.path)
+                ignored.file(entry.path)
     return sorted(names)
 
 
-def note_beside(folder: Path, taken: Sequence[str], left: LeftOut) -> None:
-    """Count the other folders and images in ``folder`` as ignored. ``taken`` are its folders of splits or classes."""
+def count_others(folder: Path, known: Sequence[str], ignored: Ignored) -> None:
+    """Count the other folders and images in ``folder`` as ignored. ``known`` are its folders of splits or classes."""
     suffixes = image_suffixes()
     with os_errors(f"{folder}: cannot be read"), os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name in taken or entry.name.startswith("."):
+            if entry.name in known or entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                left.add("other folders", entry.path)
+                ignored.add("other folders", entry.path)
             elif os.path.splitext(entry.name)[1].lower() in suffixes:
-                left.add("images outside of a class folder", entry.path)
+                ignored.add("images outside of a class folder", entry.path)
 
 
 def _unreadable(error: OSError) -> None:
@@ -151,9 +151,9 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _count_hidden(folder: str, left: LeftOut) -> None:
+def _count_hidden(folder: str, ignored: Ignored) -> None:
     suffixes = image_suffixes()
     for here, _, files in os.walk(folder, onerror=_unreadable):
         for name in files:
             if os.path.splitext(name)[1].lower() in suffixes:
-                left.add("images in hidden folders", os.path.join(here, name))
+                ignored.add("images in hidden folders", os.path.join(here, name))

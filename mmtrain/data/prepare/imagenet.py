@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtrain.data.prepare.encode import QUALITY, ClassEncoder, Item, check_encoding, package_file, read_lines
-from mmtrain.data.prepare.folders import LeftOut, check_classes, class_folders, files_in, note_beside
+from mmtrain.data.prepare.folders import Ignored, check_classes, class_folders, count_others, files_in
 from mmtrain.data.prepare.output import Origin, Prepared, check_root, existing
 from mmtrain.data.prepare.writer import write_dataset
 from mmtrain.errors import UserError
@@ -110,11 +110,11 @@ def prepare_imagenet(
             f"{layout.train}: the names of some folders are not WNIDs: {', '.join(strange[:5])}. For other classes use "
             "`mmtrain data prepare images`"
         )
-    left = LeftOut()
-    note_beside(layout.train, classes, left)
-    train = _items(layout.train, classes, left)
-    val = _validation(layout, classes, left, given=val_labels is not None)
-    left.tell(root)
+    ignored = Ignored()
+    count_others(layout.train, classes, ignored)
+    train = _items(layout.train, classes, ignored)
+    val = _validation(layout, classes, ignored, given=val_labels is not None)
+    ignored.warn(root)
     if expect == "full":
         _check_full(layout, classes, train, val)
     elif not train:
@@ -160,14 +160,14 @@ def _file(path: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _validation(layout: _Layout, classes: list[str], left: LeftOut, *, given: bool) -> list[Item]:
+def _validation(layout: _Layout, classes: list[str], ignored: Ignored, *, given: bool) -> list[Item]:
     if not layout.val.is_dir():
         if given:
             raise UserError(f"--val-labels: there is no folder {layout.val} of validation images")
         logger.warning("%s: no such folder, so the data set will have no validation images", layout.val)
         return []
     folders = class_folders(layout.val)
-    files = files_in(layout.val, LeftOut() if folders else left)
+    files = files_in(layout.val, Ignored() if folders else ignored)
     if not folders:
         return _flat(layout, files, classes)
     if files or given:
@@ -175,15 +175,15 @@ def _validation(layout: _Layout, classes: list[str], left: LeftOut, *, given: bo
             raise UserError(f"{layout.val}: contains both class folders and images. Remove one or the other")
         raise UserError(f"{layout.val}: contains class folders, so --val-labels must not be given")
     check_classes(layout.val, folders, layout.train, classes)
-    return _items(layout.val, classes, left)
+    return _items(layout.val, classes, ignored)
 
 
-def _items(folder: Path, classes: Sequence[str], left: LeftOut) -> list[Item]:
+def _items(folder: Path, classes: Sequence[str], ignored: Ignored) -> list[Item]:
     return [
         Item(label, os.path.join(folder, name, file))
         for label, name in enumerate(classes)
         if (folder / name).is_dir()
-        for file in files_in(folder / name, left)
+        for file in files_in(folder / name, ignored)
     ]
 
 
@@ -236,8 +236,8 @@ def _check_full(layout: _Layout, classes: list[str], train: list[Item], val: lis
     if len(val) != VAL:
         faults.append(f"{len(val):,} validation images instead of {VAL:,}")
         names = {Path(item.path).stem for item in val}
-        wanted = (f"ILSVRC2012_val_{number:08d}" for number in range(1, VAL + 1))
-        faults += _list("missing files", [f"{name}.JPEG" for name in wanted if name not in names])
+        expected = (f"ILSVRC2012_val_{number:08d}" for number in range(1, VAL + 1))
+        faults += _list("missing files", [f"{name}.JPEG" for name in expected if name not in names])
     elif any(count != _VAL_OF_CLASS for count in Counter(item.label for item in val).values()):
         faults.append(f"some classes do not have exactly {_VAL_OF_CLASS} validation images")
     if faults:

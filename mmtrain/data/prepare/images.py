@@ -10,11 +10,11 @@ from pathlib import Path
 from mmtrain.data.images.formats import image_suffixes
 from mmtrain.data.prepare.encode import ClassEncoder, Item, check_encoding
 from mmtrain.data.prepare.folders import (
-    LeftOut,
+    Ignored,
     check_classes,
     class_folders,
+    count_others,
     image_files,
-    note_beside,
     split_folders,
 )
 from mmtrain.data.prepare.output import Origin, Prepared, check_root, existing
@@ -70,9 +70,9 @@ def prepare_images(
     origin = Origin.of(root)
     if (done := existing(out, origin, settings, force=force)) is not None:
         return done
-    left = LeftOut()
-    classes, splits = _find(root, val_fraction, test_fraction, left)
-    left.tell(root)
+    ignored = Ignored()
+    classes, splits = _find(root, val_fraction, test_fraction, ignored)
+    ignored.warn(root)
     return write_dataset(
         out,
         splits,
@@ -83,12 +83,12 @@ def prepare_images(
         encoder=ClassEncoder(image_size),
         workers=workers,
         force=force,
-        summarise=lambda _: {"left_out": dict(left.counts)} if left.counts else {},
+        summarise=lambda _: {"left_out": dict(ignored.counts)} if ignored.counts else {},
     )
 
 
 def _find(
-    root: Path, val_fraction: float, test_fraction: float, left: LeftOut
+    root: Path, val_fraction: float, test_fraction: float, ignored: Ignored
 ) -> tuple[list[str], dict[str, list[Item]]]:
     folders = split_folders(root)
     if "train" not in folders:
@@ -98,17 +98,17 @@ def _find(
                     f"{root}: {folder.name} is a {split} split, but there is no folder train. Rename a folder to "
                     f"train, or use --root {folder} to divide this folder into splits"
                 )
-        classes = _classes(root, left)
-        splits = stratify(root, _items(root, classes, left), val_fraction, test_fraction)
+        classes = _classes(root, ignored)
+        splits = stratify(root, _items(root, classes, ignored), val_fraction, test_fraction)
         _check_set_aside(root, classes, splits, {"val": val_fraction, "test": test_fraction})
         return classes, splits
-    note_beside(root, [folder.name for folder in folders.values()], left)
+    count_others(root, [folder.name for folder in folders.values()], ignored)
     train = folders.pop("train")
-    classes = _classes(train, left)
-    splits = {"train": _items(train, classes, left)}
+    classes = _classes(train, ignored)
+    splits = {"train": _items(train, classes, ignored)}
     for split, folder in folders.items():
-        check_classes(folder, _classes(folder, left), train, classes)
-        splits[split] = _items(folder, classes, left, some_empty=True)
+        check_classes(folder, _classes(folder, ignored), train, classes)
+        splits[split] = _items(folder, classes, ignored, some_empty=True)
     if "val" not in splits and val_fraction > 0:
         logger.info("%s: no folder val, so a fraction %g of train becomes the val split", root, val_fraction)
         splits |= stratify(root, splits["train"], val_fraction, 0.0)
@@ -143,25 +143,25 @@ def _check_set_aside(
             )
 
 
-def _classes(folder: Path, left: LeftOut) -> list[str]:
+def _classes(folder: Path, ignored: Ignored) -> list[str]:
     names = class_folders(folder)
     if not names:
         raise UserError(
             f"{folder}: no class folders. The expected layout is ROOT/CLASS/IMAGE or "
             "ROOT/{train,val,test}/CLASS/IMAGE"
         )
-    note_beside(folder, names, left)
+    count_others(folder, names, ignored)
     return names
 
 
-def _items(folder: Path, classes: Sequence[str], left: LeftOut, *, some_empty: bool = False) -> list[Item]:
+def _items(folder: Path, classes: Sequence[str], ignored: Ignored, *, some_empty: bool = False) -> list[Item]:
     items = []
     for label, name in enumerate(classes):
-        files = image_files(folder / name, left) if (folder / name).is_dir() else []
+        files = image_files(folder / name, ignored) if (folder / name).is_dir() else []
         if not files and not some_empty:
-            ignored = f"; ignored: {left}" if left.counts else ""
+            hint = f"; ignored: {ignored}" if ignored.counts else ""
             raise UserError(
-                f"{folder / name}: no images of class {name!r} ({', '.join(sorted(image_suffixes()))}){ignored}"
+                f"{folder / name}: no images of class {name!r} ({', '.join(sorted(image_suffixes()))}){hint}"
             )
         items += [Item(label, str(file)) for file in files]
     if not items:

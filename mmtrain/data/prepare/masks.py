@@ -150,7 +150,7 @@ def parse_values(text: str | None, names: Sequence[str] | None) -> tuple[int, ..
     return values
 
 
-def question_masks(items: Sequence[Item], meaning: MaskValues, names: Sequence[str] | None, skip_bad: bool) -> None:
+def check_masks(items: Sequence[Item], meaning: MaskValues, names: Sequence[str] | None, skip_bad: bool) -> None:
     """Raise UserError if the numbers in the masks are implausible.
 
     A random selection of the masks is read. As long as it looks implausible, more masks are read; the error is raised
@@ -159,7 +159,7 @@ def question_masks(items: Sequence[Item], meaning: MaskValues, names: Sequence[s
     pixels: Counter[int] = Counter()
     first: BadSample | None = None
     order = np.argsort(mix64(1, np.arange(len(items))), kind="stable").tolist()
-    fault, wanted = "", _CHECKED
+    fault, least = "", _CHECKED
     for place, number in enumerate(order, 1):
         try:
             values, counts = np.unique(meaning.read(items[number].target), return_counts=True)
@@ -169,8 +169,8 @@ def question_masks(items: Sequence[Item], meaning: MaskValues, names: Sequence[s
             first = first or error
             continue
         pixels.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-        if place >= wanted:
-            fault, wanted = implausible(pixels, meaning, names), 2 * wanted
+        if place >= least:
+            fault, least = implausible(pixels, meaning, names), 2 * least
             if not fault:
                 return
     if not pixels and first is not None:

@@ -21,14 +21,14 @@ from mmtrain.data.prepare.encode import (
     read_file,
     read_lines,
 )
-from mmtrain.data.prepare.folders import SPLIT_NAMES, LeftOut, image_files, split_folders
+from mmtrain.data.prepare.folders import SPLIT_NAMES, Ignored, image_files, split_folders
 from mmtrain.data.prepare.masks import (
     VOID,
     MaskEncoder,
     MaskValues,
     check_choice,
+    check_masks,
     parse_values,
-    question_masks,
     turn_annotations,
     turn_wanted,
 )
@@ -106,7 +106,7 @@ def prepare_segmentation(
         return {"kind": "segmentation", "ignore": list(voids), "classes": known, "pixels": pixels}
 
     splits = _find_masks(root)
-    question_masks([item for items in splits.values() for item in items], meaning, names, skip_bad)
+    check_masks([item for items in splits.values() for item in items], meaning, names, skip_bad)
     return write_dataset(
         out,
         splits,
@@ -136,16 +136,16 @@ def _find_masks(root: Path) -> dict[str, list[Item]]:
             pairs.setdefault(split, (folder, beside))
     if "train" not in pairs:
         raise UserError(f"{root}: no training images with masks. {_LAYOUTS}")
-    left = LeftOut()
-    found = {split: _pairs(*pairs[split], left) for split in SPLIT_NAMES if split in pairs}
-    left.tell(root)
+    ignored = Ignored()
+    found = {split: _pairs(*pairs[split], ignored) for split in SPLIT_NAMES if split in pairs}
+    ignored.warn(root)
     return found
 
 
-def _pairs(images: Path, masks: Path, left: LeftOut) -> list[Item]:
+def _pairs(images: Path, masks: Path, ignored: Ignored) -> list[Item]:
     by_stem: dict[Path, dict[str, Path]] = {images: {}, masks: {}}
     for folder, found in by_stem.items():
-        for path in image_files(folder, left):
+        for path in image_files(folder, ignored):
             stem = path.relative_to(folder).with_suffix("").as_posix()
             if stem in found:
                 raise UserError(f"{path}: {found[stem].name} has the same name without extension. Remove one of them")

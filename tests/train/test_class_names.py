@@ -45,7 +45,7 @@ def test_eval_compares_the_names(
     for number, (names, said) in enumerate(
         (
             ([*NAMES[:8], NAMES[9], NAMES[8]], "class 8 is 'animal 9' instead of 'animal 8'; class 9 is 'animal 8'"),
-            ([*NAMES[:9], "emu"], "class 9 is 'emu', not 'animal 9'"),
+            ([*NAMES[:9], "emu"], "class 9 is 'emu' instead of 'animal 9'"),
             (NAMES[::-1], "class 0 is 'animal 9' instead of 'animal 0'"),
         )
     ):

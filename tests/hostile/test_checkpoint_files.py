@@ -183,7 +183,7 @@ def test_a_resume_keeps_to_the_configuration_of_the_checkpoint(
 def test_a_checkpoint_that_is_no_step(step: str, here: Path, cli: Cli) -> None:
     ended = cli("predict", RUN, TABLE, "--checkpoint", step)
     assert ended.returncode == 2
-    assert "give selected, best, last or a step" in ended.stderr
+    assert "choose selected, best, last or a step" in ended.stderr
 
 
 def test_a_checkpoint_that_is_not_there(here: Path, cli: Cli) -> None:

@@ -84,9 +84,9 @@ def test_the_other_runs_stay_listed_and_the_file_is_named(tmp_path: Path) -> Non
     shown = CliRunner().invoke(app, ["runs", str(tmp_path)])
     assert shown.exit_code == 0
     assert "good" in shown.output
-    assert f"damaged lines were left out: {bad / 'metrics.jsonl'} (line 3)" in shown.output
+    assert f"damaged lines were ignored: {bad / 'metrics.jsonl'} (line 3)" in shown.output
     page = write_report([bad], tmp_path / "report.html").read_text()
-    assert f"damaged lines were left out of {bad / 'metrics.jsonl'}, the first is line 3" in page
+    assert f"damaged lines of {bad / 'metrics.jsonl'} were ignored; the first is line 3" in page
     draw_curves(tmp_path / "curves.png", read_lines(bad / "metrics.jsonl").lines, ["top1"])
 
 

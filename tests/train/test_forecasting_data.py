@@ -250,7 +250,7 @@ def test_a_table_is_forecast_as_in_evaluation(table_run: Path, tmp_path: Path) -
     with torch.no_grad():
         expected = trained.model(last["past"], mask=last["mask"], known=last["known"])[0].numpy()
     assert made.values == pytest.approx(task.series.scaler.inverse(expected), rel=1e-4, abs=1e-5)
-    with pytest.raises(UserError, match=r"the model needs price for the 4 step\(s\) behind the last row"):
+    with pytest.raises(UserError, match=r"the model needs price for 4 time step\(s\) after the last row"):
         forecast(trained, file, missing="mask")
     with pytest.raises(
         UserError, match=r"'a' has 3 missing value\(s\).*or set --missing ffill \(or interpolate, zero, mask\)"

@@ -150,11 +150,9 @@ def series(batch: int, rounds: int, smoke: bool) -> dict[str, float]:
     return report("windows", rows, compare(rows, rounds))
 
 
-def report(what: str, rows: Sequence[Row], found: dict[str, float]) -> dict[str, float]:
+def report(unit: str, rows: Sequence[Row], found: dict[str, float]) -> dict[str, float]:
     ours = rows[0].name
-    print(
-        f"\n{'model':<30}  {'parameters':>10}  {'batch':>5}  {'s a step':>8}  {what + '/s':>10}  {'over ' + ours:>15}"
-    )
+    print(f"\n{'model':<30}  {'parameters':>10}  {'batch':>5}  {'s/step':>8}  {unit + '/s':>10}  {'over ' + ours:>15}")
     for row in rows:
         size, spent = f"{sum(p.numel() for p in row.model.parameters()) / 1e6:.2f} M", found[row.name]
         print(

@@ -130,7 +130,7 @@ def _question(page: Page) -> Iterator[tuple[int, str]]:
 
 
 def _command(text: str) -> Iterator[str]:
-    """Yield what is wrong with a shell line, if it runs a command of this repository."""
+    """Yield the errors of a shell line, if it runs a command of this repository."""
     try:
         lexer = shlex.shlex(text, posix=True, punctuation_chars=True)
         lexer.whitespace_split = True
@@ -166,7 +166,7 @@ def _simple_command(words: list[str]) -> Iterator[str]:
 
 
 def _mmtrain(words: list[str]) -> Iterator[str]:
-    """Yield what is wrong with the arguments of ``mmtrain``."""
+    """Yield the errors in the arguments of ``mmtrain``."""
     command: Any = _cli()
     while words and hasattr(command, "commands") and not words[0].startswith("-"):
         if _is_placeholder(words[0]):
@@ -200,7 +200,7 @@ def _mmtrain(words: list[str]) -> Iterator[str]:
 
 
 def _configuration(name: str | None, overrides: list[str]) -> Iterator[str]:
-    """Yield what is wrong with a configuration and its overrides."""
+    """Yield the errors in a configuration and its overrides."""
     wrong = [problem for word in overrides for problem in _key(word)]
     yield from wrong
     if wrong or not name or _is_placeholder(name):
@@ -235,7 +235,7 @@ def _script(path: Path, words: list[str]) -> Iterator[str]:
 
 
 def _span(span: str) -> Iterator[str]:
-    """Yield what is wrong with a code span that is a path, a name of the package, a key or an option."""
+    """Yield the errors in a code span that is a path, a name of the package, a key or an option."""
     if _PATH.fullmatch(span) and not (ROOT / span).exists():
         yield f"{span} does not exist"
     elif re.fullmatch(r"mmtrain(\.\w+)+", span):
@@ -271,7 +271,7 @@ def _dotted(name: str) -> Iterator[str]:
 
 
 def _is_placeholder(word: str) -> bool:
-    """Return whether a word stands for others: RUN, [ROOT], KEY=VALUE, or an ellipsis."""
+    """Return whether a word is a placeholder: RUN, [ROOT], KEY=VALUE, or an ellipsis."""
     return "…" in word or "..." in word or re.fullmatch(r"\[?[A-Z][A-Z_]*\]?(=.*)?", word) is not None
 
 

@@ -64,12 +64,12 @@ def _compare(name: str, ours: Epoch, other: Epoch, pairs: int, how: str, target:
     for label, values in rates.items():
         yield Figure(
             "ffcv",
-            f"{label}, beside {name}" if label == "ours" else label,
+            f"{label}, compared with {name}" if label == "ours" else label,
             **median_of(values),
             unit="images/s",
             how=how,
         )
-    ratios = [mine / theirs for mine, theirs in zip(*rates.values(), strict=True)]
+    ratios = [ours_rate / other_rate for ours_rate, other_rate in zip(*rates.values(), strict=True)]
     yield Figure("ffcv", f"ours / {name}", **median_of(ratios), unit="x", how=how, target=target, at_least=True)
 
 

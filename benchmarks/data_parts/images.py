@@ -67,13 +67,13 @@ def _beside(folder: Path, kind: str, files: list[bytes], rounds: int, workers: i
         f"of {BATCH}; {workers} workers"
     )
     for name, seconds in spent.items():
-        figure = f"{kind}: {name}, a core"
+        figure = f"{kind}: {name}, per core"
         yield Figure(PART, figure, **median_of([1 / each for each in seconds]), unit="images/s", how=how)
     targets = {"webdataset": 1.5, "ImageFolder": 1.5, "bare": 0.9, "LitData": None}
     for name, target in targets.items():
         if name not in spent:
             continue
-        ratios = [theirs / ours for theirs, ours in zip(spent[name], spent["ours"], strict=True)]
+        ratios = [other / mmtrain for other, mmtrain in zip(spent[name], spent["ours"], strict=True)]
         yield Figure(
             PART, f"{kind}: ours / {name}", **median_of(ratios), unit="x", how=how, target=target, at_least=True
         )

@@ -15,7 +15,7 @@ def write_table(file: Path, rows: int, columns: int = 7) -> Path:
     hours = np.arange(rows)
     noise = np.random.default_rng(0).normal(scale=0.2, size=(rows, columns))
     values = np.sin(2 * np.pi * (hours[:, None] / 24 + np.arange(columns) / columns)) + noise
-    frame = pd.DataFrame(values.astype(np.float32), columns=[f"c{place}" for place in range(columns)])
+    frame = pd.DataFrame(values.astype(np.float32), columns=[f"c{column}" for column in range(columns)])
     frame.insert(0, "date", pd.date_range("2016-07-01", periods=rows, freq="h"))
     frame.to_parquet(file, index=False)
     return file

@@ -75,7 +75,7 @@ def _large_index(folder: Path, photo: bytes, samples: int, shards: int) -> Path:
         count = each + (samples % shards if number == 0 else 0)
         index = ShardIndex(
             path,
-            np.array([f"{number * each + place:08d}" for place in range(count)]),
+            np.array([f"{number * each + sample:08d}" for sample in range(count)]),
             np.full(count, 512, np.int64),
             np.full(count, len(photo), np.int64),
             np.arange(count, dtype=np.int64) % 1000,

@@ -68,23 +68,24 @@ def windows(table: Path, split: str | None, *, pairs: int, batches: int) -> Iter
             dataset = _SlicedWindows(series, lookback, horizon, 48, dtype)
             sliced = DataLoader(dataset, size, shuffle=True, drop_last=True)
             ours = train_batches(series.train, seed=0, batch_size=size, start=0, steps=1 << 40)
-            theirs = _forever(sliced)
+            repeated = _forever(sliced)
             speeds: list[tuple[float, float]] = []
             for _ in range(pairs + 1):
-                speeds.append((_speed(ours, batches, size), _speed(theirs, batches, size)))
+                speeds.append((_speed(ours, batches, size), _speed(repeated, batches, size)))
             ratios = [a / b for a, b in speeds[1:]]  # the first pair is a warm-up
-            mine, other = (float(np.median([pair[place] for pair in speeds[1:]])) for place in (0, 1))
-            beside = "with calendar features" if calendar else "past and future alone"
+            medians = [float(np.median([pair[loader] for pair in speeds[1:]])) for loader in (0, 1)]
+            content = "with calendar features" if calendar else "past and future only"
             kind = np.dtype(dtype).name
             yield Figure(
                 PART,
-                f"windows/s of the loader, {beside}: ours / sliced one at a time with time marks, {kind}",
+                f"windows/s of the loader, {content}: ours / sliced one at a time with time marks, {kind}",
                 **median_of(ratios),
                 unit="x",
                 target=5.0 if dtype is np.float64 else None,
                 at_least=True,
                 how=f"{table.stem}, L = {lookback}, H = {horizon}, batch {size}, {len(series.columns)} columns,"
-                f" no workers, median of {pairs} pairs of {batches} batches: {mine:,.0f} and {other:,.0f} windows/s",
+                f" no workers, median of {pairs} pairs of {batches} batches:"
+                f" {medians[0]:,.0f} and {medians[1]:,.0f} windows/s",
                 detail={"ours": [a for a, _ in speeds], "sliced": [b for _, b in speeds]},
             )
 

@@ -58,7 +58,7 @@ def measure(folder: Path, *, model: str, repeats: int, image_size: int) -> Itera
     passing.prepare(parts)  # as the trainer does before its first step
     for _ in range(2):
         steps.take()
-    blocking, stalls, durable, idle, beside = [], [], [], [], []
+    blocking, stalls, durable, idle, during = [], [], [], [], []
     for number in range(1, repeats + 1):
         idle += [steps.take(), steps.take()]
         begun = time.perf_counter()
@@ -68,19 +68,25 @@ def measure(folder: Path, *, model: str, repeats: int, image_size: int) -> Itera
         passing.save(number, steps.strategy.state_dict(None), {"step": number})
         stalls.append(time.perf_counter() - begun)
         while not passing.at(number).exists() and not passing.failed:
-            beside.append(steps.take())
+            during.append(steps.take())
         durable.append(time.perf_counter() - begun)
         passing.wait()
     passing.close()
-    detail = {"blocking_s": blocking, "stall_s": stalls, "durable_s": durable, "step_s": idle, "step_beside_s": beside}
-    what = f"{model}: {parameters / 1e6:.1f} M parameters with moments, {size / 1e9:.2f} GB"
+    detail = {
+        "blocking_s": blocking,
+        "stall_s": stalls,
+        "durable_s": durable,
+        "step_s": idle,
+        "step_during_save_s": during,
+    }
+    subject = f"{model}: {parameters / 1e6:.1f} M parameters with moments, {size / 1e9:.2f} GB"
     ratios = [100 * a / b for a, b in zip(stalls, blocking, strict=True)]
     yield Figure(
         "async",
         "first asynchronous save: stall / blocking save",
         ratios[0],
         "%",
-        f"{what}; {stalls[0]:.3f} s of {blocking[0]:.2f} s, memory prepared at the start",
+        f"{subject}; {stalls[0]:.3f} s of {blocking[0]:.2f} s, memory prepared at the start",
         target=10.0,
         detail=detail,
     )
@@ -94,12 +100,12 @@ def measure(folder: Path, *, model: str, repeats: int, image_size: int) -> Itera
             f" {statistics.median(blocking[1:]):.2f} s",
             target=10.0,
         )
-    slowdown = statistics.median(beside) / statistics.median(idle) if beside else 1.0
+    slowdown = statistics.median(during) / statistics.median(idle) if during else 1.0
     yield Figure(
         "async",
         "steps while a save is written / steps without",
         slowdown,
         "x",
-        f"median of {len(beside)} and {len(idle)} steps; the write takes {statistics.median(durable):.2f} s beside"
+        f"median of {len(during)} and {len(idle)} steps; the write takes {statistics.median(durable):.2f} s during"
         f" steps that use all {torch.get_num_threads()} threads",
     )

@@ -149,7 +149,7 @@ def _time(model: str, image_size: int, batch: int, pairs: int) -> Figure:
     ddp, fsdp = (statistics.median(seconds[name]) for name in ("ddp", "fsdp"))
     return Figure(
         "fsdp",
-        f"FSDP2 / DDP, seconds of a step, global batch {batch}",
+        f"FSDP2 / DDP, seconds per step, global batch {batch}",
         **median_of(ratios),
         unit="x",
         target=1.15,
@@ -166,10 +166,10 @@ def _peak(model: str, steps: int) -> Figure:
     state = {name: max(rank["state"] for rank in ranks) for name, ranks in found.items()}
     return Figure(
         "fsdp",
-        "FSDP2 under DDP, peak memory of a rank",
+        "peak memory per rank saved by FSDP2 against DDP",
         100 * (1 - peak["fsdp"] / peak["ddp"]),
         "%",
-        f"{model}, 1 image of 32² a rank; peak {peak['fsdp'] / 1e6:.0f} MB of {peak['ddp'] / 1e6:.0f} MB above the"
+        f"{model}, 1 image of 32² per rank; peak {peak['fsdp'] / 1e6:.0f} MB of {peak['ddp'] / 1e6:.0f} MB above the"
         f" same process without the model; parameters, gradients and moments {state['fsdp'] / 1e6:.0f} of"
         f" {state['ddp'] / 1e6:.0f} MB",
         target=40.0,

@@ -93,7 +93,7 @@ def run_app(app: Callable[[], object]) -> None:
     """
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # print an escape code where the encoding lacks a character
+        if isinstance(stream, io.TextIOWrapper):  # print characters that the encoding lacks as escape codes
             stream.reconfigure(errors="backslashreplace")
     try:
         log_to_console()

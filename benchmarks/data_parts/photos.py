@@ -1,4 +1,4 @@
-"""JPEG files with the size of photos."""
+"""JPEG files of the size of usual photos, as input of the benchmarks."""
 
 from __future__ import annotations
 

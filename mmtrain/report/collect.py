@@ -57,7 +57,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Event:
-    """A line of a run's journal."""
+    """An event in the journal of a run (jobs.jsonl), such as a start or an end."""
 
     run: Run
     time: str

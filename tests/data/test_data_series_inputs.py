@@ -143,11 +143,11 @@ def test_a_model_that_does_not_fit_names_the_keys(tmp_path: Path) -> None:
     model = TSM2Config(lookback=8, horizon=2, patch_size=4)
     data = open_data(config, model)
     with pytest.raises(
-        UserError, match=r"model\.future_features is 0, but the data gives 6 \(.*hour, .*price\): set .*=6"
+        UserError, match=r"model\.future_features is 0, but the data has 6 \(.*hour, .*price\): set .*=6"
     ):
         check_inputs(data, model, "t.csv")
     check_inputs(data, TSM2Config(lookback=8, horizon=2, patch_size=4, future_features=6), "t.csv")
-    with pytest.raises(UserError, match=r"model\.static_features is 2, .* 0 \(nothing static\): set .*=0"):
+    with pytest.raises(UserError, match=r"model\.static_features is 2, .* 0 \(no static columns\): set .*=0"):
         check_inputs(data, TSM2Config(future_features=6, static_features=2), "t.csv")
 
 

@@ -141,8 +141,12 @@ class Tree:
                 name = failed.split(" (")[0]
                 if name not in self.sound:
                     self.sound[name] = self.failing([name], None, 2 * TEST_WALL) is None
-                if self.sound[name]:
+                target.write_bytes(mutant.apply(whole))  # a failure that does not recur is of a busy machine
+                again = self.sound[name] and self.failing([name], None, 2 * TEST_WALL) is not None
+                target.write_bytes(whole)
+                if again:
                     return failed
+                self.sound[name] = False
         return None
 
 

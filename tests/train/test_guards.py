@@ -37,7 +37,7 @@ def test_the_first_window_of_losses_is_only_noted() -> None:
 
 def test_a_signal_on_one_rank_ends_the_evaluation_on_every_rank(series: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """This is rank 0 of 2 and nobody asked it to stop."""
-    config = load_config(series, ("eval.batch_size=4", "data.workers=0"))
+    config = load_config(series, ("eval.batch_size=1", "data.workers=0"))
     task, ranks = build_task(config), Ranks(0, 2, torch.device("cpu"))
     looked: list[int] = []
 

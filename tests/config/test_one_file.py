@@ -130,7 +130,7 @@ def test_new_names_are_listed_and_checked_like_the_others(toys: Path) -> None:
 def test_the_planner_says_what_it_does_not_know(toys: Path) -> None:
     from mmtrain.plan import plan_run
 
-    with pytest.raises(UserError, match=r"data\.kind is 'toy_data': the planner does not know"):
+    with pytest.raises(UserError, match=r"data\.kind=toy_data: the plan supports shards"):
         plan_run(load_config(toys), 1, 1, "h100")
     assert plan_run(load_config(toys, ["data=synthetic"]), 1, 1, "h100").config.model.name == "toy_wide"
 

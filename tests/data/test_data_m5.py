@@ -35,7 +35,7 @@ def m5(tmp_path: Path) -> Path:
 def test_the_three_files_become_a_panel(m5: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["prepare", "m5", "--root", str(m5), "--out", str(tmp_path / "m5")])
     assert done.exit_code == 0, done.output
-    assert "20 series of 236 to 250 rows, 4930 in all, 1 shard(s); 560 rows known ahead; written" in done.output
+    assert "20 series of 236 to 250 rows, 4930 in all, 1 shard(s); 560 rows known in advance; written" in done.output
     panel = open_panel(tmp_path / "m5")
     sales = pd.read_parquet(m5 / "sales.parquet")
     prices = pd.read_parquet(m5 / "prices_cents_wide.parquet")

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from mmtrain.cluster import requeue
-from mmtrain.runs import journal
+from mmtrain.cluster.task import torch_variables
+from mmtrain.errors import UserError
+from mmtrain.runs import journal, slurm
 from mmtrain.runs.folder import newest_step
 from mmtrain.runs.journal import JobAttempt
 from mmtrain.runs.slurm import parse_duration
@@ -126,3 +128,25 @@ def test_nodes_at_fault_are_left_out_where_that_is_wanted(tmp_path: Path) -> Non
     for _ in range(3):
         journal.record(tmp_path, "ended", job="7", restart=0, reason="bad_nodes", step=0, requeued=True)
     assert not requeue.should_requeue(tmp_path, "bad_nodes", None, 3, replace_nodes=True)
+
+
+def test_the_rendezvous_follows_from_the_slurm_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "hostnames", lambda nodes: ["node3", "node4"] if nodes == "node[3-4]" else [])
+    step = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[3-4]", "SLURM_PROCID": "5", "SLURM_NTASKS": "8"}
+    expected = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}
+    expected |= {"MASTER_ADDR": "node3", "MASTER_PORT": "23456"}
+    assert torch_variables({**step, "SLURM_LOCALID": "1"}) == expected
+    several = torch_variables({**step, "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4"})
+    assert several == {**expected, "LOCAL_WORLD_SIZE": "4"}
+    with pytest.raises(UserError, match="SLURM_LOCALID"):
+        torch_variables(step)
+
+
+def test_a_start_is_recorded_with_its_hosts_and_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {"JOB_ID": "7", "JOB_NODELIST": "node[3-4]", "RESTART_COUNT": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setattr(slurm, "hostnames", lambda nodes: ["node3", "node4"])
+    journal.record_start(tmp_path, 8)
+    (line,) = journal.read(tmp_path)
+    found = {name: line[name] for name in ("kind", "job", "restart", "hosts", "world")}
+    assert found == {"kind": "started", "job": "7", "restart": 2, "hosts": ["node3", "node4"], "world": 8}

@@ -242,3 +242,8 @@ def test_a_slurm_that_does_not_answer_makes_no_run_lost(
 def test_no_torch_is_needed() -> None:
     code = "import sys, mmtrain.cli.runs, mmtrain.runs.table, mmtrain.cluster.stop, mmtrain.report, mmtrain.cli.runs\n"
     subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True, cwd=ROOT)
+
+
+def test_a_run_without_metrics_is_at_step_0(tmp_path: Path) -> None:
+    assert told.last_step(read_run(make_run(tmp_path / "run", 0))) == 0
+    assert told.last_step(read_run(make_run(tmp_path / "other", 3))) == 6

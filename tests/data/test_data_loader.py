@@ -150,6 +150,12 @@ def test_exit_in_the_middle_of_a_run_does_not_wait_for_workers() -> None:
     assert (done.returncode, done.stderr) == (7, "")
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_of_one_sample(workers: int) -> None:
+    batches = eval_batches(Numbers([3]), batch_size=1, workers=workers)
+    assert [batch["number"].tolist() for batch in batches] == [[0], [1], [2]]
+
+
 def test_bad_options_are_refused_at_once() -> None:
     with pytest.raises(UserError, match=r"train\.batch_size=7"):
         train_batches(Numbers([9]), seed=0, batch_size=7, start=0, steps=1, world=2)

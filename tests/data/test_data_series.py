@@ -171,6 +171,7 @@ def test_benchmark_splits() -> None:
     assert Split.of("etth", 17420).borders == (8640, 11520, 14400)
     assert Split.of("ettm", 69680).borders == (34560, 46080, 57600)
     assert Split.of((0.7, 0.1, 0.2), 7588).borders == (int(7588 * 0.7), 7588 - int(7588 * 0.2), 7588)
+    assert SplitRule("last", last=(0, 30))._last() == (0, 30)
     assert Split.of((0.7, 0.0, 0.3), 100).borders == (70, 70, 100)
     assert Split.of("etth", 17420).rows("test", 512, 96) == (11520 - 512, 14400)
     assert Split.of("etth", 17420).rows("train", 512, 96) == (0, 8640)

@@ -226,3 +226,16 @@ def test_a_grid_of_business_days_has_no_weekends() -> None:
     assert calendar_names(line.step) == calendar_names(Step.parse("D"))
     assert step_of(stamps("B", 40)) == line.step
     assert step_of(stamps("B", 3, "2024-01-01")) == Step.parse("D")  # less than a week says nothing of weekends
+
+
+@pytest.mark.parametrize("anchor", ["1", "31", "ME", None])
+def test_a_grid_of_months_is_read_as_it_was_written(anchor: str | None) -> None:
+    line = Timeline(np.datetime64("2020-01-31", "us"), Step(1, months=True), anchor)
+    assert Timeline.from_json(line.to_json()) == line
+
+
+@pytest.mark.parametrize("damage", [{"anchor": "0"}, {"anchor": "32"}, {"anchor": "XX"}, {"count": 0}])
+def test_a_damaged_grid_is_refused(damage: dict[str, object]) -> None:
+    saved = Timeline(np.datetime64("2020-01-31", "us"), Step(1, months=True), "31").to_json()
+    with pytest.raises(ValueError, match=r"invalid"):
+        Timeline.from_json({**saved, **damage})

@@ -103,7 +103,9 @@ def test_what_cannot_be_counted_is_said() -> None:
     [
         ("NVIDIA H100 80GB HBM3", "bf16", 989.5),
         ("NVIDIA H100 PCIe", "bf16", 756.5),
+        ("NVIDIA H100 PCIe", "fp32", 51),
         ("NVIDIA H200", "tf32", 494.7),
+        ("NVIDIA H200 NVL", "bf16", 835.5),
         ("NVIDIA A100-SXM4-80GB", "bf16", 312),
         ("NVIDIA A100 80GB PCIe", "fp32", 19.5),
         ("NVIDIA L40S", "fp16", 362),

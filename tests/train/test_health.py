@@ -153,3 +153,8 @@ def test_the_warning_comes_once_in_a_while(monkeypatch: pytest.MonkeyPatch, capl
         now[0] = 1601.0
         watch.check(1.0)
         assert len(caplog.records) == 2
+
+
+def test_the_peak_of_a_gpu_is_what_torch_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
+    assert memory_peak(torch.device("cuda")) == 1.5

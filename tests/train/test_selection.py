@@ -47,6 +47,7 @@ def result(run: Path) -> dict[str, object]:
 def test_the_best_checkpoint_stays_on_disk(early: Path) -> None:
     state = json.loads((last_checkpoint(early) / "state.json").read_text())
     assert state["best_step"] < 8
+    assert (state["updates"], state["step"], state["samples"]) == (8, 8, 8 * 32)
     assert [path.name for path in sorted((early / "checkpoints").iterdir())] == [
         f"step_{state['best_step']:08d}",
         "step_00000008",

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mmtrain.parallel.ranks import Ranks
-from mmtrain.train.timing import PHASES, StepTimer, Timings, exposed_reduction
+from mmtrain.train.timing import PHASES, CudaClock, StepTimer, Timings, exposed_reduction
 
 CPU = torch.device("cpu")
 
@@ -268,3 +268,34 @@ def test_on_a_gpu_work_counts_where_it_was_queued_and_no_step_waits() -> None:
     timings = timer.window()
     assert timings.forward > 0.05
     assert timings.optimizer < 0.01
+
+
+def test_the_clock_of_a_gpu_reads_events_in_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Event] = []
+
+    class Event:
+        """Stands for a CUDA event: the n-th record is at n² ms."""
+
+        count = 0
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+            made.append(self)
+
+        def record(self, stream: str) -> None:
+            assert stream == "the stream"
+            Event.count += 1
+            self.at = Event.count**2
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, other: Event) -> float:
+            return other.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the stream")
+    clock = CudaClock(torch.device("cuda"))
+    assert clock.gaps([clock.now() for _ in range(3)]) == pytest.approx([0.003, 0.005])
+    assert clock.gaps([clock.now() for _ in range(4)]) == pytest.approx([0.009, 0.011, 0.013])
+    assert len(made) == 4  # events are used again

@@ -62,8 +62,8 @@ def mutants_of(path: str, source: bytes) -> list[Mutant]:
         begin = starts[node.lineno - 1] + node.col_offset
         end = starts[(node.end_lineno or 0) - 1] + (node.end_col_offset or 0)
         old = source[begin:end].decode()
-        line = lines[node.lineno - 1].decode().strip()
-        where = "" if old == line else f" in {line}"
+        first = lines[node.lineno - 1].decode().strip()
+        where = "" if old == first else f" in {first}"
         key = f"{path}:{function}: {' '.join(old.split())[:100]} -> {' '.join(new.split())[:100]}{where}"
         seen[key] += 1
         key += f" #{seen[key]}" if seen[key] > 1 else ""

@@ -72,8 +72,8 @@ def mutant_tests(mutant: Mutant) -> list[tuple[list[str], str | None]]:
         score = 2 * max(4 - hops, 0) + 3 * said + near
         if near or hops <= 1 or (said and hops < 9):
             ranked.append((-score, len(text), name))
-    names = [name for _, _, name in sorted(ranked)]
+    files = [name for _, _, name in sorted(ranked)]
     near_files = [name for score, _, name in sorted(ranked) if score <= -8][:3]
     fast, slow = "not slow and not timed", "slow and not timed"
-    groups = [(names[:4], fast), (names[4:16], fast), (near_files, slow)]
+    groups = [(files[:4], fast), (files[4:16], fast), (near_files, slow)]
     return [(some, marks) for some, marks in groups if some]

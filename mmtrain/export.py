@@ -140,7 +140,7 @@ def export_onnx(model: nn.Module, example: Example, path: str | Path) -> Exporte
     Raises:
         UserError: If packages are missing, ``path`` exists, has another suffix or cannot be written, the tensors of the
             example have different batch sizes, or the weights take 2 GiB or more, the limit of an ONNX file.
-        RuntimeError: If the file computes other results than the model (nothing is written), or tracing fails.
+        RuntimeError: If tracing fails, or the results of the file differ from those of the model (nothing is written).
     """
     path = _checked(path, ".onnx")
     require_packages()

@@ -35,13 +35,17 @@ def submit_command(
         Path | None, typer.Option(help="Resume the run in this folder; the number of nodes may differ.")
     ] = None,
     nodes: Annotated[int | None, typer.Option(help="Slurm: number of nodes.")] = None,
-    min_nodes: Annotated[int | None, typer.Option(help="Slurm: smallest number of nodes.")] = None,
-    max_nodes: Annotated[int | None, typer.Option(help="Slurm: largest number of nodes.")] = None,
+    min_nodes: Annotated[
+        int | None, typer.Option(help="Slurm: minimum number of nodes, if the job may start with fewer than --nodes.")
+    ] = None,
+    max_nodes: Annotated[
+        int | None, typer.Option(help="Slurm: maximum number of nodes, if the job may start with more than --nodes.")
+    ] = None,
     gpus_per_node: Annotated[
         int | None, typer.Option(help="Slurm: GPUs per node, with one task each; 0 for CPU nodes.")
     ] = None,
-    tasks_per_node: Annotated[int | None, typer.Option(help="Slurm: tasks per node without GPUs.")] = None,
-    gpu: Annotated[str | None, typer.Option(help="GPU model that the plan assumes, such as h100.")] = None,
+    tasks_per_node: Annotated[int | None, typer.Option(help="Slurm: tasks per node that has no GPUs.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Type of GPU for the plan of --dry-run, such as h100.")] = None,
     cpus_per_task: Annotated[int | None, typer.Option(help="Slurm: CPUs per task.")] = None,
     mem: Annotated[str | None, typer.Option(help="Slurm: memory per node, such as 200G.")] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm: partition.")] = None,
@@ -53,7 +57,9 @@ def submit_command(
     reservation: Annotated[str | None, typer.Option(help="Slurm: reservation.")] = None,
     array_seeds: Annotated[
         str | None,
-        typer.Option(help="Start one run per seed, such as 0,1,2 (a Slurm array; with --local one after the other)."),
+        typer.Option(
+            help="Seeds, such as 0,1,2: start one run for each, as a Slurm job array, or in turn with --local."
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run (default: that of the configuration).")] = None,
     run_dir: RunDir = None,
@@ -61,7 +67,7 @@ def submit_command(
         str, typer.Option(help="Where to run: slurm, local, debug, or auto (slurm unless --local or --debug is given).")
     ] = "auto",
     local: Annotated[int | None, typer.Option(help="Number of processes to run on this machine.")] = None,
-    restarts: Annotated[int, typer.Option(help="With --local: number of restarts after a rank was killed.")] = 0,
+    restarts: Annotated[int, typer.Option(help="With --local: maximum number of restarts after a rank is killed.")] = 0,
     debug: Annotated[
         bool, typer.Option("--debug", help="Run two steps of a shrunken model, in one process in the foreground.")
     ] = False,

@@ -204,7 +204,7 @@ def _known_until(
     if saved["columns"] and stop > rows:
         raise UserError(
             f"{table.path}: the model needs {', '.join(saved['columns'])} for {stop - rows} time step(s) after the last"
-            " row. Add rows at the end that contain only these columns, or use --back"
+            " row. Add rows at the end with values in these columns only, or use --back to forecast earlier rows"
         )
     known = np.empty((max(rows, stop), 0)) if table.known is None else table.known
     whole = replace(table, stamps=None if table.stamps is None else continued(table.stamps, len(known), table.zone))

@@ -54,7 +54,8 @@ class TrainedModel:
         trained_on = self.assets.get("step")  # runs of version 0.1.0 have none
         if step is not None and trained_on is not None and str(step) != trained_on:
             logger.warning(
-                "%s: its time step is %s, but that of the training data is %s: the forecast has %d time steps of %s",
+                "%s: its time step is %s, but the model was trained on time steps of %s. The forecast has %d time steps"
+                " of %s",
                 source,
                 step,
                 trained_on,

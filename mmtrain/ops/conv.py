@@ -69,7 +69,10 @@ def _on_gpu(chosen: str, x: Tensor, weight: Tensor, bias: Tensor | None, silu: b
             return upstream.causal_conv1d_upstream(x, weight, bias, silu, reverse)
         backend.log_triton_instead(OP, obstacle)
     if weight.shape[1] > MOST_TAPS:
-        raise UserError(f"{OP}: weight has {weight.shape[1]} taps; the Triton kernel supports at most {MOST_TAPS}")
+        raise UserError(
+            f"{OP}: weight has {weight.shape[1]} taps; the Triton kernel supports at most {MOST_TAPS}. Use a shorter"
+            " convolution"
+        )
     from mmtrain.ops.triton.api import causal_conv1d_triton
 
     return causal_conv1d_triton(x, weight, bias, silu, reverse)

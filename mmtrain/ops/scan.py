@@ -167,7 +167,10 @@ def _on_gpu(chosen: str, inputs: ScanInputs) -> tuple[Tensor, Tensor]:
         backend.log_triton_instead(OP, obstacle)
     states = inputs.A.shape[1]
     if states > MOST_STATES:
-        raise UserError(f"{OP}: A has state size {states}; the Triton kernel supports at most {MOST_STATES}")
+        raise UserError(
+            f"{OP}: A has state size {states}; the Triton kernel supports at most {MOST_STATES}. Use a smaller state"
+            " size"
+        )
     from mmtrain.ops.triton.api import selective_scan_triton
 
     return selective_scan_triton(inputs)

@@ -46,7 +46,7 @@ def get_command(
     if not names:
         raise UserError(f"name at least one table: {', '.join(DATASETS)} (see mmtrain data get --list)")
     if from_file is not None and (len(names) > 1 or verify):
-        raise UserError("--from-file: give a single name, and leave out --verify")
+        raise UserError("--from-file: needs exactly one name of a data set, and cannot be combined with --verify")
     root = find_data_root(data_root)
     errors = []
     for dataset in [find_dataset(name) for name in names]:

@@ -174,7 +174,7 @@ def _report(done: Prepared) -> None:
 
 
 def traffic_command(out: Out) -> None:
-    """Write two years of hourly road traffic and weather, the table of the demo, to OUT/traffic.csv.
+    """Write the table of the demo, two years of real hourly road traffic and weather, to OUT/traffic.csv.
 
     \b
     Examples:

@@ -41,7 +41,7 @@ _MOST = 8
 
 @runtime_checkable
 class Fingerprinted(Protocol):
-    """A source that can describe its samples by more than their number."""
+    """A data source with a fingerprint of its samples, so that a resumed run notices changed data."""
 
     def fingerprint(self) -> Fingerprint:
         """Return JSON values under the keys of ``_DIGESTS`` and ``_SHOWN``, or "indexes" with a digest per block."""

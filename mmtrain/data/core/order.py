@@ -119,8 +119,8 @@ class Order:
     def coming(self, position: int) -> list[int]:
         """Return the blocks of the next window that should be prefetched at stream position ``position``.
 
-        A new window needs all its blocks at once. Their number therefore grows in proportion to the samples of the
-        current window that are consumed.
+        A new window needs all its blocks at once. To spread the reads, the number of blocks returned grows in
+        proportion to the samples already consumed from the current window.
         """
         epoch, offset = divmod(position, self._length)
         ends = self._epoch(epoch).ends

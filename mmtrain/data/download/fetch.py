@@ -109,12 +109,13 @@ def _from(
     if local is None:
         download(source.url, part, limit=source.limit, patience=patience, progress=progress)
     raw = local or part
+    again = "run the command again" if local is None else "give another file with --from-file"
     try:
         size = raw.stat().st_size
         if source.size is not None and size != source.size:
-            raise UserError(f"{raw.name}: {size} bytes instead of {source.size}")
+            raise UserError(f"{raw.name}: has {size} bytes instead of {source.size}; {again}")
         if source.sha256 is not None and (found := file_sha256(raw)) != source.sha256:
-            raise UserError(f"{raw.name}: its SHA-256 is {found} instead of {source.sha256}")
+            raise UserError(f"{raw.name}: its SHA-256 is {found} instead of {source.sha256}; {again}")
         if source.form == "table.gz":
             table_to_csv(raw, made, dataset)
         elif local is None:

@@ -31,7 +31,7 @@ class SyntheticImages:
         self, num_classes: int, image_size: int, length: int, seed: int, channels: int = 3, first: int = 0
     ) -> None:
         if min(num_classes, image_size, length, channels) < 1:
-            raise UserError("synthetic images: num_classes, image_size, length and channels must be at least 1")
+            raise UserError("synthetic images: num_classes, image_size, length and channels must each be at least 1")
         self.num_classes, self.length, self.seed, self.first = num_classes, length, seed, first
         self.shape = (channels, image_size, image_size)
         self.block_sizes = [length]

@@ -65,7 +65,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class ClassEncoder:
-    """Encodes an image and its class number."""
+    """Encodes an image and its class number as the files of a WebDataset sample."""
 
     image_size: int | None = None  # maximum of the shorter side, in pixels; larger images are shrunk
     quality: int = QUALITY  # of JPEGs that are encoded again

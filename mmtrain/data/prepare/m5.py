@@ -106,7 +106,9 @@ def _series(root: Path, calendar: pd.DataFrame) -> Iterator[Series]:
     if lacking := [name for name in ("id", *STATIC) if name not in there]:
         raise UserError(f"{root / FILES[0]}: columns {', '.join(lacking)} are missing; use the sales of M5")
     if days != list(calendar["d"][: len(days)]) or not days:
-        raise UserError(f"{root / FILES[0]}: the day columns must be d_1, d_2, ... without gaps; use the sales of M5")
+        raise UserError(
+            f"{root / FILES[0]}: the day columns must be d_1, d_2, ... without gaps; use the unmodified sales of M5"
+        )
     week = {name: column for column, name in enumerate(weeks)}
     of_day = [week.get(f"w{number}", -1) for number in calendar["wm_yr_wk"]]
     if -1 in of_day:

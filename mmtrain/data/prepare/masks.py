@@ -142,8 +142,8 @@ def parse_values(text: str | None, names: Sequence[str] | None) -> tuple[int, ..
         values = ()
     if len(set(values)) != len(values) or not values or not all(0 <= value <= VOID for value in values):
         raise UserError(
-            f"--mask-values {text}: must be different numbers from 0 to {VOID}, separated by commas: the values of "
-            "class 0, 1, ..., for example 0,255"
+            f"--mask-values {text}: must be distinct numbers from 0 to {VOID}, separated by commas: the pixel values "
+            "of class 0, 1, ..., for example 0,255"
         )
     if names is not None and len(names) != len(values):
         raise UserError(f"--mask-values {text}: {len(values)} values, but --classes has {len(names)} names")

@@ -223,7 +223,9 @@ def _separator(sample: str, where: str) -> str:
     best = [mark for mark in found if found[mark] == max(found.values())]
     if len(best) > 1 and even:
         marks = " or ".join(repr(mark) for mark in best)
-        raise UserError(f"{where}: the field separator may be {marks}; set data.separator (--separator)")
+        raise UserError(
+            f"{where}: the field separator is ambiguous: {marks} all fit; choose one with data.separator (--separator)"
+        )
     return best[0]
 
 

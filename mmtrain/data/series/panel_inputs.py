@@ -299,7 +299,7 @@ class PanelInputs:
         return made
 
     def known(self, series: Int64s, start: Int64s) -> Floats:
-        """Return standardised known covariates (B, T_Z, C_Z) of each series (B,), from its row ``start`` (B,) on."""
+        """Return the C_Z standardised known covariates (B, T_Z, C_Z) of each series (B,) from row ``start`` (B,)."""
         panel = self.panel
         made = np.empty((len(series), self.steps, len(self.names)), dtype=np.float32)
         position = panel.first[series] + start  # on the timeline

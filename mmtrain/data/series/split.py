@@ -50,7 +50,8 @@ class Split:
         if isinstance(spec, str):
             if spec not in NAMED:
                 raise UserError(
-                    f"data.split={spec!r}: must be {', '.join(NAMED)} or three ratios{nearest(spec, NAMED)}"
+                    f"data.split={spec!r}: must be {', '.join(NAMED)} or three ratios such as 0.7,0.1,0.2"
+                    f"{nearest(spec, NAMED)}"
                 )
             a, b, c = NAMED[spec]
             if rows < a + b + c:

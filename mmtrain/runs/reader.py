@@ -71,7 +71,7 @@ def find_runs(root: Path) -> list[Path]:
         raise UserError(f"{root}: no such folder. Runs are stored in the folder that run_root names (default: runs)")
     found = [path for path in root.glob("**/config.yaml") if "checkpoints" not in path.relative_to(root).parts]
     if not found:
-        raise UserError(f"{root} contains no runs. Start one with `mmtrain train --config NAME`")
+        raise UserError(f"{root} contains no runs. Start one with `mmtrain submit --config NAME --local 1`")
     return [path.parent for path in sorted(found, key=_modified)]
 
 

@@ -203,10 +203,10 @@ class _Sorter:
                 twice = table.mark_written(where)
                 if twice.any() and self.duplicates == "error":
                     row = int(np.argmax(twice))
+                    time = _time(stamps[row]) if stamps is not None else "a time"
                     raise UserError(
-                        f"{file}: series {self.ids[int(numbers[row])]!r} has "
-                        f"{_time(stamps[row]) if stamps is not None else ''} more than once ({int(twice.sum())} such "
-                        "rows in this part of the file); remove them, or give --duplicates last"
+                        f"{file}: series {self.ids[int(numbers[row])]!r} has {time} more than once ({int(twice.sum())} "
+                        "such rows in this part of the file); remove them, or give --duplicates last"
                     )
                 repeated += int(twice.sum())
                 self.static.add(batch, numbers, file, self.ids)

@@ -160,7 +160,7 @@ class ForecastingData(ABC):
 
     @abstractmethod
     def assets(self) -> dict[str, Any]:
-        """Return the JSON values that prediction needs in addition to the names of the columns."""
+        """Return what prediction needs in addition to the names of the columns, such as the scaler, as JSON values."""
 
 
 def known_steps(wanted: int, lookback: int, horizon: int) -> int:

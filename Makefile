@@ -8,7 +8,7 @@ DIGITS := data/digits/meta.json
 TRAFFIC := data/traffic/traffic.csv
 
 PYTEST := $(BIN)/python -m pytest --durations 10
-WORKERS := $(shell echo $$(($$(nproc 2>/dev/null || echo 2) + 1)))
+WORKERS := $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 8 ? cores + 1 : 8)))
 
 .PHONY: demo test test-fast mutate lint docs-check format clean
 
@@ -40,12 +40,11 @@ mutate: $(STAMP)
 	nice -n 19 $(BIN)/python -m tests.mutate --sample 150 --seed 0 --jobs 2
 	nice -n 19 $(BIN)/python -m tests.mutate --kernels --jobs 2
 
-lint: $(STAMP)
+lint: $(STAMP) docs-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python docs/check.py
 
 docs-check: $(STAMP)
 	$(BIN)/python docs/check.py

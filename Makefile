@@ -8,7 +8,7 @@ DIGITS := data/digits/meta.json
 TRAFFIC := data/traffic/traffic.csv
 
 PYTEST := $(BIN)/python -m pytest --durations 10
-WORKERS := $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 8 ? cores + 1 : 8)))
+WORKERS := $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 8 ? cores : 8)))
 
 .PHONY: demo test test-fast mutate lint docs-check format clean
 
@@ -28,7 +28,7 @@ demo: $(DIGITS) $(TRAFFIC)
 	@echo "  mmtrain submit --config vim2_base_in1k --debug data=synthetic"
 	@echo "  mmtrain submit --config vim2_base_in1k --nodes 4 --dry-run"
 
-# One worker more than there are cores, since some tests wait; those that measure time run afterwards, alone.
+# The tests that measure time, or keep the deadlines of a cluster, run afterwards, alone.
 test: $(STAMP)
 	$(PYTEST) --numprocesses $(WORKERS) -m "not timed"
 	$(PYTEST) -m timed

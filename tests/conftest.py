@@ -25,11 +25,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 
-#: Tests that share a cluster, gangs of processes, runs, or what FFCV compiles. They stay on one worker of pytest-xdist.
-_TOGETHER = ("tests/slurm/", "tests/parallel/", "tests/inspect/", "tests/data/test_data_ffcv")
+#: Tests that share gangs of processes, runs, or what FFCV compiles. They stay on one worker of pytest-xdist.
+_TOGETHER = ("tests/parallel/", "tests/inspect/", "tests/data/test_data_ffcv")
 
 #: Groups that take minutes. They start first, so that no worker is left with one of them at the end.
-_LONGEST = ("tests/slurm/", "tests/parallel/", "tests/train/test_chaos.py")
+_LONGEST = ("tests/parallel/", "tests/train/test_chaos.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

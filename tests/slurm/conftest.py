@@ -13,6 +13,13 @@ from tests.slurm.cluster import Cluster
 _NEEDED = ("slurmctld", "slurmd", "munged", "sbatch", "unshare")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Jobs have time limits and grace periods to keep, so nothing else runs beside them."""
+    for item in items:
+        if "cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timed)
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     missing = [name for name in _NEEDED if shutil.which(name) is None]

@@ -266,7 +266,7 @@ def eta(record: RunRecord, total: int | None) -> float | None:
 
 
 def restarts(record: RunRecord) -> int:
-    """Return the number of restarts. For runs without a journal, the number of "resume" lines."""
+    """Return the number of restarts. For old runs without ``jobs.jsonl``, count the "resume" lines of the metrics."""
     starts = sum(line["kind"] == "started" for line in record.journal)
     return starts - 1 if starts else len(record.of_kind("resume"))
 

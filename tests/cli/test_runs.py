@@ -74,7 +74,7 @@ def test_a_folder_that_is_not_there_is_refused(cli: Cli, tmp_path: Path) -> None
     refused(cli("runs", "nowhere"), "nowhere", "no such folder")
     refused(cli("runs", "wach"), "wach", "command 'watch'")
     (tmp_path / "empty").mkdir()
-    refused(cli("runs", "empty"), "contains no runs", "mmtrain train")
+    refused(cli("runs", "empty"), "contains no runs", "mmtrain submit")
     make_run(tmp_path / "runs" / "digits")
     refused(cli("runs", "watch", "--every", "0"), "--every")
 

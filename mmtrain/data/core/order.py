@@ -73,7 +73,7 @@ class Order:
     def __init__(self, block_sizes: Sequence[int], seed: int, window: int = 8) -> None:
         self.sizes: Int64s = np.asarray(block_sizes, dtype=np.int64).reshape(-1)
         if (self.sizes < 0).any() or int(self.sizes.sum()) < 1:
-            raise UserError("the training data contains no samples")
+            raise UserError("the train split contains no samples; check data.root or data.path")
         if window < 1:
             raise UserError(f"data.shuffle_window={window}: must be at least 1 (number of shards)")
         self.seed, self.window = int(seed), int(window)

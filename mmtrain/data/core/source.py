@@ -147,7 +147,7 @@ class FaultLog:
             )
 
     def missing(self) -> tuple[int, int]:
-        """Return the numbers of lost samples and of all samples, as far as any rank has seen."""
+        """Return how many samples could not be read, on whichever rank, and how many samples there are."""
         seen: dict[tuple[int, str], int] = {}
         for file in self.file.parent.glob(f"{self.file.stem.rpartition('_')[0]}_*{self.file.suffix}"):
             seen |= _read(file, self.split)

@@ -86,7 +86,9 @@ def check_table(path: Path, dataset: Dataset) -> Checked:
     if not different and dataset.digest is not None and content.digest != dataset.digest:
         different = [f"digest of the values: found {content.digest}, expected {dataset.digest}"]
     if different:
-        raise UserError(f"{path}: differs from the table {dataset.stem} of the benchmark: {'; '.join(different)}")
+        raise UserError(
+            f"{path}: differs from the table {dataset.stem} of the benchmark: {'; '.join(different)}. Download it again"
+        )
     if dataset.digest is not None:
         how = "all values and timestamps are those of the official file (digest of the content)"
     else:
@@ -200,7 +202,7 @@ def table_to_csv(source: Path, target: Path, dataset: Dataset) -> None:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{source.name}: not a complete gzip file ({error})") from error
     if rows != dataset.rows:
-        raise UserError(f"{source.name}: {rows} rows instead of {dataset.rows}")
+        raise UserError(f"{source.name}: has {rows} rows instead of {dataset.rows}; download it again")
 
 
 def _lines(packed: BinaryIO, source: Path) -> Iterator[bytes]:

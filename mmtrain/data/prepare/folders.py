@@ -36,7 +36,7 @@ class Ignored:
         self.first.setdefault(kind, str(path))
 
     def file(self, path: str) -> None:
-        """Count a file that is not an image according to its extension."""
+        """Count a file whose extension is not that of an image."""
         suffix = os.path.splitext(path)[1].lower()
         self.add(f"{suffix} files" if suffix else "files without an extension", path)
 

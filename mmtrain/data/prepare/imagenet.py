@@ -211,7 +211,9 @@ def _names(layout: _Layout, classes: Sequence[str]) -> list[str]:
     else:
         return []
     if names and (missing := [name for name in classes if name not in names]):
-        raise UserError(f"{layout.names or layout.devkit}: has no names for the classes {', '.join(missing[:5])}")
+        raise UserError(
+            f"{layout.names or layout.devkit}: names are missing for the classes {', '.join(missing[:5])}; add them"
+        )
     return [names[name] for name in classes] if names else []
 
 

@@ -57,11 +57,11 @@ def bases(digits: Path, waves: Path, tmp_path_factory: pytest.TempPathFactory) -
     return {name: load_config(folder / f"{name}.yaml") for name in texts}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def runs(
     request: pytest.FixtureRequest, bases: dict[str, RunConfig], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Runs]:
-    """The runs of this session; those that the selected tests ask for by a parameter ``case`` begin at once."""
+    """The runs of these tests; those that the selected tests ask for by a parameter ``case`` begin at once."""
     made = Runs(tmp_path_factory.mktemp("runs"), bases)
     for item in request.session.items:
         case = item.callspec.params.get("case") if hasattr(item, "callspec") else None

@@ -515,7 +515,7 @@ def test_commands(cli: Any, server: Server, tmp_path: Path, monkeypatch: pytest.
     for words, said in (
         (["get"], "name at least one table"),
         (["get", "etth3"], "did you mean 'etth"),
-        (["get", "toy", "ili", "--from-file", "x"], "a single name"),
+        (["get", "toy", "ili", "--from-file", "x"], "exactly one name"),
         (["digest", "none.csv"], "no such file"),
     ):
         failed = cli("data", *words)

@@ -138,9 +138,9 @@ def test_black_and_white_masks_are_classes_0_and_1(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"mask_values": "0,256"}, "different numbers from 0 to 255"),
-        ({"mask_values": "0,0"}, "different numbers"),
-        ({"mask_values": "a"}, "different numbers"),
+        ({"mask_values": "0,256"}, "distinct numbers from 0 to 255"),
+        ({"mask_values": "0,0"}, "distinct numbers"),
+        ({"mask_values": "a"}, "distinct numbers"),
         ({"mask_values": "0,255", "zero_is_void": True}, "must not be given together"),
         ({"mask_values": "0,7"}, r"0\.png: contains the value 38, which is not in --mask-values or --ignore"),
         ({"turned": "left"}, "--turned left: must be upright or stored"),

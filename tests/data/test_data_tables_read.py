@@ -119,7 +119,7 @@ REFUSED: dict[str, tuple[str | bytes, dict[str, Any], str]] = {
     "two separators": (
         "Zeit;a, kW\n" + "2022-01-01;1,5\n" * 3,
         {},
-        r"separator may be ',' or ';'; set data\.separator",
+        r"separator is ambiguous: ',' or ';' would fit; choose one with data\.separator",
     ),
     "two decimal marks": ("date;a;b\n2022-01-01;1,5;2.5\n", {}, r"both '1,5' and '2\.5'; set data\.decimal"),
     "excel's first line": ("sep=;\ndate;a\n2022-01-01;1\n", {}, r"first line is 'sep=;'.*remove that line"),

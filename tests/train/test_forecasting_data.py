@@ -280,7 +280,8 @@ def test_another_step_is_told_once(table_run: Path, panel_run: Path, caplog: pyt
     table.assign(date=pd.date_range("2024-01-01", periods=200, freq="D")).to_csv(other, index=False)
     forecast(trained, other, back=4, missing="mask")
     assert caplog.messages == [
-        f"{other}: its time step is 1D, but that of the training data is 1h: the forecast has 4 time steps of 1D"
+        f"{other}: its time step is 1D, but the model was trained on time steps of 1h. The forecast has 4 time steps"
+        " of 1D"
     ]
     assert load_trained(panel_run, "last").assets["step"] == "1D"
 

@@ -224,7 +224,7 @@ def _separator(sample: str, where: str) -> str:
     if len(best) > 1 and even:
         marks = " or ".join(repr(mark) for mark in best)
         raise UserError(
-            f"{where}: the field separator is ambiguous: {marks} would fit; choose one with data.separator (--separator)"
+            f"{where}: the separator is ambiguous: {marks} would fit; choose one with data.separator (--separator)"
         )
     return best[0]
 

@@ -160,6 +160,7 @@ def test_imagenet_survives_its_strongest_posterize() -> None:
     assert transform([image] * 200, mix64(np.arange(200))).isfinite().all()  # level 10: posterize to 0 bits
 
 
+@pytest.mark.timed
 def test_light_digits_are_fast(digits: Path) -> None:
     source = ImageShards(digits / "train", image_size=32, train=True, augment="light", **GREY)
     indices, threads = np.arange(256), torch.get_num_threads()

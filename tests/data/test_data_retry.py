@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email.utils
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,15 @@ def server() -> Iterator[Server]:
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     found: list[float] = []
-    monkeypatch.setattr(retry.time, "sleep", found.append)
+    caller, sleep = threading.get_ident(), time.sleep
+
+    def paused(seconds: float) -> None:
+        if threading.get_ident() == caller:
+            found.append(seconds)
+        else:  # the server's thread waits in earnest
+            sleep(seconds)
+
+    monkeypatch.setattr(retry.time, "sleep", paused)
     return found
 
 

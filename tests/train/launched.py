@@ -16,15 +16,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from ranks_apart import Fault, forkserver, write_output_to
 
-#: Called with its number in each rank before it runs. It must be importable: a function or object of faults.py.
-Fault = Callable[[int], None]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Launched:
@@ -34,9 +33,7 @@ class Launched:
         self.folder, self.log = folder, folder.with_name(f"{folder.name}_said.txt")
         self.began = time.time()
         command = ["submit", "--config", str(config), "--run-dir", str(folder), "--local", str(world), *words]
-        server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(["tests.parallel.preload", "faults"])
-        self.process = server.Process(target=_launch, args=(command, self.log, fault))
+        self.process = forkserver().Process(target=_launch, args=(command, self.log, fault))
         self.process.start()
 
     @property
@@ -119,9 +116,7 @@ class _ForkedRank:
 def _launch(command: list[str], log: Path, fault: Fault | None) -> None:
     from mmtrain.cluster import local
 
-    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(written, 1)
-    os.dup2(written, 2)
+    write_output_to(log)
     _ForkedRank.fault = staticmethod(fault) if fault is not None else None  # type: ignore[assignment]
     local.subprocess = SimpleNamespace(Popen=_ForkedRank)  # type: ignore[assignment]
     os._exit(_run(command, None))

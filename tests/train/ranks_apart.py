@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 #: How long the other ranks may take to end after the first has failed: what the launcher gives them.
@@ -29,12 +30,25 @@ class Ended:
     said: str
 
 
+def forkserver() -> ForkServerContext:
+    """Makes processes by forking a server that has imported torch, mmtrain and the faults."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.parallel.preload", "faults"])  # what there is of them
+    return server
+
+
+def write_output_to(log: Path) -> None:
+    """Send the standard streams of this process to ``log``."""
+    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(written, 1)
+    os.dup2(written, 2)
+
+
 def run_ranks(
     config: Path, folder: Path, *overrides: str, world: int = 2, fault: Fault | None = None, limit: float = 180.0
 ) -> list[Ended]:
     """Train ``config`` in ``folder`` on ``world`` ranks, as ``mmtrain train`` does; how each of them ended."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["tests.parallel.preload", "faults"])  # what there is of them
+    server = forkserver()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -68,9 +82,7 @@ def _rank(
     overrides: tuple[str, ...],
     fault: Fault | None,
 ) -> None:
-    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(written, 1)
-    os.dup2(written, 2)
+    write_output_to(log)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 

@@ -59,7 +59,7 @@ def existing(
         kind, format: values that meta.json must have in addition to the settings.
 
     Returns:
-        The dataset; None if there is none.
+        The dataset, or None if ``out`` has to be prepared.
 
     Raises:
         UserError: if the dataset has another source or other settings; the message lists all differences.

@@ -379,7 +379,7 @@ def row_stamps(batch: pa.RecordBatch, file: Path, columns: Columns) -> Int64s | 
 
 
 def find_dates(file: Path, ids: str | None, names: Sequence[str], form: TableFormat) -> str | None:
-    """Return the only one of the columns ``names`` that contains dates; None if there is none or several.
+    """Return the only one of the columns ``names`` that contains dates, or None if not exactly one does.
 
     None also if no series has more than one row in the first batch, since the table is then wide.
     """

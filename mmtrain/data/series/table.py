@@ -141,7 +141,7 @@ def mark_too_large(values: NDArray[np.float64]) -> None:
 
 
 def find_time_column(frame: pd.DataFrame, file: Path, wanted: str | None) -> str | None:
-    """Return the name of the time column; None if there is none.
+    """Return the name of the time column, or None for a table without one.
 
     Args:
         file: the table, for messages.

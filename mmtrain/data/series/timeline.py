@@ -213,7 +213,7 @@ class _Days:
             self._latest = max(self._latest, int(of_month.max()))
 
     def anchor(self) -> str | None:
-        """Return the day of the month that all times share; None if there is none, or if the time of day varies."""
+        """Return the day of the month that all times share, or None if it or the time of day varies."""
         if len(self._clocks) != 1:
             return None
         named = next((name for name in _ANCHORS if name in self._anchors), None)

@@ -81,7 +81,7 @@ def find_compiler() -> list[str]:
     """Return the command of the C++ compiler: ``CXX`` if set, else the first of g++, clang++, c++ on the PATH.
 
     Raises:
-        BuildError: if there is none.
+        BuildError: if no compiler is found.
     """
     named = os.environ.get("CXX", "").strip()
     if named:
